@@ -1,0 +1,74 @@
+"""Who am I among the processes: the only reader of RANK, WORLD_SIZE, LOCAL_RANK and their SLURM twins."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+
+
+def _env(name: str, default: int) -> int:
+    value = os.environ.get(name)
+    if value is None and os.environ.get("LDM_RANKS_FROM_SLURM") == "1":
+        value = os.environ.get(_SLURM[name])
+    return default if value is None else int(value)
+
+
+def rank() -> int:
+    """This process's global rank, 0 without a launcher."""
+    return _env("RANK", 0)
+
+
+def world_size() -> int:
+    """How many processes take part, 1 without a launcher."""
+    return _env("WORLD_SIZE", 1)
+
+
+def local_rank() -> int:
+    """This process's rank on its node, 0 without a launcher."""
+    return _env("LOCAL_RANK", 0)
+
+
+def device() -> torch.device:
+    """The device of this process: its GPU if there is one, otherwise the CPU."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def initialized() -> bool:
+    """Whether a process group exists."""
+    return torch_dist.is_available() and torch_dist.is_initialized()
+
+
+def barrier() -> None:
+    """Wait for all ranks; nothing on one process."""
+    if initialized() and world_size() > 1:
+        torch_dist.barrier()
+
+
+def mean(value: Tensor) -> Tensor:
+    """Mean over ranks of a tensor of the same shape on each; a new tensor."""
+    value = value.detach().clone()
+    if initialized() and world_size() > 1:
+        torch_dist.all_reduce(value)
+        value /= world_size()
+    return value
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank; collective."""
+    if not initialized() or world_size() == 1:
+        return flag
+    value = torch.tensor([int(flag)], device=device())
+    torch_dist.all_reduce(value, op=torch_dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def say(message: str) -> None:
+    """Print a line to standard error on rank 0."""
+    if rank() == 0:
+        print(message, file=sys.stderr, flush=True)
