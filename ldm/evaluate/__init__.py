@@ -1,0 +1,1 @@
+"""Measuring pictures: feature distances, CLIP score, caption retrieval, reconstruction error."""
