@@ -1,0 +1,98 @@
+"""One attention function; its backend is chosen once per device type and stated in the log.
+
+Legend: B batch, T query tokens, S key tokens, H heads, D width of a head.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+BACKENDS = ("auto", "xformers", "sdpa", "reference")
+_chosen: dict[str, str] = {}
+_xformers: Any = None
+
+
+def choose(device: str | torch.device, backend: str = "auto") -> str:
+    """Fix the backend of one device type and return its name; "auto" prefers xformers where it works, then SDPA.
+
+    Raises ValueError for an unknown name, or for "xformers" where it cannot run.
+    """
+    kind = torch.device(device).type
+    if backend not in BACKENDS:
+        raise ValueError(f"attention backend {backend!r} is not one of {list(BACKENDS)}")
+    reason = _why_not_xformers(kind) if backend in ("auto", "xformers") else ""
+    if backend == "xformers" and reason:
+        raise ValueError(f"attention backend 'xformers': {reason}; use 'sdpa' or 'auto'")
+    name = backend if backend != "auto" else ("sdpa" if reason else "xformers")
+    log.info("attention on %s: %s%s", kind, name, f" ({reason})" if reason else "")
+    _chosen[kind] = name
+    return name
+
+
+@contextmanager
+def using(device: str | torch.device, backend: str) -> Iterator[None]:
+    """Choose a backend inside a `with` block, and return to the one before it."""
+    kind = torch.device(device).type
+    before = _chosen.get(kind)
+    choose(device, backend)
+    try:
+        yield
+    finally:
+        if before is None:
+            del _chosen[kind]
+        else:
+            _chosen[kind] = before
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v for q (B, T, H, D), k and v (B, S, H, D), mask (B or 1, H or 1, T, S) added or bool.
+
+    Returns (B, T, H, D). A boolean mask is True where a key is seen.
+    """
+    backend = _chosen.get(q.device.type) or choose(q.device)
+    if backend == "xformers":
+        bias = None if mask is None else _bias(mask, q).expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        return _xformers.memory_efficient_attention(q, k, v, attn_bias=bias)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if backend == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    return (probabilities(q, k, mask) @ v).transpose(1, 2)
+
+
+def probabilities(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention weights (B, H, T, S) of q (B, H, T, D) and k (B, H, S, D); softmax in float32 at least."""
+    scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores + _bias(mask, q)
+    wide = scores.dtype if scores.dtype == torch.float64 else torch.float32
+    return scores.softmax(dim=-1, dtype=wide).to(q.dtype)
+
+
+def _bias(mask: Tensor, like: Tensor) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask.to(like.dtype)
+    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(~mask, -math.inf)
+
+
+def _why_not_xformers(kind: str) -> str:
+    """Empty if xformers runs on this device type, else the reason; its wheel may not match the installed torch."""
+    global _xformers
+    if kind != "cuda":
+        return f"xformers has no {kind} operator"
+    try:
+        _xformers = importlib.import_module("xformers.ops")
+        probe = torch.zeros(1, 8, 1, 32, device="cuda", dtype=torch.float16)
+        _xformers.memory_efficient_attention(probe, probe, probe)
+    except Exception as error:  # a wheel built for another torch fails in ways of its own
+        return f"xformers does not work here: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
+    return ""

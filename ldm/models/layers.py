@@ -1,0 +1,95 @@
+"""Blocks that the U-Net and the autoencoder share, with diffusers' parameter names.
+
+Legend: B batch, C channels, H height, W width, E width of the time embedding.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.models.attention import attention
+
+
+class NormSiLU(nn.GroupNorm):
+    """SiLU(GroupNorm(x)), with the activation in place where no gradient needs its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(super().forward(x), inplace=not x.requires_grad and not self.weight.requires_grad)
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x))) + time))); a 1x1 convolution on x where the channels change."""
+
+    def __init__(self, cin: int, cout: int, *, groups: int, eps: float, time: int | None = None) -> None:
+        super().__init__()
+        self.norm1 = NormSiLU(groups, cin, eps=eps)
+        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
+        if time is not None:
+            self.time_emb_proj = nn.Linear(time, cout)
+        self.norm2 = NormSiLU(groups, cout, eps=eps)
+        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else None
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """`time` (B, E) is already activated: SiLU is applied once for all blocks."""
+        h = self.conv1(self.norm1(x))
+        if time is not None:
+            h = h + self.time_emb_proj(time)[:, :, None, None]
+        h = self.conv2(self.norm2(h))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample(nn.Module):
+    """Convolution with stride 2; the autoencoder pads right and below only."""
+
+    def __init__(self, channels: int, *, symmetric: bool) -> None:
+        super().__init__()
+        self.symmetric = symmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if symmetric else 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x if self.symmetric else F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest neighbours, then a convolution; `size` is given where a skip connection has an odd side."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        x = F.interpolate(x, scale_factor=2.0) if size is None else F.interpolate(x, size=size)
+        return self.conv(x)
+
+
+class SpatialAttention(nn.Module):
+    """Self-attention over pixels with one norm and a residual (the autoencoder's, and the U-Net's plain blocks)."""
+
+    def __init__(self, channels: int, *, groups: int, eps: float, heads: int = 1) -> None:
+        super().__init__()
+        self.heads = heads
+        self.group_norm = nn.GroupNorm(groups, channels, eps=eps)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
+        q, k, v = (f(h).unflatten(-1, (self.heads, -1)) for f in (self.to_q, self.to_k, self.to_v))
+        h = self.to_out[0](attention(q, k, v).flatten(2))
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def check_groups(groups: int, channels: tuple[int, ...]) -> None:
+    """Raise ValueError unless `groups` divides every width."""
+    if groups < 1 or any(c % groups for c in channels):
+        raise ValueError(f"norm_num_groups {groups} must divide every one of block_out_channels {list(channels)}")
+
+
+def check_equal(name: str, value: object, allowed: object) -> None:
+    """Raise ValueError for a setting that only has one supported value."""
+    if value != allowed:
+        raise ValueError(f"{name} {value!r} is not supported; only {allowed!r} is")
