@@ -1,0 +1,36 @@
+"""Settings of every test: offline, one thread, deterministic; what the machine lacks is skipped by marker."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("ldm", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ldm")
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    has_slurm = os.geteuid() == 0 and all(map(shutil.which, ("slurmctld", "slurmd", "munged", "ip")))
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if "slurm" in item.keywords and not has_slurm:
+            item.add_marker(pytest.mark.skip(reason="no SLURM daemons, or not root"))
+
+
+@pytest.fixture(autouse=True)
+def _global_seed() -> Iterator[None]:
+    """Tests may draw from torch's global generator; each starts from the same state, whatever ran before."""
+    torch.manual_seed(0)
+    yield
+    torch.set_grad_enabled(True)
