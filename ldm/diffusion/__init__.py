@@ -1,0 +1,28 @@
+"""The diffusion process, pure: torch in, torch out; no parameters, no randomness of its own."""
+
+from ldm.diffusion.prediction import PREDICTIONS, Epsilon, Prediction, Sample, V, Velocity, convert
+from ldm.diffusion.process import LearnedDenoise, Process, posterior
+from ldm.diffusion.schedule import Discrete, Flow, Schedule
+from ldm.diffusion.weighting import P2, SNR, VLB, MinSNR, Uniform, Weighting
+
+__all__ = [
+    "P2",
+    "PREDICTIONS",
+    "SNR",
+    "VLB",
+    "Discrete",
+    "Epsilon",
+    "Flow",
+    "LearnedDenoise",
+    "MinSNR",
+    "Prediction",
+    "Process",
+    "Sample",
+    "Schedule",
+    "Uniform",
+    "V",
+    "Velocity",
+    "Weighting",
+    "convert",
+    "posterior",
+]

@@ -1,0 +1,149 @@
+"""The diffusion process: q(x_t | x_0), q(x_t | x_{t-1}), q(x_{t-1} | x_t, x_0), the loss per sample, the denoiser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.prediction import Epsilon, Sample, V, Velocity, broadcast
+from ldm.diffusion.schedule import Discrete, Flow
+from ldm.diffusion.weighting import P2, SNR, VLB, MinSNR, Uniform
+from ldm.types import Cond, Denoise, Net
+
+Value = TypeVar("Value", float, Tensor)
+
+
+class Posterior(NamedTuple):
+    """q(x_s | x_t, x_0) = N(on_x x_t + on_x0 x_0, small): the coefficients, floats or tensors."""
+
+    on_x: float | Tensor
+    on_x0: float | Tensor
+    small: float | Tensor
+    """beta_tilde, the variance given x_0; the right one for data that is one point."""
+    large: float | Tensor
+    """beta, the right one for data that is white noise."""
+
+
+def posterior(alpha: Value, sigma: Value, alpha_before: Value, sigma_before: Value) -> Posterior:
+    """From time t (alpha, sigma) to any earlier time s (`_before`), DDPM eqs. 6 and 7 for strides of any length."""
+    step = alpha / alpha_before
+    beta = sigma**2 - (step * sigma_before) ** 2
+    return Posterior(
+        on_x=step * sigma_before**2 / sigma**2,
+        on_x0=alpha_before * beta / sigma**2,
+        small=beta * sigma_before**2 / sigma**2,
+        large=beta,
+    )
+
+
+def interpolate_log_variance(fraction: Tensor, small: Tensor, large: Tensor) -> Tensor:
+    """The learned log variance: fraction in [-1, 1] from log `small` to log `large` (improved DDPM, eq. 15).
+
+    `small` must be above 0: at the first step pass the variance of the second (improved DDPM clips so).
+    """
+    part = (fraction + 1) / 2
+    return part * torch.log(large) + (1 - part) * torch.log(small)
+
+
+def offset_noise(noise: Tensor, offset: Tensor, strength: float) -> Tensor:
+    """Noise (B, C, H, W) with a shared normal offset (B, C) per channel, so that the mean brightness is learned too."""
+    return noise + strength * offset[:, :, None, None]
+
+
+def perturb_noise(noise: Tensor, extra: Tensor, strength: float) -> Tensor:
+    """The noise to add to the input while the target stays `noise` (input perturbation, arXiv 2301.11706)."""
+    return noise + strength * extra
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """A schedule, what the network predicts and how the loss is weighted; randomness comes as arguments."""
+
+    schedule: Discrete | Flow = field(default_factory=Discrete)
+    prediction: Epsilon | V | Sample | Velocity = field(default_factory=Epsilon)
+    weighting: Uniform | MinSNR | SNR | P2 | VLB = field(default_factory=Uniform)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prediction, Epsilon) and self.schedule.at(self.schedule.last)[0] == 0:
+            raise ValueError(
+                "prediction epsilon says nothing of x_0 where alpha is 0 (zero_terminal_snr, flow); "
+                "use v, sample or velocity"
+            )
+        if isinstance(self.weighting, VLB) and not self.schedule.discrete:
+            raise ValueError("weighting vlb needs a discrete schedule")
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t ~ q(x_t | x_0) = alpha x_0 + sigma noise (DDPM, eq. 4), computed in float32, in the dtype of x0."""
+        alpha, sigma = (broadcast(v, x0) for v in self.schedule.alpha_sigma(t, _wide(x0)))
+        return (alpha * x0 + sigma * noise).to(x0.dtype)
+
+    def add_noise_step(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t ~ q(x_t | x_{t-1}) = sqrt(1 - beta_t) x + sqrt(beta_t) noise (DDPM, eq. 2), for any schedule."""
+        wide = _wide(x)
+        alpha, sigma = self.schedule.alpha_sigma(t, torch.float64)
+        alpha_before, sigma_before = self.before(t, torch.float64)
+        step = alpha / alpha_before
+        spread = (sigma**2 - (step * sigma_before) ** 2).clamp(min=0).sqrt()
+        return (broadcast(step.to(wide), x) * x + broadcast(spread.to(wide), x) * noise).to(x.dtype)
+
+    def before(self, t: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) one training time closer to the data; (1, 0) before the first."""
+        alpha, sigma = self.schedule.alpha_sigma((t - 1).clamp(min=0), dtype)
+        clean = t < 1
+        return torch.where(clean, torch.ones_like(alpha), alpha), torch.where(clean, torch.zeros_like(sigma), sigma)
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network should answer, float32."""
+        alpha, sigma = self.schedule.alpha_sigma(t, _wide(x0))
+        return self.prediction.target(x0.to(alpha.dtype), noise.to(alpha.dtype), alpha, sigma)
+
+    def weight(self, t: Tensor) -> Tensor:
+        """The loss weight of each time, (B,) float32."""
+        alpha, sigma = self.schedule.alpha_sigma(t, torch.float64)
+        before = self.before(t, torch.float64) if isinstance(self.weighting, VLB) else None
+        return self.weighting.weight(alpha, sigma, self.prediction, before).float()
+
+    def loss(self, out: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Weighted squared error (B,) float32: the mean over all but the batch axis comes first, then the weight."""
+        error = (out.float() - self.target(x0, noise, t).float()) ** 2
+        return error.flatten(1).mean(1) * self.weight(t)
+
+    def denoiser(self, net: Net) -> Denoise:
+        """The network as an estimate of x_0, in the dtype of x."""
+
+        def denoise(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+            alpha, sigma = self.schedule.alpha_sigma(t, _wide(x))
+            return self.prediction.x0(net(x, t, cond).to(alpha.dtype), x, alpha, sigma).to(x.dtype)
+
+        return denoise
+
+    def learned_denoiser(self, net: Net) -> LearnedDenoise:
+        """For a network with 2C output channels, the second half the learned variance's fraction in [-1, 1]."""
+        return LearnedDenoise(self, net)
+
+
+@dataclass(frozen=True)
+class LearnedDenoise:
+    """A `Denoise` that can also give the learned variance's fraction (improved DDPM, section 3.1)."""
+
+    process: Process
+    net: Net
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return self.both(x, t, cond)[0]
+
+    def both(self, x: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """(x_0 estimate, fraction), each shaped as x. Raises ValueError unless the output has twice x's channels."""
+        out = self.net(x, t, cond)
+        if out.shape[1] != 2 * x.shape[1]:
+            raise ValueError(f"learned variance needs {2 * x.shape[1]} output channels, got {out.shape[1]}")
+        mean, fraction = out.chunk(2, dim=1)
+        return self.process.denoiser(lambda *_: mean)(x, t, cond), fraction.to(x.dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """float32, or float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)
