@@ -1,0 +1,121 @@
+"""Checkpoint folders that are complete or absent: written beside, hashed, synced, renamed; `latest` last.
+
+Layout: `checkpoints/step-N/` with the ranks' files and `manifest.json` (size and SHA-256 of each), `checkpoints/latest`
+with the newest folder's name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d+)")
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            total.update(block)
+    return total.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file or nothing."""
+    beside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def describe(path: Path) -> dict[str, object]:
+    """Size and hash of a file that was just written, after syncing it."""
+    sync(path)
+    return {"bytes": path.stat().st_size, "sha256": digest(path)}
+
+
+def staging(root: Path, step: int) -> Path:
+    """The folder where a checkpoint is written before it is published."""
+    return root / f".step-{step}.tmp"
+
+
+def publish(root: Path, step: int, files: dict[str, dict[str, object]], keep: int) -> Path:
+    """Rename the staging folder into place, point `latest` at it and remove all but the newest `keep`.
+
+    A step that was published before is replaced only after the new one is whole.
+    """
+    beside, final = staging(root, step), root / f"step-{step}"
+    write_text(beside / MANIFEST, json.dumps({"step": step, "files": files}, indent=1))
+    sync(beside)
+    if final.exists():
+        old = root / f".step-{step}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(final, old)
+        os.rename(beside, final)
+        shutil.rmtree(old)
+    else:
+        os.rename(beside, final)
+    sync(root)
+    write_text(root / "latest", final.name)
+    for extra in steps(root)[:-keep] if keep > 0 else []:
+        shutil.rmtree(root / f"step-{extra}")
+    return final
+
+
+def steps(root: Path) -> list[int]:
+    """Steps that have a published folder, oldest first."""
+    if not root.is_dir():
+        return []
+    found = [_NAME.fullmatch(p.name) for p in root.iterdir() if p.is_dir()]
+    return sorted(int(m.group(1)) for m in found if m)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None when every file has its size and hash."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"].items()
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        return f"{MANIFEST}: {error}"
+    for name, expected in files:
+        path = folder / name
+        if not path.is_file():
+            return f"{name}: missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name}: {path.stat().st_size} bytes, expected {expected['bytes']}"
+        if digest(path) != expected["sha256"]:
+            return f"{name}: contents changed (SHA-256 differs)"
+    return None
+
+
+def newest(root: Path) -> Path | None:
+    """The newest undamaged checkpoint, or None; each damaged one is named in a warning and left where it is."""
+    for step in reversed(steps(root)):
+        folder = root / f"step-{step}"
+        problem = damage(folder)
+        if problem is None:
+            return folder
+        warnings.warn(f"checkpoint {folder} is damaged ({problem}); trying the one before", stacklevel=2)
+    return None

@@ -1,0 +1,58 @@
+"""`ldm VERB ...`: dispatch to one module a verb, imported only when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from ldm import __version__
+
+VERBS = {
+    "demo": "train a small model on the embedded data and write the gallery",
+    "train": "train from a config; the same command again resumes",
+    "sample": "pictures from prompts",
+    "data": "build, index, encode and inspect data sets",
+    "convert": "between model formats",
+    "evaluate": "measure pictures and models",
+    "show": "noising strips and run pages",
+}
+
+
+def usage() -> str:
+    """The help text."""
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {text}" for verb, text in VERBS.items()]
+    return "\n".join(
+        ["usage: ldm VERB [options]", "", "Distributed latent-diffusion training with text conditioning.", "", *lines]
+        + ["", "`ldm VERB --help` tells more. Several processes: python -m launch local --procs 2 -- ldm train ..."]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb; users' mistakes end in one line on standard error and exit code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        print(__version__)
+        return 0
+    verb, rest = argv[0], argv[1:]
+    if verb not in VERBS:
+        print(f"ldm: unknown verb {verb!r}; one of {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    try:
+        return importlib.import_module(f"ldm.cli.{verb}").main(rest)
+    except (ValueError, FloatingPointError) as error:
+        print(f"ldm {verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"ldm {verb}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

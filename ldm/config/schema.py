@@ -1,0 +1,40 @@
+"""The root of a run's config: composition only. Nobody below `cli` sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldm.config import load as config
+from ldm.data.loader import DataConfig
+from ldm.recipes.autoencoder import AutoencoderTask
+from ldm.recipes.clip import ClipTask
+from ldm.recipes.text_to_image import TextToImageTask
+from ldm.train.trainer import TrainConfig
+
+Task = AutoencoderTask | ClipTask | TextToImageTask
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run: `task` is the method, `data` what it sees, `train` the loop; `out` is the run folder."""
+
+    name: str
+    out: Path
+    seed: int = 0
+    workers: int = 0
+    task: Task
+    data: DataConfig
+    train: TrainConfig
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("name must not be empty")
+        if self.workers < 0:
+            raise ValueError(f"workers must be at least 0, got {self.workers}")
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and check a run's config. Raises ValueError naming the key, the value and what is allowed."""
+    return config.load(RunConfig, path, overrides)

@@ -1,0 +1,35 @@
+"""A patch discriminator (Isola et al. 2017) with spectral normalisation left out and group norm in place of batch norm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscriminatorConfig:
+    """`channels` of the strided convolutions, each halving the picture."""
+
+    channels: tuple[int, ...] = (32, 64, 128)
+
+
+class Discriminator(nn.Module):
+    """Images (B, 3, H, W) -> logits of patches (B, 1, h, w); higher is more real."""
+
+    def __init__(self, config: DiscriminatorConfig) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        last = 3
+        for i, width in enumerate(config.channels):
+            layers.append(nn.Conv2d(last, width, 4, stride=2, padding=1))
+            if i:
+                layers.append(nn.GroupNorm(8, width))
+            layers.append(nn.LeakyReLU(0.2))
+            last = width
+        layers.append(nn.Conv2d(last, 1, 3, padding=1))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, 1, H / 2**levels, W / 2**levels)."""
+        return self.layers(images)

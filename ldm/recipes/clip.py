@@ -1,0 +1,93 @@
+"""Train a small CLIP on captioned pictures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ldm import dist
+from ldm.checkpoint.files import write_text
+from ldm.checkpoint.folders import write_module
+from ldm.config.load import encode
+from ldm.data.loader import DataConfig, Loader
+from ldm.evaluate.retrieval import retrieval
+from ldm.models.text import ClipConfig, build_clip, build_tokenizer
+from ldm.objectives.contrastive import ContrastiveObjective
+from ldm.recipes.autoencoder import held_out
+from ldm.recipes.base import Assembly
+from ldm.train.trainer import TrainConfig, Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipTask:
+    """Validation measures retrieval in each of the splits `validation`."""
+
+    kind: Literal["clip"] = "clip"
+    model: ClipConfig = field(default_factory=ClipConfig)
+    validation: tuple[str, ...] = ("heldout",)
+    validate_every: int = 500
+
+
+class RetrievalValidation:
+    """Picture to caption retrieval on held-out splits with the averaged weights, each against the whole split."""
+
+    def __init__(self, clip: nn.Module, tokens: dict[str, Tensor], images: dict[str, Tensor], every: int) -> None:
+        self.every, self._clip, self._tokens, self._images = every, clip, tokens, images
+        self.last: dict[str, Any] = {}
+
+    @torch.no_grad()
+    def __call__(self, trainer: Trainer, step: int) -> None:
+        clip: Any = self._clip
+        device = trainer.engine.device
+        figures: dict[str, Any] = {"step": step}
+        was = clip.training
+        clip.eval()
+        with trainer.averaged(), torch.no_grad():
+            for split, tokens in self._tokens.items():
+                parts = self._images[split].split(64)
+                image = torch.cat([clip.encode_image(p.to(device), normalize=True).float().cpu() for p in parts])
+                text = torch.cat([clip.encode_text(p.to(device), normalize=True).float().cpu() for p in tokens.split(64)])
+                found = retrieval(image @ text.T, ks=(1, 10))
+                figures[split] = {"count": len(image), "R@1": found.recall[1], "R@10": found.recall[10]}
+        clip.train(was)
+        self.last = figures
+        if dist.rank() == 0:
+            with (trainer.out / "log" / "validation.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(figures) + "\n")
+            text = ", ".join(f"{s}: R@1 {f['R@1']:.3f} R@10 {f['R@10']:.3f}" for s, f in figures.items() if s != "step")
+            dist.say(f"step {step}: {text}")
+
+
+def build(task: ClipTask, data: DataConfig, train: TrainConfig, seed: int, workers: int) -> Assembly:
+    """Both towers, captioned pictures, and retrieval on held-out ones."""
+    torch.manual_seed(seed)  # initial weights
+    clip = build_clip(task.model)
+    tokenizer = build_tokenizer(task.model)
+    objective = ContrastiveObjective(clip).to(dist.device())
+    loader = Loader(
+        data,
+        seed=seed,
+        micro_batch=train.micro_batch(dist.world_size()),
+        accumulate=train.accumulate,
+        rank=dist.rank(),
+        world=dist.world_size(),
+        workers=workers,
+        tokenize=tokenizer,
+    )
+    images, tokens = {}, {}
+    for split in task.validation:
+        samples = held_out(data, split)
+        images[split] = samples["image"]
+        tokens[split] = tokenizer(samples["caption"])
+    validation = RetrievalValidation(clip, tokens, images, task.validate_every)
+
+    def export(weights: dict[str, Tensor], folder: Path) -> None:
+        write_module(folder / "clip", weights, {"_class_name": "CLIP", **encode(task.model)})
+        write_text(folder / "figures.json", json.dumps(validation.last, indent=1))
+
+    return Assembly(objective, loader, [validation], export)

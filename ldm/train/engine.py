@@ -1,0 +1,285 @@
+"""The one door to DeepSpeed: ZeRO stages, precision, accumulation, clipping, and the float32 master shards.
+
+Weights and optimizer state are float32; `precision` is what the forward computes in (autocast). Every DeepSpeed key
+that matters is written here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ldm import dist
+from ldm.rng import Rng
+from ldm.types import Batch, Metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How training is divided and computed. `clip` 0 means no gradient clipping; precision `auto` is bf16 where fast."""
+
+    zero_stage: int = 1
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    clip: float = 1.0
+    offload_optimizer: bool = False
+    bucket: int = 50_000_000
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"zero_stage: {self.zero_stage} is not one of [0, 1, 2, 3]")
+        if self.clip < 0:
+            raise ValueError(f"clip must be at least 0 (0 is off), got {self.clip}")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer: needs zero_stage 1, 2 or 3, got 0")
+        if self.precision == "fp16" and not torch.cuda.is_available():
+            raise ValueError("precision: 'fp16' needs a GPU; on the CPU use fp32 or bf16")
+        if self.precision == "fp16" and self.zero_stage == 0:
+            raise ValueError("precision: 'fp16' needs zero_stage 1, 2 or 3, got 0")
+
+    def dtype(self) -> torch.dtype:
+        """What the forward computes in."""
+        return compute_dtype(self.precision)
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """The dtype of `auto | fp32 | bf16 | fp16`; `auto` is bf16 on GPUs and CPUs that multiply bf16 matrices in hardware."""
+    if precision == "auto":
+        if torch.cuda.is_available():
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def deepspeed_config(config: EngineConfig, micro_batch: int, accumulate: int) -> dict[str, Any]:
+    """The whole DeepSpeed configuration, every key explicit."""
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "contiguous_gradients": True,
+        "overlap_comm": torch.cuda.is_available(),
+        "reduce_bucket_size": config.bucket,
+        "allgather_bucket_size": config.bucket,
+        "round_robin_gradients": False,
+    }
+    if config.zero_stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": config.bucket,
+            "stage3_param_persistence_threshold": 10_000,
+            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_reuse_distance": 1_000_000_000,
+        }
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": float(config.clip),
+        "steps_per_print": 10**12,
+        "wall_clock_breakdown": False,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "fp16": {"enabled": config.precision == "fp16", "initial_scale_power": 16},
+        "bf16": {"enabled": False},
+    }
+
+
+def start() -> None:
+    """Join the process group (also for one process). Raises nothing new; a second call does nothing."""
+    deepspeed = _deepspeed()
+    if dist.initialized():
+        return
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(dist.local_rank())
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if dist.world_size() == 1:  # no port: nothing can be in the way of a run on a laptop
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+def _deepspeed() -> Any:
+    """Import DeepSpeed, quiet, and without the C++ compilation that it starts on CPUs."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+        import deepspeed.comm
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    return deepspeed
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The piece `[start, start + length)` of a flattened parameter whose master is `masters[flat][offset:]` here."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    length: int
+    flat: int
+    offset: int
+
+
+class Engine:
+    """A DeepSpeed engine around an objective."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: EngineConfig,
+        *,
+        micro_batch: int,
+        accumulate: int,
+    ) -> None:
+        deepspeed = _deepspeed()
+        start()
+        self.config, self.accumulate = config, accumulate
+        self.dtype = config.dtype()
+        self.device = dist.device()
+        settings = deepspeed_config(config, micro_batch, accumulate)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._engine: Any = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)[0]
+        self._fragments = self._find_fragments()
+
+    # --- the step ---------------------------------------------------------------------------------------------------
+    def forward(self, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
+        """Loss and metrics of a micro-batch in the compute dtype."""
+        with self.autocast():
+            return self._engine(batch, rng)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Compute in the configured dtype inside."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def backward_step(self, loss: Tensor) -> bool:
+        """Backward; at an accumulation boundary also the optimizer step. Whether weights were updated."""
+        self._engine.backward(loss)
+        boundary = self._engine.is_gradient_accumulation_boundary()
+        self._engine.step()
+        return bool(boundary and self._engine.was_step_applied())
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of all groups."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+
+    @property
+    def grad_norm(self) -> float:
+        """Gradient norm of the last step before clipping; 0 when DeepSpeed did not compute it."""
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else 0.0
+
+    @property
+    def module(self) -> nn.Module:
+        """The objective."""
+        return self._engine.module
+
+    # --- the float32 master shards ------------------------------------------------------------------------------------
+    @property
+    def masters(self) -> list[Tensor]:
+        """The local float32 master tensors: flat shards under ZeRO, whole parameters at stage 0."""
+        optimizer, stage = self._engine.optimizer, self.config.zero_stage
+        if stage in (1, 2):
+            return list(optimizer.single_partition_of_fp32_groups)
+        if stage == 3:
+            return list(optimizer.fp32_partitioned_groups_flat)
+        return [p for group in optimizer.param_groups for p in group["params"]]
+
+    @property
+    def fragments(self) -> list[Fragment]:
+        """Pieces of trained parameters whose masters live on this rank."""
+        return self._fragments
+
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        """The torch optimizer."""
+        optimizer = self._engine.optimizer
+        return optimizer if self.config.zero_stage == 0 else optimizer.optimizer
+
+    def _trained(self) -> list[tuple[str, Any]]:
+        return [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
+
+    def _find_fragments(self) -> list[Fragment]:
+        optimizer, stage = self._engine.optimizer, self.config.zero_stage
+        if stage == 0:
+            index = {id(p): i for i, p in enumerate(self.masters)}
+            return [Fragment(n, tuple(p.shape), 0, p.numel(), index[id(p)], 0) for n, p in self._trained()]
+        found = []
+        for name, p in self._trained():
+            if stage == 3:
+                group, offset, size = optimizer.grad_position[optimizer.get_param_id(p)]
+                first = min(size * dist.rank(), p.ds_numel)
+                length = max(0, min(size, p.ds_numel - first))
+                if length:
+                    found.append(Fragment(name, tuple(p.ds_shape), first, length, group, offset))
+            elif p._hp_mapping is not None:
+                low, high = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
+                group = p._hp_mapping.param_group_index
+                found.append(Fragment(name, tuple(p.shape), low.start, low.numel, group, high.start))
+        return found
+
+    def full(self, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Whole float32 tensors (on the CPU) from shards laid out like `masters`; collective, one parameter at a time."""
+        mine = {f.name: f for f in self._fragments}
+        for name, p in self._trained():
+            shape = tuple(p.ds_shape if self.config.zero_stage == 3 else p.shape)
+            f = mine.get(name)
+            if self.config.zero_stage == 0:
+                assert f is not None
+                yield name, shards[f.flat].detach().float().cpu().view(shape).clone()
+                continue
+            numel = p.ds_numel if self.config.zero_stage == 3 else p.numel()
+            whole = torch.zeros(numel, dtype=torch.float32, device=shards[0].device)
+            if f is not None:
+                whole[f.start : f.start + f.length] = shards[f.flat].detach()[f.offset : f.offset + f.length]
+            if dist.world_size() > 1:
+                torch.distributed.all_reduce(whole)
+            yield name, whole.view(shape).cpu()
+
+    @torch.no_grad()
+    def push(self) -> None:
+        """Copy the masters into the weights that the forward uses, after writing into the masters."""
+        optimizer, stage = self._engine.optimizer, self.config.zero_stage
+        if stage in (1, 2):
+            optimizer.update_lp_params()
+        elif stage == 3:
+            optimizer.checkpoint_event_prologue()
+            for i in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(i)
+            optimizer.checkpoint_event_epilogue()
+            optimizer.invalidate_secondary_tensor()
+
+    @contextlib.contextmanager
+    def applied(self, shards: list[Tensor]) -> Iterator[None]:
+        """Inside, the network runs with these shards (EMA, say) instead of the masters."""
+        self._swap(shards)
+        try:
+            yield
+        finally:
+            self._swap(shards)
+
+    @torch.no_grad()
+    def _swap(self, shards: list[Tensor]) -> None:
+        for shard, master in zip(shards, self.masters, strict=True):
+            kept = master.detach().clone()
+            master.data.copy_(shard)
+            shard.copy_(kept)
+        self.push()
