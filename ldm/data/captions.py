@@ -1,0 +1,73 @@
+"""The captions of a sample and the choice among them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ldm.data.decode import BadSample, metadata, text
+from ldm.rng import key as rng_key
+
+_UNIT = float(1 << 63)
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Texts with weights; the first is the plain one."""
+
+    texts: tuple[str, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.texts) == len(self.weights) > 0
+
+    def pick(self, u: float) -> int:
+        """Index drawn by the weights for u in [0, 1)."""
+        target = u * sum(self.weights)
+        for i, weight in enumerate(self.weights):
+            target -= weight
+            if target < 0:
+                return i
+        return len(self.weights) - 1
+
+
+def uniform(seed: int, position: int, purpose: str) -> float:
+    """A number in [0, 1) that belongs to one sample position and purpose."""
+    return rng_key(seed, position, purpose) / _UNIT
+
+
+def captions_of(members: dict[str, bytes], *, required: bool = True) -> tuple[Captions, dict[str, Any]]:
+    """Captions and the json metadata of a sample.
+
+    Looks at json `captions` (texts or [text, weight] pairs), json `caption` or `text`, then the txt member.
+    Raises BadSample no_caption, not_utf8 or bad_json; with `required` false a missing one is the empty text.
+    """
+    tree = metadata(members)
+    pairs = _pairs(tree.get("captions"))
+    if not pairs:
+        single = tree.get("caption", tree.get("text"))
+        if not isinstance(single, str) and "txt" in members:
+            single = text(members["txt"])
+        pairs = [(single.strip(), 1.0)] if isinstance(single, str) and single.strip() else []
+    if not pairs:
+        if required:
+            raise BadSample("no_caption", f"members {sorted(members)}")
+        pairs = [("", 1.0)]
+    return Captions(tuple(t for t, _ in pairs), tuple(w for _, w in pairs)), tree
+
+
+def _pairs(value: Any) -> list[tuple[str, float]]:
+    if not isinstance(value, list):
+        return []
+    pairs: list[tuple[str, float]] = []
+    for entry in value:
+        if isinstance(entry, str):
+            pairs.append((entry, 1.0))
+        elif isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str):
+            weight = float(entry[1])
+            if weight < 0:
+                raise BadSample("bad_json", f"caption weight {weight} is negative")
+            pairs.append((entry[0], weight))
+        else:
+            raise BadSample("bad_json", f"captions hold {entry!r}; expected a text or [text, weight]")
+    return pairs if sum(w for _, w in pairs) > 0 else []

@@ -1,0 +1,232 @@
+"""From shards to batches: the same global batches for any ranks, workers and accumulation, resumable at any step."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ldm.data.captions import uniform
+from ldm.data.decode import BadSample
+from ldm.data.images import Fit, to_float
+from ldm.data.manifest import Manifest, resolve
+from ldm.data.order import Order, mix, slots
+from ldm.data.samples import Samples
+from ldm.types import Batch
+
+Tokenize = Callable[[list[str]], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which samples, in which order, and what is made of them.
+
+    `path` is a shipped data set's name (emoji), a folder with a manifest.json, or the manifest. `size` is the side of
+    the square pictures. `captions`: "weighted" draws among a sample's captions by their weights, "first" takes the
+    plain one. `template` wraps the caption. `memory` bounds in bytes what is kept decoded. `last` is the rule for an
+    epoch's last partial batch. Bad samples are replaced and listed in `quarantine`; above the rate `max_bad` the run
+    stops.
+    """
+
+    kind: Literal["shards"] = "shards"
+    path: str
+    split: str = "train"
+    size: int = 64
+    fit: Fit = "crop"
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False
+    captions: Literal["weighted", "first"] = "weighted"
+    template: str = "{}"
+    require_captions: bool = True
+    cached: bool = False
+    shuffle: bool = True
+    window: int = 1 << 16
+    last: Literal["drop", "wrap"] = "drop"
+    memory: int = 1 << 30
+    max_bad: float = 0.05
+    quarantine: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size must be at least 1, got {self.size}")
+        if "{}" not in self.template:
+            raise ValueError(f"template {self.template!r} must hold {{}} where the caption goes")
+        if not 0 <= self.max_bad <= 1:
+            raise ValueError(f"max_bad must be in [0, 1], got {self.max_bad}")
+        if self.memory < 0:
+            raise ValueError(f"memory must not be negative, got {self.memory}")
+
+
+class Quarantine:
+    """Counts bad samples by shard and reason, lists each once, and stops the run above a rate."""
+
+    def __init__(self, path: str | None, max_bad: float) -> None:
+        self.path = None if path is None else Path(path)
+        self.max_bad = max_bad
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.seen = 0
+        self._known: set[int] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def bad(self) -> int:
+        """How many different samples were bad."""
+        return len(self._known)
+
+    def add(self, sample: int, key: str, shard: str, error: BadSample) -> None:
+        """Record one; ValueError if more than `max_bad` of at least 100 samples were bad."""
+        with self._lock:
+            if sample in self._known:
+                return
+            self._known.add(sample)
+            self.counts[shard, error.reason] += 1
+            if self.path is not None:
+                line = {"key": key, "shard": shard, "reason": error.reason, "error": error.detail}
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            if self.bad > max(self.max_bad * max(self.seen, 100), 1):
+                worst = ", ".join(f"{n} x {reason} in {shard}" for (shard, reason), n in self.counts.most_common(3))
+                raise ValueError(
+                    f"data: {self.bad} of {self.seen} samples are bad, more than max_bad={self.max_bad}: {worst}"
+                )
+
+
+class Loader:
+    """Micro-batches of one rank. Resume is `batches(optimizer steps done)`, whatever the world size was before.
+
+    `tokenize` maps a list of captions to tokens (B, T). `expect` names what a cached set must have been made with.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        seed: int,
+        micro_batch: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        tokenize: Tokenize | None = None,
+        expect: Mapping[str, Any] | None = None,
+    ) -> None:
+        if micro_batch < 1 or accumulate < 1 or workers < 0 or not 0 <= rank < world:
+            raise ValueError(
+                f"micro_batch {micro_batch}, accumulate {accumulate}, workers {workers} or rank {rank} of {world} "
+                "is out of range"
+            )
+        self.config = config
+        self.manifest = Manifest.read(resolve(config.path))
+        self.samples = Samples(
+            self.manifest,
+            config.split,
+            size=config.size,
+            fit=config.fit,
+            cached=config.cached,
+            memory=config.memory,
+            require_captions=config.require_captions,
+            expect=expect,
+        )
+        self.global_batch = micro_batch * accumulate * world
+        self.order = Order(
+            sizes=self.samples.shards.sizes,
+            batch=self.global_batch,
+            seed=seed,
+            shuffle=config.shuffle,
+            window=config.window,
+            last=config.last,
+        )
+        self.quarantine = Quarantine(config.quarantine, config.max_bad)
+        self._seed = seed
+        self._accumulate = accumulate
+        self._rank = rank
+        self._world = world
+        self._workers = workers
+        self._tokenize = tokenize
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch, equal on all ranks."""
+        return self.order.steps_per_epoch
+
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+        """Micro-batches from an optimizer step on, forever; each step is `accumulate` of them."""
+        micro = start_step * self._accumulate
+        if self._workers == 0:
+            while True:
+                yield self.batch(*divmod(micro, self._accumulate))
+                micro += 1
+        pool = ThreadPoolExecutor(self._workers, "ldm-data")
+        ahead: deque[Future[Batch]] = deque()
+        try:
+            while True:
+                while len(ahead) < self._workers * 2:
+                    ahead.append(pool.submit(self.batch, *divmod(micro, self._accumulate)))
+                    micro += 1
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def batch(self, step: int, micro_step: int) -> Batch:
+        """One micro-batch, a pure function of its place."""
+        chosen = slots(
+            self.global_batch, rank=self._rank, world=self._world, accumulate=self._accumulate, micro_step=micro_step
+        )
+        ids = self.order.ids(step, chosen).tolist()
+        positions = (step * self.global_batch + chosen).tolist()
+        ids = self._replace_bad(ids, positions)
+        batch: Batch = {
+            "key": [self.samples.key(i) for i in ids],
+            "position": torch.tensor(positions, dtype=torch.int64),
+            "weight": torch.ones(len(ids), dtype=torch.float32),
+        }
+        picks = self._picks(ids, positions)
+        texts = [self.samples.captions(i).texts[p] for i, p in zip(ids, picks, strict=True)]
+        batch["caption"] = [self.config.template.replace("{}", text) for text in texts]
+        if self.config.cached:
+            variants = [uniform(self._seed, p, "variant") for p in positions]
+            batch.update(self.samples.cached(ids, picks, variants))
+        else:
+            batch["image"] = to_float(self.samples.pixels(ids, self._crops(positions), self._flips(positions)))
+        if self._tokenize is not None:
+            batch["tokens"] = self._tokenize(batch["caption"])
+        return batch
+
+    def _picks(self, ids: Sequence[int], positions: Sequence[int]) -> list[int]:
+        if self.config.captions == "first":
+            return [0] * len(ids)
+        pairs = zip(ids, positions, strict=True)
+        return [self.samples.captions(i).pick(uniform(self._seed, p, "caption")) for i, p in pairs]
+
+    def _crops(self, positions: Sequence[int]) -> list[tuple[float, float]] | None:
+        if self.config.crop == "center":
+            return None
+        return [(uniform(self._seed, p, "crop x"), uniform(self._seed, p, "crop y")) for p in positions]
+
+    def _flips(self, positions: Sequence[int]) -> list[bool] | None:
+        return [uniform(self._seed, p, "flip") < 0.5 for p in positions] if self.config.flip else None
+
+    def _replace_bad(self, ids: Sequence[int], positions: Sequence[int]) -> list[int]:
+        """Each id, or the first good one of a sequence that belongs to its position; touches (decodes) each sample."""
+        good = []
+        for sample, position in zip(ids, positions, strict=True):
+            self.quarantine.seen += 1
+            attempt = 0
+            while (error := self.samples.touch(sample)) is not None:
+                shard = self.samples.shards.shards[self.samples.shards.locate(sample)[0]].file
+                self.quarantine.add(sample, self.samples.key(sample), shard, error)
+                attempt += 1
+                if attempt > 1000:
+                    raise ValueError(f"data: 1000 samples in a row are bad; the last is {error}")
+                sample = int(mix(self._seed, position, attempt)[0] % len(self.samples))
+            good.append(sample)
+        return good

@@ -1,0 +1,145 @@
+"""`manifest.json`: the shards of a data set with their sizes, hashes, splits and what is cached in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+FORMAT = "ldm-data"
+VERSION = 1
+NAME = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One tar. `file` and `index` are relative to the manifest's folder; `bucket` is (width, height) or None."""
+
+    file: str
+    samples: int
+    bytes: int
+    sha256: str
+    index: str
+    split: str = "train"
+    bucket: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples < 0 or self.bytes < 0:
+            raise ValueError(f"shard {self.file!r}: samples and bytes must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A data set. `cached` says what is cached and with which weights; None for plain pictures."""
+
+    name: str
+    shards: tuple[Shard, ...]
+    folder: Path = field(default=Path(), compare=False)
+    cached: dict[str, Any] | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits, sorted."""
+        return tuple(sorted({shard.split for shard in self.shards}))
+
+    def split(self, name: str) -> tuple[Shard, ...]:
+        """The shards of one split, or of all for "all"; ValueError for an unknown one."""
+        chosen = tuple(s for s in self.shards if name in (s.split, "all"))
+        if not chosen:
+            raise ValueError(f"split {name!r} is not in {self.name!r}; it has {list(self.splits)}")
+        return chosen
+
+    def samples(self, split: str = "all") -> int:
+        """How many samples a split has."""
+        return sum(s.samples for s in self.split(split))
+
+    def write(self, folder: Path | None = None) -> Path:
+        """Write `manifest.json` atomically into the folder, sorted and stable."""
+        folder = folder or self.folder
+        tree = {
+            "format": FORMAT,
+            "version": VERSION,
+            "name": self.name,
+            "cached": self.cached,
+            "notes": self.notes,
+            "shards": [asdict(s) for s in sorted(self.shards, key=lambda s: s.file)],
+        }
+        path = folder / NAME
+        beside = folder / f".{NAME}.{os.getpid()}"
+        beside.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+        return path
+
+    @staticmethod
+    def read(path: str | Path) -> Manifest:
+        """Read a manifest file or the one of a folder; ValueError says what is wrong with it."""
+        path = Path(path)
+        path = path / NAME if path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(f"data {str(path)!r}: no such manifest; `ldm data index` makes one for existing tars")
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"data {str(path)!r}: not a manifest: {error}") from error
+        if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+            raise ValueError(f"data {str(path)!r}: not a manifest: no `format: {FORMAT}` in it")
+        if tree.get("version") != VERSION:
+            raise ValueError(f"data {str(path)!r}: manifest version {tree.get('version')!r}, this reads {VERSION}")
+        try:
+            shards = tuple(_shard(entry) for entry in tree["shards"])
+            return Manifest(
+                name=tree["name"],
+                shards=shards,
+                folder=path.parent,
+                cached=tree.get("cached"),
+                notes=tree.get("notes") or {},
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"data {str(path)!r}: manifest lacks or has a wrong key: {error}") from error
+
+
+def _shard(entry: dict[str, Any]) -> Shard:
+    bucket = entry.get("bucket")
+    return Shard(**{**entry, "bucket": None if bucket is None else (int(bucket[0]), int(bucket[1]))})
+
+
+def merge(manifests: Iterable[Manifest]) -> Manifest:
+    """One manifest of the shards of several in the same folder that agree on what is cached; ValueError if not."""
+    parts = list(manifests)
+    first = parts[0]
+    for part in parts[1:]:
+        if part.cached != first.cached:
+            raise ValueError(f"data {first.name!r}: parts disagree on what is cached: {first.cached} / {part.cached}")
+    return replace(first, shards=tuple(s for part in parts for s in part.shards))
+
+
+def resolve(path: str | Path) -> Path:
+    """The manifest file of a shipped data set's name, a folder or a manifest path; ValueError if there is none."""
+    given = Path(path)
+    if given.is_dir() or given.is_file():
+        target = given / NAME if given.is_dir() else given
+        if target.suffix == ".json" and target.is_file():
+            return target
+        if given.is_file():
+            raise ValueError(f"data.path: {str(path)!r} is not a manifest.json; `ldm data index` makes one for tars")
+        raise ValueError(f"data.path: no {NAME} in {str(path)!r}; `ldm data build` or `ldm data index` makes one")
+    shipped = Path(str(resources.files("ldm"))) / "assets"
+    if given.name == str(path) and (shipped / str(path) / NAME).is_file():
+        return shipped / str(path) / NAME
+    names = sorted(p.parent.name for p in shipped.glob(f"*/{NAME}"))
+    raise ValueError(f"data.path: {str(path)!r} is no folder, no manifest and no shipped data; shipped: {names}")
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
