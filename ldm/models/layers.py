@@ -5,6 +5,9 @@ Legend: B batch, C channels, H height, W width, E width of the time embedding.
 
 from __future__ import annotations
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,28 +18,47 @@ class NormSiLU(nn.GroupNorm):
     """SiLU(GroupNorm(x)), with the activation in place where no gradient needs its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.silu(super().forward(x), inplace=not x.requires_grad and not self.weight.requires_grad)
+        return F.silu(super().forward(x), inplace=not torch.is_grad_enabled())
 
 
 class ResnetBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x))) + time))); a 1x1 convolution on x where the channels change."""
+    """x + conv(silu(norm(conv(silu(norm(x))) + time))); a 1x1 convolution on x where the channels change.
 
-    def __init__(self, cin: int, cout: int, *, groups: int, eps: float, time: int | None = None) -> None:
+    With `scale_shift` the time embedding scales and shifts the second norm instead (Dhariwal & Nichol 2021).
+    """
+
+    def __init__(
+        self,
+        cin: int,
+        cout: int,
+        *,
+        groups: int,
+        eps: float,
+        time: int | None = None,
+        scale_shift: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
+        self.scale_shift, self.dropout = scale_shift, dropout
         self.norm1 = NormSiLU(groups, cin, eps=eps)
         self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
         if time is not None:
-            self.time_emb_proj = nn.Linear(time, cout)
-        self.norm2 = NormSiLU(groups, cout, eps=eps)
+            self.time_emb_proj = nn.Linear(time, 2 * cout if scale_shift else cout)
+        self.norm2 = nn.GroupNorm(groups, cout, eps=eps) if scale_shift else NormSiLU(groups, cout, eps=eps)
         self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else None
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """`time` (B, E) is already activated: SiLU is applied once for all blocks."""
         h = self.conv1(self.norm1(x))
-        if time is not None:
-            h = h + self.time_emb_proj(time)[:, :, None, None]
-        h = self.conv2(self.norm2(h))
+        if time is None:
+            h = self.norm2(h)
+        elif self.scale_shift:
+            scale, shift = self.time_emb_proj(time)[:, :, None, None].chunk(2, dim=1)
+            h = F.silu(self.norm2(h) * (1 + scale) + shift)
+        else:
+            h = self.norm2(h + self.time_emb_proj(time)[:, :, None, None])
+        h = self.conv2(F.dropout(h, self.dropout, self.training) if self.dropout else h)
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -81,6 +103,34 @@ class SpatialAttention(nn.Module):
         q, k, v = (f(h).unflatten(-1, (self.heads, -1)) for f in (self.to_q, self.to_k, self.to_v))
         h = self.to_out[0](attention(q, k, v).flatten(2))
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Embedding(nn.Module):
+    """Two linear layers with SiLU between them; `extra` widens the input by a projection of a second vector."""
+
+    def __init__(self, width: int, out: int, *, extra: int | None = None) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width, out)
+        self.cond_proj = nn.Linear(extra, width, bias=False) if extra is not None else None
+        self.linear_2 = nn.Linear(out, out)
+
+    def forward(self, x: Tensor, extra: Tensor | None = None) -> Tensor:
+        if extra is not None:
+            assert self.cond_proj is not None
+            x = x + self.cond_proj(extra)
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+def sinusoid(t: Tensor, width: int, *, cos_first: bool = True, shift: float = 0.0) -> Tensor:
+    """Sines and cosines of t (N,) at geometric frequencies 1 ... 1/10000, (N, width), always in float32.
+
+    `shift` 1 makes the last frequency 1/10000 exactly, 0 leaves it one step short. An odd width ends with a zero.
+    """
+    half = width // 2
+    power = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - shift)
+    angle = t.float()[:, None] * power.exp()
+    parts = [angle.cos(), angle.sin()] if cos_first else [angle.sin(), angle.cos()]
+    return F.pad(torch.cat(parts, dim=-1), (0, width % 2))
 
 
 def check_groups(groups: int, channels: tuple[int, ...]) -> None:

@@ -40,6 +40,7 @@ def hf_model(config: TextConfig, state: dict[str, Tensor], projected: bool):
             bos_token_id=config.vocab_size - 2,
         )
     )
+    model = model.to(state["ln_final.bias"].dtype)
     state = text_to_hf(state)
     if not projected:
         state = {k.removeprefix("text_model."): v for k, v in state.items() if k != "text_projection.weight"}
@@ -57,7 +58,7 @@ def test_families_equal_transformers(dtype: torch.dtype, bound: float, activatio
     last = TextTower(TextConfig(**base, activation=activation, projection=24)).to(dtype)
     torch.nn.init.normal_(last.model.ln_final.bias)
     tokens = last.tokenize(PROMPTS)
-    theirs = hf_model(last.config, last.model.state_dict(), projected=True).to(dtype)
+    theirs = hf_model(last.config, last.model.state_dict(), projected=True)
     with torch.no_grad():
         expected = theirs(tokens, output_hidden_states=True)
     ours = last.encode(tokens)

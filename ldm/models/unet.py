@@ -1,0 +1,376 @@
+"""Text-conditional U-Net (Rombach et al. 2022, arXiv 2112.10752) with diffusers' parameter names and config keys.
+
+Legend: B batch, C channels, H, W latent pixels, T tokens, D width of the text, E width of the time embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm.models.layers import (
+    Downsample,
+    Embedding,
+    NormSiLU,
+    ResnetBlock,
+    Upsample,
+    check_equal,
+    check_groups,
+    sinusoid,
+)
+from ldm.models.transformer import Transformer2D
+from ldm.types import Cond
+
+V = TypeVar("V")
+PerLevel = V | tuple[V, ...]
+DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
+MID = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")
+UP = ("CrossAttnUpBlock2D", "UpBlock2D")
+CLASS_EMBEDS = (None, "timestep", "identity", "projection", "simple_projection")
+_FIXED = {
+    "center_input_sample": False,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1.0,
+    "act_fn": "silu",
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "only_cross_attention": False,
+    "dual_cross_attention": False,
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0,
+    "time_embedding_type": "positional",
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "attention_type": "default",
+    "class_embeddings_concat": False,
+    "mid_block_only_cross_attention": None,
+    "cross_attention_norm": None,
+    "addition_embed_type_num_heads": 64,
+    "reverse_transformer_layers_per_block": None,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """The keys of diffusers' UNet2DConditionModel `config.json`; one value, or one a level from the finest.
+
+    `attention_head_dim` is the NUMBER of heads, as it is in every published config (diffusers' naming mistake, kept in
+    its files); `num_attention_heads`, if given, is used instead. Keys that only take one value here are checked.
+    """
+
+    sample_size: int | None = None
+    in_channels: int = 4
+    out_channels: int = 4
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0
+    down_block_types: tuple[str, ...] = (DOWN[0], DOWN[0], DOWN[0], DOWN[1])
+    mid_block_type: str = MID[0]
+    up_block_types: tuple[str, ...] = (UP[1], UP[0], UP[0], UP[0])
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int | tuple[int, ...] = 2
+    dropout: float = 0.0
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int | tuple[int, ...] = 1280
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    attention_head_dim: int | tuple[int, ...] = 8
+    num_attention_heads: int | tuple[int, ...] | None = None
+    use_linear_projection: bool = False
+    upcast_attention: bool = False
+    resnet_time_scale_shift: str = "default"
+    time_embedding_dim: int | None = None
+    time_cond_proj_dim: int | None = None
+    class_embed_type: str | None = None
+    num_class_embeds: int | None = None
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+    center_input_sample: bool = False
+    downsample_padding: int = 1
+    mid_block_scale_factor: float = 1.0
+    act_fn: str = "silu"
+    encoder_hid_dim: int | None = None
+    encoder_hid_dim_type: str | None = None
+    only_cross_attention: bool = False
+    dual_cross_attention: bool = False
+    resnet_skip_time_act: bool = False
+    resnet_out_scale_factor: float = 1.0
+    time_embedding_type: str = "positional"
+    time_embedding_act_fn: str | None = None
+    timestep_post_act: str | None = None
+    conv_in_kernel: int = 3
+    conv_out_kernel: int = 3
+    attention_type: str = "default"
+    class_embeddings_concat: bool = False
+    mid_block_only_cross_attention: bool | None = None
+    cross_attention_norm: str | None = None
+    addition_embed_type_num_heads: int = 64
+    reverse_transformer_layers_per_block: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in _FIXED.items():
+            check_equal(name, getattr(self, name), value)
+        levels = self.levels
+        for name, allowed in (("down_block_types", DOWN), ("up_block_types", UP)):
+            types = getattr(self, name)
+            if len(types) != levels or any(t not in allowed for t in types):
+                raise ValueError(f"{name} {list(types)}: expected one of {list(allowed)} for each of {levels} levels")
+        _check_member("mid_block_type", self.mid_block_type, MID)
+        _check_member("class_embed_type", self.class_embed_type, CLASS_EMBEDS)
+        _check_member("addition_embed_type", self.addition_embed_type, (None, "text_time"))
+        _check_member("resnet_time_scale_shift", self.resnet_time_scale_shift, ("default", "scale_shift"))
+        check_groups(self.norm_num_groups, self.block_out_channels)
+        for width, heads in zip(self.block_out_channels, self.heads, strict=True):
+            if heads < 1 or width % heads:
+                raise ValueError(f"attention_head_dim (number of heads) {heads} must divide block_out_channels {width}")
+        for name in ("layers_per_block", "transformer_layers_per_block", "cross_attention_dim"):
+            self.per_level(name)
+        needs_input = self.class_embed_type in ("projection", "simple_projection") or self.addition_embed_type
+        if needs_input and self.projection_class_embeddings_input_dim is None:
+            raise ValueError("projection_class_embeddings_input_dim is needed by this class or addition embedding")
+        if self.addition_embed_type and self.addition_time_embed_dim is None:
+            raise ValueError(f"addition_time_embed_dim is needed by addition_embed_type {self.addition_embed_type!r}")
+
+    @property
+    def levels(self) -> int:
+        """Number of resolutions."""
+        return len(self.block_out_channels)
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Number of attention heads of each level."""
+        return self.per_level("attention_head_dim" if self.num_attention_heads is None else "num_attention_heads")
+
+    @property
+    def time_width(self) -> int:
+        """E."""
+        return self.time_embedding_dim or 4 * self.block_out_channels[0]
+
+    def per_level(self, name: str) -> tuple[int, ...]:
+        """A setting as one value a level, finest first; raises ValueError for another number of values."""
+        value = getattr(self, name)
+        values = value if isinstance(value, tuple) else (value,) * self.levels
+        if len(values) != self.levels or min(values) < 1:
+            raise ValueError(f"{name} {value!r}: expected a positive number, or one for each of {self.levels} levels")
+        return values
+
+
+def _check_member(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} {value!r} is not one of {list(allowed)}")
+
+
+class Stage(nn.Module):
+    """Resnets of one resolution, each followed by a transformer where there is cross-attention, and a resampling."""
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        level: int,
+        inputs: list[int],
+        *,
+        attend: bool,
+        down: bool = False,
+        up: bool = False,
+    ) -> None:
+        super().__init__()
+        width = config.block_out_channels[level]
+        self.resnets = nn.ModuleList(_resnet(config, cin, width) for cin in inputs)
+        self.attentions = nn.ModuleList(_transformer(config, level) for _ in inputs) if attend else None
+        self.downsamplers = nn.ModuleList([Downsample(width, symmetric=True)]) if down else None
+        self.upsamplers = nn.ModuleList([Upsample(width)]) if up else None
+
+    def step(self, index: int, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
+        """Resnet number `index`, and its transformer."""
+        x = self.resnets[index](x, time)
+        return x if self.attentions is None else self.attentions[index](x, text)
+
+
+class Middle(nn.Module):
+    """resnet, transformer, resnet at the coarsest resolution; or one resnet."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        width, attend = config.block_out_channels[-1], config.mid_block_type == MID[0]
+        self.attentions = nn.ModuleList([_transformer(config, config.levels - 1)] if attend else [])
+        self.resnets = nn.ModuleList(_resnet(config, width, width) for _ in range(1 + attend))
+
+    def forward(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
+        x = self.resnets[0](x, time)
+        for attend, resnet in zip(self.attentions, self.resnets[1:], strict=True):
+            x = resnet(attend(x, text), time)
+        return x
+
+
+def _resnet(config: UNetConfig, cin: int, cout: int) -> ResnetBlock:
+    return ResnetBlock(
+        cin,
+        cout,
+        groups=config.norm_num_groups,
+        eps=config.norm_eps,
+        time=config.time_width,
+        scale_shift=config.resnet_time_scale_shift == "scale_shift",
+        dropout=config.dropout,
+    )
+
+
+def _transformer(config: UNetConfig, level: int) -> Transformer2D:
+    return Transformer2D(
+        config.block_out_channels[level],
+        heads=config.heads[level],
+        depth=config.per_level("transformer_layers_per_block")[level],
+        text=config.per_level("cross_attention_dim")[level],
+        groups=config.norm_num_groups,
+        linear=config.use_linear_projection,
+        dropout=config.dropout,
+    )
+
+
+def _down_stages(config: UNetConfig) -> nn.ModuleList:
+    widths, layers = config.block_out_channels, config.per_level("layers_per_block")
+    stages = nn.ModuleList()
+    for i, kind in enumerate(config.down_block_types):
+        inputs = [widths[max(i - 1, 0)]] + [widths[i]] * (layers[i] - 1)
+        stages.append(Stage(config, i, inputs, attend=kind == DOWN[0], down=i < config.levels - 1))
+    return stages
+
+
+def _up_stages(config: UNetConfig) -> nn.ModuleList:
+    """Each resnet takes the channels before it and those of one skip connection, the last ones first."""
+    widths, layers = config.block_out_channels, config.per_level("layers_per_block")
+    skips = [widths[0]]
+    for i, count in enumerate(layers):
+        skips += [widths[i]] * (count + (i < config.levels - 1))
+    stages, before = nn.ModuleList(), widths[-1]
+    for kind, i in zip(config.up_block_types, reversed(range(config.levels)), strict=True):
+        inputs = []
+        for _ in range(layers[i] + 1):
+            inputs.append(before + skips.pop())
+            before = widths[i]
+        stages.append(Stage(config, i, inputs, attend=kind == UP[0], up=i > 0))
+    return stages
+
+
+class UNet(nn.Module):
+    """Noisy latents, times and conditioning -> the raw prediction."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths, time = config.block_out_channels, config.time_width
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = Embedding(widths[0], time, extra=config.time_cond_proj_dim)
+        self.class_embedding = _class_embedding(config)
+        extra = config.projection_class_embeddings_input_dim
+        self.add_embedding = Embedding(extra, time) if config.addition_embed_type and extra else None
+        self.down_blocks = _down_stages(config)
+        self.mid_block = Middle(config)
+        self.up_blocks = _up_stages(config)
+        self.conv_norm_out = NormSiLU(config.norm_num_groups, widths[0], eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self.recompute = False
+        self._start_as_identity()
+
+    def _start_as_identity(self) -> None:
+        """Residual branches and the output start at zero (Dhariwal & Nichol 2021)."""
+        for module in self.modules():
+            if isinstance(module, ResnetBlock):
+                nn.init.zeros_(module.conv2.weight)
+                nn.init.zeros_(module.conv2.bias)  # type: ignore[arg-type]
+            elif isinstance(module, Transformer2D):
+                nn.init.zeros_(module.proj_out.weight)
+                nn.init.zeros_(module.proj_out.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """(B, C, H, W) at times t (B,) or (1,) -> (B, C', H, W).
+
+        `cond`: "text" (B, T, D); "concat" (B, C'', H, W), added to the channels; "class" (B,) or (B, P); "pooled"
+        (B, P) with "time_ids" (B, 6); "guidance" (B,), the w of w-conditioned models, which is the guidance scale - 1.
+        """
+        if "concat" in cond:
+            x = torch.cat([x, cond["concat"].to(x.dtype)], dim=1)
+        if x.shape[1] != self.config.in_channels:
+            raise ValueError(f"the U-Net takes {self.config.in_channels} channels, got {x.shape[1]} (with concat)")
+        text = cond["text"].to(x.dtype) if "text" in cond else x.new_zeros(0)
+        time = nn.functional.silu(self.time(t, cond, len(x), x.dtype))
+        x = self.conv_in(x)
+        skips = [x]
+        for stage in self.down_blocks:
+            for i in range(len(stage.resnets)):
+                x = self._run(stage.step, i, x, time, text)
+                skips.append(x)
+            if stage.downsamplers is not None:
+                x = stage.downsamplers[0](x)
+                skips.append(x)
+        x = self._run(self.mid_block, x, time, text)
+        for stage in self.up_blocks:
+            for i in range(len(stage.resnets)):
+                x = self._run(stage.step, i, torch.cat([x, skips.pop()], dim=1), time, text)
+            if stage.upsamplers is not None:
+                h, w = skips[-1].shape[2:]
+                even = (h, w) == (2 * x.shape[2], 2 * x.shape[3])
+                x = stage.upsamplers[0](x, None if even else (h, w))
+        return self.conv_out(self.conv_norm_out(x))
+
+    def time(self, t: Tensor, cond: Cond, batch: int, dtype: torch.dtype) -> Tensor:
+        """The embedding (B, E) of times and of all that is added to them, before its activation."""
+        config = self.config
+        t = t.reshape(-1).expand(batch)
+        guidance = None
+        if "guidance" in cond:
+            if config.time_cond_proj_dim is None:
+                raise ValueError('cond "guidance" needs a U-Net with time_cond_proj_dim')
+            w = sinusoid(1000.0 * cond["guidance"].float(), config.time_cond_proj_dim, cos_first=False, shift=1.0)
+            guidance = w.to(dtype)
+        emb = self.time_embedding(self._sinusoid(t, config.block_out_channels[0]).to(dtype), guidance)
+        if self.class_embedding is not None:
+            label = _needed(cond, "class")
+            if config.class_embed_type == "timestep":
+                label = self._sinusoid(label, config.block_out_channels[0])
+            emb = emb + self.class_embedding(label.to(dtype) if config.class_embed_type else label)
+        if self.add_embedding is not None:
+            ids, pooled = _needed(cond, "time_ids"), _needed(cond, "pooled")
+            assert config.addition_time_embed_dim is not None
+            sizes = self._sinusoid(ids.flatten(), config.addition_time_embed_dim).view(len(ids), -1)
+            emb = emb + self.add_embedding(torch.cat([pooled.to(dtype), sizes.to(dtype)], dim=-1))
+        return emb
+
+    def enable_gradient_checkpointing(self, on: bool = True) -> None:
+        """Recompute each resnet with its transformer in the backward pass, in training."""
+        self.recompute = on
+
+    def _sinusoid(self, t: Tensor, width: int) -> Tensor:
+        return sinusoid(t, width, cos_first=self.config.flip_sin_to_cos, shift=self.config.freq_shift)
+
+    def _run(self, step: Callable[..., Tensor], *args: Any) -> Tensor:
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(step, *args, use_reentrant=False)  # type: ignore[return-value]
+        return step(*args)
+
+
+def _class_embedding(config: UNetConfig) -> nn.Module | None:
+    kind, time, width = config.class_embed_type, config.time_width, config.projection_class_embeddings_input_dim
+    if kind == "timestep":
+        return Embedding(config.block_out_channels[0], time)
+    if kind == "identity":
+        return nn.Identity()
+    if kind == "projection":
+        return Embedding(width or 0, time)
+    if kind == "simple_projection":
+        return nn.Linear(width or 0, time)
+    return nn.Embedding(config.num_class_embeds, time) if config.num_class_embeds is not None else None
+
+
+def _needed(cond: Cond, key: str) -> Tensor:
+    if key not in cond:
+        raise ValueError(f"this U-Net needs cond {key!r}; got {sorted(cond)}")
+    return cond[key]
