@@ -100,7 +100,7 @@ def readme_tree(text: str) -> list[str]:
 
 
 def test_the_tree_is_read_as_meant() -> None:
-    text = "# x\n```\nldm/\n  rng.py   noise.\n  data/    e.g. no model\n    order.py shards.py  who reads\nlaunch/  starts\n```\n"
+    text = "# x\n```\nldm/\n  rng.py   noise.\n  data/    e.g. it\n    order.py shards.py  who\nlaunch/  starts\n```\n"
     files = ["ldm/rng.py", "ldm/data/", "ldm/data/order.py", "ldm/data/shards.py"]
     assert readme_tree(text) == ["ldm/", *files, "launch/"]
 

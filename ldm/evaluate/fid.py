@@ -1,0 +1,136 @@
+"""Distances between two sets of features: Fréchet distance, KID, precision and recall; float64 throughout.
+
+Only on Inception features is the Fréchet distance called FID. Its bias falls with the number of pictures: two figures
+compare at equal counts only, and below a few thousand pictures KID, which has no bias, is the one to read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.rng import generator
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean (D,) and unbiased covariance (D, D) of features, with their count."""
+
+    mean: Tensor
+    covariance: Tensor
+    count: int
+
+    @staticmethod
+    def of(features: Tensor) -> Gaussian:
+        """Statistics of features (N, D); ValueError for fewer than two."""
+        _check(features, at_least=2)
+        features = features.double()
+        return Gaussian(features.mean(0), torch.cov(features.T).reshape(features.shape[1], -1), len(features))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over subsets and the standard deviation between them."""
+
+    mean: float
+    std: float
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """Squared 2-Wasserstein distance of two Gaussians (Dowson & Landau 1982; Heusel et al. 2017, eq. 6)."""
+    root = _root(a.covariance.double())
+    # The product's eigenvalues are those of a symmetric matrix, so its root's trace needs no complex square root.
+    eigenvalues = torch.linalg.eigvalsh(root @ b.covariance.double() @ root)
+    cross = eigenvalues.clamp(min=0).sqrt().sum()
+    traces = a.covariance.double().trace() + b.covariance.double().trace()
+    return ((a.mean - b.mean).double().square().sum() + traces - 2 * cross).item()
+
+
+def _root(matrix: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def mmd2(a: Tensor, b: Tensor) -> float:
+    """Unbiased squared maximum mean discrepancy of features (N, D), (M, D) under the kernel (x·y/D + 1)³.
+
+    Binkowski et al. 2018, section 4. It may be slightly negative.
+    """
+    n, m = len(a), len(b)
+    within_a, within_b, between = _kernel(a, a), _kernel(b, b), _kernel(a, b)
+    term_a = (within_a.sum() - within_a.trace()) / (n * (n - 1))
+    term_b = (within_b.sum() - within_b.trace()) / (m * (m - 1))
+    return (term_a + term_b - 2 * between.mean()).item()
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def kernel_distance(a: Tensor, b: Tensor, *, subsets: int = 100, size: int = 1000, seed: int = 0) -> Estimate:
+    """KID: mean and standard deviation of `mmd2` over random subsets of at most `size` pictures of each set.
+
+    Raises ValueError for sets of fewer than two pictures or of different widths.
+    """
+    _check_pair(a, b)
+    a, b = a.double(), b.double()
+    size = min(size, len(a), len(b))
+    values = []
+    for subset in range(subsets):
+        draw = generator(seed, subset, "kid")
+        rows_a = torch.randperm(len(a), generator=draw)[:size]
+        rows_b = torch.randperm(len(b), generator=draw)[:size]
+        values.append(mmd2(a[rows_a], b[rows_b]))
+    std, mean = torch.std_mean(torch.tensor(values, dtype=torch.float64), correction=0)
+    return Estimate(mean.item(), std.item())
+
+
+def precision_recall(real: Tensor, fake: Tensor, neighbours: int = 3) -> tuple[float, float]:
+    """Share of fakes inside the reals' manifold, and of reals inside the fakes' (Kynkäänniemi et al. 2019, eq. 1).
+
+    A set's manifold is the union of balls around its points that reach their k-th neighbour.
+    """
+    _check_pair(real, fake)
+    if min(len(real), len(fake)) <= neighbours:
+        raise ValueError(f"precision and recall with {neighbours} neighbours need more than {neighbours} pictures")
+    between = torch.cdist(real.double(), fake.double())
+    inside_real = between <= _radii(real, neighbours)[:, None]
+    inside_fake = between <= _radii(fake, neighbours)[None, :]
+    return inside_real.any(0).double().mean().item(), inside_fake.any(1).double().mean().item()
+
+
+def _radii(x: Tensor, neighbours: int) -> Tensor:
+    distances = torch.cdist(x.double(), x.double())
+    distances.fill_diagonal_(0)  # cdist may leave rounding here
+    return distances.kthvalue(neighbours + 1, dim=1).values
+
+
+def compare(real: Tensor, fake: Tensor, *, network: str, seed: int = 0) -> dict[str, Any]:
+    """All distances of two sets of features, under names that say on which network they stand."""
+    _check_pair(real, fake)
+    frechet = frechet_distance(Gaussian.of(real), Gaussian.of(fake))
+    kid = kernel_distance(real, fake, seed=seed)
+    result: dict[str, Any] = {"network": network, "real": len(real), "generated": len(fake)}
+    result["fid" if network == "inception" else f"frechet_distance[{network}]"] = frechet
+    result["kid" if network == "inception" else f"kernel_distance[{network}]"] = {"mean": kid.mean, "std": kid.std}
+    if min(len(real), len(fake)) > 3:
+        precision, recall = precision_recall(real, fake)
+        result |= {"precision": precision, "recall": recall}
+    return result
+
+
+def _check(features: Tensor, at_least: int) -> None:
+    if features.ndim != 2 or len(features) < at_least:
+        raise ValueError(f"features: expected (N, D) with N at least {at_least}, got {tuple(features.shape)}")
+    if not features.isfinite().all():
+        raise ValueError("features: some are not finite")
+
+
+def _check_pair(a: Tensor, b: Tensor) -> None:
+    _check(a, at_least=2)
+    _check(b, at_least=2)
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"features: widths differ, {a.shape[1]} and {b.shape[1]}: not of the same network?")
