@@ -1,17 +1,61 @@
-"""Names of the same weights in other formats: Hugging Face's CLIP text towers against open_clip's.
+"""Names of the same weights in other formats, as plans: new name -> (old names, how the new tensor is made of them).
 
-Maps are strict: a key that nothing accounts for, or one that is absent, is a ValueError that lists it.
+A plan is made from names alone, is strict both ways, and is carried out one tensor at a time.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-State = dict[str, Tensor]
+from ldm.checkpoint.weights import Entry, Source, listed
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of the new format."""
+
+    sources: tuple[str, ...]
+    make: Callable[..., Tensor] | None = None
+
+
+Plan = dict[str, Part]
+
+
+def follow(plan: Plan, source: Source, what: str) -> dict[str, Entry]:
+    """The tensors of the new format, each made when it is read.
+
+    Raises ValueError listing tensors that the plan needs and the source lacks, and those that nothing uses.
+    """
+    used = {name for part in plan.values() for name in part.sources}
+    if missing := sorted(used - set(source)):
+        raise ValueError(f"{what}: missing {listed(missing)}")
+    if extra := sorted(set(source) - used):
+        raise ValueError(f"{what}: not known {listed(extra)}")
+    return {name: _entry(part, source) for name, part in plan.items()}
+
+
+def _entry(part: Part, source: Source) -> Entry:
+    olds = [source[name] for name in part.sources]
+    if part.make is None:
+        return olds[0]
+    make = part.make
+    with torch.device("meta"):
+        shape = make(*(torch.empty(e.shape, dtype=e.dtype) for e in olds)).shape
+    return Entry(shape, olds[0].dtype, lambda: make(*(e.read() for e in olds)))
+
+
+def carry_out(plan: Plan, state: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """`follow` on tensors in memory."""
+    source = {k: Entry(v.shape, v.dtype, lambda v=v: v) for k, v in state.items()}
+    return {k: e.read() for k, e in follow(plan, source, what).items()}
+
+
+# ---- text towers: open_clip (native) <-> Hugging Face CLIPTextModel(WithProjection) ----
 
 _HF_BLOCK = {
     "layer_norm1": "ln_1",
@@ -26,82 +70,82 @@ _HF_TOP = {
     "final_layer_norm.weight": "ln_final.weight",
     "final_layer_norm.bias": "ln_final.bias",
 }
-_HF_LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)$")
-_OPEN_LAYER = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)$")
+_NATIVE_LAYER = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)$")
+CONSTANTS = ("embeddings.position_ids",)  # what old files carry beside the weights
 
 
-def text_to_hf(state: State) -> State:
-    """An open_clip text tower's state as HF `CLIPTextModel(WithProjection)` names; q, k, v split."""
-    top = {v: k for k, v in _HF_TOP.items()}
+def text_layers(names: Iterable[str]) -> int:
+    """Number of layers of a tower with native names."""
+    found = [m for m in map(_NATIVE_LAYER.match, names) if m]
+    return 1 + max((int(m[1]) for m in found), default=-1)
+
+
+def text_to_hf(names: Iterable[str]) -> Plan:
+    """Native names of a text tower -> plan for HF's; q, k and v are split, the projection transposed."""
+    top = {v: "text_model." + k for k, v in _HF_TOP.items()}
     block = {v: k for k, v in _HF_BLOCK.items()}
-    out: State = {}
-    for key, value in state.items():
-        match = _OPEN_LAYER.match(key)
+    plan: Plan = {}
+    for key in names:
+        match = _NATIVE_LAYER.match(key)
         if key in top:
-            out["text_model." + top[key]] = value
+            plan[top[key]] = Part((key,))
         elif key == "text_projection":
-            out["text_projection.weight"] = value.T.contiguous()
-        elif match is None:
-            raise ValueError(f"text tower: no Hugging Face name for {key!r}")
-        elif match[2] in ("attn.in_proj_weight", "attn.in_proj_bias"):
+            plan["text_projection.weight"] = Part((key,), _transpose)
+        elif match and match[2] in ("attn.in_proj_weight", "attn.in_proj_bias"):
             kind = match[2].rpartition("_")[2]
-            for letter, part in zip("qkv", value.chunk(3), strict=True):
-                out[f"text_model.encoder.layers.{match[1]}.self_attn.{letter}_proj.{kind}"] = part.contiguous()
-        else:
+            for i, letter in enumerate("qkv"):
+                new = f"text_model.encoder.layers.{match[1]}.self_attn.{letter}_proj.{kind}"
+                plan[new] = Part((key,), lambda x, i=i: x.chunk(3)[i])
+        elif match and match[2].rpartition(".")[0] in block:
             name, _, kind = match[2].rpartition(".")
-            if name not in block:
-                raise ValueError(f"text tower: no Hugging Face name for {key!r}")
-            out[f"text_model.encoder.layers.{match[1]}.{block[name]}.{kind}"] = value
-    return out
-
-
-def text_from_hf(state: State) -> State:
-    """HF `CLIPTextModel(WithProjection)` weights, with or without the `text_model.` prefix, as open_clip's names."""
-    out: State = {}
-    parts: dict[str, dict[str, Tensor]] = {}
-    for full, value in state.items():
-        key = full.removeprefix("text_model.")
-        match = _HF_LAYER.match(key)
-        if key in _HF_TOP:
-            out[_HF_TOP[key]] = value
-        elif key == "text_projection.weight":
-            out["text_projection"] = value.T.contiguous()
-        elif key == "embeddings.position_ids":  # a constant that old files carry
-            continue
-        elif match is None:
-            raise ValueError(f"text encoder: unknown key {full!r}")
-        elif match[2] in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
-            parts.setdefault(f"transformer.resblocks.{match[1]}.attn.in_proj_{match[3]}", {})[match[2][10]] = value
-        elif match[2] in _HF_BLOCK:
-            out[f"transformer.resblocks.{match[1]}.{_HF_BLOCK[match[2]]}.{match[3]}"] = value
+            plan[f"text_model.encoder.layers.{match[1]}.{block[name]}.{kind}"] = Part((key,))
         else:
-            raise ValueError(f"text encoder: unknown key {full!r}")
-    for key, qkv in parts.items():
-        if set(qkv) != set("qkv"):
-            raise ValueError(f"text encoder: {key!r} has only {sorted(qkv)} of q, k, v")
-        out[key] = torch.cat([qkv["q"], qkv["k"], qkv["v"]])
+            raise ValueError(f"text tower: no Hugging Face name for {key!r}")
+    return plan
+
+
+def text_from_hf(names: Iterable[str]) -> Plan:
+    """HF names, with or without the `text_model.` prefix -> plan for native ones."""
+    names = list(names)
+    prefix = "text_model." if any(n.startswith("text_model.") for n in names) else ""
+    layers = re.compile(re.escape(prefix) + r"encoder\.layers\.(\d+)\.")
+    count = 1 + max((int(m[1]) for m in map(layers.match, names) if m), default=-1)
+    plan = {native: Part((prefix + hf,)) for hf, native in _HF_TOP.items()}
+    for i in range(count):
+        old, new = f"{prefix}encoder.layers.{i}.", f"transformer.resblocks.{i}."
+        for kind in ("weight", "bias"):
+            for hf, native in _HF_BLOCK.items():
+                plan[f"{new}{native}.{kind}"] = Part((f"{old}{hf}.{kind}",))
+            qkv = tuple(f"{old}self_attn.{letter}_proj.{kind}" for letter in "qkv")
+            plan[f"{new}attn.in_proj_{kind}"] = Part(qkv, _join)
+    if "text_projection.weight" in names:
+        plan["text_projection"] = Part(("text_projection.weight",), _transpose)
+    return plan
+
+
+def without_constants(source: Source) -> dict[str, Entry]:
+    """Without the constants that old files carry."""
+    return {k: e for k, e in source.items() if not k.endswith(CONSTANTS)}
+
+
+# ---- autoencoder: files of diffusers before 0.18 name the attention's layers otherwise ----
+
+_OLD_VAE = re.compile(r"(.*mid_block\.attentions\.0\.)(query|key|value|proj_attn)\.(weight|bias)$")
+_NEW_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def modern_vae(source: Source) -> dict[str, Entry]:
+    """The autoencoder's tensors under today's names."""
+    out = {}
+    for key, entry in source.items():
+        match = _OLD_VAE.match(key)
+        out[f"{match[1]}{_NEW_VAE[match[2]]}.{match[3]}" if match else key] = entry
     return out
 
 
-def check_keys(what: str, expected: dict[str, torch.Size], given: dict[str, torch.Size]) -> None:
-    """Raise ValueError listing missing, extra and wrong-shaped keys."""
-    problems = []
-    if missing := sorted(set(expected) - set(given)):
-        problems.append(f"missing {_listed(missing)}")
-    if extra := sorted(set(given) - set(expected)):
-        problems.append(f"not known {_listed(extra)}")
-    wrong = [
-        f"{k} {list(given[k])} instead of {list(expected[k])}"
-        for k in sorted(set(expected) & set(given))
-        if given[k] != expected[k]
-    ]
-    if wrong:
-        problems.append(f"wrong shape {_listed(wrong)}")
-    if problems:
-        raise ValueError(f"{what}: " + "; ".join(problems))
+def _transpose(x: Tensor) -> Tensor:
+    return x.T.contiguous()
 
 
-def _listed(names: Iterable[str], most: int = 12) -> str:
-    names = list(names)
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{len(names)} key(s): " + ", ".join(names[:most]) + rest
+def _join(*parts: Tensor) -> Tensor:
+    return torch.cat(parts)

@@ -25,8 +25,8 @@ _SDXL = UNetConfig(
     addition_time_embed_dim=256,
     projection_class_embeddings_input_dim=2816,
 )
-# 6.50 M parameters, 0.857 GFLOP a forward pass. The parameters are what a small package can carry, so the width is spent
-# on the two finer levels, where convolutions share weights over most pixels; attention sees the text at 8x8 and 4x4.
+# 6.50 M parameters, 0.857 GFLOP a forward pass. A small package limits the parameters, so they are spent on the two
+# finer levels, where convolutions share weights over most pixels; attention sees the text at 8x8 and 4x4.
 _EMOJI = UNetConfig(
     sample_size=16,
     block_out_channels=(96, 128, 128),

@@ -5,9 +5,9 @@ Legend: B batch, C channels, H, W latent pixels, T tokens, D width of the text, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,6 @@ from ldm.models.layers import (
 from ldm.models.transformer import Transformer2D
 from ldm.types import Cond
 
-V = TypeVar("V")
-PerLevel = V | tuple[V, ...]
 DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
 MID = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")
 UP = ("CrossAttnUpBlock2D", "UpBlock2D")
@@ -304,7 +302,7 @@ class UNet(nn.Module):
         time = nn.functional.silu(self.time(t, cond, len(x), x.dtype))
         x = self.conv_in(x)
         skips = [x]
-        for stage in self.down_blocks:
+        for stage in cast("Iterable[Stage]", self.down_blocks):
             for i in range(len(stage.resnets)):
                 x = self._run(stage.step, i, x, time, text)
                 skips.append(x)
@@ -312,7 +310,7 @@ class UNet(nn.Module):
                 x = stage.downsamplers[0](x)
                 skips.append(x)
         x = self._run(self.mid_block, x, time, text)
-        for stage in self.up_blocks:
+        for stage in cast("Iterable[Stage]", self.up_blocks):
             for i in range(len(stage.resnets)):
                 x = self._run(stage.step, i, torch.cat([x, skips.pop()], dim=1), time, text)
             if stage.upsamplers is not None:

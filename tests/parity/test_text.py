@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.maps import text_from_hf, text_to_hf
+from ldm.checkpoint.maps import carry_out, text_from_hf, text_to_hf
 from ldm.models.text import ClipConfig, TextConfig, TextTower, Tokenizer, build_clip, build_tokenizer
 
 torch.set_num_threads(1)
@@ -41,7 +41,7 @@ def hf_model(config: TextConfig, state: dict[str, Tensor], projected: bool):
         )
     )
     model = model.to(state["ln_final.bias"].dtype)
-    state = text_to_hf(state)
+    state = carry_out(text_to_hf(state), state, "tower")
     if not projected:
         state = {k.removeprefix("text_model."): v for k, v in state.items() if k != "text_projection.weight"}
     report = model.load_state_dict(state, strict=False)
@@ -104,13 +104,16 @@ def test_hf_names_round_trip() -> None:
     state = build_clip(SMALL).state_dict()
     tower = TextTower.of_clip(build_clip(SMALL), SMALL.text)
     state = tower.model.state_dict()
-    back = text_from_hf(text_to_hf(state))
+    hf = carry_out(text_to_hf(state), state, "tower")
+    back = carry_out(text_from_hf(hf), hf, "file")
     assert set(back) == set(state)
     assert all(torch.equal(back[k], state[k]) for k in state)
-    bad = text_to_hf(state)
-    bad["text_model.encoder.layers.0.surprise.weight"] = torch.zeros(1)
-    with pytest.raises(ValueError, match="surprise"):
-        text_from_hf(bad)
+    bad = hf | {"text_model.encoder.layers.0.surprise.weight": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"file: not known 1 key.*surprise"):
+        carry_out(text_from_hf(bad), bad, "file")
+    del hf["text_model.encoder.layers.1.mlp.fc1.bias"]
+    with pytest.raises(ValueError, match=r"file: missing 1 key.*layers\.1\.mlp\.fc1\.bias"):
+        carry_out(text_from_hf(hf), hf, "file")
 
 
 @pytest.mark.parametrize("bpe", ["standard", "emoji"])

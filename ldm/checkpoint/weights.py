@@ -1,0 +1,244 @@
+"""Weights in files, tensor by tensor: safetensors in one file or several, and pickled ones that hold no code.
+
+A `Source` knows names, shapes and types without reading the tensors; `write` asks for one tensor at a time, so that
+converting needs the memory of a few tensors and not of a file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import re
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+SHARD_BYTES = 10 * 1000**3
+_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {v: k for k, v in _TYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor that is not read yet."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the data."""
+        return self.shape.numel() * self.dtype.itemsize
+
+
+Source = Mapping[str, Entry]
+
+
+def of_state(state: Mapping[str, Tensor]) -> dict[str, Entry]:
+    """Tensors in memory as a source."""
+    return {k: Entry(v.shape, v.dtype, lambda v=v: v.detach()) for k, v in state.items()}
+
+
+def shapes(source: Source) -> dict[str, torch.Size]:
+    """Name -> shape."""
+    return {k: e.shape for k, e in source.items()}
+
+
+def read_all(source: Source, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """All tensors in memory of their own, floating-point ones as `dtype`."""
+    return {k: cast(e.read(), dtype, copy=True) for k, e in source.items()}
+
+
+def cast(tensor: Tensor, dtype: torch.dtype | None, copy: bool = False) -> Tensor:
+    """`tensor` as `dtype` if it is floating-point and a type is given."""
+    return tensor.to(dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype, copy=copy)
+
+
+def open_file(path: Path) -> dict[str, Entry]:
+    """The tensors of a `.safetensors`, `.ckpt`, `.pt`, `.pth` or `.bin` file.
+
+    Raises ValueError naming the file if it is missing, damaged, of another kind, or holds code.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        return of_state(_open_pickle(path))
+    raise ValueError(f"{path}: expected .safetensors, .ckpt, .pt, .pth or .bin")
+
+
+def _open_safetensors(path: Path) -> dict[str, Entry]:
+    try:
+        file = safe_open(str(path), framework="pt", device="cpu")
+        header = _header(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    out = {}
+    for name, about in header.items():
+        if about["dtype"] not in _TYPES:
+            raise ValueError(f"{path}: {name!r} has type {about['dtype']}; known are {sorted(_TYPES)}")
+        out[name] = Entry(torch.Size(about["shape"]), _TYPES[about["dtype"]], lambda name=name: file.get_tensor(name))
+    return out
+
+
+def _header(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return json.loads(file.read(length))
+
+
+def _open_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        text = str(error)
+        code = re.search(r"GLOBAL ([\w.]+) was not an allowed global|Unsupported (?:global|class)\W+([\w.]+)", text)
+        if code or "weights_only" in text or "Unsupported" in text:
+            name = next((g for g in code.groups() if g), "") if code else ""
+            what = f"it would run {name}" if name else "it holds more than tensors"
+            raise ValueError(
+                f"{path}: refused: {what} on loading; convert it to safetensors where you trust it"
+            ) from error
+        raise ValueError(f"{path}: not readable as weights: {text.splitlines()[0] if text else error!r}") from error
+    while isinstance(data, dict) and isinstance(data.get("state_dict"), dict):
+        data = data["state_dict"]
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected named tensors, got {type(data).__name__}")
+    return {str(k): v for k, v in data.items() if isinstance(v, Tensor)}
+
+
+def open_folder(folder: Path, stem: str, variant: str | None = None) -> dict[str, Entry]:
+    """The tensors of `stem`.safetensors, or of its shards, in a folder; `variant` such as "fp16" is part of the names.
+
+    Without a variant the plain files are used, or the only variant there is. Raises ValueError for none, and for
+    shards that are missing or disagree with their index.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    for name in [variant] if variant else [None, *_variants(folder, stem)]:
+        dot = f".{name}" if name else ""
+        whole = folder / f"{stem}{dot}.safetensors"
+        index = folder / f"{stem}.safetensors.index{dot}.json"
+        if whole.is_file() or index.is_file():
+            if name and not variant:
+                log.info("%s: using variant %s, the only one there", folder, name)
+            return open_file(whole) if whole.is_file() else _open_shards(folder, index)
+    pickled = sorted(p.name for p in folder.glob("*.bin"))
+    hint = f"; {pickled[0]} is pickled and not read here" if pickled else ""
+    raise ValueError(f"{folder}: no {stem}{'.' + variant if variant else ''}.safetensors{hint}")
+
+
+def _variants(folder: Path, stem: str) -> list[str]:
+    pattern = re.compile(re.escape(stem) + r"(?:\.(\w+)\.safetensors|\.safetensors\.index\.(\w+)\.json)$")
+    found = [pattern.match(p.name) for p in sorted(folder.iterdir())]
+    return [m[1] or m[2] for m in found if m]
+
+
+def _open_shards(folder: Path, index: Path) -> dict[str, Entry]:
+    where: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    out: dict[str, Entry] = {}
+    for name in sorted(set(where.values())):
+        if Path(name).name != name:
+            raise ValueError(f"{index}: {name!r} is not a file name")
+        out |= open_file(folder / name)
+    if set(out) != set(where):
+        odd = sorted(set(out) ^ set(where))
+        raise ValueError(f"{index}: {len(odd)} tensor(s) differ from the shards, such as {odd[0]!r}")
+    return out
+
+
+def write_folder(
+    folder: Path, stem: str, source: Source, *, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """`stem`.safetensors, or shards with an index where it would be larger than `shard_bytes`."""
+    groups: list[dict[str, Entry]] = [{}]
+    size = 0
+    for name, entry in source.items():
+        numbytes = entry.shape.numel() * _stored(entry.dtype, dtype).itemsize
+        if groups[-1] and size + numbytes > shard_bytes:
+            groups.append({})
+            size = 0
+        groups[-1][name] = entry
+        size += numbytes
+    if len(groups) == 1:
+        write_file(folder / f"{stem}.safetensors", source, dtype=dtype)
+        return
+    where = {}
+    for i, group in enumerate(groups, 1):
+        file = f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors"
+        write_file(folder / file, group, dtype=dtype)
+        where |= dict.fromkeys(group, file)
+    total = sum(e.shape.numel() * _stored(e.dtype, dtype).itemsize for e in source.values())
+    about = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def write_file(
+    path: Path, source: Source, *, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, one tensor at a time, larger element types first as the format advises."""
+    order = sorted(source, key=lambda k: (-_stored(source[k].dtype, dtype).itemsize, k))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    offset = 0
+    for name in order:
+        kind = _stored(source[name].dtype, dtype)
+        end = offset + source[name].shape.numel() * kind.itemsize
+        header[name] = {"dtype": _NAMES[kind], "shape": list(source[name].shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            tensor = cast(source[name].read(), dtype).contiguous().cpu()
+            if tensor.shape != source[name].shape:
+                raise ValueError(
+                    f"{path}: {name!r} has shape {list(tensor.shape)}, {list(source[name].shape)} expected"
+                )
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+
+
+def _stored(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return wanted if wanted is not None and own.is_floating_point else own
+
+
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """A count and the first names, for messages."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} key(s): " + ", ".join(names[:most]) + rest
+
+
+def check_keys(what: str, expected: Mapping[str, torch.Size], given: Mapping[str, torch.Size]) -> None:
+    """Raise ValueError listing missing, extra and wrong-shaped keys."""
+    problems = []
+    if missing := sorted(set(expected) - set(given)):
+        problems.append(f"missing {listed(missing)}")
+    if extra := sorted(set(given) - set(expected)):
+        problems.append(f"not known {listed(extra)}")
+    both = sorted(set(expected) & set(given))
+    if wrong := [f"{k} {list(given[k])} instead of {list(expected[k])}" for k in both if given[k] != expected[k]]:
+        problems.append(f"wrong shape {listed(wrong)}")
+    if problems:
+        raise ValueError(f"{what}: " + "; ".join(problems))
