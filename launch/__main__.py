@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,6 +36,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m launch", description="Start a command as many processes.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _local(verbs)
+    _slurm(verbs)
+    _task(verbs)
+    _preflight(verbs)
+    _logs(verbs)
     return parser
 
 
@@ -58,6 +64,132 @@ def _run_local(options: argparse.Namespace) -> int:
         log_dir=options.log_dir,
     )
     return local.run(job)
+
+
+def _slurm(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = verbs.add_parser(
+        "slurm",
+        help="a job for a SLURM cluster",
+        usage="%(prog)s [options] -- COMMAND ...",
+        description="Submit COMMAND as one process a GPU. {job} and {array} in it become SLURM's numbers. "
+        "Defaults come from --site FILE, $LAUNCH_SITE, ./launch.toml or ~/.config/launch.toml: the same names with _.",
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--dry-run", action="store_true", default=False, help="print the batch script and end")
+    parser.add_argument("--site", type=Path, default=None, help="defaults of this cluster (TOML)")
+    numbers = {
+        "nodes": "(default 1)",
+        "min-nodes": "go on with this few nodes when some are lost (default: all)",
+        "spares": "nodes allocated beside, used when preflight finds a bad one",
+        "gpus-per-node": "one rank is started on each",
+        "ranks-per-node": "for clusters without GPUs (default 1)",
+        "cpus-per-task": "cores of a rank",
+        "lead": "seconds before the time limit to save in (default 120)",
+        "max-restarts": "requeue at most this often (default 1000)",
+    }
+    for name, text in numbers.items():
+        parser.add_argument(f"--{name}", type=int, help=text)
+    for name in ("time", "partition", "account", "qos", "constraint", "reservation", "exclude", "mem", "array"):
+        parser.add_argument(f"--{name}", help="as sbatch has it")
+    parser.add_argument("--dependency", help="as sbatch has it; a dependency that cannot be met cancels the job")
+    parser.add_argument("--name", help="of the job (default ldm)")
+    parser.add_argument("--signal", help="sent before the time limit (default USR2)")
+    parser.add_argument("--container", help="image to run in")
+    parser.add_argument("--container-runtime", help="pyxis (default), apptainer or oci")
+    parser.add_argument("--mount", dest="mounts", action="append", metavar="SOURCE:TARGET", help="into the container")
+    parser.add_argument("--python", help="interpreter on the nodes (default: this one, or the container's)")
+    parser.add_argument("--log-dir", type=Path, help="(default slurm-logs)")
+    parser.add_argument("--setup", action="append", metavar="LINE", help="shell line run first; may be repeated")
+    parser.add_argument("--sbatch", action="append", metavar="OPTION", help="further option of sbatch, as --sbatch=-X")
+    parser.add_argument("--check", help="command that preflight runs once, such as 'ldm train CONFIG --dry-run'")
+    parser.add_argument("--no-requeue", dest="requeue", action="store_false", help="never start again by itself")
+    parser.add_argument("--no-preflight", dest="preflight", action="store_false", help="start without checking nodes")
+    parser.set_defaults(run=_run_slurm)
+
+
+def _run_slurm(options: argparse.Namespace) -> int:
+    from launch import slurm
+    from launch.job import SlurmJob, read_site
+
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(options).items()}
+    dry_run, site = given.pop("dry_run"), given.pop("site")
+    for name in ("run", "verb"):
+        given.pop(name)
+    path = site or _default_site()
+    values = {"workdir": Path.cwd(), **(read_site(path) if path else {}), **given}
+    values["log_dir"] = values["workdir"] / values.get("log_dir", "slurm-logs")
+    job = SlurmJob(**values)
+    if dry_run:
+        sys.stdout.write(slurm.render(job))
+        return 0
+    number = slurm.submit(job)
+    sys.stdout.write(f"{number}\n")
+    sys.stderr.write(f"logs: {job.log_dir}/{number}.out; all ranks: python -m launch logs {job.log_dir}/{number}\n")
+    return 0
+
+
+def _default_site() -> Path | None:
+    if named := os.environ.get("LAUNCH_SITE"):
+        return Path(named)
+    places = (Path("launch.toml"), Path.home() / ".config" / "launch.toml")
+    return next((place for place in places if place.is_file()), None)
+
+
+def _task(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = verbs.add_parser("task", help="one rank under srun", usage="%(prog)s [options] -- COMMAND ...")
+    parser.add_argument("--log-dir", type=Path, default=Path("slurm-logs"), help="for rank-N.log")
+    parser.set_defaults(run=_run_task)
+
+
+def _run_task(options: argparse.Namespace) -> int:
+    from launch import task
+
+    return task.run(options.command, options.log_dir)
+
+
+def _preflight(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = verbs.add_parser(
+        "preflight", help="are the nodes fit? (under srun)", usage="%(prog)s [options] [-- COMMAND]"
+    )
+    parser.add_argument("--report", type=Path, default=Path("preflight"), help="writes REPORT.json and REPORT.bad")
+    parser.add_argument(
+        "--disk", dest="disks", type=Path, action="append", default=[], help="must be writable and free"
+    )
+    parser.add_argument("--min-free", type=float, default=1.0, help="GB on each disk (default 1)")
+    parser.add_argument("--gpus", type=int, default=0, help="that a node must have")
+    parser.add_argument("--check", default="", help="command that rank 0 runs once")
+    parser.add_argument("--timeout", type=float, default=120, help="seconds for each phase (default 120)")
+    parser.add_argument("--no-collective", dest="collective", action="store_false", help="without the all-reduce")
+    parser.set_defaults(run=_run_preflight)
+
+
+def _run_preflight(options: argparse.Namespace) -> int:
+    from launch import preflight
+
+    wanted = preflight.Wanted(
+        gpus=options.gpus,
+        min_free=options.min_free,
+        disks=tuple(options.disks),
+        command=options.command,
+        check=options.check,
+        timeout=options.timeout,
+        collective=options.collective,
+    )
+    return preflight.run(wanted, options.report)
+
+
+def _logs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = verbs.add_parser("logs", help="the logs of all ranks as one")
+    parser.add_argument("folder", type=Path, help="LOG_DIR/JOB")
+    parser.add_argument("--rank", type=int, help="only this one")
+    parser.add_argument("--follow", "-f", action="store_true", help="go on as lines come")
+    parser.set_defaults(run=_run_logs)
+
+
+def _run_logs(options: argparse.Namespace) -> int:
+    from launch import logs
+
+    return logs.show(options.folder, options.rank, options.follow)
 
 
 if __name__ == "__main__":

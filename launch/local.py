@@ -101,7 +101,7 @@ class Group:
             stdout=pipe,
             stderr=None if sink is None else subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            preexec_fn=die_with_parent if sys.platform == "linux" else None,
         )
         self._processes[rank] = process
         if sink is not None and process.stdout is not None:
@@ -177,7 +177,7 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """In the child before exec: if the launcher is killed with -9, so are the ranks."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

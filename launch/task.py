@@ -1,0 +1,183 @@
+"""One rank inside an srun step: SLURM's variables become torch's, signals reach the rank alone, lines get logged.
+
+Everything is derived from the step's own environment: in the batch script SLURM_NODEID is always 0, and
+SLURM_LAUNCH_NODE_IPADDR is the host that submitted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import IO
+
+from launch import hostlist, local
+from launch.job import RUN_AGAIN
+
+_STOP = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+_PORTS = range(10000, 30000)  # below Linux's ephemeral ports
+_TAIL = 20
+
+
+def variables(env: Mapping[str, str]) -> dict[str, str]:
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ... from the environment of an srun step.
+
+    Raises ValueError naming the variable that is missing outside of a step.
+    """
+    missing = [name for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST") if name not in env]
+    if missing:
+        raise ValueError(f"{missing[0]}: not set; `launch task` runs under srun")
+    world = env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"]
+    per_node = hostlist.counts(env.get("SLURM_STEP_TASKS_PER_NODE") or env["SLURM_TASKS_PER_NODE"])
+    job, step, restart = (int(env.get(f"SLURM_{n}") or 0) for n in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+    port = _PORTS[(job * 31 + step * 7 + restart * 1009) % len(_PORTS)]
+    node = int(env["SLURM_NODEID"])
+    return {
+        "RANK": env["SLURM_PROCID"],
+        "WORLD_SIZE": world,
+        "LOCAL_RANK": env["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(per_node[node]),
+        "NODE_RANK": str(node),
+        "MASTER_ADDR": hostlist.expand(env["SLURM_STEP_NODELIST"])[0],
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": env.get("OMP_NUM_THREADS") or _threads(env, per_node[node]),
+    }
+
+
+def fill(command: Sequence[str], env: Mapping[str, str]) -> list[str]:
+    """The command with {job} and {array} replaced by SLURM's job and array task numbers."""
+    names = {"{job}": env.get("SLURM_JOB_ID", ""), "{array}": env.get("SLURM_ARRAY_TASK_ID", "")}
+    filled = []
+    for word in command:
+        for name, value in names.items():
+            word = word.replace(name, value)
+        filled.append(word)
+    return filled
+
+
+def run(command: Sequence[str], log_dir: Path) -> int:
+    """Run this rank's command; its exit code, but 0 for "run me again", which leaves a note for the batch script.
+
+    srun would kill the other ranks at the first exit code that is not 0, while they still save.
+    """
+    own = variables(os.environ)
+    rank, restart = int(own["RANK"]), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    log_dir.mkdir(parents=True, exist_ok=True)
+    if rank == 0 and not _is_free(int(own["MASTER_PORT"])):
+        local.say(f"port {own['MASTER_PORT']} of {own['MASTER_ADDR']} is taken; asking for another start")
+        _note(log_dir / f"again-{restart}", "port")
+        return 0
+    child = _Child()
+    code = child.run(local.resolve(fill(command, os.environ)), {**os.environ, **own}, _Log(log_dir, rank, restart))
+    if code == RUN_AGAIN:
+        _note(log_dir / f"again-{restart}", f"{rank} {socket.gethostname()}")
+        return 0
+    if code and _note(log_dir / f"failed-{restart}", f"{code} {rank} {socket.gethostname()}"):
+        shown = "\n  ".join(child.tail)
+        local.say(f"rank {rank} on {socket.gethostname()} ended with exit code {code}; its last lines:\n  {shown}")
+    return code
+
+
+class _Child:
+    """The rank: started with the stop signals ignored, so that what it starts itself is safe from them.
+
+    SLURM signals every process of a step. The rank's own handler takes over from the ignored state; this wrapper
+    passes SIGTERM to it alone, in place of USR1 and USR2.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pending = False
+        self.tail: deque[str] = deque(maxlen=_TAIL)
+
+    def run(self, command: Sequence[str], env: Mapping[str, str], log: _Log) -> int:
+        for number in _STOP:
+            signal.signal(number, self._stop)
+        self._process = subprocess.Popen(
+            command,
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_prepare,
+        )
+        if self._pending:
+            self._process.send_signal(signal.SIGTERM)
+        assert self._process.stdout is not None
+        pump = threading.Thread(target=self._copy, args=(self._process.stdout, log), daemon=True)
+        pump.start()
+        code = local.exit_code(self._process.wait())
+        pump.join(timeout=1)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # what it left behind
+        pump.join(timeout=5)
+        return code
+
+    def _stop(self, number: int, frame: object) -> None:
+        self._pending = True
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def _copy(self, source: IO[bytes], log: _Log) -> None:
+        for raw in source:
+            line = raw.decode(errors="replace").rstrip("\r\n").rsplit("\r", 1)[-1]  # the last state of a progress bar
+            self.tail.append(line)
+            log.write(line)
+
+
+class _Log:
+    """rank-N.log with the time on every line; rank 0's lines also go to the job's output."""
+
+    def __init__(self, folder: Path, rank: int, restart: int) -> None:
+        self._file = (folder / f"rank-{rank:05d}.log").open("a", buffering=1)
+        self._label = f"{socket.gethostname()}/{restart}"
+        self._shown = rank == 0
+
+    def write(self, line: str) -> None:
+        now = datetime.now().isoformat(timespec="milliseconds")
+        self._file.write(f"{now} {self._label} {line}\n")
+        if self._shown:
+            sys.stdout.write(line + "\n")
+            sys.stdout.flush()
+
+
+def _prepare() -> None:
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    local.die_with_parent()
+
+
+def _note(path: Path, text: str) -> bool:
+    """Write a small file unless another rank was first."""
+    try:
+        with path.open("x") as file:
+            file.write(f"{text} {time.time():.3f}\n")
+    except FileExistsError:
+        return False
+    return True
+
+
+def _threads(env: Mapping[str, str], local_world: int) -> str:
+    given = int(env.get("SLURM_CPUS_PER_TASK") or 0)
+    return str(given or max(1, local.cores() // local_world))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
