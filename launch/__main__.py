@@ -85,6 +85,7 @@ def _slurm(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "ranks-per-node": "for clusters without GPUs (default 1)",
         "cpus-per-task": "cores of a rank",
         "lead": "seconds before the time limit to save in (default 120)",
+        "min-free": "GB that must be free on each disk that preflight checks (default 1)",
         "max-restarts": "requeue at most this often (default 1000)",
     }
     for name, text in numbers.items():
@@ -101,6 +102,9 @@ def _slurm(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--log-dir", type=Path, help="(default slurm-logs)")
     parser.add_argument("--setup", action="append", metavar="LINE", help="shell line run first; may be repeated")
     parser.add_argument("--sbatch", action="append", metavar="OPTION", help="further option of sbatch, as --sbatch=-X")
+    parser.add_argument(
+        "--disk", dest="disks", action="append", metavar="DIR", help="preflight also checks this folder"
+    )
     parser.add_argument("--check", help="command that preflight runs once, such as 'ldm train CONFIG --dry-run'")
     parser.add_argument("--no-requeue", dest="requeue", action="store_false", help="never start again by itself")
     parser.add_argument("--no-preflight", dest="preflight", action="store_false", help="start without checking nodes")

@@ -96,10 +96,10 @@ class Cluster:
         self._write_files()
         try:
             self._spawn(["unshare", *_SPACES, sys.executable, __file__, "head", str(self.root)], "head")
-            _until(lambda: (self.root / "head.ready").exists(), 20, "the controller did not start")
+            until(lambda: (self.root / "head.ready").exists(), 20, "the controller did not start")
             for node in self.nodes:
                 self._boot(node)
-            _until(lambda: self._in_service(self.nodes), 30, "the nodes did not come up")
+            until(lambda: self._in_service(self.nodes), 30, "the nodes did not come up")
         except RuntimeError as error:
             logs = "".join(p.read_text(errors="replace")[-2000:] for p in sorted(self.root.glob("*.log")))
             self.down()
@@ -156,7 +156,7 @@ class Cluster:
     def heal(self, node: str) -> None:
         """Plug the cable in again and wait until the node is in service."""
         self.run("ip", "link", "set", f"to-{node}", "up")
-        _until(lambda: self._in_service([node]), 90, f"{node} did not come back")
+        until(lambda: self._in_service([node]), 90, f"{node} did not come back")
 
     def stop_controller(self) -> None:
         """slurmctld dies without saving anything; the jobs go on."""
@@ -184,7 +184,7 @@ class Cluster:
             seen = self.state(job)
             return seen in states
 
-        _until(reached, timeout, lambda: f"job {job} is {seen or 'unknown'}, not {' or '.join(states)}")
+        until(reached, timeout, lambda: f"job {job} is {seen or 'unknown'}, not {' or '.join(states)}")
         return seen
 
     def idle(self) -> None:
@@ -195,7 +195,7 @@ class Cluster:
             self.run("ip", "link", "set", f"to-{node}", "up", check=False)
             if not (self.root / f"{node}.pid").exists():
                 self.boot(node)
-        _until(lambda: self._in_service(self.nodes, ("idle",)), 60, "the cluster did not become idle")
+        until(lambda: self._in_service(self.nodes, ("idle",)), 60, "the cluster did not become idle")
 
     def _write_files(self) -> None:
         for folder in ("state", "disks", "local"):
@@ -256,7 +256,7 @@ class Cluster:
         return all(found.get(node) in states for node in nodes)  # "idle*" is a node that does not answer
 
 
-def _until(ready: Callable[[], bool], timeout: float, message: str | Callable[[], str]) -> None:
+def until(ready: Callable[[], bool], timeout: float, message: str | Callable[[], str]) -> None:
     end = time.monotonic() + timeout
     while not ready():
         if time.monotonic() > end:
