@@ -44,9 +44,12 @@ def _word(value: int) -> _U64:
     return np.array([value & 0xFFFFFFFFFFFFFFFF], np.uint64)
 
 
-def permute(index: Ints, size: Ints, key: _U64) -> Ints:
-    """Element-wise keyed permutation of [0, size): index (M,) -> (M,); equal (size, key) give one permutation."""
-    bits = max(2, int(size.max(initial=1) - 1).bit_length())
+def permute(index: Ints, size: Ints, key: _U64, bound: int) -> Ints:
+    """Element-wise keyed permutation of [0, size): index (M,) -> (M,), no size over `bound`.
+
+    Equal (size, key, bound) give one permutation; the cost grows as bound / size.
+    """
+    bits = max(2, (bound - 1).bit_length())
     low = bits // 2
     high = bits - low
     value = index.astype(np.uint64)
@@ -75,7 +78,8 @@ class Order:
     """The sequence of global batches over shards with the given numbers of samples.
 
     `last`: "drop" leaves out the fewer than `batch` samples at an epoch's end (others each epoch), "wrap" fills the
-    last batch with samples from the epoch's own line. Sample ids count through the shards in the given order.
+    last batch with samples from the epoch's own line. Sample ids count through the shards in the given order; `total` is
+    are.
     """
 
     sizes: tuple[int, ...]
@@ -84,6 +88,8 @@ class Order:
     shuffle: bool = True
     window: int = 1 << 16
     last: Literal["drop", "wrap"] = "drop"
+    total: int = field(init=False, compare=False)
+    _sizes: Ints = field(init=False, repr=False, compare=False)
     _starts: Ints = field(init=False, repr=False, compare=False)
     _epoch: dict[int, tuple[Ints, Ints]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
@@ -92,6 +98,7 @@ class Order:
             raise ValueError(f"batch must be at least 1, got {self.batch}")
         if self.window < 1:
             raise ValueError(f"window must be at least 1, got {self.window}")
+        object.__setattr__(self, "total", sum(self.sizes))
         if self.total == 0:
             raise ValueError("the data set has no samples")
         if self.steps_per_epoch == 0:
@@ -99,14 +106,9 @@ class Order:
                 f"the data set has {self.total} samples, fewer than the global batch {self.batch}: "
                 "with last=drop an epoch would be empty; set last: wrap or a smaller batch"
             )
-        starts = np.zeros(len(self.sizes), np.int64)
-        np.cumsum(self.sizes[:-1], out=starts[1:])
-        object.__setattr__(self, "_starts", starts)
-
-    @property
-    def total(self) -> int:
-        """Samples in the data set."""
-        return sum(self.sizes)
+        sizes = np.asarray(self.sizes, np.int64)
+        object.__setattr__(self, "_sizes", sizes)
+        object.__setattr__(self, "_starts", np.cumsum(sizes) - sizes)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -133,22 +135,24 @@ class Order:
         """Sample ids at places [0, total) of an epoch's line."""
         if not self.shuffle:
             return line
-        window = np.minimum(line // self.window, max(self.total // self.window - 1, 0))
-        first = window * self.window
         # The last window takes the remainder, so that no window is small enough for cycle walking to be slow.
-        size = np.where(window >= self.total // self.window - 1, self.total - first, self.window)
-        line = first + permute(line - first, size, mix(self.seed, epoch, window))
+        final = max(self.total // self.window - 1, 0)
+        bound = self.total - final * self.window
+        window = np.minimum(line // self.window, final)
+        first = window * self.window
+        size = np.where(window == final, bound, self.window)
+        line = first + permute(line - first, size, mix(self.seed, epoch, window), bound)
         shards, ends = self._line(epoch)
         place = np.searchsorted(ends, line, side="right")
         shard = shards[place]
-        return self._starts[shard] + line - (ends[place] - np.asarray(self.sizes)[shard])
+        return self._starts[shard] + line - (ends[place] - self._sizes[shard])
 
     def _line(self, epoch: int) -> tuple[Ints, Ints]:
         """The epoch's permutation of shards and the running ends of their samples on the line."""
         if epoch not in self._epoch:
             count = len(self.sizes)
             shards = np.argsort(mix(self.seed, epoch, -1, np.arange(count)), kind="stable").astype(np.int64)
-            ends = np.cumsum(np.asarray(self.sizes, np.int64)[shards])
+            ends = np.cumsum(self._sizes[shards])
             for old in list(self._epoch)[:-1]:
                 self._epoch.pop(old, None)
             self._epoch[epoch] = (shards, ends)

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.data import decode, images
+from ldm.data.cache import MEMBER, CachedReader, check
 from ldm.data.captions import Captions, captions_of
 from ldm.data.decode import BadSample
-from ldm.data.encode import CachedReader, check
 from ldm.data.manifest import Manifest
 from ldm.data.shards import Shards
 
 _RECORD_BYTES = 2048  # assumed size of a kept caption record
+_NOT_TEXT = frozenset({*decode.IMAGES, MEMBER})
 
 
 class Samples:
@@ -104,7 +105,7 @@ class Samples:
     def _record(self, sample: int) -> tuple[str, Captions, dict[str, Any]]:
         if (known := self._records.get(sample)) is not None:
             return known
-        key, members = self.shards.read(sample)
+        key, members = self.shards.read(sample, without=_NOT_TEXT)
         captions, meta = captions_of(members, required=self._require_captions)
         record = (key, captions, meta)
         if self._room >= _RECORD_BYTES:
@@ -118,7 +119,7 @@ class Samples:
         recent: dict[int, NDArray[np.uint8]] = self._recent.__dict__.setdefault("pictures", {})
         if sample in recent:
             return recent[sample]
-        _, members = self.shards.read(sample)
+        _, members = self.shards.read(sample, only=decode.IMAGES)
         image = decode.picture(decode.image_member(members), at_least=self._size)
         array = images.pixels(images.resize(image, (self._size, self._size), self._fit))
         if self._room >= array.nbytes:

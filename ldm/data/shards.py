@@ -6,7 +6,7 @@ import mmap
 import os
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,13 +127,13 @@ class ShardReader:
             )
         return ShardReader(path, index)
 
-    def read(self, sample: int) -> dict[str, bytes]:
-        """All members of a sample by extension."""
+    def read(self, sample: int, only: Collection[str] | None = None, without: Collection[str] = ()) -> dict[str, bytes]:
+        """The members of a sample by extension, all or some."""
         offsets, sizes = self.index.offsets[sample], self.index.sizes[sample]
         return {
             e: self.member(int(o), int(s))
             for e, o, s in zip(self.index.extensions, offsets, sizes, strict=True)
-            if o != ABSENT
+            if o != ABSENT and e not in without and (only is None or e in only)
         }
 
     def member(self, offset: int, size: int) -> bytes:
@@ -199,11 +199,13 @@ class Shards:
         shard, index = self.locate(sample)
         return self.reader(shard).index.keys[index]
 
-    def read(self, sample: int) -> tuple[str, dict[str, bytes]]:
-        """(key, members by extension)."""
+    def read(
+        self, sample: int, only: Collection[str] | None = None, without: Collection[str] = ()
+    ) -> tuple[str, dict[str, bytes]]:
+        """(key, members by extension, all or some)."""
         shard, index = self.locate(sample)
         reader = self.reader(shard)
-        return reader.index.keys[index], reader.read(index)
+        return reader.index.keys[index], reader.read(index, only, without)
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, bytes]]]:
         return (self.read(i) for i in range(len(self)))

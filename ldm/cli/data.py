@@ -1,0 +1,146 @@
+"""`ldm data build|index|inspect`: make data sets and look at them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+USAGE = """usage: ldm data build FOLDER|metadata.jsonl OUT [options]
+       ldm data index FOLDER [options]
+       ldm data inspect DATA [options]"""
+
+
+def main(argv: list[str]) -> int:
+    """Run one of the subcommands; ValueError for users' mistakes."""
+    args = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = args.run
+    return run(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ldm data", description="Make data sets and look at them.")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    build = verbs.add_parser("build", help="shards from a folder of pictures with captions")
+    build.add_argument(
+        "source", type=Path, help="folder (.txt beside each picture, or metadata.jsonl), or the metadata"
+    )
+    build.add_argument("out", type=Path, help="folder to make")
+    build.add_argument("--size", type=int, help="shrink the short side to this many pixels")
+    build.add_argument("--format", choices=("keep", "jpg", "png", "webp"), default="keep")
+    build.add_argument("--quality", type=int, default=95, help="of jpg and webp (95)")
+    build.add_argument("--heldout", type=float, default=0.0, help="share of samples for the split heldout (0)")
+    build.add_argument("--captions-from", choices=("files", "folder", "name"), default="files")
+    build.add_argument("--without-captions", action="store_true", help="keep pictures that have no caption")
+    build.add_argument("--min-side", type=int, default=1, help="leave out pictures with a shorter side (1)")
+    build.add_argument("--max-pixels", type=int, default=100_000_000, help="refuse larger pictures (100 million)")
+    build.add_argument("--shard-bytes", type=int, default=256 << 20, help="largest tar (256 MiB)")
+    build.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    build.set_defaults(run=_build)
+
+    index = verbs.add_parser("index", help="manifest and offset indexes for existing tars")
+    index.add_argument("folder", type=Path)
+    index.add_argument("--split", default="train")
+    index.add_argument("--where", help="keep samples by their json, as in 'width >= 256 and pwatermark < 0.5'")
+    index.add_argument("--name", help="the data set's name (the folder's)")
+    index.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    index.set_defaults(run=_index)
+
+    inspect = verbs.add_parser("inspect", help="contact sheet and statistics")
+    inspect.add_argument("data", help="a shipped data set's name, a folder or a manifest")
+    inspect.add_argument("--out", type=Path, help="folder for contact.png, statistics.json, index.html (DATA-inspect)")
+    inspect.add_argument("--split", default="all")
+    inspect.add_argument("--limit", type=int, default=20_000, help="samples looked at, evenly spaced (20000)")
+    inspect.add_argument("--pictures", type=int, default=96, help="on the contact sheet (96)")
+    inspect.set_defaults(run=_inspect)
+    return parser
+
+
+def _build(args: argparse.Namespace) -> int:
+    from ldm.data.build import BuildConfig, build
+
+    config = BuildConfig(
+        size=args.size,
+        format=args.format,
+        quality=args.quality,
+        heldout=args.heldout,
+        captions_from=args.captions_from,
+        require_captions=not args.without_captions,
+        min_side=args.min_side,
+        max_pixels=args.max_pixels,
+        shard_bytes=args.shard_bytes,
+        workers=args.workers,
+    )
+    with _Progress("pictures") as progress:
+        report = build(args.source, args.out, config, progress.update)
+    for entry in report.bad[:20]:
+        print(f"left out: {entry['name']}: {entry['reason']}: {entry['error']}")
+    if len(report.bad) > 20:
+        print(f"... and {len(report.bad) - 20} more in {args.out / 'quarantine.jsonl'}")
+    splits = ", ".join(f"{report.manifest.samples(s)} {s}" for s in report.manifest.splits)
+    print(f"{report.written} of {report.found} pictures in {len(report.manifest.shards)} shards ({splits}): {args.out}")
+    if report.bad:
+        print("left out: " + ", ".join(f"{count} {reason}" for reason, count in report.reasons.most_common()))
+    return 0
+
+
+def _index(args: argparse.Namespace) -> int:
+    from ldm.data.indexing import index, quarantine
+
+    with _Progress("tars") as progress:
+        manifest, results = index(
+            args.folder,
+            split=args.split,
+            where=args.where,
+            name=args.name,
+            workers=args.workers,
+            progress=progress.update,
+        )
+    problems = [p for r in results for p in r.problems]
+    for problem in problems[:20]:
+        print(f"problem: {problem}")
+    if problems:
+        print(f"{len(problems)} problems in {quarantine(args.folder, results)}")
+    left_out = sum(r.left_out for r in results)
+    print(f"{manifest.samples()} samples in {len(manifest.shards)} shards, {left_out} left out by the filter")
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from ldm.data.inspection import inspect
+    from ldm.data.manifest import Manifest, resolve
+
+    manifest = Manifest.read(resolve(args.data))
+    if manifest.cached is not None:
+        raise ValueError(f"data {args.data!r} holds cached latents; inspect the data set it was made from")
+    out = args.out or Path(f"{manifest.name}-inspect")
+    with _Progress("samples") as progress:
+        summary = inspect(
+            manifest, out, split=args.split, limit=args.limit, pictures=args.pictures, progress=progress.update
+        )
+    for key in ("samples", "looked_at", "bad", "formats", "width", "height", "aspect", "caption_words"):
+        print(f"{key.replace('_', ' ')}: {summary[key]}")
+    print(f"look-alike groups: {summary['look_alike_groups']}")
+    print(f"page: {out / 'index.html'}   contact sheet: {out / 'contact.png'}")
+    return 0
+
+
+class _Progress:
+    """A tqdm bar that learns its total with the first update."""
+
+    def __init__(self, unit: str) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(unit=f" {unit}", disable=None)
+
+    def update(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()

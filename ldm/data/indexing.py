@@ -1,0 +1,138 @@
+"""Manifest and offset indexes for tars that exist already, such as img2dataset's, in one parallel pass."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldm.data.decode import IMAGES, BadSample, metadata
+from ldm.data.filters import compile_filter
+from ldm.data.manifest import Manifest, Shard, sha256
+from ldm.data.shards import Index, ShardReader, scan
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """One tar's result: its shard unless it was unusable, how many samples a filter left out, and what was wrong."""
+
+    shard: Shard | None
+    left_out: int
+    problems: tuple[str, ...]
+
+
+def index(
+    folder: Path,
+    *,
+    split: str = "train",
+    where: str | None = None,
+    name: str | None = None,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Manifest, list[Indexed]]:
+    """Index the tars of a folder (also in folders below it) and write the manifest there.
+
+    `where` is a filter expression over each sample's json. Damaged tars are reported, not fatal; the whole samples of a
+    truncated one are kept. Raises ValueError if there is no usable tar.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"data {str(folder)!r}: no such folder")
+    if where is not None:
+        compile_filter(where)
+    tars = sorted(p for p in folder.rglob("*.tar") if not p.name.startswith("."))
+    if not tars:
+        raise ValueError(f"data {str(folder)!r}: no .tar in it")
+    jobs = [(folder, path, split, where) for path in tars]
+    results: list[Indexed] = []
+    if workers == 1 or len(tars) == 1:
+        for job in jobs:
+            results.append(_index_one(job))
+            if progress is not None:
+                progress(len(results), len(tars))
+    else:
+        context = multiprocessing.get_context("forkserver")
+        with ProcessPoolExecutor(min(workers, len(tars)), mp_context=context) as pool:
+            for result in pool.map(_index_one, jobs):
+                results.append(result)
+                if progress is not None:
+                    progress(len(results), len(tars))
+    shards = tuple(r.shard for r in results if r.shard is not None and r.shard.samples)
+    if not shards:
+        problems = [p for r in results for p in r.problems][:3] or ["the filter kept nothing"]
+        raise ValueError(f"data {str(folder)!r}: no usable sample in {len(tars)} tars: {'; '.join(problems)}")
+    notes = {"where": where} if where else {}
+    manifest = Manifest(name=name or folder.resolve().name, shards=shards, folder=folder, notes=notes)
+    manifest.write()
+    return manifest, results
+
+
+def _index_one(job: tuple[Path, Path, str, str | None]) -> Indexed:
+    folder, path, split, where = job
+    relative = os.path.relpath(path, folder)
+    try:
+        found = scan(path)
+    except (ValueError, OSError) as error:
+        return Indexed(None, 0, (f"{relative}: {error}",))
+    problems = []
+    if path.stat().st_size % 512 or not _ended(path):
+        problems.append(f"{relative}: truncated after {len(found)} whole samples")
+    without = sum(1 for row in found.offsets if not _has_picture(found, row))
+    if without:
+        problems.append(f"{relative}: {without} samples without a picture")
+    kept = found
+    if where is not None:
+        kept, bad = _filter(path, found, where)
+        if bad:
+            problems.append(f"{relative}: {bad} samples with json that does not parse")
+    place = path.with_suffix(".index")
+    kept.write(place)
+    shard = Shard(
+        file=relative,
+        samples=len(kept),
+        bytes=path.stat().st_size,
+        sha256=sha256(path),
+        index=os.path.relpath(place, folder),
+        split=split,
+    )
+    return Indexed(shard, len(found) - len(kept), tuple(problems))
+
+
+def _ended(path: Path) -> bool:
+    """Whether the file ends with a zero block, as whole tars do."""
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - 512, 0))
+        return not any(file.read(512))
+
+
+def _has_picture(found: Index, row: object) -> bool:
+    offsets = list(row)  # pyright: ignore[reportArgumentType]
+    known = (*IMAGES, "cache.safetensors")
+    return any(o >= 0 and e in known for e, o in zip(found.extensions, offsets, strict=True))
+
+
+def _filter(path: Path, found: Index, where: str) -> tuple[Index, int]:
+    keep = compile_filter(where)
+    reader = ShardReader(path, found)
+    rows, bad = [], 0
+    for i in range(len(found)):
+        try:
+            fields = metadata(reader.read(i, only=("json",)))
+        except BadSample:
+            bad += 1
+            continue
+        if keep(fields):
+            rows.append(i)
+    keys = tuple(found.keys[i] for i in rows)
+    return Index(found.extensions, found.offsets[rows], found.sizes[rows], keys), bad
+
+
+def quarantine(folder: Path, results: list[Indexed]) -> Path:
+    """Write what was wrong, one json line each."""
+    path = folder / "quarantine.jsonl"
+    lines = [json.dumps({"error": p}, ensure_ascii=False) + "\n" for r in results for p in r.problems]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path

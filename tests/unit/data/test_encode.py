@@ -1,0 +1,125 @@
+"""Caches against what the callables gave: any number of processes, killed and resumed, refused when made otherwise."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset as wds
+from safetensors.torch import load
+from torch import Tensor
+
+from ldm.data.encode import EncodeConfig, build_cache, encode, finish
+from ldm.data.loader import DataConfig, Loader
+
+Make = Callable[..., Path]
+HASHES = {"vae": "aa", "text": "bb"}
+
+
+def moments(images: Tensor) -> Tensor:
+    """(B, 3, 8, 8) -> (B, 8, 4, 4): a stand-in with the factor of a real one."""
+    pooled = torch.nn.functional.avg_pool2d(images, 2)
+    return torch.cat([pooled, pooled * 2, pooled[:, :2] - 5], 1)
+
+
+def states(texts: list[str]) -> dict[str, Tensor]:
+    rows = torch.stack([torch.arange(6.0).view(3, 2) + len(t) for t in texts])
+    return {"text": rows, "pooled": rows[:, 0]}
+
+
+def take(loader: Loader, count: int, start: int = 0) -> list[dict[str, object]]:
+    return list(itertools.islice(loader.batches(start), count))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_cached_batches_are_what_online_gives(make_set: Make, tmp_path: Path, dtype: str) -> None:
+    folder = make_set(23)
+    config = EncodeConfig(path=str(folder), size=8, dtype=dtype, batch=5, part=9)  # type: ignore[arg-type]
+    manifest = build_cache(config, tmp_path / "cache", moments=moments, text=states, hashes=HASHES)
+    assert manifest.samples("train") == 23
+    error = manifest.notes["relative_rms_error"]
+    bound = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8}[dtype]
+    assert set(error) == {"moments", "text", "pooled"}
+    assert max(error.values()) <= bound
+    cached = Loader(DataConfig(path=str(tmp_path / "cache"), cached=True), seed=4, micro_batch=6)
+    by_key: dict[str, Tensor] = {}
+    for batch in take(Loader(DataConfig(path=str(folder), size=8), seed=4, micro_batch=1), 23):
+        by_key[batch["key"][0]] = batch["image"]  # type: ignore[index,assignment]
+    tolerance = {"rtol": max(bound * 2, 1e-6), "atol": 1e-6}
+    for batch in take(cached, 8):
+        expected = torch.cat([moments(by_key[k]) for k in batch["key"]])  # type: ignore[attr-defined]
+        torch.testing.assert_close(batch["moments"], expected, **tolerance)
+        texts = states(batch["caption"])  # type: ignore[arg-type]
+        torch.testing.assert_close(batch["text"], texts["text"], **tolerance)
+        torch.testing.assert_close(batch["pooled"], texts["pooled"], **tolerance)
+        assert "image" not in batch
+    assert len({c for b in take(cached, 40) for c in b["caption"]}) > 23  # both captions of some # type: ignore
+
+
+def test_many_processes_killed_and_resumed_give_one_cache(make_set: Make, tmp_path: Path) -> None:
+    config = EncodeConfig(path=str(make_set(40, shard_samples=11)), size=8, batch=4, part=7)
+    one = build_cache(config, tmp_path / "one", moments=moments, text=states, hashes=HASHES)
+
+    calls = itertools.count()
+
+    def dies(images: Tensor) -> Tensor:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return moments(images)
+
+    out = tmp_path / "three"
+    with pytest.raises(KeyboardInterrupt):
+        encode(config, out, moments=dies, text=states, hashes=HASHES, rank=0, world=3)
+    assert not list(out.glob(".*.part"))
+    with pytest.raises(ValueError, match="is missing; run the same encoding again"):
+        finish(config, out)
+    for rank in (1, 0):  # resumed with another world size
+        encode(config, out, moments=moments, text=states, hashes=HASHES, rank=rank, world=2)
+    assert finish(config, out).shards == one.shards
+    keys = [s["__key__"] for s in wds.WebDataset([str(out / s.file) for s in one.shards], shardshuffle=False)]
+    assert sorted(keys) == [f"s{i:05d}" for i in range(40)]
+    again = build_cache(config, out, moments=dies, text=states, hashes=HASHES)
+    assert again.shards == one.shards  # nothing was encoded again, or the callable would have been asked
+    assert next(calls) == 4
+
+
+def test_other_weights_sizes_and_crops_are_refused(make_set: Make, tmp_path: Path) -> None:
+    folder = make_set(9)
+    out = tmp_path / "cache"
+    config = EncodeConfig(path=str(folder), size=8)
+    build_cache(config, out, moments=moments, text=states, hashes=HASHES)
+    data = DataConfig(path=str(out), cached=True)
+    Loader(data, seed=0, micro_batch=3, expect={"vae": "aa", "size": 8, "crop": "center"})
+    for expect, why in (({"vae": "zz"}, "vae='aa', this run has 'zz'"), ({"size": 16}, "size=8, this run has 16")):
+        with pytest.raises(ValueError, match=why):
+            Loader(data, seed=0, micro_batch=3, expect=expect)
+    with pytest.raises(ValueError, match="was begun with text='bb', not 'cc'"):
+        encode(config, out, moments=moments, text=states, hashes={"vae": "aa", "text": "cc"})
+    other = EncodeConfig(path=str(make_set(10, name="other")), size=8)
+    with pytest.raises(ValueError, match="was begun with another source"):
+        encode(other, out, moments=moments, text=states, hashes=HASHES)
+    with pytest.raises(ValueError, match="not finite as"):
+        build_cache(config, tmp_path / "c2", moments=lambda x: moments(x) * 1e6, text=None, hashes=HASHES)
+
+
+def test_bad_samples_are_left_out_and_listed(make_set: Make, tmp_path: Path) -> None:
+    config = EncodeConfig(path=str(make_set(20, bad=(3, 11))), size=8, part=6)
+    manifest = build_cache(config, tmp_path / "c", moments=moments, text=states, hashes=HASHES)
+    assert manifest.samples("train") == 18
+    assert manifest.notes["bad"] == 2
+    assert (tmp_path / "c" / "quarantine-0.jsonl").read_text().count("unknown_format") == 2
+
+
+def test_variants_are_stored_and_drawn(make_set: Make, tmp_path: Path) -> None:
+    config = EncodeConfig(path=str(make_set(12)), size=8, crop="random", flip=True, variants=3)
+    manifest = build_cache(config, tmp_path / "c", moments=moments, text=None, hashes={"vae": "aa"})
+    sample = next(iter(wds.WebDataset(str(tmp_path / "c" / manifest.shards[0].file), shardshuffle=False)))
+    stored = load(sample["cache.safetensors"])
+    assert stored["moments"].shape == (3, 8, 4, 4)
+    loader = Loader(DataConfig(path=str(tmp_path / "c"), cached=True), seed=0, micro_batch=12)
+    batch = take(loader, 1)[0]
+    assert batch["moments"].shape == (12, 8, 4, 4)  # type: ignore[attr-defined]
+    assert np.isfinite(batch["moments"]).all()  # type: ignore[call-overload]
+    assert "text" not in batch
