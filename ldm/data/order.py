@@ -78,8 +78,7 @@ class Order:
     """The sequence of global batches over shards with the given numbers of samples.
 
     `last`: "drop" leaves out the fewer than `batch` samples at an epoch's end (others each epoch), "wrap" fills the
-    last batch with samples from the epoch's own line. Sample ids count through the shards in the given order; `total` is
-    are.
+    last batch with samples from the epoch's own line. Sample ids in [0, total) count through the shards in order.
     """
 
     sizes: tuple[int, ...]
