@@ -6,7 +6,7 @@ A plan is made from names alone, is strict both ways, and is carried out one ten
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -141,6 +141,122 @@ def modern_vae(source: Source) -> dict[str, Entry]:
         match = _OLD_VAE.match(key)
         out[f"{match[1]}{_NEW_VAE[match[2]]}.{match[3]}" if match else key] = entry
     return out
+
+
+# ---- CompVis and Stability single files ----
+
+Names = dict[str, str]
+"""Native name -> the other format's name."""
+
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_UNET_TOP = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "time_embedding.cond_proj": "time_embed.cond_proj",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "class_embedding.linear_1": "label_emb.0.0",
+    "class_embedding.linear_2": "label_emb.0.2",
+    "class_embedding": "label_emb",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+}
+_VAE_RESNET = {"conv_shortcut": "nin_shortcut"}
+_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def unet_to_compvis(names: Iterable[str], down: Sequence[int], attend_up: Sequence[bool]) -> Names:
+    """Names of the U-Net; `down` is the number of resnets of each level, `attend_up` which up stages have attention."""
+    table = dict(_UNET_TOP)
+    block = 1
+    for i, count in enumerate(down):
+        for j in range(count):
+            table[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{block}.0"
+            table[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{block}.1"
+            block += 1
+        table[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{block}.0.op"
+        block += 1
+    block = 0
+    for i, count in enumerate(reversed(down)):
+        for j in range(count + 1):
+            table[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{block}.0"
+            table[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{block}.1"
+            block += 1
+        table[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{block - 1}.{1 + attend_up[i]}.conv"
+    return {name: _renamed(name, table, _RESNET) for name in names}
+
+
+def vae_to_compvis(names: Iterable[str], levels: int) -> Names:
+    """Names of the autoencoder; its up stages are numbered from the finest there."""
+    table = {}
+    for half in ("encoder", "decoder"):
+        table |= {f"{half}.{layer}": f"{half}.{layer}" for layer in ("conv_in", "conv_out")}
+        table[f"{half}.conv_norm_out"] = f"{half}.norm_out"
+        for i in range(2):
+            table[f"{half}.mid_block.resnets.{i}"] = f"{half}.mid.block_{i + 1}"
+        for layer, other in _VAE_ATTENTION.items():
+            table[f"{half}.mid_block.attentions.0.{layer}"] = f"{half}.mid.attn_1.{other}"
+    table |= {layer: layer for layer in ("quant_conv", "post_quant_conv")}
+    for i in range(levels):
+        j = levels - 1 - i
+        table[f"encoder.down_blocks.{i}.downsamplers.0.conv"] = f"encoder.down.{i}.downsample.conv"
+        table[f"decoder.up_blocks.{i}.upsamplers.0.conv"] = f"decoder.up.{j}.upsample.conv"
+        table[f"encoder.down_blocks.{i}.resnets"] = f"encoder.down.{i}.block"
+        table[f"decoder.up_blocks.{i}.resnets"] = f"decoder.up.{j}.block"
+    return {name: _renamed(name, table, _VAE_RESNET) for name in names}
+
+
+def _renamed(name: str, table: Mapping[str, str], resnet: Mapping[str, str]) -> str:
+    """`name` with its longest known beginning replaced, and the layer of a resnet behind it."""
+    parts = name.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        head = ".".join(parts[:cut])
+        if head in table:
+            tail = parts[cut:]
+            if ".resnets" in head:
+                tail = [resnet.get(part, part) for part in tail]
+            return ".".join([table[head], *tail])
+    raise ValueError(f"{name!r} has no name in this format")
+
+
+def renaming(names: Names, *, back: bool = False) -> Plan:
+    """A plan for a table of names; the autoencoder's attention, linear here, is 1x1 convolutions there."""
+    plan: Plan = {}
+    for native, other in names.items():
+        flat = ".mid_block.attentions.0.to_" in native and native.endswith(".weight")
+        make = (_flatten if back else _widen) if flat else None
+        new, old = (native, other) if back else (other, native)
+        plan[new] = Part((old,), make)
+    return plan
+
+
+def prefixed(prefix: str, source: Source) -> dict[str, Entry]:
+    """Every name with `prefix` before it."""
+    return {prefix + k: e for k, e in source.items()}
+
+
+def under(prefix: str, source: Source) -> dict[str, Entry]:
+    """The tensors whose name starts with `prefix`, without it."""
+    return {k.removeprefix(prefix): e for k, e in source.items() if k.startswith(prefix)}
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x[:, :, None, None]
+
+
+def _flatten(x: Tensor) -> Tensor:
+    return x.flatten(1)
 
 
 def _transpose(x: Tensor) -> Tensor:

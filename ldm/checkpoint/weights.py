@@ -11,6 +11,7 @@ import logging
 import pickle
 import re
 import struct
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,11 @@ def open_file(path: Path) -> dict[str, Entry]:
     raise ValueError(f"{path}: expected .safetensors, .ckpt, .pt, .pth or .bin")
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says about itself; empty for other kinds."""
+    return dict(_header(path).get("__metadata__", {})) if path.suffix == ".safetensors" else {}
+
+
 def _open_safetensors(path: Path) -> dict[str, Entry]:
     try:
         file = safe_open(str(path), framework="pt", device="cpu")
@@ -111,16 +117,13 @@ def _header(path: Path) -> dict[str, Any]:
 
 def _open_pickle(path: Path) -> dict[str, Tensor]:
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         text = str(error)
-        code = re.search(r"GLOBAL ([\w.]+) was not an allowed global|Unsupported (?:global|class)\W+([\w.]+)", text)
-        if code or "weights_only" in text or "Unsupported" in text:
-            name = next((g for g in code.groups() if g), "") if code else ""
-            what = f"it would run {name}" if name else "it holds more than tensors"
-            raise ValueError(
-                f"{path}: refused: {what} on loading; convert it to safetensors where you trust it"
-            ) from error
+        found = re.search(r"GLOBAL (\w+\.[\w.]*\w)|[Uu]nsupported (?:global|class)\W+([\w.]+\w)", text)
+        if found or "weights_only" in text or "nsupported" in text:
+            what = f"it would run {found[1] or found[2]}" if found else "it holds more than tensors"
+            raise ValueError(f"{path}: refused: {what} on loading; give it as safetensors") from error
         raise ValueError(f"{path}: not readable as weights: {text.splitlines()[0] if text else error!r}") from error
     while isinstance(data, dict) and isinstance(data.get("state_dict"), dict):
         data = data["state_dict"]
@@ -170,9 +173,16 @@ def _open_shards(folder: Path, index: Path) -> dict[str, Entry]:
 
 
 def write_folder(
-    folder: Path, stem: str, source: Source, *, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
+    folder: Path,
+    stem: str,
+    source: Source,
+    *,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """`stem`.safetensors, or shards with an index where it would be larger than `shard_bytes`."""
+    dot = f".{variant}" if variant else ""
     groups: list[dict[str, Entry]] = [{}]
     size = 0
     for name, entry in source.items():
@@ -183,16 +193,16 @@ def write_folder(
         groups[-1][name] = entry
         size += numbytes
     if len(groups) == 1:
-        write_file(folder / f"{stem}.safetensors", source, dtype=dtype)
+        write_file(folder / f"{stem}{dot}.safetensors", source, dtype=dtype)
         return
     where = {}
     for i, group in enumerate(groups, 1):
-        file = f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors"
+        file = f"{stem}{dot}-{i:05d}-of-{len(groups):05d}.safetensors"
         write_file(folder / file, group, dtype=dtype)
         where |= dict.fromkeys(group, file)
     total = sum(e.shape.numel() * _stored(e.dtype, dtype).itemsize for e in source.values())
     about = {"metadata": {"total_size": total}, "weight_map": where}
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    (folder / f"{stem}.safetensors.index{dot}.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 def write_file(

@@ -175,7 +175,7 @@ class Autoencoder(nn.Module):
         return 2 ** (len(self.config.block_out_channels) - 1)
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """The weight of the decoder's last convolution, where adversarial and reconstruction gradients are balanced."""
         return self.decoder.conv_out.weight
 

@@ -195,7 +195,9 @@ def build_clip(config: ClipConfig) -> CLIP:
     from open_clip import CLIP
 
     both = open_clip_config(config)
-    return CLIP(both["embed_dim"], both["vision_cfg"], both["text_cfg"], quick_gelu=config.quick_gelu)
+    # a temperature of shape (1,): DeepSpeed cannot broadcast parameters without a dimension
+    quick = config.quick_gelu
+    return CLIP(both["embed_dim"], both["vision_cfg"], both["text_cfg"], quick_gelu=quick, nonscalar_logit_scale=True)
 
 
 def open_clip_config(config: ClipConfig) -> dict[str, Any]:
@@ -269,7 +271,9 @@ class TextTower(nn.Module):
         tokens = tokens.to(model.positional_embedding.device)
         with torch.autocast(tokens.device.type, enabled=False):
             x = model.token_embedding(tokens) + model.positional_embedding[: tokens.shape[1]]
-            mask = model.attn_mask[: tokens.shape[1], : tokens.shape[1]]
+            mask = model.attn_mask
+            assert mask is not None
+            mask = mask[: tokens.shape[1], : tokens.shape[1]]
             before = x
             for block in model.transformer.resblocks:
                 before, x = x, block(x, attn_mask=mask)

@@ -1,0 +1,106 @@
+"""A model whose weights are not read yet: configs, and tensors by native name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm.checkpoint import weights
+from ldm.checkpoint.weights import Source
+from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.models.latents import LatentCodec
+from ldm.models.text import TextConfig, TextTower
+from ldm.models.unet import UNet, UNetConfig
+
+
+@dataclass
+class Components:
+    """The parts of one model; `scheduler` is the dictionary of diffusers' `scheduler_config.json`."""
+
+    unet: UNet
+    autoencoder: Autoencoder
+    codec: LatentCodec
+    text: list[TextTower]
+    scheduler: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class OpenedText:
+    """A text tower."""
+
+    config: TextConfig
+    source: Source
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A whole model; `check` tells whether the tensors are those of the configs."""
+
+    where: str
+    unet_config: UNetConfig
+    unet: Source
+    vae_config: AutoencoderConfig
+    vae: Source
+    text: tuple[OpenedText, ...]
+    scheduler: Mapping[str, Any]
+
+    @staticmethod
+    def of(unet: UNet, autoencoder: Autoencoder, text: Sequence[TextTower], scheduler: Mapping[str, Any]) -> Opened:
+        """Modules in memory."""
+        return Opened(
+            "model",
+            unet.config,
+            weights.of_state(unet.state_dict()),
+            autoencoder.config,
+            weights.of_state(autoencoder.state_dict()),
+            tuple(OpenedText(t.config, weights.of_state(t.model.state_dict())) for t in text),
+            scheduler,
+        )
+
+    def check(self) -> Opened:
+        """This, or ValueError listing keys that are missing, unknown or of another shape."""
+        weights.check_keys(f"{self.where}: U-Net", shapes_of(self.unet_config), weights.shapes(self.unet))
+        weights.check_keys(f"{self.where}: autoencoder", shapes_of(self.vae_config), weights.shapes(self.vae))
+        for tower in self.text:
+            weights.check_keys(f"{self.where}: text tower", shapes_of(tower.config), weights.shapes(tower.source))
+        return self
+
+    def load(self, dtype: torch.dtype = torch.float32) -> Components:
+        """Read all weights as `dtype`."""
+        self.check()
+        unet = fill(empty(self.unet_config), self.unet, dtype)
+        autoencoder = fill(empty(self.vae_config), self.vae, dtype)
+        assert isinstance(unet, UNet)
+        assert isinstance(autoencoder, Autoencoder)
+        text = [load_tower(tower, dtype) for tower in self.text]
+        return Components(unet, autoencoder, LatentCodec.of(autoencoder), text, dict(self.scheduler))
+
+
+def empty(config: UNetConfig | AutoencoderConfig | TextConfig) -> nn.Module:
+    """The module without memory for its weights."""
+    with torch.device("meta"):
+        if isinstance(config, UNetConfig):
+            return UNet(config)
+        return Autoencoder(config) if isinstance(config, AutoencoderConfig) else TextTower(config).model
+
+
+def shapes_of(config: UNetConfig | AutoencoderConfig | TextConfig) -> dict[str, torch.Size]:
+    """Native names and shapes."""
+    return {k: v.shape for k, v in empty(config).state_dict().items()}
+
+
+def fill(model: nn.Module, source: Source, dtype: torch.dtype) -> nn.Module:
+    """Give an empty module its weights, and no more memory than they need."""
+    model.load_state_dict(weights.read_all(source, dtype), strict=True, assign=True)
+    return model.eval()
+
+
+def load_tower(opened: OpenedText, dtype: torch.dtype) -> TextTower:
+    """A frozen tower with its tokenizer."""
+    tower = TextTower(opened.config)
+    tower.model.load_state_dict(weights.read_all(opened.source, dtype), strict=True, assign=True)
+    return tower.to(dtype).requires_grad_(False).eval()

@@ -1,0 +1,200 @@
+"""CompVis and Stability single files: one file with the U-Net, the autoencoder and the text towers, strict both ways.
+
+Strangers' files are recognised by their shapes (SD 1.x, SD 2.x, SDXL base, and their inpainting forms). Ours carry
+their configs as JSON in the file's metadata, so that a model of any shape comes back.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.checkpoint import maps, weights
+from ldm.checkpoint.opened import Opened, OpenedText, shapes_of
+from ldm.checkpoint.schedulers import scheduler_from_diffusers, scheduler_to_diffusers
+from ldm.checkpoint.weights import Entry, Source
+from ldm.config.load import decode, encode
+from ldm.diffusion.prediction import PREDICTIONS
+from ldm.diffusion.schedule import Discrete
+from ldm.models import presets
+from ldm.models.autoencoder import AutoencoderConfig
+from ldm.models.text import TextConfig
+from ldm.models.unet import UNetConfig
+
+log = logging.getLogger(__name__)
+UNET, VAE, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
+HF_ONE, OPEN_ONE = "cond_stage_model.transformer.", "cond_stage_model.model."
+HF_TWO, OPEN_TWO = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+CONFIG = "ldm.config"
+_FAMILIES = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
+# Schedule tables, averages of the weights and training state that such files carry beside the model.
+_BESIDE = re.compile(
+    r"(betas|alphas_cumprod|alphas_cumprod_prev|sqrt_\w+|log_one_minus_\w+|posterior_\w+|lvlb_weights|logvar|"
+    r"scale_factor|global_step|v_pred|ztsnr|model_ema\..*|denoiser\..*|first_stage_model\.loss\..*|"
+    r".*\.position_ids|.*\.logit_scale|.*\.attn_mask)$"
+)
+
+
+def open_single(path: Path, *, ema: bool = False, prediction: str | None = None) -> Opened:
+    """A `.safetensors` or `.ckpt` file; `ema` takes the averaged U-Net, `prediction` names what an SD 2.x one predicts.
+
+    Raises ValueError for a file that is no known family, lacks the average asked for, or has keys left over.
+    """
+    source = weights.open_file(path)
+    about = weights.metadata(path)
+    if CONFIG in about:
+        unet_config, vae_config, texts, scheduler = _written(about[CONFIG], path)
+    else:
+        unet_config, vae_config, texts, scheduler = _recognised(source, about, path, prediction)
+    names = _unet_names(unet_config)
+    unet = maps.follow(maps.renaming(names, back=True), _unet_source(source, names, ema, path), f"{path}: U-Net")
+    vae = _vae(source, vae_config, path)
+    text = tuple(OpenedText(c, _tower(source, i, path)) for i, c in enumerate(texts))
+    known = (UNET, VAE, "cond_stage_model.", "conditioner.embedders.")
+    if extra := sorted(k for k in source if not k.startswith(known) and not _BESIDE.match(k)):
+        raise ValueError(f"{path}: not known {weights.listed(extra)}")
+    return Opened(str(path), unet_config, unet, vae_config, vae, text, scheduler)
+
+
+def write_single(path: Path, model: Opened, *, dtype: torch.dtype | None = None) -> None:
+    """Write one safetensors file, whole or not at all."""
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: expected a name that ends in .safetensors")
+    if own := [t.config.bpe for t in model.text if t.config.bpe not in ("standard", "emoji")]:
+        raise ValueError(f"{path}: a single file carries no tokenizer; this model's own is {own[0]!r}")
+    out = tensors(model)
+    about = _about(model)
+    beside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        weights.write_file(beside, out, dtype=dtype, metadata=about)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def tensors(model: Opened) -> dict[str, Entry]:
+    """What a single file of the model holds."""
+    names = _unet_names(model.unet_config)
+    out = maps.prefixed(UNET, maps.follow(maps.renaming(names), model.unet, "U-Net"))
+    vae = maps.renaming(maps.vae_to_compvis(model.vae, len(model.vae_config.block_out_channels)))
+    out |= maps.prefixed(VAE, maps.follow(vae, model.vae, "autoencoder"))
+    for i, tower in enumerate(model.text):
+        out |= _tower_out(tower, i, len(model.text))
+    settings = scheduler_from_diffusers(model.scheduler)
+    if len(model.text) > 1 and settings.prediction.kind == "v":  # by these names other tools know such an SDXL model
+        zero = isinstance(settings.schedule, Discrete) and settings.schedule.zero_terminal_snr
+        out |= weights.of_state({k: torch.zeros(1) for k in ["v_pred"] + ["ztsnr"] * zero})
+    return out
+
+
+def _about(model: Opened) -> dict[str, str]:
+    """The file's metadata."""
+    config = {
+        "unet": encode(model.unet_config),
+        "vae": encode(model.vae_config),
+        "text": [encode(t.config) for t in model.text],
+        "scheduler": dict(model.scheduler),
+    }
+    return {
+        CONFIG: json.dumps(config),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.prediction_type": scheduler_from_diffusers(model.scheduler).prediction.kind,
+    }
+
+
+def _written(text: str, path: Path) -> tuple[UNetConfig, AutoencoderConfig, tuple[TextConfig, ...], dict[str, Any]]:
+    data = json.loads(text)
+    return (
+        decode(UNetConfig, data["unet"], f"{path}: unet"),
+        decode(AutoencoderConfig, data["vae"], f"{path}: vae"),
+        tuple(decode(TextConfig, t, f"{path}: text") for t in data["text"]),
+        data["scheduler"],
+    )
+
+
+def _recognised(
+    source: Source, about: dict[str, str], path: Path, prediction: str | None
+) -> tuple[UNetConfig, AutoencoderConfig, tuple[TextConfig, ...], dict[str, Any]]:
+    first, last, keys = f"{UNET}input_blocks.0.0.weight", f"{UNET}out.2.weight", re.compile(r".*\.attn2\.to_k\.weight$")
+    widths = {source[k].shape[1] for k in source if k.startswith(UNET) and keys.match(k)}
+    if first not in source or last not in source or len(widths) != 1 or not widths <= set(_FAMILIES):
+        raise ValueError(f"{path}: not recognised as a single file of SD 1.x, SD 2.x or SDXL base")
+    family = _FAMILIES[widths.pop()]
+    unet = replace(presets.UNETS[family], in_channels=source[first].shape[1], out_channels=source[last].shape[0])
+    label = f"{UNET}label_emb.0.0.weight"
+    if family == "sd21" and label in source:
+        width = source[label].shape[1]
+        unet = replace(unet, class_embed_type="projection", projection_class_embeddings_input_dim=width)
+    texts = presets.TEXTS[family]
+    if family == "sd21":
+        layers = maps.text_layers(maps.under(OPEN_ONE, source))
+        texts = (replace(texts[0], layers=layers, output="penultimate_norm" if layers == 24 else "last"),)
+        if f"{OPEN_ONE}text_projection" not in source:
+            texts = (replace(texts[0], projection=None),)
+    vae = presets.AUTOENCODERS["kl_f8_sdxl" if family == "sdxl" else "kl_f8"]
+    kind = _prediction(source, about, path, family, prediction)
+    schedule = Discrete(zero_terminal_snr="ztsnr" in source)
+    return unet, vae, texts, scheduler_to_diffusers(schedule, PREDICTIONS[kind])
+
+
+def _prediction(source: Source, about: dict[str, str], path: Path, family: str, asked: str | None) -> str:
+    if asked is not None:
+        if asked not in PREDICTIONS:
+            raise ValueError(f"prediction {asked!r} is not one of {sorted(PREDICTIONS)}")
+        return asked
+    told = {"v": "v", "v_prediction": "v", "epsilon": "epsilon"}.get(about.get("modelspec.prediction_type", ""))
+    if told or "v_pred" in source:
+        return told or "v"
+    if family == "sd21":
+        log.warning("%s: nothing tells if this SD 2.x model predicts v or epsilon; v is taken (768 px models do)", path)
+        return "v"
+    return "epsilon"
+
+
+def _unet_names(config: UNetConfig) -> maps.Names:
+    attend = [t.startswith("CrossAttn") for t in config.up_block_types]
+    return maps.unet_to_compvis(shapes_of(config), config.per_level("layers_per_block"), attend)
+
+
+def _unet_source(source: Source, names: maps.Names, ema: bool, path: Path) -> dict[str, Entry]:
+    """The U-Net's tensors; averages have names without dots."""
+    if not ema:
+        return maps.under(UNET, source)
+    averages = {other: EMA + f"diffusion_model.{other}".replace(".", "") for other in names.values()}
+    if missing := sorted(v for v in averages.values() if v not in source):
+        raise ValueError(f"{path}: EMA weights asked for, but missing {weights.listed(missing)}")
+    return {other: source[flat] for other, flat in averages.items()}
+
+
+def _vae(source: Source, config: AutoencoderConfig, path: Path) -> dict[str, Entry]:
+    plan = maps.renaming(maps.vae_to_compvis(shapes_of(config), len(config.block_out_channels)), back=True)
+    inner = {k: e for k, e in maps.under(VAE, source).items() if not k.startswith("loss.")}
+    return maps.follow(plan, inner, f"{path}: autoencoder")
+
+
+def _tower(source: Source, index: int, path: Path) -> dict[str, Entry]:
+    """A text tower with native names, whichever of the two ways it is stored."""
+    for prefix in (HF_ONE, HF_TWO) if index == 0 else ("conditioner.embedders.1.transformer.",):
+        if hf := maps.without_constants(maps.under(prefix, source)):
+            return maps.follow(maps.text_from_hf(hf), hf, f"{path}: text tower")
+    for prefix in (OPEN_ONE, "conditioner.embedders.0.model.") if index == 0 else (OPEN_TWO,):
+        if found := maps.under(prefix, source):
+            return {k: e for k, e in found.items() if k not in ("logit_scale", "attn_mask")}
+    raise ValueError(f"{path}: no text tower number {index + 1}")
+
+
+def _tower_out(tower: OpenedText, index: int, count: int) -> dict[str, Entry]:
+    """OpenCLIP's towers are stored with its names, CLIP-L with Hugging Face's, which have no projection here."""
+    openclip = tower.config.pad == "zero"
+    start = f"conditioner.embedders.{index}." if count > 1 else "cond_stage_model."
+    if openclip:
+        return maps.prefixed(start + "model.", tower.source)
+    source = {k: e for k, e in tower.source.items() if k != "text_projection"}
+    return maps.prefixed(start + "transformer.", maps.follow(maps.text_to_hf(source), source, "text tower"))
