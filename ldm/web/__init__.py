@@ -1,0 +1,1 @@
+"""Pages: the gallery that a run writes."""
