@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ldm.diffusion.density import LogitNormal, UniformTimes
 from ldm.diffusion.prediction import Epsilon, Sample, V, Velocity, broadcast
 from ldm.diffusion.schedule import Discrete, Flow
 from ldm.diffusion.weighting import P2, SNR, VLB, MinSNR, Uniform
@@ -60,11 +61,15 @@ def perturb_noise(noise: Tensor, extra: Tensor, strength: float) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """A schedule, what the network predicts and how the loss is weighted; randomness comes as arguments."""
+    """A schedule, what the network predicts, how the loss is weighted and which times it sees.
+
+    Randomness comes as arguments.
+    """
 
     schedule: Discrete | Flow = field(default_factory=Discrete)
     prediction: Epsilon | V | Sample | Velocity = field(default_factory=Epsilon)
     weighting: Uniform | MinSNR | SNR | P2 | VLB = field(default_factory=Uniform)
+    density: UniformTimes | LogitNormal = field(default_factory=UniformTimes)
 
     def __post_init__(self) -> None:
         if isinstance(self.prediction, Epsilon) and self.schedule.at(self.schedule.last)[0] == 0:
@@ -74,6 +79,10 @@ class Process:
             )
         if isinstance(self.weighting, VLB) and not self.schedule.discrete:
             raise ValueError("weighting vlb needs a discrete schedule")
+
+    def times(self, u: Tensor) -> Tensor:
+        """Uniform u (B,) in [0, 1) -> training times (B,)."""
+        return self.schedule.sample(self.density.warp(u))
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t ~ q(x_t | x_0) = alpha x_0 + sigma noise (DDPM, eq. 4), computed in float32, in the dtype of x0."""

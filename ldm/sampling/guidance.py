@@ -1,25 +1,36 @@
-"""Guidance: each function takes a denoiser and gives a denoiser; samplers never see it."""
+"""Guidance: each function takes a denoiser and gives a denoiser; samplers never see it.
+
+Legend: c, u, n the estimates of x_0 under the prompt, without one, under a negative prompt. Estimates of x_0 combine as
+estimates of the noise do, since at fixed x the one is an affine function of the other.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ldm.diffusion.prediction import broadcast
+from ldm.diffusion.schedule import Schedule
 from ldm.types import Cond, Denoise
 
 
-def pair(denoise: Denoise, x: Tensor, t: Tensor, cond: Cond, uncond: Cond) -> tuple[Tensor, Tensor]:
-    """(conditional, unconditional) estimates of x_0 from one call of twice the batch.
+def together(denoise: Denoise, x: Tensor, t: Tensor, conds: list[Cond]) -> list[Tensor]:
+    """The estimate under each conditioning from one call of len(conds) times the batch.
 
-    `uncond` may have batch 1; a key that it lacks (sizes, a mask) is taken from `cond`.
+    The first is the whole one: the others may have batch 1, and take from it the keys that they lack (sizes, a mask).
     """
-    count = x.shape[0]
-    both = {}
-    for key, value in cond.items():
-        other = uncond.get(key, value)
-        both[key] = torch.cat([other.to(value).expand(count, *other.shape[1:]), value])
-    without, with_ = denoise(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-    return with_, without
+    whole, count = conds[0], x.shape[0]
+    merged = {}
+    for key, value in whole.items():
+        rows = [cond.get(key, value).to(value) for cond in conds]
+        for row in rows:
+            if row.shape[0] not in (1, count):
+                raise ValueError(f"cond {key!r} has batch {row.shape[0]}, expected 1 or {count}")
+        merged[key] = torch.cat([row.expand(count, *row.shape[1:]) for row in reversed(rows)])
+    n = len(conds)
+    return list(reversed(denoise(torch.cat([x] * n), torch.cat([t] * n), merged).chunk(n)))
 
 
 def classifier_free(
@@ -31,28 +42,135 @@ def classifier_free(
 ) -> Denoise:
     """Classifier-free guidance, u + scale (c - u) (arXiv 2207.12598; scale 1 is no guidance and costs one batch).
 
-    `uncond` is the empty or the negative prompt. `rescale` in [0, 1] moves the standard deviation of each sample back
-    to that of the conditional estimate (arXiv 2305.08891, eqs. 14-16). `interval` = (low, high) times outside of
-    which there is no guidance (arXiv 2404.07724).
+    `uncond` is the empty or the negative prompt; its rows come first in the doubled batch. `rescale` in [0, 1] moves
+    the standard deviation of each sample back to that of the conditional estimate (arXiv 2305.08891, eqs. 14-16).
+    `interval` = (low, high) times outside of which there is no guidance (arXiv 2404.07724).
     """
-    if not 0 <= rescale <= 1:
-        raise ValueError(f"rescale must lie in [0, 1], got {rescale}")
+    check_fraction("rescale", rescale)
     check_interval(interval)
     if scale == 1:
         return denoise
 
     def guided(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        with_, without = pair(denoise, x, t, cond, uncond)
-        out = rescaled(without + scale * (with_ - without), with_, rescale)
-        return within(interval, t, out, with_)
+        c, u = together(denoise, x, t, [cond, uncond])
+        return within(interval, t, rescaled(u + scale * (c - u), c, rescale), c)
 
     return guided
 
 
-def check_interval(interval: tuple[float, float] | None) -> None:
-    """Raise ValueError unless low <= high."""
-    if interval is not None and not interval[0] <= interval[1]:
-        raise ValueError(f"interval must be (low, high) with low <= high, got {interval}")
+def projected(
+    denoise: Denoise,
+    uncond: Cond,
+    scale: float,
+    parallel: float = 0.0,
+    radius: float | None = None,
+    interval: tuple[float, float] | None = None,
+) -> Denoise:
+    """Adaptive projected guidance (arXiv 2410.02416, alg. 1, without its momentum, so that it keeps no state).
+
+    c - u is cut to norm `radius` and split along c: the orthogonal part is kept, the parallel one, which saturates,
+    times `parallel` (1 and no radius: classifier-free guidance).
+    """
+    check_interval(interval)
+    if radius is not None and not radius > 0:
+        raise ValueError(f"radius must be above 0, got {radius}")
+
+    def guided(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        c, u = together(denoise, x, t, [cond, uncond])
+        gap = c - u
+        if radius is not None:
+            gap = gap * (radius / _norm(gap).clamp(min=1e-12)).clamp(max=1.0)
+        along = project(gap, c)
+        return within(interval, t, c + (scale - 1) * (gap - along + parallel * along), c)
+
+    return guided
+
+
+def perpendicular(
+    denoise: Denoise,
+    uncond: Cond,
+    negative: Cond,
+    scale: float,
+    negative_scale: float = 1.0,
+    interval: tuple[float, float] | None = None,
+) -> Denoise:
+    """Perp-Neg: only what the negative prompt has beside the prompt is pushed away (arXiv 2304.04968, eq. 8).
+
+    One call of three times the batch.
+    """
+    check_interval(interval)
+
+    def guided(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        c, u, n = together(denoise, x, t, [cond, uncond, negative])
+        toward, away = c - u, n - u
+        away = away - project(away, toward)
+        return within(interval, t, u + scale * (toward - negative_scale * away), c)
+
+    return guided
+
+
+def similarity(
+    denoise: Denoise,
+    score: Callable[[Tensor], Tensor],
+    scale: float,
+    *,
+    schedule: Schedule,
+    decode: Callable[[Tensor], Tensor] | None = None,
+    through_network: bool = False,
+    interval: tuple[float, float] | None = None,
+) -> Denoise:
+    """CLIP guidance: x_0 + scale Cov[x_0 | x] grad score (classifier guidance, arXiv 2105.05233, eq. 14, on x_0).
+
+    `score(pixels) -> (B,)` is a log-probability or a similarity with an image-text model, `decode(x_0) -> pixels`
+    the autoencoder's decoder (None: x_0 are pixels). The covariance is exact through the network's gradient, or,
+    without it, that of white data, sigma^2 / (alpha^2 + sigma^2), at a fraction of the memory. Wrap the guided
+    denoiser, not the other way round. The gradient exists under `torch.no_grad`, not under `torch.inference_mode`.
+    """
+    check_interval(interval)
+    if scale == 0:
+        return denoise
+
+    def gradient(x: Tensor, estimate: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            x0 = estimate(leaf)
+            value = score(x0 if decode is None else decode(x0))
+            if value.shape != x.shape[:1]:
+                raise ValueError(f"score must give one value per sample, ({x.shape[0]},), got {tuple(value.shape)}")
+            return x0.detach(), torch.autograd.grad(value.sum(), leaf)[0]
+
+    def guided(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        alpha, sigma = (broadcast(v, x) for v in schedule.alpha_sigma(t))
+        if through_network:
+            x0, slope = gradient(x, lambda leaf: denoise(leaf, t, cond))
+            size = sigma**2 / alpha.clamp(min=1e-8) * (alpha > 0)
+        else:
+            x0, slope = gradient(denoise(x, t, cond), lambda leaf: leaf)
+            size = sigma**2 / (alpha**2 + sigma**2)
+        return within(interval, t, x0 + scale * (size * slope).to(x0.dtype), x0)
+
+    return guided
+
+
+def project(v: Tensor, onto: Tensor) -> Tensor:
+    """The part of each sample of v along that of `onto`, in float64 (samples may be large)."""
+    dims = tuple(range(1, v.dim()))
+    wide, base = v.double(), onto.double()
+    share = (wide * base).sum(dims, keepdim=True) / (base * base).sum(dims, keepdim=True).clamp(min=1e-24)
+    return (share * base).to(v.dtype)
+
+
+def _norm(v: Tensor) -> Tensor:
+    return v.pow(2).sum(tuple(range(1, v.dim())), keepdim=True).sqrt()
+
+
+def rescaled(guided: Tensor, reference: Tensor, amount: float) -> Tensor:
+    """`guided` with its per-sample standard deviation moved by `amount` towards that of `reference`."""
+    if amount == 0:
+        return guided
+    dims = tuple(range(1, guided.dim()))
+    ratio = reference.std(dims, keepdim=True) / guided.std(dims, keepdim=True).clamp(min=1e-8)
+    return guided * (amount * ratio + 1 - amount)
 
 
 def within(interval: tuple[float, float] | None, t: Tensor, inside: Tensor, outside: Tensor) -> Tensor:
@@ -63,10 +181,13 @@ def within(interval: tuple[float, float] | None, t: Tensor, inside: Tensor, outs
     return torch.where(chosen, inside, outside)
 
 
-def rescaled(guided: Tensor, reference: Tensor, amount: float) -> Tensor:
-    """`guided` with its per-sample standard deviation moved by `amount` towards that of `reference`."""
-    if amount == 0:
-        return guided
-    dims = tuple(range(1, guided.dim()))
-    ratio = reference.std(dims, keepdim=True) / guided.std(dims, keepdim=True).clamp(min=1e-8)
-    return guided * (amount * ratio + 1 - amount)
+def check_interval(interval: tuple[float, float] | None) -> None:
+    """Raise ValueError unless low <= high."""
+    if interval is not None and not interval[0] <= interval[1]:
+        raise ValueError(f"interval must be (low, high) with low <= high, got {interval}")
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Raise ValueError unless 0 <= value <= 1."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")

@@ -69,11 +69,19 @@ class Run:
         """(step index, from, to) of each step."""
         return [(i, a, b) for i, (a, b) in enumerate(zip(self.nodes, self.nodes[1:]))]
 
-    def order(self, index: int, order: int) -> int:
-        """The order of a multistep formula at step `index`: what its past allows, 1 into the data or over no length."""
+    def order(self, index: int, order: int, settle: int | None = 15) -> int:
+        """The order of a multistep formula at step `index`: what its past allows, 1 into the data or over no length.
+
+        Runs of fewer than `settle` steps (None: all) that end in the data also lower the order towards their end.
+        """
         a, b = self.nodes[index], self.nodes[index + 1]
+        if not a.sigma > b.sigma > 0:
+            return 1
         known = index if self.nodes[0].alpha == 0 else index + 1  # a past with infinite lam is no past
-        return max(1, min(order, known)) if a.sigma > b.sigma > 0 else 1
+        count = len(self.nodes) - 1
+        if self.nodes[-1].sigma == 0 and (settle is None or count < settle):
+            order = min(order, count - index)
+        return max(1, min(order, known))
 
     def raw(self, x: Tensor, node: Node) -> Tensor:
         """The estimate of x_0 before any clipping. Raises ValueError naming the step if it is not finite."""
