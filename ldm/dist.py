@@ -68,6 +68,15 @@ def any_rank(flag: bool) -> bool:
     return bool(value.item())
 
 
+def gather(value: Tensor) -> Tensor:
+    """The ranks' tensors of one shape (B, ...) one after the other, (world * B, ...), on every rank."""
+    if not initialized() or world_size() == 1:
+        return value
+    parts = [torch.empty_like(value) for _ in range(world_size())]
+    torch_dist.all_gather(parts, value.contiguous())
+    return torch.cat(parts)
+
+
 def say(message: str) -> None:
     """Print a line to standard error on rank 0."""
     if rank() == 0:

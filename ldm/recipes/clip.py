@@ -15,7 +15,7 @@ from ldm.checkpoint.files import write_text
 from ldm.checkpoint.folders import write_module
 from ldm.config.load import encode
 from ldm.data.loader import DataConfig, Loader
-from ldm.evaluate.retrieval import retrieval
+from ldm.evaluate.retrieval import caption_retrieval
 from ldm.models.text import ClipConfig, build_clip, build_tokenizer
 from ldm.objectives.contrastive import ContrastiveObjective
 from ldm.recipes.autoencoder import held_out
@@ -25,10 +25,11 @@ from ldm.train.trainer import TrainConfig, Trainer
 
 @dataclass(frozen=True, kw_only=True)
 class ClipTask:
-    """Validation measures retrieval in each of the splits `validation`."""
+    """Validation measures retrieval in each of the splits `validation`; `augment` is the strength of zooms and shifts."""
 
     kind: Literal["clip"] = "clip"
     model: ClipConfig = field(default_factory=ClipConfig)
+    augment: float = 0.15
     validation: tuple[str, ...] = ("heldout",)
     validate_every: int = 500
 
@@ -52,8 +53,8 @@ class RetrievalValidation:
                 parts = self._images[split].split(64)
                 image = torch.cat([clip.encode_image(p.to(device), normalize=True).float().cpu() for p in parts])
                 text = torch.cat([clip.encode_text(p.to(device), normalize=True).float().cpu() for p in tokens.split(64)])
-                found = retrieval(image @ text.T, ks=(1, 10))
-                figures[split] = {"count": len(image), "R@1": found.recall[1], "R@10": found.recall[10]}
+                found = caption_retrieval(image, text, range(len(image)), candidates=len(text), ks=(1, 10))
+                figures[split] = {"candidates": len(text), "R@1": found.at(1).rate, "R@10": found.at(10).rate}
         clip.train(was)
         self.last = figures
         if dist.rank() == 0:
@@ -68,7 +69,7 @@ def build(task: ClipTask, data: DataConfig, train: TrainConfig, seed: int, worke
     torch.manual_seed(seed)  # initial weights
     clip = build_clip(task.model)
     tokenizer = build_tokenizer(task.model)
-    objective = ContrastiveObjective(clip).to(dist.device())
+    objective = ContrastiveObjective(clip, task.augment).to(dist.device())
     loader = Loader(
         data,
         seed=seed,

@@ -2,18 +2,150 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
-from ldm.data.loader import DataConfig
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm import dist
+from ldm.checkpoint import files
+from ldm.checkpoint.convert import load_unet, save_diffusers
+from ldm.checkpoint.schedulers import scheduler_to_diffusers
+from ldm.data.encode import EncodeConfig, encode, finish
+from ldm.data.grid import save_grid
+from ldm.data.loader import DataConfig, Loader
+from ldm.diffusion.process import Process
+from ldm.models.autoencoder import Autoencoder
+from ldm.models.latents import LatentCodec
+from ldm.models.shipped import locate
+from ldm.models.text import TextTower
+from ldm.models.unet import UNet, UNetConfig
+from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
+from ldm.pipeline import Settings, TextToImage
 from ldm.recipes.base import Assembly
-from ldm.train.trainer import TrainConfig
+from ldm.recipes.sources import load_autoencoder, load_towers, text_encoder, weights_hash
+from ldm.train.trainer import TrainConfig, Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Pictures of fixed prompts and noise, drawn with the averaged weights every `every` steps (0: at the end only)."""
+
+    prompts: tuple[str, ...] = ()
+    every: int = 1000
+    settings: Settings = field(default_factory=Settings)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextToImageTask:
+    """`vae` and `text` name the frozen parts: a shipped model, a run's export, or a diffusers folder.
+
+    `start` names a model whose U-Net is trained further; otherwise weights are random. With `cache`, a folder, pictures
+    and captions are encoded once before training; without it at every step. `gradient_checkpointing` trades a second
+    forward for memory.
+    """
+
     kind: Literal["text_to_image"] = "text_to_image"
+    unet: UNetConfig
+    vae: str
+    text: str
+    start: str | None = None
+    process: Process = field(default_factory=Process)
+    options: DenoiseOptions = field(default_factory=DenoiseOptions)
+    cache: Path | None = None
+    gradient_checkpointing: bool = False
+    samples: Samples = field(default_factory=Samples)
+
+
+class SampleHook:
+    """Draws the fixed prompts on all ranks together, each its share, and writes one picture."""
+
+    def __init__(self, config: Samples, pipeline: TextToImage) -> None:
+        self.every, self.config, self.pipeline = config.every, config, pipeline
+
+    def __call__(self, trainer: Trainer, step: int) -> None:
+        prompts = list(self.config.prompts)
+        if not prompts:
+            return
+        world, rank = dist.world_size(), dist.rank()
+        share = math.ceil(len(prompts) / world)  # equal on all ranks: the network may be divided over them
+        indices = [(rank * share + i) % len(prompts) for i in range(share)]
+        with trainer.averaged(), trainer.engine.autocast():
+            own = self.pipeline.sample([prompts[i] for i in indices], settings=self.config.settings, indices=indices)
+        images = dist.gather(own)[: len(prompts)]
+        if rank == 0:
+            save_grid(images, trainer.out / "samples" / f"step-{step:07d}.png", columns=math.ceil(len(prompts) ** 0.5))
+
+
+def cached(task: TextToImageTask, data: DataConfig, codec: LatentCodec, towers: Sequence[TextTower]) -> Path:
+    """Encode pictures and captions into `task.cache` if they are not there yet; all ranks share the work."""
+    assert task.cache is not None
+    config = EncodeConfig(
+        path=data.path, splits=(data.split,), size=data.size, fit=data.fit, crop=data.crop, flip=data.flip,
+        variants=2 if data.flip else 1, template=data.template, part=512,
+    )  # fmt: skip
+    encode_text = text_encoder(towers)
+    bar = tqdm(desc="encoding", unit="img", disable=dist.rank() != 0, mininterval=2)
+    encode(
+        config,
+        task.cache,
+        moments=codec.moments,
+        text=lambda texts: dict(encode_text(texts)),
+        hashes=hashes(codec.autoencoder, towers),
+        rank=dist.rank(),
+        world=dist.world_size(),
+        progress=bar.update,
+    )
+    bar.close()
+    dist.barrier()
+    if dist.rank() == 0:
+        finish(config, task.cache)
+    dist.barrier()
+    return task.cache
+
+
+def hashes(autoencoder: Autoencoder, towers: Sequence[TextTower]) -> dict[str, str]:
+    """What a cache must have been made with."""
+    return {"vae": weights_hash(autoencoder), "text": weights_hash(*towers)}
 
 
 def build(task: TextToImageTask, data: DataConfig, train: TrainConfig, seed: int, workers: int) -> Assembly:
-    raise ValueError("not yet")
+    """The U-Net, the frozen parts, the data (encoded once, if so configured) and sample pictures."""
+    torch.manual_seed(seed)  # initial weights
+    device = dist.device()
+    autoencoder = load_autoencoder(task.vae).to(device)
+    towers = [t.to(device) for t in load_towers(task.text)]
+    codec = LatentCodec.of(autoencoder)
+    unet = UNet(task.unet) if task.start is None else load_unet(locate(task.start) / "unet")
+    if task.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    encode_text = text_encoder(towers)
+    objective = DenoiseObjective(unet, task.process, codec, encode_text, task.options).to(device)
+    if task.cache is not None:
+        data = replace(data, path=str(cached(task, data, codec, towers)), cached=True)
+    loader = Loader(
+        data,
+        seed=seed,
+        micro_batch=train.micro_batch(dist.world_size()),
+        accumulate=train.accumulate,
+        rank=dist.rank(),
+        world=dist.world_size(),
+        workers=workers,
+        expect=hashes(autoencoder, towers) if data.cached else None,
+    )
+    pipeline = TextToImage(unet, codec, towers, task.process)
+
+    def export(weights: dict[str, Tensor], folder: Path) -> None:
+        whole = UNet(unet.config)
+        whole.load_state_dict(weights, strict=True)
+        scheduler = scheduler_to_diffusers(task.process.schedule, task.process.prediction)
+        save_diffusers(folder, unet=whole, autoencoder=autoencoder, text=towers, scheduler=scheduler)
+        files.write_text(folder / "trained.json", json.dumps({"steps": train.steps, "batch": train.batch}))
+
+    return Assembly(objective, loader, [SampleHook(task.samples, pipeline)], export)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm import dist
 from ldm.rng import Rng
@@ -124,6 +125,13 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
+def _attention(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """On the CPU the plain attention kernel: the backward of the fused one is several times slower (docs/log.md)."""
+    if device.type != "cpu":
+        return contextlib.nullcontext()
+    return sdpa_kernel(SDPBackend.MATH)
+
+
 @dataclass(frozen=True)
 class Fragment:
     """The piece `[start, start + length)` of a flattened parameter whose master is `masters[flat][offset:]` here."""
@@ -162,7 +170,7 @@ class Engine:
     # --- the step ---------------------------------------------------------------------------------------------------
     def forward(self, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
         """Loss and metrics of a micro-batch in the compute dtype."""
-        with self.autocast():
+        with self.autocast(), _attention(self.device):
             return self._engine(batch, rng)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:

@@ -1,0 +1,195 @@
+"""Text to image: prompts -> pictures, with any sampler, from any model folder.
+
+Legend: B pictures of a batch, Z latent channels, h, w latent pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.checkpoint.convert import load_model
+from ldm.checkpoint.schedulers import scheduler_from_diffusers
+from ldm.data.grid import to_pil
+from ldm.diffusion.process import Process
+from ldm.models.latents import LatentCodec
+from ldm.models.shipped import SHIPPED
+from ldm.models.text import TextTower, encode_texts
+from ldm.models.unet import UNet
+from ldm.rng import Rng
+from ldm.sampling import SAMPLERS, lookup
+from ldm.sampling import sample as run_sampler
+from ldm.sampling.guidance import classifier_free
+from ldm.types import Cond
+
+Progress = Callable[[int, int], object]
+"""(solver steps done, solver steps in all)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How pictures are drawn; None means the sampler's or the model's own. `size` is in pixels, one side or (H, W)."""
+
+    sampler: str = "ddim"
+    steps: int = 50
+    guidance: float = 7.5
+    rescale: float = 0.0
+    negative: str = ""
+    eta: float | None = None
+    spacing: str | None = None
+    seed: int = 0
+    size: int | tuple[int, int] | None = None
+    batch: int = 16
+
+    def __post_init__(self) -> None:
+        lookup(self.sampler)
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if not (math.isfinite(self.guidance) and self.guidance >= 0):
+            raise ValueError(f"guidance must be at least 0, got {self.guidance}")
+        if self.batch < 1:
+            raise ValueError(f"batch must be at least 1, got {self.batch}")
+
+
+class TextToImage:
+    """A U-Net, a latent codec, text towers and the process that the U-Net was trained for."""
+
+    def __init__(self, unet: UNet, codec: LatentCodec, text: Sequence[TextTower], process: Process) -> None:
+        self.unet, self.codec, self.text, self.process = unet, codec, list(text), process
+        self.spacing: str | None = None
+
+    @staticmethod
+    def load(source: str | Path, *, device: str | torch.device = "cpu") -> TextToImage:
+        """From a shipped model's name (emoji), a run folder, a diffusers folder, a single file or a hub id.
+
+        Raises ValueError when it is none of these.
+        """
+        found = SHIPPED.get(str(source), Path(source))
+        if (found / "checkpoints").is_dir() and not (found / "export" / "model_index.json").is_file():
+            raise ValueError(f"run {str(source)!r}: not exported yet; the export is written when training ends")
+        parts = load_model(found / "export" if (found / "export").is_dir() else found)
+        how = scheduler_from_diffusers(parts.scheduler)
+        process = Process(schedule=how.schedule, prediction=how.prediction)
+        pipeline = TextToImage(parts.unet.eval().requires_grad_(False), parts.codec, parts.text, process)
+        pipeline.spacing = how.spacing
+        return pipeline.to(device)
+
+    def to(self, device: str | torch.device) -> TextToImage:
+        """Move all parts; returns itself."""
+        for module in (self.unet, self.codec.autoencoder, *self.text):
+            module.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the U-Net is."""
+        return next(self.unet.parameters()).device
+
+    def __call__(self, prompt: str | Sequence[str], *, count: int = 1, **settings: Any) -> list[Image.Image]:
+        """`count` pictures of each prompt, one prompt after the other; keywords are those of `Settings`.
+
+        Raises ValueError for a keyword or a value that `Settings` does not have.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
+        try:
+            chosen = Settings(**settings)
+        except TypeError as error:
+            allowed = sorted(Settings.__dataclass_fields__)
+            raise ValueError(f"{sorted(set(settings) - set(allowed))}: unknown; allowed are {allowed}") from error
+        return to_pil(self.sample([p for p in prompts for _ in range(count)], settings=chosen))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        *,
+        settings: Settings,
+        indices: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Pictures (N, 3, H, W) in [-1, 1] on the CPU, one a prompt.
+
+        Picture i's noise belongs to (seed, `indices[i]`) alone, so the batch size does not change it. Raises ValueError
+        for a size that the model cannot make.
+        """
+        if not prompts:
+            raise ValueError("expected at least one prompt, got none")
+        indices = list(range(len(prompts)) if indices is None else indices)
+        self._warn_long([*prompts, settings.negative])
+        done: list[Tensor] = []
+        batches = math.ceil(len(prompts) / settings.batch)
+        for k in range(batches):
+            chosen = slice(k * settings.batch, (k + 1) * settings.batch)
+            rng = Rng(settings.seed, tuple(indices[chosen]))
+            step = None if progress is None else (lambda i, _, k=k: progress(k * settings.steps + i + 1, batches * settings.steps))
+            latents = self.latents(list(prompts[chosen]), settings, rng, step)
+            done.append(self.codec.decode(latents).clamp(-1, 1).float().cpu())
+        return torch.cat(done)
+
+    def latents(
+        self,
+        prompts: list[str],
+        settings: Settings,
+        rng: Rng,
+        progress: Callable[[int, Tensor], object] | None = None,
+    ) -> Tensor:
+        """Scaled latents (B, Z, h, w) of one batch."""
+        shape = self.latent_shape(settings.size)
+        device = self.device
+        cond = self.encode_text(prompts)
+        uncond = self.encode_text([settings.negative])
+        denoise = classifier_free(self.process.denoiser(self.unet), uncond, settings.guidance, settings.rescale)
+        return run_sampler(
+            settings.sampler,
+            denoise,
+            rng.normal("start", shape).to(device),
+            cond,
+            schedule=self.process.schedule,
+            steps=settings.steps,
+            noise=lambda i: rng.normal(f"step {i}", shape).to(device),
+            eta=settings.eta,
+            spacing=settings.spacing or self._spacing(settings.sampler),
+            progress=progress,
+        )
+
+    def _spacing(self, sampler: str) -> str | None:
+        """The model's own spacing where it must be kept: a terminal SNR of zero needs the last time to be visited."""
+        return self.spacing if sampler in ("ddim", "ddpm") else None
+
+    def encode_text(self, prompts: Sequence[str]) -> Cond:
+        """What the U-Net is given for prompts."""
+        return encode_texts(self.text, prompts)
+
+    def latent_shape(self, size: int | tuple[int, int] | None) -> tuple[int, int, int]:
+        """(Z, h, w) for a size in pixels. Raises ValueError unless it is a multiple of what the model can make."""
+        factor = self.codec.factor
+        if size is None:
+            side = self.unet.config.sample_size or 64
+            return (self.codec.channels, side, side)
+        height, width = (size, size) if isinstance(size, int) else size
+        multiple = max(8, factor * 2 ** (len(self.unet.config.block_out_channels) - 1))
+        for value in (height, width):
+            if value < multiple or value % multiple:
+                raise ValueError(f"size: {value} is not a multiple of {multiple} pixels")
+        return (self.codec.channels, height // factor, width // factor)
+
+    def _warn_long(self, prompts: Sequence[str]) -> None:
+        for cut in self.text[0].tokenizer.too_long(list(dict.fromkeys(prompts))):
+            warnings.warn(
+                f"prompt of {cut.tokens} tokens is longer than {cut.limit}; left out: {cut.cut!r}", stacklevel=3
+            )
+
+
+
+
+__all__ = ["SAMPLERS", "Progress", "Settings", "TextToImage"]

@@ -1,0 +1,76 @@
+"""Find the frozen parts that a run starts from: shipped models by name, run exports, diffusers folders."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoint import convert
+from ldm.checkpoint.folders import read_module
+from ldm.config.load import decode
+from ldm.models.autoencoder import Autoencoder
+from ldm.models.shipped import locate
+from ldm.models.text import ClipConfig, TextTower, build_clip, encode_texts
+from ldm.types import Cond
+
+EncodeText = Callable[[Sequence[str]], Cond]
+
+
+def load_autoencoder(source: str) -> Autoencoder:
+    """A frozen autoencoder, from its own folder or from one that holds `vae/`."""
+    folder = locate(source)
+    autoencoder = convert.load_autoencoder(folder / "vae" if (folder / "vae").is_dir() else folder)
+    return autoencoder.requires_grad_(False).eval()
+
+
+def load_towers(source: str) -> list[TextTower]:
+    """Frozen text towers: of a diffusers folder, or the one of a CLIP trained here."""
+    folder = locate(source)
+    if (folder / "text_encoder_2").is_dir():
+        return convert.load_model(folder).text
+    if (folder / "text_encoder").is_dir():
+        return [convert.load_text(folder / "text_encoder", folder / "tokenizer")]
+    return [clip_tower(source)]
+
+
+def load_clip(source: str) -> tuple[nn.Module, ClipConfig]:
+    """A frozen CLIP of both towers, from its own folder or from one that holds `clip/`."""
+    folder = locate(source)
+    plain, weights = read_module(folder / "clip" if (folder / "clip").is_dir() else folder)
+    config = decode(ClipConfig, plain, f"{folder}: config.json")
+    clip = build_clip(config)
+    clip.load_state_dict(weights, strict=True)
+    return clip.requires_grad_(False).eval(), config
+
+
+def clip_tower(source: str) -> TextTower:
+    """The text tower of a CLIP of ours."""
+    clip, config = load_clip(source)
+    return TextTower.of_clip(clip, config.text)  # type: ignore[arg-type]
+
+
+def text_encoder(towers: Sequence[TextTower]) -> EncodeText:
+    """Prompts -> Cond by all towers, without gradients."""
+
+    @torch.no_grad()
+    def encode(prompts: Sequence[str]) -> Cond:
+        return encode_texts(towers, prompts)
+
+    return encode
+
+
+def weights_hash(*modules: nn.Module) -> str:
+    """A short hash of all weights, the same on every machine; what a cache was made with."""
+    total = hashlib.blake2b(digest_size=8)
+    for module in modules:
+        for name, value in sorted(module.state_dict().items()):
+            total.update(name.encode())
+            total.update(_bytes(value))
+    return total.hexdigest()
+
+
+def _bytes(value: Tensor) -> bytes:
+    value = value.detach().cpu().contiguous()
+    return (value.float() if value.is_floating_point() else value).numpy().tobytes()
