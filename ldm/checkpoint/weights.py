@@ -120,9 +120,9 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         text = str(error)
-        found = re.search(r"GLOBAL (\w+\.[\w.]*\w)|[Uu]nsupported (?:global|class)\W+([\w.]+\w)", text)
+        found = re.search(r"GLOBAL (\S+)", text)
         if found or "weights_only" in text or "nsupported" in text:
-            what = f"it would run {found[1] or found[2]}" if found else "it holds more than tensors"
+            what = f"it would run {found[1]}" if found else "it holds more than tensors"
             raise ValueError(f"{path}: refused: {what} on loading; give it as safetensors") from error
         raise ValueError(f"{path}: not readable as weights: {text.splitlines()[0] if text else error!r}") from error
     while isinstance(data, dict) and isinstance(data.get("state_dict"), dict):

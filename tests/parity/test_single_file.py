@@ -191,7 +191,7 @@ def test_pickles_with_code_are_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {"a": torch.ones(2)}, "epoch": 3}, tmp_path / "good.ckpt")
     assert torch.equal(weights.open_file(tmp_path / "good.ckpt")["a"].read(), torch.ones(2))
     torch.save({"state_dict": {"a": torch.ones(2)}, "callbacks": Evil()}, tmp_path / "evil.ckpt")
-    (tmp_path / "old.ckpt").write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "old.ckpt").write_bytes(pickle.dumps(Evil(), protocol=2))
     for name in ("evil.ckpt", "old.ckpt"):
         with pytest.raises(ValueError, match=rf"{name}: refused: it would run .*exec"):
             weights.open_file(tmp_path / name)

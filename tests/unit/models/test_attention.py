@@ -1,0 +1,76 @@
+"""Attention: backends against the formula in float64, masks, odd lengths, and the choice of a backend."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm.models import attention as module
+from ldm.models.attention import attention, choose, using
+
+
+def formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    out = torch.empty_like(q)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            scores = q[b, :, h] @ k[b, :, h].T / math.sqrt(q.shape[-1])
+            if mask is not None:
+                m = mask.expand(q.shape[0], q.shape[2], *mask.shape[2:])[b, h]
+                scores = scores.masked_fill(~m, -math.inf) if m.dtype == torch.bool else scores + m
+            weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
+            out[b, :, h] = weights @ v[b, :, h]
+    return out
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("masked", ["no", "bool", "added"])
+@pytest.mark.parametrize(("queries", "keys", "width"), [(16, 16, 8), (7, 13, 5), (1, 3, 40)])
+def test_backends_equal_the_formula(backend: str, masked: str, queries: int, keys: int, width: int) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(2, queries, 3, width, dtype=torch.float64)
+    k, v = torch.randn(2, 2, keys, 3, width, dtype=torch.float64)
+    mask = None
+    if masked == "bool":
+        mask = torch.rand(2, 1, queries, keys) > 0.4
+        mask[..., 0] = True
+    elif masked == "added":
+        mask = torch.randn(1, 3, queries, keys, dtype=torch.float64)
+    expected = formula(q, k, v, mask)
+    with using("cpu", backend):
+        assert (attention(q, k, v, mask) - expected).abs().max() < 1e-12
+        single = attention(q.float(), k.float(), v.float(), mask if masked != "added" else mask.float())  # type: ignore[union-attr]
+        assert (single - expected).abs().max() < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["sdpa", "xformers"])
+@pytest.mark.parametrize(("queries", "keys"), [(64, 77), (63, 5)])
+def test_backends_agree_on_the_gpu(backend: str, queries: int, keys: int) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(2, queries, 4, 40, device="cuda", dtype=torch.float16)
+    k, v = torch.randn(2, 2, keys, 4, 40, device="cuda", dtype=torch.float16)
+    expected = formula(q.double(), k.double(), v.double(), None)
+    with using("cuda", backend):
+        assert (attention(q, k, v) - expected).abs().max() < 5e-3
+
+
+def test_choice_is_stated_and_kept(caplog: pytest.LogCaptureFixture) -> None:
+    before = dict(module._chosen)
+    with caplog.at_level("INFO"):
+        assert choose("cpu") == "sdpa"
+    assert "attention on cpu: sdpa (xformers has no cpu operator)" in caplog.text
+    with using("cpu", "reference"):
+        assert module._chosen["cpu"] == "reference"
+    assert module._chosen["cpu"] == "sdpa"
+    module._chosen.clear()
+    module._chosen.update(before)
+
+
+def test_mistakes() -> None:
+    with pytest.raises(ValueError, match=r"'flash' is not one of \['auto', 'xformers', 'sdpa', 'reference'\]"):
+        choose("cpu", "flash")
+    with pytest.raises(ValueError, match="xformers has no cpu operator"):
+        choose("cpu", "xformers")
