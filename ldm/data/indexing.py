@@ -13,7 +13,7 @@ from pathlib import Path
 from ldm.data.decode import IMAGES, BadSample, metadata
 from ldm.data.filters import compile_filter
 from ldm.data.manifest import Manifest, Shard, sha256
-from ldm.data.shards import Index, ShardReader, scan
+from ldm.data.shards import Index, LocalReader, scan
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _has_picture(found: Index, row: object) -> bool:
 
 def _filter(path: Path, found: Index, where: str) -> tuple[Index, int]:
     keep = compile_filter(where)
-    reader = ShardReader(path, found)
+    reader = LocalReader(str(path), found, os.open(path, os.O_RDONLY))
     rows, bad = [], 0
     for i in range(len(found)):
         try:

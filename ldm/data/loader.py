@@ -7,7 +7,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from ldm.data.decode import BadSample
 from ldm.data.images import Fit, to_float
 from ldm.data.manifest import Manifest, resolve
 from ldm.data.order import Order, mix, slots
+from ldm.data.remote import RemoteConfig
 from ldm.data.samples import Samples
 from ldm.types import Batch
 
@@ -29,11 +30,11 @@ Tokenize = Callable[[list[str]], Tensor]
 class DataConfig:
     """Which samples, in which order, and what is made of them.
 
-    `path` is a shipped data set's name (emoji), a folder with a manifest.json, or the manifest. `size` is the side of
-    the square pictures. `captions`: "weighted" draws among a sample's captions by their weights, "first" takes the
-    plain one. `template` wraps the caption. `memory` bounds in bytes what is kept decoded. `last` is the rule for an
-    epoch's last partial batch. Bad samples are replaced and listed in `quarantine`; above the rate `max_bad` the run
-    stops.
+    `path` is a shipped data set's name (emoji), a folder or an address with a manifest.json, or the manifest. `size` is
+    the side of the square pictures. `captions`: "weighted" draws among a sample's captions by their weights, "first"
+    takes the plain one. `template` wraps the caption. `memory` bounds in bytes what is kept decoded. `last` is the rule
+    for an epoch's last partial batch. Bad samples are replaced and listed in `quarantine`; above the rate `max_bad` the
+    run stops.
     """
 
     kind: Literal["shards"] = "shards"
@@ -53,6 +54,7 @@ class DataConfig:
     memory: int = 1 << 30
     max_bad: float = 0.05
     quarantine: str | None = None
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -125,7 +127,7 @@ class Loader:
                 "is out of range"
             )
         self.config = config
-        self.manifest = Manifest.read(resolve(config.path))
+        self.manifest = Manifest.read(resolve(config.path), config.remote)
         self.samples = Samples(
             self.manifest,
             config.split,
@@ -135,6 +137,7 @@ class Loader:
             memory=config.memory,
             require_captions=config.require_captions,
             expect=expect,
+            remote=config.remote,
         )
         self.global_batch = micro_batch * accumulate * world
         self.order = Order(
@@ -183,6 +186,7 @@ class Loader:
         )
         ids = self.order.ids(step, chosen).tolist()
         positions = (step * self.global_batch + chosen).tolist()
+        self.samples.prefetch(ids)
         ids = self._replace_bad(ids, positions)
         batch: Batch = {
             "key": [self.samples.key(i) for i in ids],

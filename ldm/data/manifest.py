@@ -11,6 +11,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ldm.data.remote import Remote, RemoteConfig, is_remote
+
 FORMAT = "ldm-data"
 VERSION = 1
 NAME = "manifest.json"
@@ -35,13 +37,22 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A data set. `cached` says what is cached and with which weights; None for plain pictures."""
+    """A data set in a local folder or, read only, at an address.
+
+    `cached` says what is cached and with which weights; None for plain pictures.
+    """
 
     name: str
     shards: tuple[Shard, ...]
     folder: Path = field(default=Path(), compare=False)
+    address: str | None = field(default=None, compare=False)
     cached: dict[str, Any] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def root(self) -> str:
+        """What the shards' file names are relative to: the address or the folder."""
+        return str(self.folder) if self.address is None else self.address
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -77,31 +88,40 @@ class Manifest:
         return path
 
     @staticmethod
-    def read(path: str | Path) -> Manifest:
-        """Read a manifest file or the one of a folder; ValueError says what is wrong with it."""
+    def read(path: str | Path, remote: RemoteConfig | None = None) -> Manifest:
+        """Read a manifest file, or the one of a folder or address; ValueError says what is wrong with it."""
+        address = str(path) if isinstance(path, str) and is_remote(path) else None
+        if address is not None:
+            place = address if address.endswith(".json") else f"{address.rstrip('/')}/{NAME}"
+            data = Remote(remote or RemoteConfig()).read(place)
+            return _parse(data, place, Path(), place.rsplit("/", 1)[0])
         path = Path(path)
         path = path / NAME if path.is_dir() else path
         if not path.is_file():
             raise ValueError(f"data {str(path)!r}: no such manifest; `ldm data index` makes one for existing tars")
-        try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"data {str(path)!r}: not a manifest: {error}") from error
-        if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-            raise ValueError(f"data {str(path)!r}: not a manifest: no `format: {FORMAT}` in it")
-        if tree.get("version") != VERSION:
-            raise ValueError(f"data {str(path)!r}: manifest version {tree.get('version')!r}, this reads {VERSION}")
-        try:
-            shards = tuple(_shard(entry) for entry in tree["shards"])
-            return Manifest(
-                name=tree["name"],
-                shards=shards,
-                folder=path.parent,
-                cached=tree.get("cached"),
-                notes=tree.get("notes") or {},
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"data {str(path)!r}: manifest lacks or has a wrong key: {error}") from error
+        return _parse(path.read_bytes(), str(path), path.parent, None)
+
+
+def _parse(data: bytes, where: str, folder: Path, address: str | None) -> Manifest:
+    try:
+        tree = json.loads(data)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"data {where!r}: not a manifest: {error}") from error
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        raise ValueError(f"data {where!r}: not a manifest: no `format: {FORMAT}` in it")
+    if tree.get("version") != VERSION:
+        raise ValueError(f"data {where!r}: manifest version {tree.get('version')!r}, this reads {VERSION}")
+    try:
+        return Manifest(
+            name=tree["name"],
+            shards=tuple(_shard(entry) for entry in tree["shards"]),
+            folder=folder,
+            address=address,
+            cached=tree.get("cached"),
+            notes=tree.get("notes") or {},
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"data {where!r}: manifest lacks or has a wrong key: {error}") from error
 
 
 def _shard(entry: dict[str, Any]) -> Shard:
@@ -119,8 +139,10 @@ def merge(manifests: Iterable[Manifest]) -> Manifest:
     return replace(first, shards=tuple(s for part in parts for s in part.shards))
 
 
-def resolve(path: str | Path) -> Path:
-    """The manifest file of a shipped data set's name, a folder or a manifest path; ValueError if there is none."""
+def resolve(path: str | Path) -> Path | str:
+    """The manifest of a shipped data set's name, a folder or a path; an address stays. ValueError if there is none."""
+    if isinstance(path, str) and is_remote(path):
+        return path
     given = Path(path)
     if given.is_dir() or given.is_file():
         target = given / NAME if given.is_dir() else given

@@ -15,6 +15,7 @@ from ldm.data.cache import MEMBER, CachedReader, check
 from ldm.data.captions import Captions, captions_of
 from ldm.data.decode import BadSample
 from ldm.data.manifest import Manifest
+from ldm.data.remote import RemoteConfig
 from ldm.data.shards import Shards
 
 _RECORD_BYTES = 2048  # assumed size of a kept caption record
@@ -38,9 +39,10 @@ class Samples:
         memory: int = 1 << 30,
         require_captions: bool = True,
         expect: Mapping[str, Any] | None = None,
+        remote: RemoteConfig | None = None,
     ) -> None:
         check(manifest, cached=cached, expect=expect)
-        self.shards = Shards(manifest, split)
+        self.shards = Shards(manifest, split, remote)
         self._size = size
         self._fit: images.Fit = fit
         self._require_captions = require_captions
@@ -57,6 +59,10 @@ class Samples:
     def key(self, sample: int) -> str:
         """The sample's key."""
         return self.shards.key(sample)
+
+    def prefetch(self, samples: Sequence[int]) -> None:
+        """Request far samples that are not kept side by side, so that a batch waits once."""
+        self.shards.prefetch([s for s in samples if s not in self._pictures and s not in self._bad])
 
     def captions(self, sample: int) -> Captions:
         """The sample's captions."""

@@ -1,23 +1,31 @@
-"""WebDataset tars with an offset index: any member of any sample is one positioned read away."""
+"""WebDataset tars with an offset index: any member of any sample is one positioned read away, here or far."""
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
+import struct
 import tarfile
 import threading
-from collections.abc import Collection, Iterator
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from ldm.data.manifest import Manifest, Shard
+from ldm.data.remote import Remote, RemoteConfig, ShardCache, is_remote, join
 
 ABSENT = -1
+_MAX_OPEN = 512
+_BLOBS = 256 << 20
+_CONNECTIONS = 16
 
 
 @dataclass(frozen=True)
@@ -39,19 +47,25 @@ class Index:
         path.write_bytes(save(tensors, metadata={"extensions": " ".join(self.extensions)}))
 
     @staticmethod
-    def read(path: Path) -> Index:
-        """Read what `write` wrote; ValueError if it is something else."""
+    def parse(data: bytes, name: str) -> Index:
+        """From the bytes that `write` wrote; ValueError if they are something else."""
         try:
-            with safe_open(path, "numpy") as file:
-                extensions = tuple((file.metadata() or {}).get("extensions", "").split())
-                offsets, sizes = file.get_tensor("offsets"), file.get_tensor("sizes")
-                text = file.get_tensor("keys").tobytes().decode()
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"index {str(path)!r} cannot be read: {error}; `ldm data index` makes it anew") from error
+            tensors = load(data)
+            header = json.loads(data[8 : 8 + struct.unpack_from("<Q", data)[0]])
+            extensions = tuple(header["__metadata__"]["extensions"].split())
+            offsets, sizes = tensors["offsets"], tensors["sizes"]
+            text = tensors["keys"].tobytes().decode()
+        except (SafetensorError, KeyError, ValueError, struct.error) as error:
+            raise ValueError(f"index {name!r} cannot be read: {error}; `ldm data index` makes it anew") from error
         keys = tuple(text.split("\n")) if len(offsets) else ()
         if len(keys) != len(offsets) or offsets.shape != sizes.shape:
-            raise ValueError(f"index {str(path)!r} is damaged; `ldm data index` makes it anew")
+            raise ValueError(f"index {name!r} is damaged; `ldm data index` makes it anew")
         return Index(extensions, offsets, sizes, keys)
+
+    @staticmethod
+    def read(path: Path) -> Index:
+        """Read what `write` wrote."""
+        return Index.parse(path.read_bytes(), str(path))
 
 
 def scan(path: Path) -> Index:
@@ -101,81 +115,139 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 class ShardReader:
-    """One local tar with its index; reads are positioned, so threads may share it."""
+    """One tar with its index. Threads may share it."""
 
-    def __init__(self, path: Path, index: Index) -> None:
-        self.path = path
+    def __init__(self, name: str, index: Index) -> None:
+        self.name = name
         self.index = index
-        self._file: int | None = None
-        self._map: mmap.mmap | None = None
-        self._lock = threading.Lock()
 
-    @staticmethod
-    def open(folder: Path, shard: Shard) -> ShardReader:
-        """Open a manifest's shard; scans the tar if the index file is missing. ValueError if they do not fit."""
-        path = folder / shard.file
-        if not path.is_file():
-            raise ValueError(f"shard {str(path)!r} of the manifest does not exist")
-        where = folder / shard.index
-        index = Index.read(where) if where.is_file() else scan(path)
-        if len(index) != shard.samples:
-            raise ValueError(f"shard {str(path)!r}: {len(index)} samples found, the manifest says {shard.samples}")
-        if path.stat().st_size != shard.bytes:
-            raise ValueError(
-                f"shard {str(path)!r} has {path.stat().st_size} bytes, the manifest says {shard.bytes}: "
-                "copied in part or changed; `ldm data index` makes the manifest anew"
-            )
-        return ShardReader(path, index)
+    def __len__(self) -> int:
+        return len(self.index)
 
     def read(self, sample: int, only: Collection[str] | None = None, without: Collection[str] = ()) -> dict[str, bytes]:
         """The members of a sample by extension, all or some."""
-        offsets, sizes = self.index.offsets[sample], self.index.sizes[sample]
         return {
-            e: self.member(int(o), int(s))
-            for e, o, s in zip(self.index.extensions, offsets, sizes, strict=True)
-            if o != ABSENT and e not in without and (only is None or e in only)
+            extension: self.member(sample, column)
+            for column, extension in enumerate(self.index.extensions)
+            if self.index.offsets[sample, column] != ABSENT
+            and extension not in without
+            and (only is None or extension in only)
         }
 
-    def member(self, offset: int, size: int) -> bytes:
-        """The bytes at an offset; OSError if the file ends before."""
-        data = os.pread(self._descriptor(), size, offset)
+    def view(self, sample: int, extension: str) -> memoryview:
+        """A member, without a copy where the shard is local."""
+        return memoryview(self.member(sample, self.index.extensions.index(extension)))
+
+    def member(self, sample: int, column: int) -> bytes:
+        """The bytes of a sample's member by its extension's number."""
+        raise NotImplementedError
+
+    def prefetch(self, sample: int) -> None:
+        """Get a sample's bytes ready; nothing where reading is cheap."""
+
+
+class LocalReader(ShardReader):
+    """A tar on this machine by its open descriptor, which it owns."""
+
+    def __init__(self, name: str, index: Index, descriptor: int) -> None:
+        super().__init__(name, index)
+        self._file = descriptor
+        self._map: mmap.mmap | None = None
+        self._lock = threading.Lock()
+
+    def member(self, sample: int, column: int) -> bytes:
+        """OSError if the file ends before."""
+        offset, size = int(self.index.offsets[sample, column]), int(self.index.sizes[sample, column])
+        data = os.pread(self._file, size, offset)
         if len(data) != size:
-            raise OSError(f"{self.path.name}: {len(data)} of {size} bytes at offset {offset}")
+            raise OSError(f"{self.name}: {len(data)} of {size} bytes at offset {offset}")
         return data
 
     def view(self, sample: int, extension: str) -> memoryview:
-        """A member without a copy, from a memory map."""
+        """From a memory map."""
         with self._lock:
             if self._map is None:
-                self._map = mmap.mmap(self._descriptor(), 0, access=mmap.ACCESS_READ)
+                self._map = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)
         column = self.index.extensions.index(extension)
         offset, size = int(self.index.offsets[sample, column]), int(self.index.sizes[sample, column])
         return memoryview(self._map)[offset : offset + size]
 
-    def _descriptor(self) -> int:
-        if self._file is None:
-            self._file = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        return self._file
-
     def __del__(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        os.close(self._file)
 
-    def __len__(self) -> int:
-        return len(self.index)
+
+class RemoteReader(ShardReader):
+    """A tar read by ranges: one request a sample, the last ones kept."""
+
+    def __init__(self, name: str, index: Index, remote: Remote, blobs: Blobs) -> None:
+        super().__init__(name, index)
+        self._remote = remote
+        self._blobs = blobs
+
+    def member(self, sample: int, column: int) -> bytes:
+        """From the sample's blob, requested if it is not there."""
+        first, blob = self._blob(sample)
+        offset, size = int(self.index.offsets[sample, column]), int(self.index.sizes[sample, column])
+        return blob[offset - first : offset - first + size]
+
+    def prefetch(self, sample: int) -> None:
+        """Request the sample's blob."""
+        self._blob(sample)
+
+    def _blob(self, sample: int) -> tuple[int, bytes]:
+        known = self._blobs.get(self.name, sample)
+        if known is not None:
+            return known
+        present = self.index.offsets[sample] != ABSENT
+        first = int(self.index.offsets[sample][present].min())
+        end = int((self.index.offsets[sample] + self.index.sizes[sample])[present].max())
+        blob = (first, self._remote.read(self.name, first, end))
+        self._blobs.put(self.name, sample, blob)
+        return blob
+
+
+class Blobs:
+    """The last samples' bytes by (shard, sample), bounded in bytes."""
+
+    def __init__(self, limit: int = _BLOBS) -> None:
+        self._kept: OrderedDict[tuple[str, int], tuple[int, bytes]] = OrderedDict()
+        self._room = limit
+        self._lock = threading.Lock()
+
+    def get(self, name: str, sample: int) -> tuple[int, bytes] | None:
+        """(offset in the tar, bytes), if kept."""
+        with self._lock:
+            return self._kept.get((name, sample))
+
+    def put(self, name: str, sample: int, blob: tuple[int, bytes]) -> None:
+        """Keep it, dropping the oldest beyond the bound."""
+        with self._lock:
+            old = self._kept.pop((name, sample), None)
+            self._room += len(old[1]) if old else 0
+            self._kept[name, sample] = blob
+            self._room -= len(blob[1])
+            while self._room < 0 and len(self._kept) > 1:
+                _, (_, dropped) = self._kept.popitem(last=False)
+                self._room += len(dropped)
 
 
 class Shards:
     """Random access over the shards of one split by a sample id that counts through them."""
 
-    def __init__(self, manifest: Manifest, split: str) -> None:
+    def __init__(self, manifest: Manifest, split: str, remote: RemoteConfig | None = None) -> None:
         self.manifest = manifest
         self.shards = manifest.split(split)
         self.sizes = tuple(s.samples for s in self.shards)
         self._ends = np.cumsum(self.sizes)
-        self._readers: dict[int, ShardReader] = {}
+        self._readers: OrderedDict[int, ShardReader] = OrderedDict()
         self._lock = threading.Lock()
+        self._opening: dict[int, threading.Lock] = {}
+        config = remote or RemoteConfig()
+        self._remote = Remote(config)
+        self._blobs = Blobs()
+        self._cache = None if config.cache is None else ShardCache(Path(config.cache), config.cache_bytes)
+        far = any(is_remote(join(str(manifest.folder), s.file)) for s in self.shards)
+        self._pool = ThreadPoolExecutor(_CONNECTIONS, "ldm-fetch") if far else None
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -188,11 +260,20 @@ class Shards:
     def reader(self, shard: int) -> ShardReader:
         """The open reader of a shard."""
         with self._lock:
-            if shard not in self._readers:
-                if len(self._readers) >= 512:  # bounded open files and indexes
-                    self._readers.pop(next(iter(self._readers)))
-                self._readers[shard] = ShardReader.open(self.manifest.folder, self.shards[shard])
-            return self._readers[shard]
+            if shard in self._readers:
+                self._readers.move_to_end(shard)
+                return self._readers[shard]
+            opening = self._opening.setdefault(shard, threading.Lock())
+        with opening:  # opening may download: others must not wait for this one
+            with self._lock:
+                if shard in self._readers:
+                    return self._readers[shard]
+            reader = self._open(self.shards[shard])
+            with self._lock:
+                self._readers[shard] = reader
+                if len(self._readers) > _MAX_OPEN:  # bounded open files and indexes
+                    self._readers.popitem(last=False)
+            return reader
 
     def key(self, sample: int) -> str:
         """The sample's key."""
@@ -207,5 +288,49 @@ class Shards:
         reader = self.reader(shard)
         return reader.index.keys[index], reader.read(index, only, without)
 
+    def prefetch(self, samples: Sequence[int]) -> None:
+        """Request far samples side by side; nothing for local shards."""
+        if self._pool is not None:
+            places = [self.locate(s) for s in samples]
+            list(self._pool.map(lambda place: self.reader(place[0]).prefetch(place[1]), places))
+
     def __iter__(self) -> Iterator[tuple[str, dict[str, bytes]]]:
         return (self.read(i) for i in range(len(self)))
+
+    def _open(self, shard: Shard) -> ShardReader:
+        """Open a shard; scans a local tar if its index file is missing. ValueError if it does not fit the manifest."""
+        folder = self.manifest.root
+        name = join(folder, shard.file)
+        descriptor = self._descriptor(name, shard)
+        place = join(folder, shard.index)
+        if is_remote(place):
+            index = Index.parse(self._remote.read(place), place)
+        elif Path(place).is_file():
+            index = Index.read(Path(place))
+        elif not is_remote(name):
+            index = scan(Path(name))
+        else:
+            raise ValueError(f"shard {name!r} has no index {place!r}")
+        if len(index) != shard.samples:
+            raise ValueError(f"shard {name!r}: {len(index)} samples found, the manifest says {shard.samples}")
+        if descriptor is None:
+            return RemoteReader(name, index, self._remote, self._blobs)
+        return LocalReader(name, index, descriptor)
+
+    def _descriptor(self, name: str, shard: Shard) -> int | None:
+        """An open local file, the shard itself or its copy in the cache; None to read by ranges."""
+        if is_remote(name):
+            fetch = lambda path: self._remote.download(name, path, shard.bytes, shard.sha256)  # noqa: E731
+            found = self._cache.open(name, shard.bytes, shard.sha256, fetch) if self._cache is not None else None
+            if found is None and name.startswith("pipe:"):
+                raise ValueError(f"{name}: a command's output needs room in the cache (data.remote.cache)")
+            return found
+        if not Path(name).is_file():
+            raise ValueError(f"shard {name!r} of the manifest does not exist")
+        size = Path(name).stat().st_size
+        if size != shard.bytes:
+            raise ValueError(
+                f"shard {name!r} has {size} bytes, the manifest says {shard.bytes}: "
+                "copied in part or changed; `ldm data index` makes the manifest anew"
+            )
+        return os.open(name, os.O_RDONLY | os.O_CLOEXEC)

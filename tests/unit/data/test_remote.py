@@ -1,0 +1,219 @@
+"""Reading over real sockets: an HTTP server with ranges that also fails, stalls and cuts short, and an S3 server."""
+
+import itertools
+import os
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.data.loader import DataConfig, Loader
+from ldm.data.manifest import Manifest
+from ldm.data.remote import Remote, RemoteConfig, RemoteError, ShardCache
+from ldm.data.shards import Shards
+
+pytest.importorskip("aiohttp")
+Make = Callable[..., Path]
+QUICK = RemoteConfig(retries=8, timeout=3.0, backoff=0.01)
+
+
+class Server(ThreadingHTTPServer):
+    """Serves a folder; `faults` maps a request's number to what goes wrong with it."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder = folder
+        self.faults: dict[int, str] = {}
+        self.numbers = itertools.count()
+        self.seen: Counter[str] = Counter()
+        self.release = threading.Event()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        server = self.server
+        assert isinstance(server, Server)
+        fault = server.faults.get(next(server.numbers)) if self.command == "GET" else None
+        server.seen[self.path.rsplit("/", 1)[-1]] += 1
+        path = server.folder / self.path.lstrip("/")
+        if not path.is_file() or fault == "500":
+            self.send_response(500 if fault else 404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        data = path.read_bytes()
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        part = data[int(wanted[1]) : int(wanted[2]) + 1] if wanted else data
+        self.send_response(206 if wanted else 200)
+        self.send_header("Content-Length", str(len(part)))
+        self.send_header("Accept-Ranges", "bytes")
+        if wanted:
+            self.send_header("Content-Range", f"bytes {wanted[1]}-{int(wanted[1]) + len(part) - 1}/{len(data)}")
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if fault == "stall":
+            server.release.wait(30)
+        if fault == "cut":
+            self.wfile.write(part[: len(part) // 2])
+            self.close_connection = True
+            return
+        self.wfile.write(part)
+
+
+@pytest.fixture
+def served(make_set: Make) -> Iterator[tuple[Server, Path]]:
+    folder = make_set(30, shard_samples=12)
+    server = Server(folder)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server, folder
+    server.release.set()
+    server.shutdown()
+    server.server_close()
+
+
+def batches(path: str, remote: RemoteConfig, workers: int = 0) -> list[tuple[list[str], torch.Tensor]]:
+    config = DataConfig(path=path, size=8, remote=remote)
+    stream = Loader(config, seed=0, micro_batch=10, workers=workers).batches(0)
+    return [(b["key"], b["image"]) for b in itertools.islice(stream, 3)]
+
+
+def same(a: list[tuple[list[str], torch.Tensor]], b: list[tuple[list[str], torch.Tensor]]) -> bool:
+    return all(x[0] == y[0] and torch.equal(x[1], y[1]) for x, y in zip(a, b, strict=True))
+
+
+def test_http_ranges_give_what_the_disk_gives(served: tuple[Server, Path]) -> None:
+    server, folder = served
+    assert same(batches(server.address, QUICK, workers=1), batches(str(folder), QUICK))
+    assert sum(v for k, v in server.seen.items() if k.endswith(".tar")) <= 30 + 2  # one request a sample
+
+
+def test_failures_stalls_and_cuts_are_survived(served: tuple[Server, Path]) -> None:
+    server, folder = served
+    kinds = itertools.cycle(["500", "cut", "500", "cut", "500"])
+    server.faults = {n: next(kinds) for n in range(2, 30, 3)} | {7: "stall"}
+    assert same(
+        batches(server.address, RemoteConfig(retries=8, timeout=1.0, backoff=0.01)), batches(str(folder), QUICK)
+    )
+
+
+def test_a_lasting_failure_names_the_address_and_the_cause(served: tuple[Server, Path]) -> None:
+    server, _ = served
+    server.faults = dict.fromkeys(range(1000), "500")
+    with pytest.raises(RemoteError, match=r"manifest.json: failed 3 times; the last: .*500"):
+        Manifest.read(server.address, RemoteConfig(retries=2, backoff=0.0))
+    server.faults = {}
+    with pytest.raises(RemoteError, match=r"nowhere/manifest\.json: FileNotFoundError"):
+        Manifest.read(server.address + "/nowhere", QUICK)
+    start = time.monotonic()
+    server.faults = dict.fromkeys(range(1000), "stall")
+    with pytest.raises(RemoteError, match=r"nothing came for 0.2 s"):
+        Manifest.read(server.address, RemoteConfig(retries=1, timeout=0.2, backoff=0.0))
+    assert time.monotonic() - start < 10
+
+
+def test_the_cache_keeps_shards_within_its_bound(served: tuple[Server, Path], tmp_path: Path) -> None:
+    server, folder = served
+    shards = Manifest.read(folder).shards
+    bound = max(s.bytes for s in shards) * 2
+    remote = RemoteConfig(cache=str(tmp_path / "cache"), cache_bytes=bound, retries=3, timeout=5.0, backoff=0.01)
+    expected = batches(str(folder), QUICK)
+    assert same(batches(server.address, remote), expected)
+    cache = ShardCache(tmp_path / "cache", bound)
+    assert 0 < cache.bytes <= bound
+    whole = RemoteConfig(cache=str(tmp_path / "cache2"), retries=3, timeout=5.0, backoff=0.01)
+    batches(server.address, whole)
+    before = sum(v for k, v in server.seen.items() if k.endswith(".tar"))
+    assert same(batches(server.address, whole), expected)
+    assert sum(v for k, v in server.seen.items() if k.endswith(".tar")) == before  # all from the cache
+
+
+def test_a_full_disk_falls_back_to_ranges(
+    served: tuple[Server, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, folder = served
+
+    def full(*_: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(Remote, "download", full)
+    remote = RemoteConfig(cache=str(tmp_path / "cache"), retries=1, timeout=5.0)
+    assert same(batches(server.address, remote), batches(str(folder), QUICK))
+    assert ShardCache(tmp_path / "cache", 1).bytes == 0
+
+
+def test_a_spoiled_download_is_refused(served: tuple[Server, Path], tmp_path: Path) -> None:
+    server, folder = served
+    tar = folder / "train-00000.tar"
+    data = bytearray(tar.read_bytes())
+    data[700] ^= 1
+    tar.write_bytes(bytes(data))
+    remote = RemoteConfig(cache=str(tmp_path / "cache"), retries=1, timeout=5.0, backoff=0.0)
+    with pytest.raises(RemoteError, match="SHA-256 is not the manifest's"):
+        batches(server.address, remote)
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_commands_run_only_when_allowed(make_set: Make, tmp_path: Path) -> None:
+    folder = make_set(12, shard_samples=12)
+    manifest = Manifest.read(folder)
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"train-00000.tar"', f'"pipe:cat {folder}/train-00000.tar"'))
+    piped = Manifest.read(folder)
+    cache = str(tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"commands run only with data.remote.pipe=true"):
+        Shards(piped, "train", RemoteConfig(cache=cache)).read(0)
+    with pytest.raises(ValueError, match="needs a cache folder"):
+        RemoteConfig(pipe=True)
+    allowed = Shards(piped, "train", RemoteConfig(cache=cache, pipe=True))
+    assert allowed.read(3) == Shards(manifest, "train").read(3)
+
+
+def test_s3(make_set: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("s3fs")
+    server_module = pytest.importorskip("moto.server")
+    folder = make_set(20, shard_samples=9)
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        _, port = server.get_host_and_port()
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        import s3fs
+
+        system = s3fs.S3FileSystem(skip_instance_cache=True)
+        system.mkdir("pictures")
+        system.put(str(folder), "pictures/set", recursive=True)
+        assert same(batches("s3://pictures/set", QUICK)[:2], batches(str(folder), QUICK)[:2])
+        remote = Shards(Manifest.read("s3://pictures/set", QUICK), "train", QUICK)
+        local = Shards(Manifest.read(folder), "train")
+        assert [remote.read(i) for i in range(20)] == [local.read(i) for i in range(20)]
+        with pytest.raises(RemoteError, match="FileNotFoundError"):
+            Manifest.read("s3://pictures/other", QUICK)
+    finally:
+        server.stop()
