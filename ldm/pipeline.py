@@ -20,6 +20,7 @@ from ldm.checkpoint.convert import load_model
 from ldm.checkpoint.schedulers import scheduler_from_diffusers
 from ldm.data.grid import to_pil
 from ldm.diffusion.process import Process
+from ldm.dist import compute_dtype
 from ldm.models.latents import LatentCodec
 from ldm.models.shipped import SHIPPED
 from ldm.models.text import TextTower, encode_texts
@@ -29,6 +30,9 @@ from ldm.sampling import SAMPLERS, lookup
 from ldm.sampling import sample as run_sampler
 from ldm.sampling.guidance import classifier_free
 from ldm.types import Cond
+
+StepProgress = Callable[[int, Tensor], None]
+"""(solver step, x after it)."""
 
 Progress = Callable[[int, int], object]
 """(solver steps done, solver steps in all)."""
@@ -62,14 +66,24 @@ class Settings:
 class TextToImage:
     """A U-Net, a latent codec, text towers and the process that the U-Net was trained for."""
 
-    def __init__(self, unet: UNet, codec: LatentCodec, text: Sequence[TextTower], process: Process) -> None:
+    def __init__(
+        self,
+        unet: UNet,
+        codec: LatentCodec,
+        text: Sequence[TextTower],
+        process: Process,
+        *,
+        spacing: str | None = None,
+        precision: str = "fp32",
+    ) -> None:
         self.unet, self.codec, self.text, self.process = unet, codec, list(text), process
-        self.spacing: str | None = None
+        self.spacing, self.dtype = spacing, compute_dtype(precision)
 
     @staticmethod
-    def load(source: str | Path, *, device: str | torch.device = "cpu") -> TextToImage:
+    def load(source: str | Path, *, device: str | torch.device = "cpu", precision: str = "fp32") -> TextToImage:
         """From a shipped model's name (emoji), a run folder, a diffusers folder, a single file or a hub id.
 
+        `precision` of the U-Net is auto, fp32, bf16 or fp16 (autocast; the autoencoder stays in float32).
         Raises ValueError when it is none of these.
         """
         found = SHIPPED.get(str(source), Path(source))
@@ -78,8 +92,9 @@ class TextToImage:
         parts = load_model(found / "export" if (found / "export").is_dir() else found)
         how = scheduler_from_diffusers(parts.scheduler)
         process = Process(schedule=how.schedule, prediction=how.prediction)
-        pipeline = TextToImage(parts.unet.eval().requires_grad_(False), parts.codec, parts.text, process)
-        pipeline.spacing = how.spacing
+        unet = parts.unet.eval().requires_grad_(False)
+        parts.codec.autoencoder.eval().requires_grad_(False)
+        pipeline = TextToImage(unet, parts.codec, parts.text, process, spacing=how.spacing, precision=precision)
         return pipeline.to(device)
 
     def to(self, device: str | torch.device) -> TextToImage:
@@ -131,7 +146,7 @@ class TextToImage:
         for k in range(batches):
             chosen = slice(k * settings.batch, (k + 1) * settings.batch)
             rng = Rng(settings.seed, tuple(indices[chosen]))
-            step = None if progress is None else (lambda i, _, k=k: progress(k * settings.steps + i + 1, batches * settings.steps))
+            step = None if progress is None else _counted(progress, k * settings.steps, batches * settings.steps)
             latents = self.latents(list(prompts[chosen]), settings, rng, step)
             done.append(self.codec.decode(latents).clamp(-1, 1).float().cpu())
         return torch.cat(done)
@@ -141,14 +156,14 @@ class TextToImage:
         prompts: list[str],
         settings: Settings,
         rng: Rng,
-        progress: Callable[[int, Tensor], object] | None = None,
+        progress: StepProgress | None = None,
     ) -> Tensor:
         """Scaled latents (B, Z, h, w) of one batch."""
         shape = self.latent_shape(settings.size)
         device = self.device
         cond = self.encode_text(prompts)
         uncond = self.encode_text([settings.negative])
-        denoise = classifier_free(self.process.denoiser(self.unet), uncond, settings.guidance, settings.rescale)
+        denoise = classifier_free(self.process.denoiser(self._net), uncond, settings.guidance, settings.rescale)
         return run_sampler(
             settings.sampler,
             denoise,
@@ -161,6 +176,10 @@ class TextToImage:
             spacing=settings.spacing or self._spacing(settings.sampler),
             progress=progress,
         )
+
+    def _net(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            return self.unet(x, t, cond)
 
     def _spacing(self, sampler: str) -> str | None:
         """The model's own spacing where it must be kept: a terminal SNR of zero needs the last time to be visited."""
@@ -190,6 +209,13 @@ class TextToImage:
             )
 
 
+def _counted(progress: Progress, before: int, total: int) -> StepProgress:
+    """A solver's callback that counts the steps of all batches."""
+
+    def step(i: int, _: Tensor) -> None:
+        progress(before + i + 1, total)
+
+    return step
 
 
 __all__ = ["SAMPLERS", "Progress", "Settings", "TextToImage"]

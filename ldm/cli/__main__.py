@@ -22,10 +22,9 @@ def usage() -> str:
     """The help text."""
     width = max(map(len, VERBS))
     lines = [f"  {verb:<{width}}  {text}" for verb, text in VERBS.items()]
-    return "\n".join(
-        ["usage: ldm VERB [options]", "", "Distributed latent-diffusion training with text conditioning.", "", *lines]
-        + ["", "`ldm VERB --help` tells more. Several processes: python -m launch local --procs 2 -- ldm train ..."]
-    )
+    head = ["usage: ldm VERB [options]", "", "Distributed latent-diffusion training with text conditioning.", ""]
+    more = "`ldm VERB --help` tells more. Several processes: python -m launch local --procs 2 -- ldm train ..."
+    return "\n".join([*head, *lines, "", more])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,7 +16,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("config", help="a YAML file, such as configs/train/text_to_image_emoji.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=100 out=runs/try")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved config and DeepSpeed's, and stop")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved config and DeepSpeed's, and stop"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check config and data, build everything, train nothing")
     args = parser.parse_args(argv)
 

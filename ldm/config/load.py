@@ -136,7 +136,7 @@ def _decode_union(hint: Any, data: Any, where: str) -> Any:
     if data is None and type(None) in members:
         return None
     members = [m for m in members if m is not type(None)]
-    tagged = {_tag(m): m for m in members if dataclasses.is_dataclass(m) and _tag(m)}
+    tagged = {tag: m for m in members if dataclasses.is_dataclass(m) and (tag := _tag(m)) is not None}
     if tagged and isinstance(data, dict):
         if len(members) == 1:
             return _decode(members[0], data, where)

@@ -1,4 +1,4 @@
-"""The denoising loss with text conditioning and classifier-free-guidance dropout (Ho et al. 2020; Ho & Salimans 2022)."""
+"""The denoising loss with text conditioning and classifier-free-guidance dropout (DDPM; Ho & Salimans 2022)."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ class DenoiseOptions:
 
 
 class DenoiseObjective(Objective):
-    """Weighted error of the network's answer on noised latents; the batch is cached moments and text, or pixels and captions.
+    """Weighted error of the network's answer on noised latents.
 
-    VAE and text towers are frozen and stay outside `trained`.
+    The batch is cached moments and text, or pixels and captions. VAE and text towers are frozen and stay
+    outside `trained`.
     """
 
     def __init__(

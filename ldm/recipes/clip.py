@@ -25,7 +25,7 @@ from ldm.train.trainer import TrainConfig, Trainer
 
 @dataclass(frozen=True, kw_only=True)
 class ClipTask:
-    """Validation measures retrieval in each of the splits `validation`; `augment` is the strength of zooms and shifts."""
+    """Validation measures retrieval in the splits `validation`; `augment` is the strength of zooms and shifts."""
 
     kind: Literal["clip"] = "clip"
     model: ClipConfig = field(default_factory=ClipConfig)
@@ -52,7 +52,9 @@ class RetrievalValidation:
             for split, tokens in self._tokens.items():
                 parts = self._images[split].split(64)
                 image = torch.cat([clip.encode_image(p.to(device), normalize=True).float().cpu() for p in parts])
-                text = torch.cat([clip.encode_text(p.to(device), normalize=True).float().cpu() for p in tokens.split(64)])
+                text = torch.cat(
+                    [clip.encode_text(p.to(device), normalize=True).float().cpu() for p in tokens.split(64)]
+                )
                 found = caption_retrieval(image, text, range(len(image)), candidates=len(text), ks=(1, 10))
                 figures[split] = {"candidates": len(text), "R@1": found.at(1).rate, "R@10": found.at(10).rate}
         clip.train(was)

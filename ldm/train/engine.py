@@ -26,7 +26,7 @@ from ldm.types import Batch, Metrics
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How training is divided and computed. `clip` 0 means no gradient clipping; precision `auto` is bf16 where fast."""
+    """How training is divided and computed. `clip` 0 is no gradient clipping; precision `auto` is bf16 where fast."""
 
     zero_stage: int = 1
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -48,16 +48,7 @@ class EngineConfig:
 
     def dtype(self) -> torch.dtype:
         """What the forward computes in."""
-        return compute_dtype(self.precision)
-
-
-def compute_dtype(precision: str) -> torch.dtype:
-    """The dtype of `auto | fp32 | bf16 | fp16`; `auto` is bf16 on GPUs and CPUs that multiply bf16 matrices in hardware."""
-    if precision == "auto":
-        if torch.cuda.is_available():
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-        return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        return dist.compute_dtype(self.precision)
 
 
 def deepspeed_config(config: EngineConfig, micro_batch: int, accumulate: int) -> dict[str, Any]:
@@ -222,6 +213,11 @@ class Engine:
         optimizer = self._engine.optimizer
         return optimizer if self.config.zero_stage == 0 else optimizer.optimizer
 
+    def shapes(self) -> dict[str, list[int]]:
+        """Whole shapes of the trained parameters."""
+        stage3 = self.config.zero_stage == 3  # where a parameter is empty between steps
+        return {n: list(p.ds_shape if stage3 else p.shape) for n, p in self._trained()}
+
     def _trained(self) -> list[tuple[str, Any]]:
         return [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
 
@@ -245,7 +241,7 @@ class Engine:
         return found
 
     def full(self, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Whole float32 tensors (on the CPU) from shards laid out like `masters`; collective, one parameter at a time."""
+        """Whole float32 tensors on the CPU from shards laid out like `masters`; collective, one at a time."""
         mine = {f.name: f for f in self._fragments}
         for name, p in self._trained():
             shape = tuple(p.ds_shape if self.config.zero_stage == 3 else p.shape)

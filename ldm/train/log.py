@@ -58,7 +58,7 @@ class Log:
             self._board = SummaryWriter(str(folder), purge_step=start)
         self._wandb: Any = None
         if config.wandb:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports] (an extra)
 
             self._wandb = wandb.init(dir=str(folder), config=settings, resume="allow")
         shown = sys.stderr.isatty()

@@ -1,4 +1,4 @@
-"""The portable checkpoint: each rank writes its fragments of masters, moments and EMA; any world size and stage reads them.
+"""The portable checkpoint: each rank writes its fragments of masters, moments and EMA; any world and stage reads them.
 
 Tensor names are `KIND:PARAMETER@OFFSET` with KIND `w` (master), `ema`, or `s.NAME` (optimizer state NAME).
 """
@@ -76,10 +76,18 @@ def save(root: Path, step: int, engine: Engine, ema: Ema | None, extra: dict[str
     save_file(_shard(engine, ema, kinds), beside / name)
     files.write_text(beside / f"{name}.json", json.dumps({name: files.describe(beside / name)}))
     if dist.rank() == 0:
-        shapes = {n: list(getattr(p, "ds_shape", p.shape)) for n, p in engine.module.named_parameters() if p.requires_grad}
+        shapes = {
+            n: list(getattr(p, "ds_shape", p.shape)) for n, p in engine.module.named_parameters() if p.requires_grad
+        }
         tensors = extra.pop("tensors", {})
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside / "objective.safetensors")
-        meta = {"step": step, "kinds": kinds, "optimizer_step": _optimizer_step(engine), "shapes": shapes, "extra": extra}
+        meta = {
+            "step": step,
+            "kinds": kinds,
+            "optimizer_step": _optimizer_step(engine),
+            "shapes": shapes,
+            "extra": extra,
+        }
         files.write_text(beside / "state.json", json.dumps(meta, indent=1))
     dist.barrier()
     if dist.rank() == 0:
@@ -132,7 +140,7 @@ def load(folder: Path, engine: Engine, ema: Ema | None) -> tuple[int, dict[str, 
     Raises ValueError when the trained parameters or their shapes are not the same.
     """
     meta = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    want = {n: list(getattr(p, "ds_shape", p.shape)) for n, p in engine.module.named_parameters() if p.requires_grad}
+    want = engine.shapes()
     if want != meta["shapes"]:
         odd = sorted(n for n in set(want) | set(meta["shapes"]) if want.get(n) != meta["shapes"].get(n))
         raise ValueError(f"checkpoint {folder}: made for another model; {len(odd)} parameters differ, first {odd[:3]}")

@@ -67,9 +67,8 @@ class TrainConfig:
         """Samples of one forward on one rank. Raises ValueError when the batch does not divide."""
         parts = world * self.accumulate
         if self.batch % parts:
-            raise ValueError(
-                f"train.batch: {self.batch} does not divide by {parts} ({world} processes x accumulate {self.accumulate})"
-            )
+            how = f"{world} processes x accumulate {self.accumulate}"
+            raise ValueError(f"train.batch: {self.batch} does not divide by {parts} ({how})")
         return self.batch // parts
 
 
@@ -121,6 +120,7 @@ class Trainer:
         self.checkpoints = out / "checkpoints"
         self.step = 0
         self.skipped = 0
+        self.skipped_in_row = 0
 
     def resume(self) -> int:
         """Continue from the newest whole checkpoint of the run folder; the number of steps done."""
@@ -203,10 +203,12 @@ class Trainer:
             self.skipped_in_row = 0
             return True
         self.skipped += 1
-        self.skipped_in_row = getattr(self, "skipped_in_row", 0) + 1
+        self.skipped_in_row = self.skipped_in_row + 1
         dist.say(f"step {self.step + 1}: loss is not finite, skipped (samples {batch['key'][:4]}...)")
         if self.skipped_in_row >= self.config.max_skipped:
-            raise FloatingPointError(f"loss was not finite {self.skipped_in_row} times in a row; last samples {batch['key']}")
+            raise FloatingPointError(
+                f"loss was not finite {self.skipped_in_row} times in a row; last samples {batch['key']}"
+            )
         self.step += 1
         return False
 

@@ -1,0 +1,121 @@
+"""`ldm sample PROMPT...`: pictures from prompts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options of the verb; their names are those of diffusers' and CompVis' scripts where they have one."""
+    p = argparse.ArgumentParser(
+        prog="ldm sample",
+        description="Draw pictures of prompts. The same seed gives the same pictures whatever the batch size.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument("prompts", nargs="*", metavar="PROMPT", help='what to draw, such as "a red apple"')
+    p.add_argument("--from-file", type=Path, metavar="FILE", help="one prompt a line, instead or besides")
+    p.add_argument("--model", default="emoji", help="shipped name, run or diffusers folder, single file or hub id")
+    p.add_argument("--sampler", default="dpmpp_2m", help="see `ldm sample --list-samplers`")
+    p.add_argument("--steps", type=int, default=25)
+    p.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance scale; 1 is none")
+    p.add_argument("--rescale", type=float, default=0.0, help="guidance rescale in [0, 1]")
+    p.add_argument("--negative", default="", help="negative prompt")
+    p.add_argument("--eta", type=float, help="DDIM's noise, 0 to 1")
+    p.add_argument("--spacing", help="how the sampler's times are spaced")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--count", type=int, default=1, help="pictures of each prompt")
+    p.add_argument("--size", type=int, nargs="+", metavar="PIXELS", help="side, or height and width (the model's own)")
+    p.add_argument("--batch", type=int, default=16, help="pictures at a time")
+    p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the U-Net")
+    p.add_argument("--device", default=None, help="cpu, cuda, ...; default: a GPU if there is one")
+    p.add_argument("--out", type=Path, default=Path("samples"), help="folder for the pictures")
+    p.add_argument("--list-samplers", action="store_true", help="name the samplers and stop")
+    return p
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; ValueError for users' mistakes."""
+    args = parser().parse_args(argv)
+    if args.list_samplers:
+        from ldm.sampling import SAMPLERS
+
+        print("\n".join(SAMPLERS))
+        return 0
+    prompts = list(args.prompts) + _prompts_in(args.from_file)
+    if not prompts:
+        raise ValueError('no prompt given; such as: ldm sample "a red apple"')
+    if args.count < 1:
+        raise ValueError(f"--count: must be at least 1, got {args.count}")
+    if args.size is not None and len(args.size) > 2:
+        raise ValueError(f"--size: expected one or two numbers, got {args.size}")
+
+    from tqdm import tqdm
+
+    from ldm import dist
+    from ldm.data.grid import sheet, to_pil
+    from ldm.pipeline import Settings, TextToImage
+
+    size = None if args.size is None else (args.size[0], args.size[-1])
+    settings = Settings(
+        sampler=args.sampler, steps=args.steps, guidance=args.guidance, rescale=args.rescale, negative=args.negative,
+        eta=args.eta, spacing=args.spacing, seed=args.seed, size=size, batch=args.batch,
+    )  # fmt: skip
+    pipeline = TextToImage.load(args.model, device=args.device or dist.device(), precision=args.precision)
+    each = [p for p in prompts for _ in range(args.count)]
+    with warnings.catch_warnings(record=True) as caught, tqdm(unit="step", desc="sampling", leave=False) as bar:
+        warnings.simplefilter("always", UserWarning)
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        pictures = to_pil(pipeline.sample(each, settings=settings, progress=progress))
+    for line in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)):
+        print(f"ldm sample: {line}", file=sys.stderr)
+    record = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in _NOT_SETTINGS}
+    paths = [_save(p, args.out, i, each[i], {**record, "prompt": each[i], "index": i}) for i, p in enumerate(pictures)]
+    columns = args.count if args.count > 1 else min(len(pictures), 8)
+    grid = args.out / "grid.png"
+    sheet(pictures, columns).save(grid, pnginfo=_info({**record, "prompts": prompts}))
+    print("\n".join(map(str, [*paths, grid])))
+    return 0
+
+
+_NOT_SETTINGS = ("prompts", "from_file", "out", "list_samplers", "batch")
+
+
+def _prompts_in(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    if not path.is_file():
+        raise ValueError(f"--from-file: {str(path)!r}: no such file")
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _save(picture: Image.Image, folder: Path, index: int, prompt: str, record: dict[str, object]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "empty"
+    path = folder / f"{index:04d}-{name}.png"
+    picture.save(path, pnginfo=_info(record))
+    return path
+
+
+def _info(record: dict[str, object]) -> PngInfo:
+    """The settings as PNG text, one key `ldm` of JSON."""
+    from PIL.PngImagePlugin import PngInfo
+
+    from ldm import __version__
+
+    info = PngInfo()
+    info.add_text("ldm", json.dumps({"version": __version__, **record}))
+    return info

@@ -1,0 +1,316 @@
+"""The main job from data to gallery: train a small model, draw with it and with the shipped one, measure, show."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.checkpoint.convert import load_unet
+from ldm.config.schema import RunConfig
+from ldm.data.grid import sheet, to_pil
+from ldm.data.loader import Loader
+from ldm.diffusion import Discrete, Flow
+from ldm.evaluate.clip_score import nearest
+from ldm.evaluate.retrieval import Retrieval
+from ldm.models.unet import UNet
+from ldm.pipeline import Settings, TextToImage
+from ldm.recipes import measure
+from ldm.recipes.sources import load_clip
+from ldm.recipes.text_to_image import TextToImageTask
+from ldm.rng import Rng
+from ldm.web.chart import Curve
+from ldm.web.demo_page import DemoResults, RetrievalFigure, write_demo_page
+from ldm.web.gallery import Fact, Picture
+
+PROMPTS = (
+    "a red apple", "a smiling face with sunglasses", "cat", "a pizza", "a red heart", "police car", "banana", "a tree",
+)  # fmt: skip
+HERO = (
+    *PROMPTS,
+    "a rocket", "woman firefighter, medium-dark skin tone", "an owl", "man artist, light skin tone",
+    "a snowman", "blue book", "person in lotus position, dark skin tone", "green apple",
+)  # fmt: skip
+STEP_COUNTS = (1, 2, 4, 8, 16, 50, 250, 1000)
+ROWS = {"ddpm": 1000, "ddim": 1000, "dpmpp_2m": 250, "unipc": 250, "euler": 250, "heun": 50}
+SCALES = (1.0, 2.0, 3.0, 5.0, 8.0, 12.0)
+
+
+@dataclass
+class Clock:
+    """Seconds of each part, for the last table."""
+
+    parts: dict[str, float] = field(default_factory=dict)
+    _last: float = field(default_factory=time.monotonic)
+
+    def lap(self, name: str) -> float:
+        """Close a part."""
+        now = time.monotonic()
+        self.parts[name] = now - self._last
+        self._last = now
+        return self.parts[name]
+
+
+class Scorer:
+    """The shipped CLIP as the judge."""
+
+    def __init__(self, source: str, data: str) -> None:
+        self.clip, self.config = load_clip(source)
+        self.data = data
+
+    def measure(self, pipeline: TextToImage | None, split: str, count: int, settings: Settings) -> Retrieval:
+        """Retrieval of pictures that a model draws of a split's captions, or of the real ones."""
+        drawn = measure.draw(self.data, split, count)
+        if pipeline is None:
+            images = measure.real_pictures(self.data, split, drawn.ids, self.config.image_size)
+        else:
+            images = pipeline.sample(drawn.captions, settings=settings)
+        return measure.retrieval_of(images, drawn.captions, drawn.pool, self.clip, self.config)
+
+    @torch.no_grad()
+    def image_features(self, images: Tensor) -> Tensor:
+        """Unit image features (N, D)."""
+        clip: Any = self.clip
+        return torch.cat([clip.encode_image(part, normalize=True).float() for part in images.split(64)])
+
+
+@dataclass
+class Demo:
+    """The parts that all sections share."""
+
+    config: RunConfig
+    out: Path
+    shipped: TextToImage
+    scorer: Scorer
+    settings: Settings
+    say: Callable[[str], None]
+    clock: Clock = field(default_factory=Clock)
+    results: DemoResults = field(default_factory=DemoResults)
+
+    def draw(self, pipeline: TextToImage, prompts: Sequence[str], **changes: object) -> list[Image.Image]:
+        """One picture a prompt, from the same noise whatever the pipeline."""
+        return to_pil(pipeline.sample(prompts, settings=replace(self.settings, **changes)))  # type: ignore[arg-type]
+
+
+def train(config: Path, overrides: Sequence[str], procs: int) -> None:
+    """Start `ldm train` on several processes and wait. Raises RuntimeError when it fails."""
+    command = [sys.executable, "-m", "launch", "local", "--procs", str(procs), "--"]
+    command += [sys.executable, "-m", "ldm.cli", "train", str(config), *overrides]
+    code = subprocess.run(command, check=False, env={**os.environ, "TORCHDYNAMO_DISABLE": "1"}).returncode
+    if code:
+        raise RuntimeError(f"training ended with exit code {code}: {' '.join(command)}")
+
+
+def run(demo: Demo, config_file: Path, overrides: Sequence[str], procs: int) -> Path:
+    """Everything; the page's path."""
+    r, say = demo.results, demo.say
+    data = Loader(replace(demo.config.data, captions="first", shuffle=True), seed=1, micro_batch=64)
+    batch = data.batch(0, 0)
+    pictures = to_pil(batch["image"])
+    r.data = [Picture(p, c) for p, c in zip(pictures[:40], batch["caption"][:40], strict=True)]
+    r.data_text = _data_text(len(data.samples), demo)
+    noising(demo, batch["image"][:1])
+    demo.clock.lap("reading the data, noising a picture")
+
+    torch.manual_seed(demo.config.seed)
+    assert isinstance(demo.config.task, TextToImageTask)
+    untrained = _with_unet(demo.shipped, UNet(demo.config.task.unet))
+    r.prompts = PROMPTS
+    stages = {"before": demo.draw(untrained, PROMPTS)}
+    demo.clock.lap("drawing before training")
+    say(f"training a small U-Net on {procs} processes ...")
+    train(config_file, overrides, procs)
+    minutes = demo.clock.lap("encoding the data once, and training") / 60
+    trained = _with_unet(demo.shipped, load_unet(demo.out / "export" / "unet"))
+    stages[f"after {minutes:.0f} minutes"] = demo.draw(trained, PROMPTS)
+    stages["the shipped model"] = demo.draw(demo.shipped, PROMPTS)
+    r.stages = stages
+    r.loss = [_curve(demo.out / "log" / "metrics.jsonl")]
+    r.loss_text = (
+        f"A U-Net of {_parameters(trained) / 1e6:.1f} million parameters starts from random weights and sees "
+        f"{demo.config.train.steps * demo.config.train.batch:,} noised latents, on {procs} processes under DeepSpeed."
+    )
+    for name in ("samplers", "guidance", "held-out prompts", "retrieval", "nearest neighbours"):
+        say(f"{name} ...")
+        _SECTIONS[name](demo, trained)
+        demo.clock.lap(name)
+    return finish(demo, minutes)
+
+
+def _with_unet(pipeline: TextToImage, unet: UNet) -> TextToImage:
+    unet.eval().requires_grad_(False)
+    changed = TextToImage(unet, pipeline.codec, pipeline.text, pipeline.process, spacing=pipeline.spacing)
+    changed.dtype = pipeline.dtype
+    return changed
+
+
+def _parameters(pipeline: TextToImage) -> int:
+    return sum(p.numel() for p in pipeline.unet.parameters())
+
+
+def _data_text(count: int, demo: Demo) -> str:
+    held = len(Loader(replace(demo.config.data, split="heldout"), seed=0, micro_batch=1).samples)
+    combinations = len(Loader(replace(demo.config.data, split="compositional"), seed=0, micro_batch=1).samples)
+    return (
+        f"{count:,} pictures with captions train the model. {held} pictures of other concepts and {combinations} "
+        "combinations of profession, gender and skin tone are kept away from it. Pictures: Fluent Emoji by "
+        "Microsoft, MIT licence; captions from Emojibase, MIT licence."
+    )
+
+
+def _curve(path: Path) -> Curve:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if "loss" in row]
+    return Curve("training loss", [row["step"] for row in rows], [row["loss"] for row in rows], smooth=0.9)
+
+
+def noising(demo: Demo, image: Tensor) -> None:
+    """x_t of one picture (1, 3, H, W) over time, the same noise for each schedule."""
+    schedules = {
+        "linear": Discrete(betas="linear", beta_start=1e-4, beta_end=0.02),
+        "scaled linear": Discrete(betas="scaled_linear"),
+        "… to zero SNR": Discrete(betas="scaled_linear", zero_terminal_snr=True),
+        "cosine": Discrete(betas="cosine"),
+        "sigmoid": Discrete(betas="sigmoid", beta_start=1e-4, beta_end=0.02),
+        "rectified flow": Flow(),
+    }
+    noise = Rng(0, (0,)).normal("noising", image.shape[1:])
+    fractions = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+    rows = {}
+    for name, schedule in schedules.items():
+        span = schedule.last - schedule.first
+        times = [torch.tensor([round(schedule.first + f * span, 3 if span < 2 else 0)]) for f in fractions]
+        pairs = [schedule.alpha_sigma(t.long() if schedule.discrete else t) for t in times]
+        rows[name] = to_pil(torch.cat([a.view(-1, 1, 1, 1) * image + s.view(-1, 1, 1, 1) * noise for a, s in pairs]))
+    demo.results.noising = rows
+    demo.results.noising_times = [f"t = {f:g} T" for f in fractions]
+
+
+def samplers(demo: Demo, trained: TextToImage) -> None:
+    """One prompt and one noise at every count of steps; dear combinations are left empty."""
+    rows: dict[str, list[Image.Image | None]] = {}
+    for name, most in ROWS.items():
+        rows[name] = [
+            demo.draw(demo.shipped, [PROMPTS[1]], sampler=name, steps=n)[0] if n <= most else None for n in STEP_COUNTS
+        ]
+    demo.results.sampler_steps, demo.results.samplers = STEP_COUNTS, rows
+    demo.results.sampler_text = (
+        f"“{PROMPTS[1]}” from one noise, by the shipped model at guidance {demo.settings.guidance:g}."
+    )
+
+
+def guidance(demo: Demo, trained: TextToImage) -> None:
+    """The same noise at each scale."""
+    prompts = ("a red apple", "woman firefighter, medium-dark skin tone", "police car")
+    drawn = [demo.draw(demo.shipped, prompts, guidance=s) for s in SCALES]
+    demo.results.guidance_scales = SCALES
+    demo.results.guidance = {p: [column[i] for column in drawn] for i, p in enumerate(prompts)}
+
+
+def heldout(demo: Demo, trained: TextToImage) -> None:
+    """Prompts of both held-out splits beside the true pictures."""
+    for split, into in (("compositional", "compositional"), ("heldout", "heldout")):
+        plain = replace(demo.config.data, split=split, captions="first", shuffle=True)
+        batch = Loader(plain, seed=3, micro_batch=6).batch(0, 0)
+        prompts = [p for p in batch["caption"] for _ in range(4)]
+        drawn = demo.draw(demo.shipped, prompts)
+        true = to_pil(batch["image"])
+        rows = {c: (drawn[4 * i : 4 * i + 4], [true[i]]) for i, c in enumerate(batch["caption"])}
+        setattr(demo.results, into, rows)
+
+
+def retrieval(demo: Demo, trained: TextToImage) -> None:
+    """R@1 among 64 captions: this training's pictures, the shipped model's, and real ones."""
+    figures = []
+    plan = (
+        ("this demo's model, training captions", trained, "train", 128),
+        ("shipped model, training captions", demo.shipped, "train", 128),
+        ("shipped model, unseen combinations", demo.shipped, "compositional", 128),
+        ("shipped model, unseen concepts", demo.shipped, "heldout", 128),
+        ("real pictures, training captions", None, "train", 128),
+        ("real pictures, unseen combinations", None, "compositional", 128),
+    )
+    for label, pipeline, split, count in plan:
+        measured = demo.scorer.measure(pipeline, split, count, demo.settings)
+        found = measured.at(1)
+        figures.append(RetrievalFigure(
+            label=label, rate=found.rate, low=found.low, high=found.high, chance=found.chance, images=measured.images,
+        ))  # fmt: skip
+        demo.say(f"  {label}: R@1 {found.rate:.3f}, {found.times_chance:.1f} x chance")
+    demo.results.retrieval = figures
+    demo.results.retrieval_text = (
+        "The shipped CLIP looks at each picture and picks, among 64 captions, the one that suits it best. "
+        "Guessing is right once in 64. Real pictures show how far the judge itself can be trusted."
+    )
+
+
+def neighbours(demo: Demo, trained: TextToImage) -> None:
+    """Training pictures nearest in CLIP's image features to pictures made."""
+    plain = replace(demo.config.data, captions="first", shuffle=False)
+    bank = Loader(plain, seed=0, micro_batch=len(Loader(plain, seed=0, micro_batch=1).samples)).batch(0, 0)
+    features = demo.scorer.image_features(bank["image"])
+    prompts = [*PROMPTS[:4], *demo.results.compositional][:8]
+    made = demo.shipped.sample(prompts, settings=demo.settings)
+    scores, rows = nearest(demo.scorer.image_features(made), features, 4)
+    shown = to_pil(made)
+    found = []
+    for i, prompt in enumerate(prompts):
+        near = [
+            Picture(to_pil(bank["image"][j : j + 1])[0], bank["caption"][j], f"{s:.2f}")
+            for j, s in zip(rows[i].tolist(), scores[i].tolist(), strict=True)
+        ]
+        found.append((Picture(shown[i], prompt), near))
+    demo.results.neighbours = found
+
+
+_SECTIONS = {
+    "samplers": samplers,
+    "guidance": guidance,
+    "held-out prompts": heldout,
+    "retrieval": retrieval,
+    "nearest neighbours": neighbours,
+}
+
+
+def finish(demo: Demo, minutes: float) -> Path:
+    """Facts, costs and the page; a contact sheet beside it."""
+    r = demo.results
+    hero = demo.draw(demo.shipped, HERO)
+    r.hero = [Picture(p, c) for p, c in zip(hero, HERO, strict=True)]
+    sheet(hero, 8).save(demo.out / "contact_sheet.png")
+    own, ship, comb = r.retrieval[:3]
+    r.facts = [
+        Fact(f"{minutes:.0f} min", "from random weights to pictures", f"{demo.config.train.batch} pictures a step"),
+        Fact(f"{own.rate / own.chance:.0f} ×", "chance: this run's pictures find their caption", "R@1 of 64"),
+        Fact(f"{ship.rate / ship.chance:.0f} ×", "chance: the shipped model, training captions", "R@1 of 64"),
+        Fact(f"{comb.rate / comb.chance:.0f} ×", "chance: combinations it never saw", "R@1 of 64"),
+    ]
+    demo.clock.lap("the best pictures")
+    r.cost_header = ("what", "seconds")
+    r.costs = [*((name, f"{s:.0f}") for name, s in demo.clock.parts.items())]
+    r.costs = [*r.costs, ("all", f"{sum(demo.clock.parts.values()):.0f}")]
+    r.commands = (
+        'ldm sample "a red apple" "a smiling face with sunglasses"',
+        "python -m launch local --procs 2 -- ldm train configs/train/text_to_image_emoji.yaml",
+        "ldm evaluate retrieval --split compositional",
+    )
+    r.lede = (
+        "A latent diffusion model, trained a moment ago on this machine, and the one that comes with the package: "
+        "an autoencoder, a CLIP and a U-Net, all made by this project."
+    )
+    figures = {"retrieval": [vars(f) for f in r.retrieval], "seconds": demo.clock.parts}
+    (demo.out / "figures.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    return write_demo_page(r, demo.out / "gallery.html")
+
+
+__all__ = ["Demo", "Scorer", "run"]
