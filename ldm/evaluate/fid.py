@@ -41,10 +41,8 @@ class Estimate:
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared 2-Wasserstein distance of two Gaussians (Dowson & Landau 1982; Heusel et al. 2017, eq. 6)."""
-    root = _root(a.covariance.double())
-    # The product's eigenvalues are those of a symmetric matrix, so its root's trace needs no complex square root.
-    eigenvalues = torch.linalg.eigvalsh(root @ b.covariance.double() @ root)
-    cross = eigenvalues.clamp(min=0).sqrt().sum()
+    # The trace of the product's root is the nuclear norm of the roots' product: no root of rounding errors is taken.
+    cross = torch.linalg.svdvals(_root(a.covariance.double()) @ _root(b.covariance.double())).sum()
     traces = a.covariance.double().trace() + b.covariance.double().trace()
     return ((a.mean - b.mean).double().square().sum() + traces - 2 * cross).item()
 

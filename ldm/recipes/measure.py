@@ -1,0 +1,180 @@
+"""What a trained model is worth: retrieval of its pictures' captions, its autoencoder's loss, distances of features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ldm.data import decode
+from ldm.data.decode import BadSample
+from ldm.data.images import pixels, resize, to_float
+from ldm.data.manifest import Manifest, resolve
+from ldm.data.samples import Samples
+from ldm.evaluate import fid, retrieval
+from ldm.evaluate.features import FeatureNetwork, extract, in_batches
+from ldm.evaluate.reconstruction import psnr, ssim
+from ldm.evaluate.retrieval import Retrieval
+from ldm.models.autoencoder import Autoencoder
+from ldm.models.latents import LatentCodec
+from ldm.models.text import ClipConfig, build_tokenizer
+from ldm.pipeline import TextToImage
+from ldm.recipes.sources import weights_hash
+from ldm.rng import generator
+
+MOST = 20_000
+"""Samples of a split that are looked at for captions; of a larger one, as many, evenly spaced."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Samples of a split, their plain captions (all distinct), and the split's whole `pool` of distinct captions."""
+
+    ids: tuple[int, ...]
+    captions: tuple[str, ...]
+    pool: tuple[str, ...]
+
+
+def caption_pool(data: str, split: str) -> list[str]:
+    """The distinct plain captions of a split, in stored order; variants by skin tone or gender count as others.
+
+    Only the plain ones: another caption of the same picture would not be a wrong answer.
+    """
+    return list(_captions(_samples(data, split)))
+
+
+def draw(data: str, split: str, count: int | None = None, *, seed: int = 0) -> Drawn:
+    """`count` samples with distinct captions, the same for a seed; None is 256, or all of a smaller split.
+
+    Raises ValueError when the split has fewer captions than `count`.
+    """
+    captions = _captions(_samples(data, split))
+    pool = list(captions)
+    if count is None:
+        count = min(256, len(pool))
+    if not 1 <= count <= len(pool):
+        raise ValueError(f"count: {count} is not between 1 and {len(pool)}, the distinct captions of split {split!r}")
+    order = torch.randperm(len(pool), generator=generator(seed, 0, "captions")).tolist()[:count]
+    chosen = [pool[i] for i in order]
+    return Drawn(tuple(captions[c] for c in chosen), tuple(chosen), tuple(pool))
+
+
+def real_pictures(data: str, split: str, ids: Sequence[int], size: int) -> Tensor:
+    """The pictures (N, 3, size, size) in [-1, 1] of samples, cropped to the middle square."""
+    return to_float(_samples(data, split, size).pixels(list(ids)))
+
+
+def folder_pictures(folder: Path, size: int | None = None) -> Tensor:
+    """All pictures of a folder (N, 3, size, size) in [-1, 1], by name; None is the first one's shorter side.
+
+    Raises ValueError when there are none.
+    """
+    endings = {f".{e}" for e in decode.IMAGES}
+    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in endings)
+    if not paths:
+        raise ValueError(f"pictures: {str(folder)!r}: no such folder, or no pictures in it")
+    opened = [decode.picture(p.read_bytes()) for p in paths]
+    side = size or min(opened[0].size)
+    return to_float(np.stack([pixels(resize(picture, (side, side), "stretch")) for picture in opened]))
+
+
+def _samples(data: str, split: str, size: int = 1) -> Samples:
+    return Samples(Manifest.read(resolve(data)), split, size=size)
+
+
+def _captions(samples: Samples) -> dict[str, int]:
+    """Plain caption -> the first sample that has it."""
+    found: dict[str, int] = {}
+    step = max(1.0, len(samples) / MOST)
+    for place in range(min(len(samples), MOST)):
+        sample = int(place * step)
+        try:
+            found.setdefault(samples.captions(sample).texts[0], sample)
+        except BadSample:
+            continue
+    return found
+
+
+@torch.no_grad()
+def retrieval_of(
+    images: Tensor,
+    captions: Sequence[str],
+    pool: Sequence[str],
+    clip: nn.Module,
+    config: ClipConfig,
+    *,
+    candidates: int = 64,
+    seed: int = 0,
+    batch: int = 64,
+) -> Retrieval:
+    """How often the CLIP finds each picture's caption among `candidates`, the others drawn from `pool`; R@1, 5, 10.
+
+    Pictures (N, 3, H, W) in [-1, 1] are resized to what the CLIP sees.
+    """
+    model: Any = clip
+    tokenize = build_tokenizer(config)
+    device = next(clip.parameters()).device
+
+    def encode_images(part: Tensor) -> Tensor:
+        return model.encode_image(resized(part, config.image_size).to(device), normalize=True).float().cpu()
+
+    def encode_texts(texts: list[str]) -> Tensor:
+        return model.encode_text(tokenize(texts).to(device), normalize=True).float().cpu()
+
+    return retrieval.measure(
+        encode_images,
+        encode_texts,
+        images,
+        captions,
+        pool,
+        candidates=candidates,
+        ks=[k for k in (1, 5, 10) if k < max(candidates, 2)],
+        seed=seed,
+        batch=batch,
+    )
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """Pictures at another size, antialiased; the same ones if they have it."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return functional.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+
+
+@torch.no_grad()
+def reconstruction_of(autoencoder: Autoencoder, images: Tensor, batch: int = 32) -> dict[str, Any]:
+    """PSNR and SSIM of pictures decoded from the mean of their posterior: mean and standard deviation over pictures."""
+    codec = LatentCodec.of(autoencoder)
+    parts = [(part, codec.decode(codec.encode(part)).cpu().clamp(-1, 1)) for part in images.split(batch)]
+    figures = {
+        "psnr": torch.cat([psnr(decoded, part) for part, decoded in parts]),
+        "ssim": torch.cat([ssim(decoded, part) for part, decoded in parts]),
+    }
+    spread = {k: {"mean": float(v.mean()), "std": float(v.std(correction=0))} for k, v in figures.items()}
+    return {"pictures": len(images), "size": images.shape[-1], **spread}
+
+
+def features_of(network: FeatureNetwork, real: Tensor, other: Tensor, *, seed: int = 0) -> dict[str, Any]:
+    """All distances of `evaluate.fid.compare` between two sets of pictures (N, 3, H, W) in [-1, 1]."""
+    a, b = extract(network, in_batches(real)), extract(network, in_batches(other))
+    return fid.compare(a, b, network=network.name, seed=seed)
+
+
+def model_hashes(pipeline: TextToImage) -> dict[str, str]:
+    """Which weights drew the pictures."""
+    return {
+        "unet": weights_hash(pipeline.unet),
+        "vae": weights_hash(pipeline.codec.autoencoder),
+        "text": weights_hash(*pipeline.text),
+    }
+
+
+def exported(source: str) -> str:
+    """A run folder's export; any other source as it is."""
+    return str(Path(source) / "export") if (Path(source) / "export").is_dir() else source
