@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,25 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def write_module(
-    folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype | None = None
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    keep: Sequence[str] = (),
 ) -> None:
-    """Write weights (cast to `dtype` if given) and config; an old folder is replaced only by a whole new one."""
+    """Write weights (cast to `dtype` if given) and config; an old folder is replaced only by a whole new one.
+
+    Files of the old folder named in `keep` are carried over.
+    """
     beside = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     tensors = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in weights.items()}
     save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
     (beside / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
+    for name in keep:
+        if (folder / name).is_file():
+            shutil.copy2(folder / name, beside / name)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(beside, folder)
 

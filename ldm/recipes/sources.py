@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 
 import torch
@@ -39,7 +40,12 @@ def load_towers(source: str) -> list[TextTower]:
 def load_clip(source: str) -> tuple[nn.Module, ClipConfig]:
     """A frozen CLIP of both towers, from its own folder or from one that holds `clip/`."""
     folder = locate(source)
-    plain, weights = read_module(folder / "clip" if (folder / "clip").is_dir() else folder)
+    folder = folder / "clip" if (folder / "clip").is_dir() else folder
+    plain, weights = read_module(folder)
+    elsewhere = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_text")
+    if elsewhere is not None:  # the text tower is stored once, in the pipeline's folder beside this one
+        text = convert.load_text(folder / elsewhere / "text_encoder", folder / elsewhere / "tokenizer")
+        weights |= text.model.state_dict()
     config = decode(ClipConfig, plain, f"{folder}: config.json")
     clip = build_clip(config)
     clip.load_state_dict(weights, strict=True)

@@ -1,0 +1,56 @@
+"""Put the shipped models together from finished runs: python ldm/assets/assemble.py [--unet RUN] (not imported by ldm).
+
+Without --unet the U-Net is random: the frozen parts must be in place, as stored in half precision, before the run that
+trains on them. The CLIP stores only what the text encoder of the pipeline's folder does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from ldm.checkpoint.convert import load_unet, save_diffusers
+from ldm.checkpoint.folders import read_module, write_module
+from ldm.checkpoint.schedulers import scheduler_to_diffusers
+from ldm.config.schema import load_run
+from ldm.models.shipped import ASSETS
+from ldm.models.unet import UNet
+from ldm.recipes.sources import clip_tower, load_autoencoder
+from ldm.recipes.text_to_image import TextToImageTask
+
+
+def main() -> None:
+    """Write `ldm/assets/emoji_64` and `ldm/assets/clip_emoji`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--autoencoder", default="runs/autoencoder_emoji/export")
+    parser.add_argument("--clip", default="runs/clip_emoji/export")
+    parser.add_argument("--unet", type=Path, help="export of a text-to-image run")
+    parser.add_argument("--config", default="configs/train/text_to_image_emoji.yaml")
+    args = parser.parse_args()
+    task = load_run(args.config).task
+    assert isinstance(task, TextToImageTask)
+    unet = UNet(task.unet) if args.unet is None else load_unet(args.unet / "unet")
+    if args.unet is None:
+        autoencoder, tower = load_autoencoder(args.autoencoder), clip_tower(args.clip)
+        plain, weights = read_module(Path(args.clip) / "clip")
+        config = {"_class_name": "CLIP", "_text": "../emoji_64", **plain}
+        shared = {k for k in tower.model.state_dict() if k != "text_projection"}
+        own = {k: v for k, v in weights.items() if k not in shared}
+        write_module(ASSETS / "clip_emoji", own, config, torch.float16, keep=("bpe.txt.gz", "LICENSE.bpe"))
+    else:
+        from ldm.recipes.sources import load_towers
+
+        autoencoder, tower = load_autoencoder("emoji"), load_towers("emoji")[0]
+    scheduler = scheduler_to_diffusers(task.process.schedule, task.process.prediction)
+    folder = ASSETS / "emoji_64"
+    save_diffusers(folder, unet=unet, autoencoder=autoencoder, text=[tower], scheduler=scheduler, dtype=torch.float16)
+    sizes = {str(p.relative_to(ASSETS)): p.stat().st_size for p in sorted(ASSETS.rglob("*.safetensors"))}
+    sys.stdout.write(json.dumps({**sizes, "all": sum(sizes.values())}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
