@@ -36,6 +36,10 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--without-captions", action="store_true", help="keep pictures that have no caption")
     build.add_argument("--min-side", type=int, default=1, help="leave out pictures with a shorter side (1)")
     build.add_argument("--max-pixels", type=int, default=100_000_000, help="refuse larger pictures (100 million)")
+    build.add_argument("--buckets", type=int, metavar="SIZE", help="aspect-ratio buckets of at most SIZE x SIZE pixels")
+    build.add_argument("--bucket-step", type=int, default=64, help="sides are multiples of this (64)")
+    build.add_argument("--bucket-ratio", type=float, default=2.0, help="longest aspect (2)")
+    build.add_argument("--bucket-least", type=int, default=64, help="smaller buckets are merged into the nearest (64)")
     build.add_argument("--shard-bytes", type=int, default=256 << 20, help="largest tar (256 MiB)")
     build.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     build.set_defaults(run=_build)
@@ -59,8 +63,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _build(args: argparse.Namespace) -> int:
+    from ldm.data.buckets import BucketConfig
     from ldm.data.build import BuildConfig, build
 
+    buckets = None
+    if args.buckets is not None:
+        buckets = BucketConfig(
+            size=args.buckets, step=args.bucket_step, ratio=args.bucket_ratio, least=args.bucket_least
+        )
     config = BuildConfig(
         size=args.size,
         format=args.format,
@@ -70,6 +80,7 @@ def _build(args: argparse.Namespace) -> int:
         require_captions=not args.without_captions,
         min_side=args.min_side,
         max_pixels=args.max_pixels,
+        buckets=buckets,
         shard_bytes=args.shard_bytes,
         workers=args.workers,
     )
@@ -79,6 +90,9 @@ def _build(args: argparse.Namespace) -> int:
         print(f"left out: {entry['name']}: {entry['reason']}: {entry['error']}")
     if len(report.bad) > 20:
         print(f"... and {len(report.bad) - 20} more in {args.out / 'quarantine.jsonl'}")
+    for bucket, entry in report.manifest.notes.get("buckets", {}).items():
+        merged = ", ".join(f"{n} from {shape}" for shape, n in entry["merged"].items())
+        print(f"bucket {bucket}: {entry['pictures']} pictures" + (f" ({merged})" if merged else ""))
     splits = ", ".join(f"{report.manifest.samples(s)} {s}" for s in report.manifest.splits)
     print(f"{report.written} of {report.found} pictures in {len(report.manifest.shards)} shards ({splits}): {args.out}")
     if report.bad:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -17,6 +18,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from ldm.data import decode, images
+from ldm.data.buckets import BucketConfig, Shape, assign, name
 from ldm.data.decode import BadSample
 from ldm.data.manifest import Manifest, Shard
 from ldm.data.sources import CaptionsFrom, Item, captions_beside, find
@@ -43,11 +45,14 @@ class BuildConfig:
     require_captions: bool = True
     min_side: int = 1
     max_pixels: int = decode.MAX_PIXELS
+    buckets: BucketConfig | None = None
     shard_bytes: int = 256 << 20
     shard_samples: int = 10_000
     workers: int = 1
 
     def __post_init__(self) -> None:
+        if self.size is not None and self.buckets is not None:
+            raise ValueError("size and buckets exclude each other: a bucket has a size of its own")
         if self.size is not None and self.size < 1:
             raise ValueError(f"size must be at least 1, got {self.size}")
         if not 1 <= self.quality <= 100:
@@ -90,17 +95,19 @@ def build(source: Path, out: Path, config: BuildConfig, progress: Callable[[int,
         raise ValueError(f"out {str(out)!r} holds a data set already; choose another folder or remove it")
     items = find(source, config.captions_from)
     out.mkdir(parents=True, exist_ok=True)
-    writers = {
-        s: ShardWriter(out, s, split=s, max_bytes=config.shard_bytes, max_samples=config.shard_samples)
-        for s in ("train", "heldout")
-    }
+    assigned = None if config.buckets is None else assign(_sizes(items, config), config.buckets)
+    shapes = {} if assigned is None else assigned.bucket
+    writers: dict[tuple[str, Shape | None, int], ShardWriter] = {}
     bad: list[dict[str, str]] = []
     written = 0
     with (out / "quarantine.jsonl").open("w", encoding="utf-8") as quarantine:
-        for number, done in enumerate(_prepare_all(items, config), 1):
+        for number, done in enumerate(_prepare_all(_in_chunks(items, shapes), config), 1):
             if done.members is not None:
-                held = _fraction(done.item.key) < config.heldout
-                writers["heldout" if held else "train"].add(done.item.key, done.members)
+                split = "heldout" if _fraction(done.item.key) < config.heldout else "train"
+                place = (split, shapes.get(done.item.key), done.item.repeats)
+                if place not in writers:
+                    writers[place] = _writer(out, config, *place)
+                writers[place].add(done.item.key, done.members)
                 written += 1
             elif done.problem is not None:
                 reason, detail = done.problem
@@ -112,7 +119,10 @@ def build(source: Path, out: Path, config: BuildConfig, progress: Callable[[int,
     if not written:
         reasons = dict(Counter(b["reason"] for b in bad))
         raise ValueError(f"source {str(source)!r}: none of {len(items)} pictures can be used: {reasons}")
-    manifest = Manifest(name=out.resolve().name, shards=tuple(shards), folder=out, notes={"bad": len(bad)})
+    notes: dict[str, Any] = {"bad": len(bad)}
+    if assigned is not None:
+        notes["buckets"] = assigned.report()
+    manifest = Manifest(name=out.resolve().name, shards=tuple(shards), folder=out, notes=notes)
     manifest.write()
     return Report(manifest, len(items), written, tuple(bad))
 
@@ -121,15 +131,54 @@ def _fraction(key: str) -> float:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big") / (1 << 56)
 
 
-def _prepare_all(items: list[Item], config: BuildConfig) -> Iterator[_Done]:
+def _writer(out: Path, config: BuildConfig, split: str, shape: Shape | None, repeats: int) -> ShardWriter:
+    prefix = split + (f"-{name(shape)}" if shape else "") + (f"-r{repeats}" if repeats > 1 else "")
+    return ShardWriter(
+        out,
+        prefix,
+        split=split,
+        bucket=shape,
+        repeats=repeats,
+        max_bytes=config.shard_bytes,
+        max_samples=config.shard_samples,
+    )
+
+
+_Job = tuple[Item, Shape | None]
+
+
+def _in_chunks(items: list[Item], shapes: dict[str, Shape]) -> list[list[_Job]]:
+    jobs = [(item, shapes.get(item.key)) for item in items]
+    return [jobs[i : i + _CHUNK] for i in range(0, len(jobs), _CHUNK)]
+
+
+def _sizes(items: list[Item], config: BuildConfig) -> dict[str, Shape]:
+    """Sizes from the headers, without pictures that will turn out bad anyway."""
+    chunks = [items[i : i + 256] for i in range(0, len(items), 256)]
+    if config.workers == 1 or len(chunks) == 1:
+        return {key: size for chunk in chunks for key, size in _sizes_of(chunk)}
+    with _pool(config.workers) as pool:
+        return {key: size for part in pool.map(_sizes_of, chunks) for key, size in part}
+
+
+def _sizes_of(items: list[Item]) -> list[tuple[str, Shape]]:
+    found = []
+    for item in items:
+        with contextlib.suppress(BadSample, OSError):
+            if item.problem is None:
+                found.append((item.key, decode.upright_size(item.path.read_bytes())))
+    return found
+
+
+def _prepare_all(chunks: list[list[_Job]], config: BuildConfig) -> Iterator[_Done]:
     """Prepared items in their order, with a bounded number in flight."""
-    if config.workers == 1 or len(items) <= _CHUNK:
-        for item in items:
-            yield prepare(item, config)
+    if config.workers == 1 or len(chunks) == 1:
+        for chunk in chunks:
+            for job in chunk:
+                yield prepare(*job, config)
         return
-    chunks = [items[i : i + _CHUNK] for i in range(0, len(items), _CHUNK)]
     pool = _pool(config.workers)
-    ahead: deque[tuple[list[Item], Future[list[_Done]]]] = deque()
+    ahead: deque[tuple[list[_Job], Future[list[_Done]]]] = deque()
     position = 0
     try:
         while position < len(chunks) or ahead:
@@ -141,7 +190,7 @@ def _prepare_all(items: list[Item], config: BuildConfig) -> Iterator[_Done]:
                 yield from future.result()
             except BrokenProcessPool:  # a decoder took its process down
                 pool.shutdown(wait=False, cancel_futures=True)
-                yield from (_alone(item, config) for item in chunk)
+                yield from (_alone(job, config) for job in chunk)
                 pool = _pool(config.workers)
                 ahead = deque((c, pool.submit(_prepare_chunk, c, config)) for c, _ in ahead)
     finally:
@@ -154,21 +203,21 @@ def _pool(workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, mp_context=context)
 
 
-def _alone(item: Item, config: BuildConfig) -> _Done:
+def _alone(job: _Job, config: BuildConfig) -> _Done:
     """One item in a process of its own."""
     with _pool(1) as pool:
         try:
-            return pool.submit(_prepare_chunk, [item], config).result()[0]
+            return pool.submit(_prepare_chunk, [job], config).result()[0]
         except BrokenProcessPool:
-            return _Done(item, None, ("crashed", "the process that decoded it died"))
+            return _Done(job[0], None, ("crashed", "the process that decoded it died"))
 
 
-def _prepare_chunk(items: list[Item], config: BuildConfig) -> list[_Done]:
-    return [prepare(item, config) for item in items]
+def _prepare_chunk(jobs: list[_Job], config: BuildConfig) -> list[_Done]:
+    return [prepare(item, shape, config) for item, shape in jobs]
 
 
-def prepare(item: Item, config: BuildConfig) -> _Done:
-    """One item's members, or what is wrong with it."""
+def prepare(item: Item, shape: Shape | None, config: BuildConfig) -> _Done:
+    """One item's members, large enough for a bucket's shape, or what is wrong with it."""
     try:
         if item.problem is not None:
             raise BadSample(*item.problem)
@@ -179,7 +228,7 @@ def prepare(item: Item, config: BuildConfig) -> _Done:
             data = item.path.read_bytes()
         except OSError as error:
             raise BadSample("unreadable", str(error)) from error
-        extension, picture, size, original = _picture(data, config)
+        extension, picture, size, original = _picture(data, shape, config)
     except BadSample as error:
         return _Done(item, None, (error.reason, error.detail))
     record: dict[str, Any] = {
@@ -190,30 +239,30 @@ def prepare(item: Item, config: BuildConfig) -> _Done:
         "original_width": original[0],
         "original_height": original[1],
     }
-    if item.repeats > 1:
-        record["repeats"] = item.repeats
     members = {extension: picture, "json": json.dumps(record, ensure_ascii=False).encode()}
     if captions:
         members["txt"] = captions[0][0].encode()
     return _Done(item, members)
 
 
-def _picture(data: bytes, config: BuildConfig) -> tuple[str, bytes, tuple[int, int], tuple[int, int]]:
+def _picture(
+    data: bytes, shape: Shape | None, config: BuildConfig
+) -> tuple[str, bytes, tuple[int, int], tuple[int, int]]:
     """(extension, bytes, size, size before shrinking); decodes it whole, so that damage is found now."""
     upright = decode.picture(data, max_pixels=config.max_pixels)
     original = upright.size
     if min(original) < config.min_side:
         raise BadSample("small", f"{original[0]}x{original[1]}, short side under {config.min_side}")
-    shrink = config.size is not None and min(original) > config.size
+    target = shape or (None if config.size is None else (config.size, config.size))
+    shrink = target is not None and original[0] > target[0] and original[1] > target[1]
     if config.format == "keep" and not shrink:
         with Image.open(io.BytesIO(data)) as header:
             plain = header.mode == "RGB" and "transparency" not in header.info
             still = header.format != "MPO" and not getattr(header, "is_animated", False)
             if plain and still and header.format in _EXTENSION and header.getexif().get(0x0112, 1) == 1:
                 return _EXTENSION[header.format], data, original, original
-    if shrink:
-        assert config.size is not None
-        upright = images.resize(upright, (config.size, config.size), "crop")
+    if target is not None and shrink:
+        upright = images.resize(upright, target, "crop")
     extension = "jpg" if config.format == "keep" else config.format
     buffer = io.BytesIO()
     if extension == "jpg":

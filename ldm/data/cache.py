@@ -16,6 +16,7 @@ from ldm.data.manifest import Manifest
 from ldm.data.shards import Shards
 
 MEMBER = "cache.safetensors"
+PER_VARIANT = ("moments", "original_size", "crop_top_left")
 _DTYPES = {"F16": np.float16, "F32": np.float32, "BF16": np.uint16}
 _KEPT_VIEWS = 100_000  # about 1 KB each
 
@@ -53,11 +54,14 @@ class CachedReader:
         return known
 
     def gather(self, ids: Sequence[int], picks: Sequence[int], variants: Sequence[float]) -> dict[str, Tensor]:
-        """`moments` (B, 2Z, h, w) of a variant drawn by [0, 1) and the text tensors (B, ...) of a pick, in float32."""
+        """`moments` (B, 2Z, h, w) of a variant drawn by [0, 1) and the text tensors (B, ...) of a pick, in float32.
+
+        With the moments come `original_size` and `crop_top_left`, (B, 2) each, as in `samples.Crops`.
+        """
         rows = [self.views(i) for i in ids]
         out: dict[str, Tensor] = {}
         for name in rows[0]:
-            if name == "moments":
+            if name in PER_VARIANT:
                 parts = [r[name][int(v * len(r[name]))] for r, v in zip(rows, variants, strict=True)]
             else:
                 parts = [r[name][p] for r, p in zip(rows, picks, strict=True)]

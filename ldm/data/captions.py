@@ -31,6 +31,30 @@ class Captions:
         return len(self.weights) - 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tags:
+    """Captions as lists of tags: the first `keep` stay, the others are shuffled and each dropped at a rate."""
+
+    separator: str = ","
+    shuffle: bool = True
+    keep: int = 1
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.separator:
+            raise ValueError("separator must not be empty")
+        if self.keep < 0 or not 0 <= self.dropout < 1:
+            raise ValueError(f"keep {self.keep} must not be negative, dropout {self.dropout} must be in [0, 1)")
+
+    def apply(self, caption: str, seed: int, position: int) -> str:
+        """The caption at a position; joined with the separator and a space."""
+        parts = [p.strip() for p in caption.split(self.separator) if p.strip()]
+        draws = {p: uniform(seed, position, f"tag {p}") for p in parts[self.keep :]}
+        rest = [p for p in parts[self.keep :] if uniform(seed, position, f"tag drop {p}") >= self.dropout]
+        rest = sorted(rest, key=lambda p: draws[p]) if self.shuffle else rest
+        return f"{self.separator} ".join([*parts[: self.keep], *rest])
+
+
 def uniform(seed: int, position: int, purpose: str) -> float:
     """A number in [0, 1) that belongs to one sample position and purpose."""
     return rng_key(seed, position, purpose) / _UNIT

@@ -22,10 +22,10 @@ class BadSample(ValueError):
         self.detail = detail
 
 
-def picture(data: bytes, *, at_least: int | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def picture(data: bytes, *, at_least: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode to mode RGB: first frame, turned by EXIF, transparency on white, 16 bits scaled to 8.
 
-    With `at_least`, JPEGs may be decoded at reduced scale as long as both sides stay at least that long.
+    With `at_least` (width, height), JPEGs may be decoded at reduced scale as long as they cover it either way round.
     Raises BadSample with reason empty, unknown_format, huge or damaged.
     """
     if not data:
@@ -42,13 +42,27 @@ def picture(data: bytes, *, at_least: int | None = None, max_pixels: int = MAX_P
         raise BadSample("huge", f"{image.width}x{image.height} pixels, at most {max_pixels} in all")
     try:
         if at_least is not None and image.format == "JPEG":
-            image.draft("RGB", (at_least, at_least))
+            image.draft("RGB", (max(at_least), max(at_least)))
         image.load()
         turned = ImageOps.exif_transpose(image)
         return to_rgb(turned)
     except BadSample:
         raise
     except Exception as error:
+        raise BadSample("damaged", f"{type(error).__name__}: {error}") from error
+
+
+def upright_size(data: bytes) -> tuple[int, int]:
+    """(width, height) after turning by EXIF, from the header alone. BadSample if there is none."""
+    if not data:
+        raise BadSample("empty", "zero bytes")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            return (image.height, image.width) if turned else image.size
+    except Image.DecompressionBombError as error:
+        raise BadSample("huge", str(error)) from error
+    except Exception as error:  # PIL's plugins raise whatever their parsers meet
         raise BadSample("damaged", f"{type(error).__name__}: {error}") from error
 
 

@@ -228,6 +228,7 @@ def _encode_part(
         for start in range(part.start, part.stop, config.batch):
             ids = list(range(start, min(start + config.batch, part.stop)))
             good = []
+            samples.begin(ids)
             for sample in ids:
                 problem = samples.touch(sample)
                 if problem is None:
@@ -260,18 +261,29 @@ def _add_moments(
     error: _Error,
 ) -> None:
     rows: list[list[Tensor]] = [[] for _ in ids]
+    sizes: list[Tensor] = []
+    corners: list[Tensor] = []
     for variant in range(config.variants):
         crops = flips = None
         if variant and config.crop == "random":
-            crops = [tuple(uniform(config.seed, i, f"cache crop {variant} {axis}") for axis in "xy") for i in ids]
+            crops = [_corner(config.seed, i, variant) for i in ids]
         if variant and config.flip:
             flips = [uniform(config.seed, i, f"cache flip {variant}") < 0.5 for i in ids]
         if ids:
-            encoded = moments(to_float(samples.pixels(ids, crops, flips)))  # pyright: ignore[reportArgumentType]
+            pictures = samples.crop(ids, crops, flips)
+            sizes.append(torch.from_numpy(pictures.original_size))
+            corners.append(torch.from_numpy(pictures.crop_top_left))
+            encoded = moments(to_float(pictures.pixels))
             for row, value in zip(rows, encoded, strict=True):
                 row.append(error.store("moments", value, _DTYPES[config.dtype]))
-    for row, stored in zip(rows, tensors, strict=True):
+    for i, (row, stored) in enumerate(zip(rows, tensors, strict=True)):
         stored["moments"] = torch.stack(row)
+        stored["original_size"] = torch.stack([s[i] for s in sizes])
+        stored["crop_top_left"] = torch.stack([c[i] for c in corners])
+
+
+def _corner(seed: int, sample: int, variant: int) -> tuple[float, float]:
+    return uniform(seed, sample, f"cache crop {variant} x"), uniform(seed, sample, f"cache crop {variant} y")
 
 
 def _add_text(

@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data.captions import uniform
+from ldm.data.buckets import BucketedOrder, name
+from ldm.data.captions import Tags, uniform
 from ldm.data.decode import BadSample
 from ldm.data.images import Fit, to_float
-from ldm.data.manifest import Manifest, resolve
+from ldm.data.manifest import Manifest, Shard, resolve
 from ldm.data.order import Order, mix, slots
 from ldm.data.remote import RemoteConfig
 from ldm.data.samples import Samples
@@ -32,9 +34,10 @@ class DataConfig:
 
     `path` is a shipped data set's name (emoji), a folder or an address with a manifest.json, or the manifest. `size` is
     the side of the square pictures. `captions`: "weighted" draws among a sample's captions by their weights, "first"
-    takes the plain one. `template` wraps the caption. `memory` bounds in bytes what is kept decoded. `last` is the rule
-    for an epoch's last partial batch. Bad samples are replaced and listed in `quarantine`; above the rate `max_bad` the
-    run stops.
+    takes the plain one. `template` wraps the caption, `tags` shuffles and drops its parts (not of cached text). With
+    `buckets` every batch has the shape of one bucket of the data set, and `size` is not used. `memory` bounds in bytes
+    what is kept decoded. `last` is the rule for an epoch's last partial batch. Bad samples are replaced and listed in
+    `quarantine`; above the rate `max_bad` the run stops.
     """
 
     kind: Literal["shards"] = "shards"
@@ -47,7 +50,9 @@ class DataConfig:
     captions: Literal["weighted", "first"] = "weighted"
     template: str = "{}"
     require_captions: bool = True
+    tags: Tags | None = None
     cached: bool = False
+    buckets: bool = False
     shuffle: bool = True
     window: int = 1 << 16
     last: Literal["drop", "wrap"] = "drop"
@@ -63,6 +68,8 @@ class DataConfig:
             raise ValueError(f"template {self.template!r} must hold {{}} where the caption goes")
         if not 0 <= self.max_bad <= 1:
             raise ValueError(f"max_bad must be in [0, 1], got {self.max_bad}")
+        if self.tags is not None and self.cached:
+            raise ValueError("tags: cached text states cannot be shuffled; leave it out or train without the cache")
         if self.memory < 0:
             raise ValueError(f"memory must not be negative, got {self.memory}")
 
@@ -134,20 +141,14 @@ class Loader:
             size=config.size,
             fit=config.fit,
             cached=config.cached,
+            buckets=config.buckets,
             memory=config.memory,
             require_captions=config.require_captions,
             expect=expect,
             remote=config.remote,
         )
         self.global_batch = micro_batch * accumulate * world
-        self.order = Order(
-            sizes=self.samples.shards.sizes,
-            batch=self.global_batch,
-            seed=seed,
-            shuffle=config.shuffle,
-            window=config.window,
-            last=config.last,
-        )
+        self.order = make_order(config, self.samples.shards.shards, self.global_batch, seed)
         self.quarantine = Quarantine(config.quarantine, config.max_bad)
         self._seed = seed
         self._accumulate = accumulate
@@ -168,16 +169,8 @@ class Loader:
             while True:
                 yield self.batch(*divmod(micro, self._accumulate))
                 micro += 1
-        pool = ThreadPoolExecutor(self._workers, "ldm-data")
-        ahead: deque[Future[Batch]] = deque()
-        try:
-            while True:
-                while len(ahead) < self._workers * 2:
-                    ahead.append(pool.submit(self.batch, *divmod(micro, self._accumulate)))
-                    micro += 1
-                yield ahead.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        with ThreadPoolExecutor(self._workers, "ldm-data") as pool:
+            yield from ahead(pool, self._workers * 2, micro, lambda m: self.batch(*divmod(m, self._accumulate)))
 
     def batch(self, step: int, micro_step: int) -> Batch:
         """One micro-batch, a pure function of its place."""
@@ -185,8 +178,11 @@ class Loader:
             self.global_batch, rank=self._rank, world=self._world, accumulate=self._accumulate, micro_step=micro_step
         )
         ids = self.order.ids(step, chosen).tolist()
-        positions = (step * self.global_batch + chosen).tolist()
-        self.samples.prefetch(ids)
+        return self.assemble(ids, (step * self.global_batch + chosen).tolist())
+
+    def assemble(self, ids: list[int], positions: list[int]) -> Batch:
+        """The batch of samples at global positions; bad ones are replaced."""
+        self.samples.begin(ids)
         ids = self._replace_bad(ids, positions)
         batch: Batch = {
             "key": [self.samples.key(i) for i in ids],
@@ -195,12 +191,19 @@ class Loader:
         }
         picks = self._picks(ids, positions)
         texts = [self.samples.captions(i).texts[p] for i, p in zip(ids, picks, strict=True)]
+        if self.config.tags is not None and not self.config.cached:
+            texts = [self.config.tags.apply(t, self._seed, p) for t, p in zip(texts, positions, strict=True)]
         batch["caption"] = [self.config.template.replace("{}", text) for text in texts]
         if self.config.cached:
             variants = [uniform(self._seed, p, "variant") for p in positions]
             batch.update(self.samples.cached(ids, picks, variants))
         else:
-            batch["image"] = to_float(self.samples.pixels(ids, self._crops(positions), self._flips(positions)))
+            crops = self.samples.crop(ids, self._crops(positions), self._flips(positions))
+            batch["image"] = to_float(crops.pixels)
+            batch["original_size"] = torch.from_numpy(crops.original_size)
+            batch["crop_top_left"] = torch.from_numpy(crops.crop_top_left)
+            size = torch.tensor([crops.pixels.shape[1:3]], dtype=torch.float32)
+            batch["target_size"] = size.expand(len(ids), 2).contiguous()
         if self._tokenize is not None:
             batch["tokens"] = self._tokenize(batch["caption"])
         return batch
@@ -231,6 +234,60 @@ class Loader:
                 attempt += 1
                 if attempt > 1000:
                     raise ValueError(f"data: 1000 samples in a row are bad; the last is {error}")
-                sample = int(mix(self._seed, position, attempt)[0] % len(self.samples))
+                sample = self._other(ids[0], int(mix(self._seed, position, attempt)[0] >> 1))
             good.append(sample)
         return good
+
+    def _other(self, near: int, draw: int) -> int:
+        """A sample by a number, of the same shape as another."""
+        if not self.config.buckets:
+            return draw % len(self.samples)
+        shards = self.samples.shards
+        bucket = shards.shards[shards.locate(near)[0]].bucket
+        starts = np.cumsum(shards.sizes) - shards.sizes
+        same = [i for i, s in enumerate(shards.shards) if s.bucket == bucket]
+        shard = same[draw % len(same)]
+        return int(starts[shard]) + draw // len(same) % shards.sizes[shard]
+
+
+def ahead(pool: ThreadPoolExecutor, depth: int, start: int, make: Callable[[int], Batch]) -> Iterator[Batch]:
+    """make(start), make(start + 1), ... in order, up to `depth` of them made beforehand."""
+    waiting: deque[Future[Batch]] = deque()
+    try:
+        while True:
+            while len(waiting) < depth:
+                waiting.append(pool.submit(make, start))
+                start += 1
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def make_order(config: DataConfig, shards: Sequence[Shard], batch: int, seed: int) -> Order | BucketedOrder:
+    """The order over shards, by bucket if the config says so. ValueError names a bucket smaller than a batch."""
+    sizes = np.array([s.samples for s in shards], np.int64)
+    starts = np.cumsum(sizes) - sizes
+
+    def order(chosen: Sequence[int], salt: int) -> Order:
+        return Order(
+            sizes=tuple(int(sizes[i]) for i in chosen),
+            repeats=tuple(shards[i].repeats for i in chosen),
+            starts=tuple(int(starts[i]) for i in chosen),
+            batch=batch,
+            seed=seed + salt,
+            shuffle=config.shuffle,
+            window=config.window,
+            last=config.last,
+        )
+
+    if not config.buckets:
+        return order(range(len(shards)), 0)
+    found = sorted({s.bucket for s in shards if s.bucket is not None})
+    orders = {}
+    for number, bucket in enumerate(found):
+        try:
+            orders[bucket] = order([i for i, s in enumerate(shards) if s.bucket == bucket], number)
+        except ValueError as error:
+            raise ValueError(f"bucket {name(bucket)}: {error}, or build with a larger --bucket-least") from error
+    return BucketedOrder(orders, seed, config.shuffle)

@@ -20,7 +20,10 @@ NAME = "manifest.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One tar. `file` and `index` are relative to the manifest's folder; `bucket` is (width, height) or None."""
+    """One tar. `file` and `index` are relative to the manifest's folder; `bucket` is (width, height) or None.
+
+    Each of its samples comes `repeats` times in an epoch.
+    """
 
     file: str
     samples: int
@@ -29,10 +32,13 @@ class Shard:
     index: str
     split: str = "train"
     bucket: tuple[int, int] | None = None
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         if self.samples < 0 or self.bytes < 0:
             raise ValueError(f"shard {self.file!r}: samples and bytes must not be negative")
+        if self.repeats < 1:
+            raise ValueError(f"shard {self.file!r}: repeats must be at least 1, got {self.repeats}")
 
 
 @dataclass(frozen=True, kw_only=True)

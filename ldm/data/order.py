@@ -78,10 +78,13 @@ class Order:
     """The sequence of global batches over shards with the given numbers of samples.
 
     `last`: "drop" leaves out the fewer than `batch` samples at an epoch's end (others each epoch), "wrap" fills the
-    last batch with samples from the epoch's own line. Sample ids in [0, total) count through the shards in order.
+    last batch with samples from the epoch's own line. A shard with repeats r has each of its samples r times in an
+    epoch. Sample ids count through the shards, or from each shard's entry in `starts`. `total` is an epoch's samples.
     """
 
     sizes: tuple[int, ...]
+    repeats: tuple[int, ...] = ()
+    starts: tuple[int, ...] = ()
     batch: int
     seed: int = 0
     shuffle: bool = True
@@ -89,6 +92,7 @@ class Order:
     last: Literal["drop", "wrap"] = "drop"
     total: int = field(init=False, compare=False)
     _sizes: Ints = field(init=False, repr=False, compare=False)
+    _once: Ints = field(init=False, repr=False, compare=False)
     _starts: Ints = field(init=False, repr=False, compare=False)
     _epoch: dict[int, tuple[Ints, Ints]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
@@ -97,7 +101,9 @@ class Order:
             raise ValueError(f"batch must be at least 1, got {self.batch}")
         if self.window < 1:
             raise ValueError(f"window must be at least 1, got {self.window}")
-        object.__setattr__(self, "total", sum(self.sizes))
+        sizes = np.asarray(self.sizes, np.int64)
+        repeated = sizes * np.asarray(self.repeats or 1, np.int64)
+        object.__setattr__(self, "total", int(repeated.sum()))
         if self.total == 0:
             raise ValueError("the data set has no samples")
         if self.steps_per_epoch == 0:
@@ -105,9 +111,10 @@ class Order:
                 f"the data set has {self.total} samples, fewer than the global batch {self.batch}: "
                 "with last=drop an epoch would be empty; set last: wrap or a smaller batch"
             )
-        sizes = np.asarray(self.sizes, np.int64)
-        object.__setattr__(self, "_sizes", sizes)
-        object.__setattr__(self, "_starts", np.cumsum(sizes) - sizes)
+        object.__setattr__(self, "_sizes", repeated)
+        object.__setattr__(self, "_once", sizes)
+        starts = np.asarray(self.starts, np.int64) if self.starts else np.cumsum(sizes) - sizes
+        object.__setattr__(self, "_starts", starts)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -132,25 +139,30 @@ class Order:
 
     def at(self, epoch: int, line: Ints) -> Ints:
         """Sample ids at places [0, total) of an epoch's line."""
-        if not self.shuffle:
-            return line
+        if self.shuffle:
+            line = self._shuffled(epoch, line)
+        shards, ends = self._line(epoch)
+        place = np.searchsorted(ends, line, side="right")
+        shard = shards[place]
+        return self._starts[shard] + (line - (ends[place] - self._sizes[shard])) % self._once[shard]
+
+    def _shuffled(self, epoch: int, line: Ints) -> Ints:
+        """The line shuffled inside its windows."""
         # The last window takes the remainder, so that no window is small enough for cycle walking to be slow.
         final = max(self.total // self.window - 1, 0)
         bound = self.total - final * self.window
         window = np.minimum(line // self.window, final)
         first = window * self.window
         size = np.where(window == final, bound, self.window)
-        line = first + permute(line - first, size, mix(self.seed, epoch, window), bound)
-        shards, ends = self._line(epoch)
-        place = np.searchsorted(ends, line, side="right")
-        shard = shards[place]
-        return self._starts[shard] + line - (ends[place] - self._sizes[shard])
+        return first + permute(line - first, size, mix(self.seed, epoch, window), bound)
 
     def _line(self, epoch: int) -> tuple[Ints, Ints]:
         """The epoch's permutation of shards and the running ends of their samples on the line."""
         if epoch not in self._epoch:
             count = len(self.sizes)
-            shards = np.argsort(mix(self.seed, epoch, -1, np.arange(count)), kind="stable").astype(np.int64)
+            shards = np.arange(count)
+            if self.shuffle:
+                shards = np.argsort(mix(self.seed, epoch, -1, shards), kind="stable").astype(np.int64)
             ends = np.cumsum(self._sizes[shards])
             for old in list(self._epoch)[:-1]:
                 self._epoch.pop(old, None)

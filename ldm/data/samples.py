@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,39 @@ _RECORD_BYTES = 2048  # assumed size of a kept caption record
 _NOT_TEXT = frozenset({*decode.IMAGES, MEMBER})
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A resized picture, not yet cropped: (H', W', 3) uint8; and (height, width) before resizing."""
+
+    pixels: NDArray[np.uint8]
+    original: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Cropped pictures (B, H, W, 3) uint8 with SDXL's micro-conditioning, each (B, 2) float32.
+
+    `original_size` is (height, width) before resizing, `crop_top_left` (top, left) in the resized picture.
+    """
+
+    pixels: NDArray[np.uint8]
+    original_size: NDArray[np.float32]
+    crop_top_left: NDArray[np.float32]
+
+
+class _Recent(threading.local):
+    """What one thread's current batch has decoded and memory has no room to keep."""
+
+    def __init__(self) -> None:
+        self.pictures: dict[int, Picture] = {}
+        self.records: dict[int, tuple[Captions, dict[str, Any]]] = {}
+
+
 class Samples:
     """The samples of one split by id. Threads may share it.
 
     Pictures are kept as uint8 after resizing and before cropping; `memory` bounds them and the captions in bytes.
+    With `buckets` a picture has its shard's shape, otherwise it is a square of `size`.
     """
 
     def __init__(
@@ -36,6 +66,7 @@ class Samples:
         size: int,
         fit: images.Fit = "crop",
         cached: bool = False,
+        buckets: bool = False,
         memory: int = 1 << 30,
         require_captions: bool = True,
         expect: Mapping[str, Any] | None = None,
@@ -43,15 +74,19 @@ class Samples:
     ) -> None:
         check(manifest, cached=cached, expect=expect)
         self.shards = Shards(manifest, split, remote)
+        if buckets and any(s.bucket is None for s in self.shards.shards):
+            raise ValueError(f"data.buckets: {manifest.name!r} has none; `ldm data build --buckets SIZE` makes them")
         self._size = size
+        self._buckets = buckets
         self._fit: images.Fit = fit
         self._require_captions = require_captions
         self._cache = CachedReader(self.shards) if cached else None
-        self._pictures: dict[int, NDArray[np.uint8]] = {}
-        self._records: dict[int, tuple[str, Captions, dict[str, Any]]] = {}
+        self._pictures: dict[int, Picture] = {}
+        self._records: dict[int, tuple[Captions, dict[str, Any]]] = {}
         self._bad: dict[int, BadSample] = {}
         self._room = memory
-        self._recent: threading.local = threading.local()
+        self._lock = threading.Lock()
+        self._recent = _Recent()
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -60,17 +95,24 @@ class Samples:
         """The sample's key."""
         return self.shards.key(sample)
 
-    def prefetch(self, samples: Sequence[int]) -> None:
-        """Request far samples that are not kept side by side, so that a batch waits once."""
+    def begin(self, samples: Sequence[int]) -> None:
+        """Start a batch on this thread: forget the one before, request far samples side by side."""
+        self._recent.pictures.clear()
+        self._recent.records.clear()
         self.shards.prefetch([s for s in samples if s not in self._pictures and s not in self._bad])
 
     def captions(self, sample: int) -> Captions:
         """The sample's captions."""
-        return self._record(sample)[1]
+        return self._record(sample)[0]
 
     def meta(self, sample: int) -> dict[str, Any]:
         """The sample's json member."""
-        return self._record(sample)[2]
+        return self._record(sample)[1]
+
+    def shape(self, sample: int) -> tuple[int, int]:
+        """(width, height) of the sample's crop."""
+        bucket = self.shards.shards[self.shards.locate(sample)[0]].bucket if self._buckets else None
+        return bucket or (self._size, self._size)
 
     def touch(self, sample: int) -> BadSample | None:
         """What is wrong with a sample, or None; decodes it so that what follows finds it ready."""
@@ -91,46 +133,68 @@ class Samples:
         crops: Sequence[tuple[float, float]] | None = None,
         flips: Sequence[bool] | None = None,
     ) -> NDArray[np.uint8]:
-        """(B, size, size, 3) uint8; `crops` in [0, 1) say where to crop, else the centre. BadSample if one is bad."""
-        out = np.empty((len(ids), self._size, self._size, 3), np.uint8)
+        """`crop(...)`'s pictures alone, (B, H, W, 3) uint8."""
+        return self.crop(ids, crops, flips).pixels
+
+    def crop(
+        self,
+        ids: Sequence[int],
+        crops: Sequence[tuple[float, float]] | None = None,
+        flips: Sequence[bool] | None = None,
+    ) -> Crops:
+        """Pictures of samples that have one shape; `crops` (x, y) in [0, 1) say where, else the centre.
+
+        A flipped picture's left edge is the one it has in the flipped resized picture. Raises BadSample if one is bad.
+        """
+        width, height = self.shape(ids[0]) if ids else (self._size, self._size)
+        out = np.empty((len(ids), height, width, 3), np.uint8)
+        original = np.empty((len(ids), 2), np.float32)
+        corner = np.empty((len(ids), 2), np.float32)
         for row, sample in enumerate(ids):
-            whole = self._picture(sample)
-            if whole.shape[:2] != (self._size, self._size):
-                where = (0.5, 0.5) if crops is None else crops[row]
-                left, top = images.crop_box((whole.shape[1], whole.shape[0]), (self._size, self._size), where)
-                whole = whole[top : top + self._size, left : left + self._size]
-            out[row] = whole[:, ::-1] if flips is not None and flips[row] else whole
-        self._recent.pictures = {}
-        return out
+            picture = self._picture(sample)
+            whole = picture.pixels
+            where = (0.5, 0.5) if crops is None else crops[row]
+            left, top = images.crop_box((whole.shape[1], whole.shape[0]), (width, height), where)
+            part = whole[top : top + height, left : left + width]
+            flip = flips is not None and flips[row]
+            out[row] = part[:, ::-1] if flip else part
+            original[row] = picture.original
+            corner[row] = (top, whole.shape[1] - width - left if flip else left)
+        return Crops(out, original, corner)
 
     def cached(self, ids: Sequence[int], picks: Sequence[int], variants: Sequence[float]) -> dict[str, Tensor]:
         """The cached tensors of samples: caption number `picks`, and a variant of the picture drawn by [0, 1)."""
         assert self._cache is not None
         return self._cache.gather(ids, picks, variants)
 
-    def _record(self, sample: int) -> tuple[str, Captions, dict[str, Any]]:
-        if (known := self._records.get(sample)) is not None:
+    def _keep(self, size: int) -> bool:
+        """Whether there is room for so many bytes more; takes it."""
+        with self._lock:
+            if self._room < size:
+                return False
+            self._room -= size
+            return True
+
+    def _record(self, sample: int) -> tuple[Captions, dict[str, Any]]:
+        known = self._records.get(sample) or self._recent.records.get(sample)
+        if known is not None:
             return known
-        key, members = self.shards.read(sample, without=_NOT_TEXT)
-        captions, meta = captions_of(members, required=self._require_captions)
-        record = (key, captions, meta)
-        if self._room >= _RECORD_BYTES:
-            self._room -= _RECORD_BYTES
-            self._records[sample] = record
+        _, members = self.shards.read(sample, without=_NOT_TEXT)
+        record = captions_of(members, required=self._require_captions)
+        (self._records if self._keep(_RECORD_BYTES) else self._recent.records)[sample] = record
         return record
 
-    def _picture(self, sample: int) -> NDArray[np.uint8]:
-        if (known := self._pictures.get(sample)) is not None:
+    def _picture(self, sample: int) -> Picture:
+        known = self._pictures.get(sample) or self._recent.pictures.get(sample)
+        if known is not None:
             return known
-        recent: dict[int, NDArray[np.uint8]] = self._recent.__dict__.setdefault("pictures", {})
-        if sample in recent:
-            return recent[sample]
-        _, members = self.shards.read(sample, only=decode.IMAGES)
-        image = decode.picture(decode.image_member(members), at_least=self._size)
-        array = images.pixels(images.resize(image, (self._size, self._size), self._fit))
-        if self._room >= array.nbytes:
-            self._room -= array.nbytes
-            self._pictures[sample] = array
-        else:
-            recent[sample] = array  # until this thread's batch is assembled
-        return array
+        shape = self.shape(sample)
+        data = decode.image_member(self.shards.read(sample, only=decode.IMAGES)[1])
+        array = images.pixels(images.resize(decode.picture(data, at_least=shape), shape, self._fit))
+        meta = self.meta(sample)
+        width, height = meta.get("original_width"), meta.get("original_height")
+        if not isinstance(width, int) or not isinstance(height, int):
+            width, height = decode.upright_size(data)
+        picture = Picture(array, (height, width))
+        (self._pictures if self._keep(array.nbytes) else self._recent.pictures)[sample] = picture
+        return picture

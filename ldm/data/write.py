@@ -25,6 +25,7 @@ class ShardWriter:
     prefix: str
     split: str = "train"
     bucket: tuple[int, int] | None = None
+    repeats: int = 1
     max_bytes: int = 256 << 20
     max_samples: int = 10_000
     shards: list[Shard] = field(default_factory=list)
@@ -79,6 +80,7 @@ class ShardWriter:
                 index=index.name,
                 split=self.split,
                 bucket=self.bucket,
+                repeats=self.repeats,
             )
         )
         self._rows = []

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from ldm.data.captions import captions_of
 from ldm.data.decode import metadata
 from ldm.data.filters import compile_filter
 from ldm.data.indexing import index
+from ldm.data.loader import DataConfig, Loader
 from ldm.data.manifest import Manifest
 from ldm.data.shards import Shards
 from tests.unit.data.pictures import png
@@ -120,7 +122,9 @@ def test_kohya_folders_and_duplicate_names(tmp_path: Path) -> None:
     assert len(samples) == 3
     texts = sorted(captions_of(m)[0].texts[0] for m in samples.values())
     assert texts == ["sks dog", "sks dog", "sks dog on grass"]
-    assert {metadata(m)["repeats"] for m in samples.values()} == {10}
+    loader = Loader(DataConfig(path=str(tmp_path / "out"), size=8), seed=0, micro_batch=3)
+    assert loader.steps_per_epoch == 10
+    assert set(Counter(k for s in range(10) for k in loader.batch(s, 0)["key"]).values()) == {10}
 
 
 def test_mistakes_are_named(folder: Path, tmp_path: Path) -> None:

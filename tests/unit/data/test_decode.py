@@ -117,7 +117,7 @@ def test_one_pixel_and_extreme_shapes_become_squares() -> None:
 def test_draft_keeps_the_target_covered() -> None:
     smooth = Image.linear_gradient("L").resize((1024, 512)).convert("RGB")
     data = saved(smooth, "JPEG", quality=95)
-    small = picture(data, at_least=64)
+    small = picture(data, at_least=(64, 64))
     assert min(small.size) >= 64
     assert small.width < 1024
     a = np.asarray(resize(small, (64, 64), "stretch"), float)

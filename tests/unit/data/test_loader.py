@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldm.data.captions import Tags
 from ldm.data.loader import DataConfig, Loader
 from ldm.types import Batch
 from tests.unit.data.pictures import color_of
@@ -94,6 +95,16 @@ def test_captions_follow_their_weights(make_set: Make) -> None:
     assert all(c.startswith("<picture ") for c in take(plain, 0, 1)[0]["caption"])
 
 
+def test_tags_are_shuffled_and_dropped_but_the_first_stay() -> None:
+    tags = Tags(keep=1, dropout=0.25)
+    made = [tags.apply("cat, red, round, big, soft", 0, p).split(", ") for p in range(800)]
+    assert all(m[0] == "cat" and set(m) <= {"cat", "red", "round", "big", "soft"} for m in made)
+    share = sum(len(m) - 1 for m in made) / (4 * 800)
+    assert abs(share - 0.75) < 4 * (0.75 * 0.25 / 3200) ** 0.5
+    assert len({tuple(m) for m in made if len(m) == 5}) == 24
+    assert tags.apply("cat, red", 0, 7) == tags.apply("cat, red", 0, 7)
+
+
 def test_tokenize_is_applied(make_set: Make) -> None:
     loader = Loader(
         DataConfig(path=str(make_set(9)), size=8),
@@ -139,7 +150,7 @@ def test_memory_bound_changes_nothing_but_cost(make_set: Make, memory: int) -> N
     other = Loader(DataConfig(path=folder, size=8), seed=0, micro_batch=5)
     for a, b in zip(take(loader, 0, 12), take(other, 0, 12), strict=True):
         assert torch.equal(a["image"], b["image"])
-    pictures = sum(p.nbytes for p in loader.samples._pictures.values())
+    pictures = sum(p.pixels.nbytes for p in loader.samples._pictures.values())
     assert pictures + 2048 * len(loader.samples._records) <= memory
 
 

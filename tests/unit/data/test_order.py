@@ -2,6 +2,7 @@
 
 import time
 import tracemalloc
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -103,6 +104,12 @@ def test_a_billion_samples_cost_memory_of_the_shards_only() -> None:
         order.ids(step, part)
     assert (time.perf_counter() - start) / 20 < 0.05  # a loose bound for busy machines
     assert len(set(first.tolist())) == 256
+
+
+def test_repeats_come_that_often() -> None:
+    order = Order(sizes=(5, 7), repeats=(3, 1), starts=(100, 200), batch=2)
+    ids = [i for s in range(order.steps_per_epoch) for i in order.ids(s, [0, 1]).tolist()]
+    assert Counter(ids) == Counter({**{100 + i: 3 for i in range(5)}, **{200 + i: 1 for i in range(7)}})
 
 
 def test_refuses_what_cannot_be() -> None:
