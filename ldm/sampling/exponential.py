@@ -23,8 +23,8 @@ Known = list[tuple[Node, Tensor]]
 """(node, estimate there) of each point of the interpolation, the newest first."""
 
 
-def step(x: Tensor, a: Node, b: Node, known: Known, data: bool) -> Tensor:
-    """x at b from x at a. Two points take the papers' midpoint rule, three the exact integral of the parabola.
+def step(x: Tensor, a: Node, b: Node, known: Known, data: bool, exact: bool = False) -> Tensor:
+    """x at b from x at a. Two points take the papers' midpoint rule (or the `exact` integral), three the parabola's.
 
     Published code for three points of the past halves the second difference (the term is f'' / 2 twice over), which
     costs it the third order; see the tests of convergence.
@@ -33,7 +33,7 @@ def step(x: Tensor, a: Node, b: Node, known: Known, data: bool) -> Tensor:
     scale = b.sigma / a.sigma if data else b.alpha / a.alpha
     if len(known) == 1:
         parts = [total]
-    elif len(known) == 2:
+    elif len(known) == 2 and not exact:
         slope = 0.5 * total * (b.lam - a.lam) / (known[0][0].lam - known[1][0].lam)
         first = known[0][0] is a
         parts = [total + slope, -slope] if first else [slope, total - slope]
@@ -71,7 +71,10 @@ def single_orders(steps: int, order: int, into_data: bool) -> list[int]:
 
 
 def _singlestep(run: Run, x: Tensor, order: int, data: bool) -> Tensor:
-    """Each group starts over from its first node, whose state is the anchor; inner nodes are nodes of the path."""
+    """Each group starts over from its first node, whose state is the anchor; inner nodes are nodes of the path.
+
+    Alg. 2 of DPM-Solver integrates the line through its first two points exactly, alg. 1 takes the midpoint rule.
+    """
     skipped = 1 if run.nodes[0].alpha == 0 else 0  # lam is infinite there: a group of its own
     orders = [1] * skipped + single_orders(len(run.nodes) - 1 - skipped, order, run.nodes[-1].sigma == 0)
     anchor, origin = x, run.nodes[0]
@@ -84,7 +87,7 @@ def _singlestep(run: Run, x: Tensor, order: int, data: bool) -> Tensor:
         if b.sigma == 0 or a.alpha == 0:
             x = b.alpha * x0 + b.sigma * implied_noise(x, x0, a)
         else:
-            x = step(anchor, origin, b, known, data)
+            x = step(anchor, origin, b, known, data, exact=order == 3)
         run.done(i, x)
     return x
 
