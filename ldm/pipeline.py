@@ -5,6 +5,7 @@ Legend: B pictures of a batch, Z latent channels, h, w latent pixels.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -29,10 +30,14 @@ from ldm.rng import Rng
 from ldm.sampling import SAMPLERS, lookup
 from ldm.sampling import sample as run_sampler
 from ldm.sampling.guidance import classifier_free
-from ldm.types import Cond
+from ldm.types import Cond, Denoise
 
 StepProgress = Callable[[int, Tensor], None]
 """(solver step, x after it)."""
+
+Wrap = Callable[[Denoise], Denoise]
+Guide = Callable[..., Denoise]
+"""(denoise, *, prompts) -> a denoiser that steers these prompts' batch."""
 
 Progress = Callable[[int, int], object]
 """(solver steps done, solver steps in all)."""
@@ -131,11 +136,12 @@ class TextToImage:
         settings: Settings,
         indices: Sequence[int] | None = None,
         progress: Progress | None = None,
+        guide: Guide | None = None,
     ) -> Tensor:
         """Pictures (N, 3, H, W) in [-1, 1] on the CPU, one a prompt.
 
-        Picture i's noise belongs to (seed, `indices[i]`) alone, so the batch size does not change it. Raises ValueError
-        for a size that the model cannot make.
+        Picture i's noise belongs to (seed, `indices[i]`) alone, so the batch size does not change it. `guide` wraps the
+        guided denoiser of each batch's prompts. Raises ValueError for a size that the model cannot make.
         """
         if not prompts:
             raise ValueError("expected at least one prompt, got none")
@@ -147,7 +153,9 @@ class TextToImage:
             chosen = slice(k * settings.batch, (k + 1) * settings.batch)
             rng = Rng(settings.seed, tuple(indices[chosen]))
             step = None if progress is None else _counted(progress, k * settings.steps, batches * settings.steps)
-            latents = self.latents(list(prompts[chosen]), settings, rng, step)
+            batch = list(prompts[chosen])
+            wrap = None if guide is None else functools.partial(guide, prompts=batch)
+            latents = self.latents(batch, settings, rng, step, wrap=wrap)
             done.append(self.codec.decode(latents).clamp(-1, 1).float().cpu())
         return torch.cat(done)
 
@@ -157,18 +165,26 @@ class TextToImage:
         settings: Settings,
         rng: Rng,
         progress: StepProgress | None = None,
+        *,
+        x: Tensor | None = None,
+        start: Tensor | None = None,
+        times: Sequence[float] | None = None,
+        wrap: Wrap | None = None,
     ) -> Tensor:
-        """Scaled latents (B, Z, h, w) of one batch."""
-        shape = self.latent_shape(settings.size)
+        """Scaled latents (B, Z, h, w) of one batch; `x`, `start` and `times` as in `ldm.sampling.sample`.
+
+        `wrap` changes the guided denoiser.
+        """
+        shape = self.latent_shape(settings.size) if x is None else tuple(x.shape[1:])
         device = self.device
-        cond = self.encode_text(prompts)
-        uncond = self.encode_text([settings.negative])
-        denoise = classifier_free(self.process.denoiser(self._net), uncond, settings.guidance, settings.rescale)
+        denoise = self.denoiser(settings)
         return run_sampler(
             settings.sampler,
-            denoise,
-            rng.normal("start", shape).to(device),
-            cond,
+            denoise if wrap is None else wrap(denoise),
+            rng.normal("start", shape).to(device) if x is None else x,
+            self.encode_text(prompts),
+            start=start,
+            times=times,
             schedule=self.process.schedule,
             steps=settings.steps,
             noise=lambda i: rng.normal(f"step {i}", shape).to(device),
@@ -176,6 +192,11 @@ class TextToImage:
             spacing=settings.spacing or self._spacing(settings.sampler),
             progress=progress,
         )
+
+    def denoiser(self, settings: Settings) -> Denoise:
+        """The model's estimate of x_0 under classifier-free guidance."""
+        uncond = self.encode_text([settings.negative])
+        return classifier_free(self.process.denoiser(self._net), uncond, settings.guidance, settings.rescale)
 
     def _net(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):

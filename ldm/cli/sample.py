@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
+    from ldm.pipeline import Guide, TextToImage
+
 
 def parser() -> argparse.ArgumentParser:
     """Options of the verb; their names are those of diffusers' and CompVis' scripts where they have one."""
@@ -30,6 +32,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance scale; 1 is none")
     p.add_argument("--rescale", type=float, default=0.0, help="guidance rescale in [0, 1]")
     p.add_argument("--negative", default="", help="negative prompt")
+    p.add_argument("--clip-guidance", type=float, default=0.0, metavar="S", help="strength of CLIP guidance; 0 is none")
+    p.add_argument("--clip", default="clip_emoji", help="the CLIP of --clip-guidance: shipped name or run export")
     p.add_argument("--eta", type=float, help="DDIM's noise, 0 to 1")
     p.add_argument("--spacing", help="how the sampler's times are spaced")
     p.add_argument("--seed", type=int, default=0)
@@ -79,7 +83,8 @@ def main(argv: list[str]) -> int:
             bar.total = total
             bar.update(done - bar.n)
 
-        pictures = to_pil(pipeline.sample(each, settings=settings, progress=progress))
+        guide = _guide(pipeline, args.clip, args.clip_guidance)
+        pictures = to_pil(pipeline.sample(each, settings=settings, progress=progress, guide=guide))
     for line in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)):
         print(f"ldm sample: {line}", file=sys.stderr)
     record = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in _NOT_SETTINGS}
@@ -89,6 +94,16 @@ def main(argv: list[str]) -> int:
     sheet(pictures, columns).save(grid, pnginfo=_info({**record, "prompts": prompts}))
     print("\n".join(map(str, [*paths, grid])))
     return 0
+
+
+def _guide(pipeline: TextToImage, clip: str, scale: float) -> Guide | None:
+    if scale == 0:
+        return None
+    from ldm.editing import clip_guide
+    from ldm.recipes.sources import load_clip
+
+    model, config = load_clip(clip)
+    return clip_guide(pipeline, model.to(pipeline.device), config, scale)
 
 
 _NOT_SETTINGS = ("prompts", "from_file", "out", "list_samplers", "batch")

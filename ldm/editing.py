@@ -1,0 +1,213 @@
+"""Editing pictures with a text-to-image model: img2img, inpainting, inversion, prompt-to-prompt, CLIP guidance.
+
+Each function takes a `TextToImage` and pictures, and gives pictures. Legend: B pictures, Z latent channels, h, w latent
+pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from ldm.data.grid import to_pil
+from ldm.data.images import to_float
+from ldm.models.control import controlled
+from ldm.models.text import ClipConfig, build_tokenizer
+from ldm.pipeline import Guide, Settings, TextToImage
+from ldm.rng import Rng
+from ldm.sampling import prompt_to_prompt as p2p
+from ldm.sampling.editing import img2img_times, keep
+from ldm.sampling.editing import inpaint as inpaint_denoiser
+from ldm.sampling.editing import invert as invert_latents
+from ldm.sampling.guidance import similarity
+from ldm.types import Denoise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What of the source's attention an edited prompt keeps, as shares of the steps; prompt-to-prompt, section 3.2.
+
+    `local`: words whose place may change; the rest of the picture stays the source's. `weights`: word -> factor.
+    """
+
+    cross: float = 0.8
+    own: float = 0.4
+    local: tuple[str, ...] = ()
+    weights: Mapping[str, float] | None = None
+
+
+def encode(pipe: TextToImage, image: Image.Image, size: int | tuple[int, int] | None = None) -> Tensor:
+    """Latents (1, Z, h, w) of a picture, scaled to the size that the model draws."""
+    _, h, w = pipe.latent_shape(size)
+    pixels = image.convert("RGB").resize((w * pipe.codec.factor, h * pipe.codec.factor), Image.Resampling.BICUBIC)
+    return pipe.codec.encode(to_float(np.asarray(pixels, np.uint8)[None])).to(pipe.device)
+
+
+def _pictures(pipe: TextToImage, latents: Tensor) -> list[Image.Image]:
+    with torch.no_grad():
+        return to_pil(pipe.codec.decode(latents).clamp(-1, 1).cpu())
+
+
+def img2img(
+    pipe: TextToImage, image: Image.Image, prompt: str, *, strength: float = 0.7, settings: Settings, count: int = 1
+) -> list[Image.Image]:
+    """A picture drawn again under a prompt from its own noised latents (SDEdit, arXiv 2108.01073).
+
+    Strength 0 gives the picture back (through the autoencoder), 1 ignores it. Raises ValueError outside [0, 1].
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must lie in [0, 1], got {strength}")
+    known = encode(pipe, image, settings.size).expand(count, -1, -1, -1)
+    if strength == 0:
+        return _pictures(pipe, known)
+    rng = Rng(settings.seed, tuple(range(count)))
+    prompts = [prompt] * count
+    if strength == 1:
+        return _pictures(pipe, pipe.latents(prompts, settings, rng))
+    x = rng.normal("start", known.shape[1:]).to(known)
+    times = img2img_times(pipe.process.schedule, settings.steps, strength, settings.spacing or "trailing")
+    return _pictures(pipe, pipe.latents(prompts, settings, rng, x=x, start=known, times=times))
+
+
+def inpaint(
+    pipe: TextToImage, image: Image.Image, mask: Image.Image, prompt: str, *, settings: Settings, count: int = 1
+) -> list[Image.Image]:
+    """Draw the white of `mask` anew under a prompt, with any base model; the black is the picture, pixel for pixel.
+
+    Raises ValueError for a mask of another size than the picture.
+    """
+    if mask.size != image.size:
+        raise ValueError(
+            f"mask: {mask.size[0]} x {mask.size[1]} pixels, the picture has {image.width} x {image.height}"
+        )
+    known = encode(pipe, image, settings.size).expand(count, -1, -1, -1)
+    size = (known.shape[3] * pipe.codec.factor, known.shape[2] * pipe.codec.factor)
+    pixel_mask = mask.convert("L").resize(size, Image.Resampling.BILINEAR).point(lambda v: 255 if v > 127 else 0)
+    wide = torch.from_numpy(np.asarray(pixel_mask, np.float32) / 255)[None, None]
+    # a latent pixel changes if any of its picture pixels does
+    latent_mask = F.max_pool2d(wide, pipe.codec.factor).to(known)
+    rng = Rng(settings.seed, tuple(range(count)))
+    x = rng.normal("start", known.shape[1:]).to(known)
+
+    def wrap(denoise: Denoise) -> Denoise:
+        return inpaint_denoiser(denoise, known, latent_mask)
+
+    latents = pipe.latents([prompt] * count, settings, rng, x=x, start=known, wrap=wrap)
+    drawn = _pictures(pipe, keep(latents, known, latent_mask))
+    base = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    return [Image.composite(picture, base, pixel_mask) for picture in drawn]
+
+
+def invert(pipe: TextToImage, image: Image.Image, prompt: str = "", *, settings: Settings, refine: int = 0) -> Tensor:
+    """The noise (1, Z, h, w) from which DDIM draws the picture back (DDIM, section 4.3); guidance is not used.
+
+    `settings.steps` must be those of the drawing. Unlike sampling noise it is already at the last time's level.
+    """
+    plain = replace(settings, guidance=1.0)
+    denoise = pipe.denoiser(plain)
+    cond = pipe.encode_text([prompt])
+    spacing = settings.spacing or "trailing"
+    known = encode(pipe, image, settings.size)
+    schedule = pipe.process.schedule
+    return invert_latents(denoise, known, cond, schedule=schedule, steps=settings.steps, spacing=spacing, refine=refine)
+
+
+def redraw(pipe: TextToImage, noise: Tensor, prompt: str, *, settings: Settings) -> list[Image.Image]:
+    """Draw from inverted noise (1, Z, h, w) with deterministic DDIM, under the same or another prompt."""
+    ddim = replace(settings, sampler="ddim", eta=0.0, spacing=settings.spacing or "trailing")
+    return _pictures(pipe, pipe.latents([prompt], ddim, Rng(0, (0,)), x=noise))
+
+
+def edit(
+    pipe: TextToImage, source: str, target: str, *, change: Change, settings: Settings, noise: Tensor | None = None
+) -> tuple[Image.Image, Image.Image]:
+    """The source prompt's picture and its edit: same composition, another prompt (arXiv 2208.01626).
+
+    A word swap if both prompts have tokens for it, otherwise a refinement. `noise` (1, Z, h, w) starts from an inverted
+    picture. Raises ValueError for a word that is not in its prompt.
+    """
+    tokenizer = pipe.text[0].tokenizer
+    before, after = ([tokenizer.start, *tokenizer.encode(p), tokenizer.end] for p in (source, target))
+    length = tokenizer.context
+    swapped = all(a and b for a, b in p2p.spans(before, after))
+    made = p2p.word_swap(before, after, length) if swapped else p2p.refinement(before, after, length)
+    if source == target:
+        made = p2p.unchanged(length)
+    for word, factor in (change.weights or {}).items():
+        made = p2p.reweight(made, dict.fromkeys(_places(pipe, target, word), factor))
+    words = None
+    if change.local:
+        words = [_all_places(pipe, p, change.local) for p in (source, target)]
+    control = p2p.PromptToPrompt([made], steps=settings.steps, cross=change.cross, own=change.own, words=words)
+    one = Rng(settings.seed, (0,))
+    x = one.normal("start", pipe.latent_shape(settings.size)) if noise is None else noise
+    x = x.to(pipe.device).expand(2, -1, -1, -1)
+    same = Rng(settings.seed, (0, 0))
+    with controlled(pipe.unet, control):
+        latents = pipe.latents([source, target], settings, same, control.progress, x=x, wrap=control.blend)
+    pictures = _pictures(pipe, latents)
+    return pictures[0], pictures[1]
+
+
+def attention_maps(pipe: TextToImage, prompt: str, *, settings: Settings) -> tuple[Image.Image, dict[str, Image.Image]]:
+    """The prompt's picture, and for each word where the network looked for it: mean over layers and steps."""
+    maps = p2p.AttentionMaps(rows=1)
+    with controlled(pipe.unet, maps, own=False):
+        latents = pipe.latents([prompt], settings, Rng(settings.seed, (0,)))
+    picture = _pictures(pipe, latents)[0]
+    found = {}
+    for word in dict.fromkeys(prompt.replace(",", " ").split()):
+        heat = maps.of(0, _places(pipe, prompt, word))
+        heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)
+        grey = Image.fromarray((heat * 255).byte().numpy()).resize(picture.size, Image.Resampling.BICUBIC)
+        tint = Image.new("RGB", picture.size, (255, 64, 32))
+        found[word] = Image.composite(tint, picture.convert("L").convert("RGB"), grey.point(lambda v: int(v * 0.8)))
+    return picture, found
+
+
+def _all_places(pipe: TextToImage, prompt: str, words: Sequence[str]) -> list[int]:
+    """Token positions of those of the words that the prompt has; at least one must be there."""
+    present = [w for w in words if w.lower() in prompt.lower().replace(",", " ").split()]
+    if not present:
+        raise ValueError(f"local: none of {list(words)} is a word of {prompt!r}")
+    return [i for w in present for i in _places(pipe, prompt, w)]
+
+
+def _places(pipe: TextToImage, prompt: str, word: str) -> list[int]:
+    """Token positions of a word in a prompt, counted with the start token."""
+    tokenizer = pipe.text[0].tokenizer
+    ids, own = tokenizer.encode(prompt), tokenizer.encode(word)
+    for i in range(len(ids) - len(own) + 1):
+        if own and ids[i : i + len(own)] == own:
+            return list(range(i + 1, i + 1 + len(own)))
+    raise ValueError(f"word {word!r} is not in the prompt {prompt!r}")
+
+
+def clip_guide(pipe: TextToImage, clip: nn.Module, config: ClipConfig, scale: float) -> Guide:
+    """A guide for `TextToImage.sample`: CLIP's image-text similarity, times its own temperature, steers each picture.
+
+    The gradient goes through the decoder but not through the U-Net.
+    """
+    model: Any = clip
+    tokenize: Callable[[Sequence[str]], Tensor] = build_tokenizer(config)
+
+    def guide(denoise: Denoise, *, prompts: Sequence[str]) -> Denoise:
+        with torch.no_grad():
+            text = model.encode_text(tokenize(list(prompts)).to(pipe.device), normalize=True)
+
+        def score(pixels: Tensor) -> Tensor:
+            images = F.interpolate(pixels, size=(config.image_size,) * 2, mode="bilinear", antialias=True)
+            return model.logit_scale.exp() * (model.encode_image(images, normalize=True) * text).sum(1)
+
+        return similarity(
+            denoise, score, scale, schedule=pipe.process.schedule, decode=pipe.codec.decode, through_network=False
+        )
+
+    return guide
