@@ -89,8 +89,9 @@ def inpaint(
         )
     known = encode(pipe, image, settings.size).expand(count, -1, -1, -1)
     size = (known.shape[3] * pipe.codec.factor, known.shape[2] * pipe.codec.factor)
-    pixel_mask = mask.convert("L").resize(size, Image.Resampling.BILINEAR).point(lambda v: 255 if v > 127 else 0)
-    wide = torch.from_numpy(np.asarray(pixel_mask, np.float32) / 255)[None, None]
+    inside = np.asarray(mask.convert("L").resize(size, Image.Resampling.BILINEAR)) > 127
+    pixel_mask = Image.fromarray(inside)
+    wide = torch.from_numpy(inside.astype(np.float32))[None, None]
     # a latent pixel changes if any of its picture pixels does
     latent_mask = F.max_pool2d(wide, pipe.codec.factor).to(known)
     rng = Rng(settings.seed, tuple(range(count)))

@@ -29,6 +29,7 @@ from ldm.recipes import measure
 from ldm.recipes.sources import load_clip
 from ldm.recipes.text_to_image import TextToImageTask
 from ldm.rng import Rng
+from ldm.web import demo_edits
 from ldm.web.chart import Curve
 from ldm.web.demo_page import DemoResults, RetrievalFigure, write_demo_page
 from ldm.web.gallery import Fact, Picture
@@ -140,7 +141,7 @@ def run(demo: Demo, config_file: Path, overrides: Sequence[str], procs: int) -> 
         f"A U-Net of {_parameters(trained) / 1e6:.1f} million parameters starts from random weights and sees "
         f"{demo.config.train.steps * demo.config.train.batch:,} noised latents, on {procs} processes under DeepSpeed."
     )
-    for name in ("samplers", "guidance", "held-out prompts", "retrieval", "nearest neighbours"):
+    for name in ("samplers", "guidance", "held-out prompts", "retrieval", "nearest neighbours", "editing"):
         say(f"{name} ...")
         _SECTIONS[name](demo, trained)
         demo.clock.lap(name)
@@ -273,12 +274,19 @@ def neighbours(demo: Demo, trained: TextToImage) -> None:
     demo.results.neighbours = found
 
 
+def editing(demo: Demo, trained: TextToImage) -> None:
+    """Each editing method once."""
+    given = [p for p in demo.results.data if p.caption]
+    demo.results.edits = demo_edits.rows(demo.shipped, demo.settings, [p.image for p in given])
+
+
 _SECTIONS = {
     "samplers": samplers,
     "guidance": guidance,
     "held-out prompts": heldout,
     "retrieval": retrieval,
     "nearest neighbours": neighbours,
+    "editing": editing,
 }
 
 

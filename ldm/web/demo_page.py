@@ -69,6 +69,9 @@ class DemoResults:
     compositional: Mapping[str, tuple[Images, Images]] = field(default_factory=dict)
     """Combination that training never saw -> (pictures made, true pictures)."""
 
+    edits: Mapping[str, Images] = field(default_factory=dict)
+    """What was done -> the pictures, of one length in all rows."""
+
     neighbours: Sequence[tuple[Picture, Sequence[Picture]]] = ()
     """A picture made, and the training pictures nearest to it with their captions and similarities."""
     neighbours_text: str = ""
@@ -83,7 +86,7 @@ def build(results: DemoResults) -> Gallery:
     """The page of these results."""
     page = Gallery(results.title, results.lede)
     page.hero(results.hero).facts(results.facts).footer(results.footer)
-    for part in (_data, _noising, _training, _retrieval, _samplers, _guidance, _heldout, _neighbours, _costs):
+    for part in (_data, _noising, _training, _retrieval, _samplers, _guidance, _heldout, _neighbours, _edits, _costs):
         part(page, results)
     return page
 
@@ -187,6 +190,12 @@ def _neighbours(page: Gallery, r: DemoResults) -> None:
         name = name if name not in rows else f"{name} ({number})"
         rows[name] = [Picture(made.image, "", made.note), *near, *([None] * (most - len(near)))]
     section.matrix(rows, ["made", "nearest", *(str(i) for i in range(2, most + 1))], size=84, divide=True)
+
+
+def _edits(page: Gallery, r: DemoResults) -> None:
+    if r.edits:
+        text = "Changing pictures instead of drawing them from nothing, with the same model and no further training."
+        page.section("Editing", text).matrix(r.edits, size=84)
 
 
 def _costs(page: Gallery, r: DemoResults) -> None:
