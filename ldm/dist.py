@@ -77,6 +77,15 @@ def any_rank(flag: bool) -> bool:
     return bool(value.item())
 
 
+def from_first(value: int) -> int:
+    """The number that rank 0 has; collective."""
+    if not initialized() or world_size() == 1:
+        return value
+    held = torch.tensor([value], dtype=torch.int64, device=device())
+    torch_dist.broadcast(held, 0)
+    return int(held.item())
+
+
 def gather(value: Tensor) -> Tensor:
     """The ranks' tensors of one shape (B, ...) one after the other, (world * B, ...), on every rank."""
     if not initialized() or world_size() == 1:

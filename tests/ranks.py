@@ -1,10 +1,11 @@
-"""Run a function on several gloo ranks: forked from one server that has imported torch, so a test takes about a second.
+"""Run a function on several gloo ranks, forked from one server that has imported torch and DeepSpeed: about a second.
 
 The function must be importable (at the top of a test module). What it returns comes back as a list by rank.
 """
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import tempfile
@@ -14,19 +15,23 @@ from collections.abc import Callable
 from queue import Empty
 from typing import Any
 
+import torch
+
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed"])
+_context.set_forkserver_preload(["tests.preload"])
 
 
 def _rank(function: Callable[..., Any], rank: int, world: int, store: str, queue: Any, args: tuple[Any, ...]) -> None:
-    import torch
     import torch.distributed as torch_dist
 
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    ranks = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    os.environ |= ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # DeepSpeed reads them; the store is a file
     torch.set_num_threads(1)
     try:
         torch_dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-        queue.put((rank, function(*args), None))
+        buffer = io.BytesIO()  # tensors as bytes: a shared-memory handle would die with this process
+        torch.save(function(*args), buffer)
+        queue.put((rank, buffer.getvalue(), None))
         torch_dist.destroy_process_group()
     except BaseException:
         queue.put((rank, None, traceback.format_exc()))
@@ -55,7 +60,7 @@ def run(function: Callable[..., Any], world: int, *args: Any, timeout: float = 1
                     continue
                 if error is not None:
                     raise AssertionError(f"rank {rank} of {world}:\n{error}")
-                results[rank] = value
+                results[rank] = torch.load(io.BytesIO(value), weights_only=False)
             return [results[r] for r in range(world)]
         finally:
             for process in processes:

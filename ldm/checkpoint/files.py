@@ -62,9 +62,10 @@ def staging(root: Path, step: int) -> Path:
 
 
 def publish(root: Path, step: int, files: dict[str, dict[str, object]], keep: int) -> Path:
-    """Rename the staging folder into place, point `latest` at it and remove all but the newest `keep`.
+    """Rename the staging folder into place, point `latest` at it and remove all but the newest `keep` up to it.
 
-    A step that was published before is replaced only after the new one is whole.
+    A step that was published before is replaced only after the new one is whole. Later steps are damaged ones that the
+    run went back behind: they stay, and never count as kept.
     """
     beside, final = staging(root, step), root / f"step-{step}"
     write_text(beside / MANIFEST, json.dumps({"step": step, "files": files}, indent=1))
@@ -79,9 +80,16 @@ def publish(root: Path, step: int, files: dict[str, dict[str, object]], keep: in
         os.rename(beside, final)
     sync(root)
     write_text(root / "latest", final.name)
-    for extra in steps(root)[:-keep] if keep > 0 else []:
+    for extra in [s for s in steps(root) if s <= step][:-keep] if keep > 0 else []:
         shutil.rmtree(root / f"step-{extra}")
+    for rest in [*root.glob(".step-*.tmp"), *root.glob(".step-*.old")]:  # of a process that died while saving
+        shutil.rmtree(rest)
     return final
+
+
+def step_of(folder: Path) -> int:
+    """N of a folder named step-N."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def steps(root: Path) -> list[int]:

@@ -49,7 +49,7 @@ class DenoiseObjective(Objective):
         """Mean over the micro-batch of weight x error; randomness belongs to each sample's global position."""
         latents = self.latents(batch, rng)
         cond = self.cond(batch, rng)
-        t = self.process.schedule.sample(rng.uniform("time")).to(latents.device)
+        t = self.process.times(rng.uniform("time")).to(latents.device)
         noise = rng.normal("noise", latents.shape[1:]).to(latents)
         out = self.trained(self.process.add_noise(latents, noise, t), t, cond)
         losses = self.process.loss(out, latents, noise, t)

@@ -19,6 +19,9 @@ def run(build: Callable[[], Assembly], train: TrainConfig, out: Path, *, seed: i
     `resolved` is the whole config as YAML. Raises ValueError when the folder holds a run with another model or data.
     """
     engine.start()
+    if _finished(out, train.steps, resolved):
+        dist.say(f"{out}: already finished {train.steps} steps; exported to {out / 'export'}")
+        return 0
     if dist.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "log").mkdir(exist_ok=True)
@@ -35,3 +38,11 @@ def run(build: Callable[[], Assembly], train: TrainConfig, out: Path, *, seed: i
             dist.say(f"finished {trainer.step} steps; exported to {out / 'export'}")
         dist.barrier()
     return code
+
+
+def _finished(out: Path, steps: int, resolved: str) -> bool:
+    """Whether this very config has run to its end here."""
+    config, done = out / "config.yaml", out / "done.json"
+    if not (config.is_file() and done.is_file() and config.read_text(encoding="utf-8") == resolved):
+        return False
+    return json.loads(done.read_text(encoding="utf-8")).get("step") == steps

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import sys
 import warnings
@@ -73,7 +74,7 @@ def deepspeed_config(config: EngineConfig, micro_batch: int, accumulate: int) ->
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulate,
-        "gradient_clipping": float(config.clip),
+        "gradient_clipping": float(config.clip) if config.zero_stage else 0.0,  # at stage 0 the engine clips itself
         "steps_per_print": 10**12,
         "wall_clock_breakdown": False,
         "zero_optimization": zero,
@@ -157,6 +158,7 @@ class Engine:
             warnings.simplefilter("ignore")
             self._engine: Any = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)[0]
         self._fragments = self._find_fragments()
+        self._norm = 0.0  # of stage 0, where DeepSpeed neither tells the norm nor keeps NaN out of the weights
 
     # --- the step ---------------------------------------------------------------------------------------------------
     def forward(self, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
@@ -169,11 +171,28 @@ class Engine:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def backward_step(self, loss: Tensor) -> bool:
-        """Backward; at an accumulation boundary also the optimizer step. Whether weights were updated."""
+        """Backward; at an accumulation boundary also the optimizer step. Whether weights were updated.
+
+        Gradients that are not finite update nothing and are dropped, on all ranks alike.
+        """
         self._engine.backward(loss)
         boundary = self._engine.is_gradient_accumulation_boundary()
+        finite = not boundary or self.config.zero_stage > 0 or self._clip_here()
         self._engine.step()
-        return bool(boundary and self._engine.was_step_applied())
+        return bool(boundary and finite and self._engine.was_step_applied())
+
+    def _clip_here(self) -> bool:
+        """Clip the reduced gradients of stage 0; if they are not finite, drop them. Whether they are."""
+        trained = [p for _, p in self._trained() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+        self._norm = float(norm)
+        if not math.isfinite(self._norm):
+            for p in trained:
+                p.grad = None  # which torch's optimizers leave alone
+            return False
+        if self.config.clip:
+            torch.nn.utils.clip_grads_with_norm_(trained, self.config.clip, norm)
+        return True
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of all groups."""
@@ -182,7 +201,9 @@ class Engine:
 
     @property
     def grad_norm(self) -> float:
-        """Gradient norm of the last step before clipping; 0 when DeepSpeed did not compute it."""
+        """Gradient norm of the last step before clipping; inf or NaN when that step updated nothing."""
+        if self.config.zero_stage == 0:
+            return self._norm
         norm = self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else 0.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
@@ -60,7 +61,8 @@ class Log:
         if config.wandb:
             import wandb  # pyright: ignore[reportMissingImports] (an extra)
 
-            self._wandb = wandb.init(dir=str(folder), config=settings, resume="allow")
+            name = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()  # so that a run resumes
+            self._wandb = wandb.init(dir=str(folder), config={"run": settings}, id=name, resume="allow")
         shown = sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, mininterval=0.5 if shown else 15)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 from collections.abc import Callable
@@ -124,8 +123,10 @@ class Trainer:
 
     def resume(self) -> int:
         """Continue from the newest whole checkpoint of the run folder; the number of steps done."""
-        folder = files.newest(self.checkpoints)
-        if folder is not None:
+        newest = files.newest(self.checkpoints) if dist.rank() == 0 else None
+        step = dist.from_first(-1 if newest is None else files.step_of(newest))  # ranks must not choose differently
+        if step >= 0:
+            folder = self.checkpoints / f"step-{step}"
             self.step, extra = state.load(folder, self.engine, self.ema)
             self.skipped = int(extra.pop("skipped", 0))
             self.objective.load_state(extra)
@@ -141,10 +142,10 @@ class Trainer:
     def run(self, hooks: list[Hook]) -> int:
         """Train to the configured number of steps; exit code 0, or `AGAIN` when a signal asked to stop.
 
-        Raises FloatingPointError after `max_skipped` non-finite losses in a row.
+        Raises FloatingPointError after `max_skipped` steps in a row whose loss or gradient was not finite.
         """
         self.resume()
-        if self.step == 0:
+        if self.step == 0 or self.step >= self.config.steps:  # the latter: killed after its last step
             self._call(hooks, first=True)
         stop = Stop()
         restore = stop.listen()
@@ -170,47 +171,45 @@ class Trainer:
 
     def _call(self, hooks: list[Hook], first: bool = False) -> None:
         for hook in hooks:
-            if first or self.step == self.config.steps or (hook.every and self.step % hook.every == 0):
+            if self.step >= self.config.steps or (hook.every and (first or self.step % hook.every == 0)):
                 hook(self, self.step)
 
     def _one_step(self, batches: Any, log: Log) -> None:
         lr = self.config.optim.lr_at(self.step, self.config.steps)
         self.engine.set_lr(lr)
         sums: dict[str, Tensor] = {}
+        keys: list[str] = []
         stepped = False
         for _ in range(self.config.accumulate):
             batch = next(batches)
             loss, metrics = self.engine.forward(batch, Rng.of(self.seed, batch["position"]))
-            if not self._finite(loss, batch):
-                return
             stepped = self.engine.backward_step(loss)
+            keys += batch["key"]
             for name, value in {"loss": loss, **metrics}.items():
                 sums[name] = sums.get(name, torch.zeros(())) + value.detach().float().cpu() / self.config.accumulate
         self.step += 1
         if stepped and self.ema is not None:
             self.ema.update(self.engine.masters, self.step)
         self.objective.after_step(self.step)
-        if self.step % self.config.log.every == 0 or self.step == 1:
+        self._count(stepped, keys)
+        if stepped and (self.step % self.config.log.every == 0 or self.step == 1):
             means = dist.mean(torch.stack(list(sums.values())).to(self.engine.device)).tolist()
             row = dict(zip(sums, means, strict=True)) | {"lr": lr, "grad_norm": self.engine.grad_norm}
             log.step(self.step, row, self.config.batch)
         else:
             log.tick()
 
-    def _finite(self, loss: Tensor, batch: Any) -> bool:
-        """Whether the loss is finite on all ranks; otherwise the step's data is skipped and counted."""
-        if not dist.any_rank(not math.isfinite(loss.item())):
-            self.skipped_in_row = 0
-            return True
+    def _count(self, stepped: bool, keys: list[str]) -> None:
+        """A loss or gradient that is not finite on any rank updated nothing anywhere: count it, stop after many."""
+        self.skipped_in_row = 0 if stepped else self.skipped_in_row + 1
+        if stepped:
+            return
         self.skipped += 1
-        self.skipped_in_row = self.skipped_in_row + 1
-        dist.say(f"step {self.step + 1}: loss is not finite, skipped (samples {batch['key'][:4]}...)")
+        dist.say(f"step {self.step}: loss or gradient is not finite, skipped (samples {keys[:4]}...)")
         if self.skipped_in_row >= self.config.max_skipped:
             raise FloatingPointError(
-                f"loss was not finite {self.skipped_in_row} times in a row; last samples {batch['key']}"
+                f"loss or gradient was not finite {self.skipped_in_row} times in a row; last samples {keys}"
             )
-        self.step += 1
-        return False
 
     def averaged(self) -> Any:
         """A context in which the network runs with its EMA weights (or the raw ones without EMA)."""
