@@ -63,10 +63,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     if backend == "xformers":
         bias = None if mask is None else _bias(mask, q).expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
         return _xformers.memory_efficient_attention(q, k, v, attn_bias=bias)
+    if backend == "sdpa" and mask is None and _slow_backward(q, k):
+        return _products(q, k, v)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if backend == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
     return (probabilities(q, k, mask) @ v).transpose(1, 2)
+
+
+def _slow_backward(q: Tensor, k: Tensor) -> bool:
+    """On the CPU torch's fused backward in half precision loses to plain products up to some hundred tokens."""
+    if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.is_grad_enabled() and q.requires_grad and q.shape[1] * k.shape[1] <= 1 << 16
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same by batched matrix products; softmax sums in float32 whatever the type."""
+    b, t, h, d = q.shape
+    q, k, v = (x.transpose(1, 2).reshape(b * h, -1, d) for x in (q, k, v))
+    zero = torch.empty((), dtype=q.dtype, device=q.device)
+    scores = torch.baddbmm(zero, q, k.transpose(1, 2), beta=0, alpha=1 / math.sqrt(d))
+    return torch.bmm(scores.softmax(dim=-1), v).view(b, h, t, d).transpose(1, 2)
 
 
 def probabilities(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from ldm.models.attention import attention
 
 
-class NormSiLU(nn.GroupNorm):
+class GroupNorm(nn.GroupNorm):
+    """Group norm of contiguous memory on the CPU, where torch's is up to 20 times slower on channels_last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.contiguous() if x.device.type == "cpu" else x)
+
+
+class NormSiLU(GroupNorm):
     """SiLU(GroupNorm(x)), with the activation in place where no gradient needs its input."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,7 +51,7 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
         if time is not None:
             self.time_emb_proj = nn.Linear(time, 2 * cout if scale_shift else cout)
-        self.norm2 = nn.GroupNorm(groups, cout, eps=eps) if scale_shift else NormSiLU(groups, cout, eps=eps)
+        self.norm2 = GroupNorm(groups, cout, eps=eps) if scale_shift else NormSiLU(groups, cout, eps=eps)
         self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else None
 
@@ -92,17 +99,17 @@ class SpatialAttention(nn.Module):
     def __init__(self, channels: int, *, groups: int, eps: float, heads: int = 1) -> None:
         super().__init__()
         self.heads = heads
-        self.group_norm = nn.GroupNorm(groups, channels, eps=eps)
+        self.group_norm = GroupNorm(groups, channels, eps=eps)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
+        h = tokens(self.group_norm(x))
         q, k, v = (f(h).unflatten(-1, (self.heads, -1)) for f in (self.to_q, self.to_k, self.to_v))
         h = self.to_out[0](attention(q, k, v).flatten(2))
-        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + pixels(h, x.shape[2:])
 
 
 class Embedding(nn.Module):
@@ -131,6 +138,17 @@ def sinusoid(t: Tensor, width: int, *, cos_first: bool = True, shift: float = 0.
     angle = t.float()[:, None] * power.exp()
     parts = [angle.cos(), angle.sin()] if cos_first else [angle.sin(), angle.cos()]
     return F.pad(torch.cat(parts, dim=-1), (0, width % 2))
+
+
+def tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H*W, C): a view of a channels_last tensor."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def pixels(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """(B, H*W, C) -> (B, C, H, W), contiguous on the CPU for the norms there, else a channels_last view."""
+    x = x.transpose(1, 2).unflatten(2, size)
+    return x.contiguous() if x.device.type == "cpu" else x
 
 
 def check_groups(groups: int, channels: tuple[int, ...]) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.attention import attention, probabilities
+from ldm.models.layers import GroupNorm, pixels, tokens
 
 Control = Callable[[Tensor], Tensor]
 """Attention weights (B, H, N, T) -> weights to use instead; for editing and for pictures of the attention."""
@@ -94,7 +95,7 @@ class Transformer2D(nn.Module):
     ) -> None:
         super().__init__()
         self.linear = linear
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, heads=heads, text=text, dropout=dropout) for _ in range(depth)
@@ -103,17 +104,9 @@ class Transformer2D(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         h = self.norm(x)
-        h = self.proj_in(_tokens(h)) if self.linear else _tokens(self.proj_in(h))
+        h = self.proj_in(tokens(h)) if self.linear else tokens(self.proj_in(h))
         for block in self.transformer_blocks:
             h = block(h, text)
         size = x.shape[2:]
-        h = _pixels(self.proj_out(h), size) if self.linear else self.proj_out(_pixels(h, size))
+        h = pixels(self.proj_out(h), size) if self.linear else self.proj_out(pixels(h, size))
         return x + h
-
-
-def _tokens(x: Tensor) -> Tensor:
-    return x.flatten(2).transpose(1, 2)  # (B, H*W, C): a view of a channels_last tensor
-
-
-def _pixels(x: Tensor, size: tuple[int, ...]) -> Tensor:
-    return x.transpose(1, 2).unflatten(2, size)  # (B, C, H, W) with channels_last strides

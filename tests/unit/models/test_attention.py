@@ -45,6 +45,24 @@ def test_backends_equal_the_formula(backend: str, masked: str, queries: int, key
         assert (single - expected).abs().max() < 1e-5
 
 
+def test_half_precision_training_takes_another_path_to_the_same_values_and_gradients() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 3, 8, dtype=torch.bfloat16, requires_grad=True) for n in (9, 14, 14))
+    weight = torch.randn(2, 9, 3, 8)
+    assert module._slow_backward(q, k)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    out, exact = attention(q, k, v), formula(wide[0], wide[1], wide[2], None)
+    assert (out - exact).norm() < 0.01 * exact.norm()
+    (out.float() * weight).sum().backward()
+    (exact * weight).sum().backward()
+    for ours, theirs in zip((q, k, v), wide, strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert (ours.grad - theirs.grad).norm() < 0.02 * theirs.grad.norm()
+    with torch.no_grad():
+        assert not module._slow_backward(q, k)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["sdpa", "xformers"])
 @pytest.mark.parametrize(("queries", "keys"), [(64, 77), (63, 5)])
