@@ -47,7 +47,7 @@ def encode(pipe: TextToImage, image: Image.Image, size: int | tuple[int, int] | 
     """Latents (1, Z, h, w) of a picture, scaled to the size that the model draws."""
     _, h, w = pipe.latent_shape(size)
     pixels = image.convert("RGB").resize((w * pipe.codec.factor, h * pipe.codec.factor), Image.Resampling.BICUBIC)
-    return pipe.codec.encode(to_float(np.asarray(pixels, np.uint8)[None])).to(pipe.device)
+    return pipe.codec.encode(to_float(np.array(pixels, np.uint8)[None])).to(pipe.device)
 
 
 def _pictures(pipe: TextToImage, latents: Tensor) -> list[Image.Image]:
