@@ -7,12 +7,12 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ldm.data.decode import IMAGES, BadSample, metadata
 from ldm.data.filters import compile_filter
-from ldm.data.manifest import Manifest, Shard, sha256
+from ldm.data.manifest import NAME, Manifest, Shard, sha256
 from ldm.data.shards import Index, LocalReader, scan
 
 
@@ -37,7 +37,8 @@ def index(
     """Index the tars of a folder (also in folders below it) and write the manifest there.
 
     `where` is a filter expression over each sample's json. Damaged tars are reported, not fatal; the whole samples of a
-    truncated one are kept. Raises ValueError if there is no usable tar.
+    truncated one are kept. What an earlier manifest says of a tar's split and bucket
+    stays. Raises ValueError if there is no usable tar.
     """
     if not folder.is_dir():
         raise ValueError(f"data {str(folder)!r}: no such folder")
@@ -64,10 +65,21 @@ def index(
     if not shards:
         problems = [p for r in results for p in r.problems][:3] or ["the filter kept nothing"]
         raise ValueError(f"data {str(folder)!r}: no usable sample in {len(tars)} tars: {'; '.join(problems)}")
-    notes = {"where": where} if where else {}
-    manifest = Manifest(name=name or folder.resolve().name, shards=shards, folder=folder, notes=notes)
+    manifest = _manifest(folder, shards, name, {"where": where} if where else {})
     manifest.write()
     return manifest, results
+
+
+def _manifest(folder: Path, shards: tuple[Shard, ...], name: str | None, notes: dict[str, str]) -> Manifest:
+    """With what an earlier manifest says of the same shards and tars cannot tell: split, bucket, repeats, the cache."""
+    if not (folder / NAME).is_file():
+        return Manifest(name=name or folder.resolve().name, shards=shards, folder=folder, notes=notes)
+    old = Manifest.read(folder)
+    known = {s.file: s for s in old.shards}
+    told = tuple(
+        replace(s, split=k.split, bucket=k.bucket, repeats=k.repeats) if (k := known.get(s.file)) else s for s in shards
+    )
+    return replace(old, name=name or old.name, shards=told, notes={**old.notes, **notes})
 
 
 def _index_one(job: tuple[Path, Path, str, str | None]) -> Indexed:

@@ -151,6 +151,7 @@ def test_index_of_existing_tars(folder: Path, tmp_path: Path) -> None:
         shutil.copy(path, tars)
     manifest, _ = index(tars)
     assert manifest.shards == Manifest.read(tmp_path / "out").shards
+    (tars / "manifest.json").unlink()
     manifest, results = index(tars, where="width >= 50 and width < 55", split="wide")
     assert manifest.samples("wide") == 5
     assert sum(r.left_out for r in results) == 15
@@ -162,6 +163,7 @@ def test_index_of_existing_tars(folder: Path, tmp_path: Path) -> None:
     assert "truncated after" in problems
     assert "junk.tar" in problems
     assert 12 < manifest.samples() < 20
+    assert "wide" in manifest.splits  # an earlier manifest's word stays
     for _, members in Shards(manifest, "train"):
         captions_of(members)
 

@@ -1,7 +1,9 @@
 """The loader: equal over ranks, workers and resumes, steady with bad samples, right in pixels."""
 
+import gc
 import itertools
 import json
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -152,6 +154,24 @@ def test_memory_bound_changes_nothing_but_cost(make_set: Make, memory: int) -> N
         assert torch.equal(a["image"], b["image"])
     pictures = sum(p.pixels.nbytes for p in loader.samples._pictures.values())
     assert pictures + 2048 * len(loader.samples._records) <= memory
+
+
+def test_memory_does_not_grow_over_epochs(make_set: Make) -> None:
+    folder = str(make_set(8))
+    loader = Loader(DataConfig(path=folder, size=8, memory=5_000), seed=0, micro_batch=8, workers=2)
+    stream = loader.batches(0)
+    tracemalloc.start()
+    try:
+        for _ in range(20):
+            next(stream)
+        gc.collect()
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(200):
+            next(stream)
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] - before < 60_000  # a batch or two in flight
+    finally:
+        tracemalloc.stop()
 
 
 def test_mistakes_are_named(make_set: Make, tmp_path: Path) -> None:
