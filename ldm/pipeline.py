@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -30,6 +30,7 @@ from ldm.rng import Rng
 from ldm.sampling import SAMPLERS, lookup
 from ldm.sampling import sample as run_sampler
 from ldm.sampling.guidance import classifier_free
+from ldm.sampling.times import times as spaced
 from ldm.types import Cond, Denoise
 
 StepProgress = Callable[[int, Tensor], None]
@@ -79,8 +80,12 @@ class TextToImage:
         process: Process,
         *,
         spacing: str | None = None,
+        offset: int = 0,
+        end: Literal["data", "first"] | None = None,
         precision: str = "fp32",
     ) -> None:
+        """`spacing`, `offset` and `end` are those of the model's own DDIM and DDPM; None is the sampler's."""
+        self.offset, self.end = offset, end
         self.unet, self.codec, self.text, self.process = unet, codec, list(text), process
         self.spacing, self.dtype = spacing, compute_dtype(precision)
 
@@ -99,7 +104,16 @@ class TextToImage:
         process = Process(schedule=how.schedule, prediction=how.prediction)
         unet = parts.unet.eval().requires_grad_(False)
         parts.codec.autoencoder.eval().requires_grad_(False)
-        pipeline = TextToImage(unet, parts.codec, parts.text, process, spacing=how.spacing, precision=precision)
+        pipeline = TextToImage(
+            unet,
+            parts.codec,
+            parts.text,
+            process,
+            spacing=how.spacing,
+            offset=how.offset,
+            end="data" if how.last_alpha_one else "first",
+            precision=precision,
+        )
         return pipeline.to(device)
 
     def to(self, device: str | torch.device) -> TextToImage:
@@ -184,13 +198,14 @@ class TextToImage:
             rng.normal("start", shape).to(device) if x is None else x,
             self.encode_text(prompts),
             start=start,
-            times=times,
+            times=self._times(settings) if times is None else times,
             schedule=self.process.schedule,
             steps=settings.steps,
             noise=lambda i: rng.normal(f"step {i}", shape).to(device),
             eta=settings.eta,
-            spacing=settings.spacing or self._spacing(settings.sampler),
+            spacing=settings.spacing,
             progress=progress,
+            end=self.end if settings.sampler == "ddim" and settings.spacing is None and times is None else None,
         )
 
     def denoiser(self, settings: Settings) -> Denoise:
@@ -202,9 +217,11 @@ class TextToImage:
         with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             return self.unet(x, t, cond)
 
-    def _spacing(self, sampler: str) -> str | None:
-        """The model's own spacing where it must be kept: a terminal SNR of zero needs the last time to be visited."""
-        return self.spacing if sampler in ("ddim", "ddpm") else None
+    def _times(self, settings: Settings) -> list[float] | None:
+        """The model's own times for DDIM and DDPM, so that they draw what the published pipelines draw."""
+        if self.spacing is None or settings.spacing is not None or settings.sampler not in ("ddim", "ddpm"):
+            return None
+        return spaced(self.process.schedule, settings.steps, self.spacing, offset=self.offset)
 
     def encode_text(self, prompts: Sequence[str]) -> Cond:
         """What the U-Net is given for prompts."""

@@ -126,3 +126,13 @@ def test_clip_zero_is_off(stage: int) -> None:
     expected = tiny.plain(2, clip=0)
     found = ranks.run(work.train, 1, stage, 2, 1, 0.0)[0]
     assert tiny.worst(found["first"], expected.first[1]) < 1e-4
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_nan_on_one_rank_updates_nothing_anywhere(oracle: tiny.Plain, stage: int) -> None:
+    """In the first of two micro-batches on the second of two ranks: the step leaves no trace, the next is exact."""
+    for found in ranks.run(work.skip, 2, stage, 2):
+        assert not found["updated"]
+        assert tiny.worst(found["after"], found["before"]) == 0
+        assert found["losses"] == pytest.approx(oracle.losses[:2], rel=1e-5)
+        assert tiny.worst(found["first"], oracle.first[1]) < 1e-4

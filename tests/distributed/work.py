@@ -46,6 +46,17 @@ class Training:
         self.norms.append(self.engine.grad_norm)
         return total
 
+    def bad_step(self, step: int) -> bool:
+        """A step whose loss is NaN in the last rank's first micro-batch alone; whether weights were updated."""
+        self.engine.set_lr(tiny.OPTIM.lr_at(step, tiny.STEPS))
+        updated = True
+        for i, batch in enumerate(tiny.micro_batches(step, dist.rank(), dist.world_size(), self.accumulate)):
+            if i == 0 and dist.rank() == dist.world_size() - 1:
+                batch["weight"] = batch["weight"] * float("nan")
+            loss, _ = self.engine.forward(batch, Rng.of(tiny.SEED, batch["position"]))
+            updated = self.engine.backward_step(loss)
+        return updated
+
     def loss(self, step: int) -> float:
         """The loss of a step's batch without training."""
         with torch.no_grad():
@@ -78,6 +89,17 @@ def train(stage: int, steps: int, accumulate: int = 1, clip: float = tiny.CLIP) 
     training = Training(stage, accumulate, clip)
     losses = [training.step(i) for i in range(steps)]
     return {"losses": losses, "norms": training.norms, "weights": training.read(), "first": training.moment("exp_avg")}
+
+
+def skip(stage: int, accumulate: int) -> dict[str, Any]:
+    """Step 0, a step that is not finite, step 1."""
+    training = Training(stage, accumulate)
+    losses = [training.step(0)]
+    before = training.read()
+    updated = training.bad_step(5)
+    after = training.read()
+    losses.append(training.step(1))
+    return {"losses": losses, "updated": updated, "before": before, "after": after, "first": training.moment("exp_avg")}
 
 
 def story(stage: int, folder: str) -> dict[str, Any]:

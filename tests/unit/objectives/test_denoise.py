@@ -155,6 +155,6 @@ def test_the_loss_by_noise_level_is_the_mean_of_its_third() -> None:
     each = torch.stack([built(batch_of([p]) | {"weight": torch.ones(1)}, Rng.of(2, [p]))[0] for p in positions])
     for i, name in enumerate(("low", "middle", "high")):
         inside = ((t * 3).clamp(max=2.999).long() == i) & torch.ones(30, dtype=torch.bool)
-        assert float(metrics[f"loss_{name}_noise"]) == pytest.approx(float(each[inside].mean()), rel=1e-5)
+        assert float(metrics[f"loss_{name}_noise"]) == pytest.approx(each[inside].mean().item(), rel=1e-5)
     assert not any(m.requires_grad for m in metrics.values())
-    assert loss.item() == pytest.approx(float(each.mean()), rel=1e-5)
+    assert loss.item() == pytest.approx(each.mean().item(), rel=1e-5)

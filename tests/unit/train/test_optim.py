@@ -41,9 +41,7 @@ def test_biases_and_norms_are_not_decayed_and_frozen_weights_not_trained() -> No
     assert plain == {id(model[0].bias), id(model[1].weight), id(model[1].bias)}
 
 
-@pytest.mark.parametrize(
-    "bad", [{"lr": 0.0}, {"lr": math.nan}, {"betas": (0.9, 1.0)}, {"warmup": -1}, {"final": 1.5}]
-)
+@pytest.mark.parametrize("bad", [{"lr": 0.0}, {"lr": math.nan}, {"betas": (0.9, 1.0)}, {"warmup": -1}, {"final": 1.5}])
 def test_bad_values_are_refused_by_name(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         Optim(**bad)  # type: ignore[arg-type]

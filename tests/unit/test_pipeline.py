@@ -1,0 +1,152 @@
+"""Pictures from prompts with random miniature models: guidance, seeds, sizes, and DDIM as diffusers runs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ldm.diffusion.prediction import V
+from ldm.diffusion.process import Process
+from ldm.diffusion.schedule import Discrete
+from ldm.models.autoencoder import Autoencoder
+from ldm.models.latents import LatentCodec
+from ldm.models.text import TextConfig, TextTower
+from ldm.models.unet import UNet, UNetConfig
+from ldm.pipeline import Settings, TextToImage
+from ldm.rng import Rng
+from tests import miniature
+
+PROMPTS = ["a red dot", "", "a blue bar", "a green cross", "white"]
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> TextToImage:
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in miniature.UNET.items()}))
+    for p in unet.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    tower = TextTower(TextConfig(width=16, heads=2, layers=2, context_length=12, vocab_size=4096, bpe="emoji"))
+    codec = LatentCodec.of(Autoencoder(miniature.VAE).eval())
+    return TextToImage(unet.eval().requires_grad_(False), codec, [tower], Process(prediction=V()))
+
+
+def draw(pipeline: TextToImage, prompts: list[str] = PROMPTS, **settings: Any) -> Tensor:
+    return pipeline.sample(prompts, settings=Settings(**{"steps": 3, "guidance": 2.0} | settings))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp_2m"])
+def test_a_picture_does_not_depend_on_its_batch(pipeline: TextToImage, sampler: str) -> None:
+    all_at_once = draw(pipeline, sampler=sampler)
+    for batch in (1, 2):
+        torch.testing.assert_close(draw(pipeline, sampler=sampler, batch=batch), all_at_once, rtol=0, atol=2e-5)
+    again = draw(pipeline, sampler=sampler)
+    assert torch.equal(again, all_at_once)
+    assert (draw(pipeline, sampler=sampler, seed=1) - all_at_once).abs().flatten(1).amax(1).min() > 0.01
+
+
+def test_pictures_of_one_prompt_differ_and_indices_name_them(pipeline: TextToImage) -> None:
+    settings = Settings(steps=2)
+    pictures = pipeline.sample(["a red dot"] * 3, settings=settings)
+    assert (pictures[0] - pictures[1]).abs().max() > 0.01
+    third = pipeline.sample(["a red dot"], settings=settings, indices=[2])
+    torch.testing.assert_close(third[0], pictures[2], rtol=0, atol=2e-5)
+
+
+def by_diffusers(pipeline: TextToImage, prompts: list[str], settings: Settings, **scheduler: Any) -> Tensor:
+    """Latents by diffusers' DDIMScheduler and the U-Net, two calls a step with guidance, one without."""
+    import diffusers
+
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    ddim = diffusers.DDIMScheduler(**betas, prediction_type="v_prediction", clip_sample=False, **scheduler)
+    ddim.set_timesteps(settings.steps)
+    x = Rng(settings.seed, tuple(range(len(prompts)))).normal("start", (4, 8, 8))
+    cond, uncond = pipeline.encode_text(prompts), pipeline.encode_text([settings.negative] * len(prompts))
+    with torch.no_grad():
+        for t in ddim.timesteps:
+            when = t.repeat(len(prompts))
+            out = pipeline.unet(x, when, cond)
+            if settings.guidance != 1:
+                free = pipeline.unet(x, when, uncond)
+                out = free + settings.guidance * (out - free)
+            x = ddim.step(out, t, x, eta=0.0).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("guidance", [1.0, 0.0, 4.0])
+@pytest.mark.parametrize("negative", ["", "a cross"])
+def test_ddim_is_that_of_diffusers(pipeline: TextToImage, guidance: float, negative: str) -> None:
+    """Guidance 1 is the conditional network alone, 0 the unconditional one."""
+    settings = Settings(sampler="ddim", steps=10, guidance=guidance, negative=negative, spacing="trailing")
+    ours = pipeline.latents(PROMPTS, settings, Rng(0, tuple(range(5))))
+    theirs = by_diffusers(pipeline, PROMPTS, settings, timestep_spacing="trailing", set_alpha_to_one=True)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    images = pipeline.sample(PROMPTS, settings=settings)
+    with torch.no_grad():
+        decoded = pipeline.codec.autoencoder.decode(theirs / 0.9).clamp(-1, 1)
+    torch.testing.assert_close(images, decoded, rtol=0, atol=1e-3)
+
+
+def test_a_loaded_model_samples_as_its_scheduler_config_says(pipeline: TextToImage, tmp_path: Any) -> None:
+    """Stable Diffusion's own config: leading spacing, an offset of 1, and a last step to the first noise level."""
+    from ldm.checkpoint.convert import save_diffusers
+    from ldm.checkpoint.schedulers import scheduler_to_diffusers
+
+    scheduler = scheduler_to_diffusers(Discrete(), V())
+    parts = {"unet": pipeline.unet, "autoencoder": pipeline.codec.autoencoder, "text": pipeline.text}
+    save_diffusers(tmp_path / "model", **parts, scheduler=scheduler)  # type: ignore[arg-type]
+    loaded = TextToImage.load(tmp_path / "model")
+    settings = Settings(sampler="ddim", steps=10, guidance=3.0)
+    ours = loaded.latents(PROMPTS, settings, Rng(0, tuple(range(5))))
+    theirs = by_diffusers(
+        pipeline, PROMPTS, settings, timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_of_one_never_asks_for_the_unconditional_half(pipeline: TextToImage) -> None:
+    rows: list[int] = []
+    hook = pipeline.unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    draw(pipeline, guidance=1.0)
+    draw(pipeline, guidance=3.0)
+    hook.remove()
+    assert rows == [5, 5, 5, 10, 10, 10]
+
+
+@pytest.mark.parametrize(("size", "shape"), [(None, (4, 8, 8)), (32, (4, 16, 16)), ((16, 24), (4, 8, 12))])
+def test_sizes(pipeline: TextToImage, size: Any, shape: tuple[int, ...]) -> None:
+    assert pipeline.latent_shape(size) == shape
+    picture = draw(pipeline, ["a red dot"], size=size, steps=1)
+    assert picture.shape == (1, 3, 2 * shape[1], 2 * shape[2])
+
+
+@pytest.mark.parametrize("size", [0, 20, -8, (16, 12)])
+def test_sizes_that_cannot_be_made_are_refused(pipeline: TextToImage, size: Any) -> None:
+    with pytest.raises(ValueError, match="not a multiple of 8 pixels"):
+        draw(pipeline, size=size)
+
+
+def test_the_call_gives_pictures_prompt_by_prompt(pipeline: TextToImage) -> None:
+    pictures = pipeline(["a red dot", "a blue bar"], count=2, steps=2, guidance=2.0)
+    expected = draw(pipeline, ["a red dot", "a red dot", "a blue bar", "a blue bar"], steps=2)
+    for picture, tensor in zip(pictures, expected, strict=True):
+        levels = ((tensor + 1) * 127.5).round().clamp(0, 255).permute(1, 2, 0).numpy()
+        assert np.abs(np.asarray(picture, dtype=float) - levels).max() <= 1
+    with pytest.raises(ValueError, match="guidence"):
+        pipeline("a red dot", guidence=2.0)
+    with pytest.raises(ValueError, match="count"):
+        pipeline("a red dot", count=0)
+
+
+def test_progress_counts_the_steps_of_all_batches(pipeline: TextToImage) -> None:
+    seen: list[tuple[int, int]] = []
+    pipeline.sample(PROMPTS, settings=Settings(steps=3, batch=2), progress=lambda i, n: seen.append((i, n)))
+    assert seen == [(i, 9) for i in range(1, 10)]
+
+
+def test_a_long_prompt_is_said(pipeline: TextToImage) -> None:
+    with pytest.warns(UserWarning, match="longer than 12.*blue"):
+        draw(pipeline, ["red " * 10 + "blue"], steps=1)
