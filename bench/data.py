@@ -1,26 +1,23 @@
-"""`python bench/data.py`: the data path against its limit and against webdataset, on the same files, interleaved.
-
-Each line is a median of ratios of neighbouring runs with its quartiles; what is measured is said on the line.
-"""
+"""The data path against its limit (reading and decoding by hand) and against webdataset, on the same files."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
-import webdataset as wds
 from PIL import Image
+from webdataset.compat import WebDataset
 
+from bench.timing import Options, Spread, interleaved, report
 from ldm.data import decode
 from ldm.data.build import BuildConfig, build
 from ldm.data.images import resize
@@ -51,7 +48,7 @@ def by_hand(shards: Path) -> int:
     """The limit: read the tar from start to end, decode at reduced scale, resize, to float."""
     done = 0
     for path in sorted(shards.glob("*.tar")):
-        for sample in wds.WebDataset(str(path), shardshuffle=False):
+        for sample in WebDataset(str(path), shardshuffle=False):
             image = resize(decode.picture(sample["jpg"], at_least=(SIZE, SIZE)), (SIZE, SIZE), "crop")
             torch.from_numpy(np.array(image)).float()
             done += 1
@@ -68,7 +65,7 @@ def by_webdataset(shards: Path) -> int:
         return torch.from_numpy(crop.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
     urls = [str(p) for p in sorted(shards.glob("*.tar"))]
-    data = wds.WebDataset(urls, shardshuffle=False).shuffle(256).decode("pilrgb").to_tuple("jpg", "txt")
+    data = WebDataset(urls, shardshuffle=False).shuffle(256).decode("pilrgb").to_tuple("jpg", "txt")
     return sum(len(batch[1]) for batch in data.map_tuple(transform, None).batched(16))
 
 
@@ -77,23 +74,6 @@ def by_loader(shards: Path, workers: int) -> int:
     loader = Loader(DataConfig(path=str(shards), size=SIZE, memory=0), seed=0, micro_batch=16, workers=workers)
     stream = loader.batches(0)
     return sum(len(b["key"]) for b in itertools.islice(stream, loader.steps_per_epoch))
-
-
-def rate(run: Callable[[], int]) -> float:
-    """Samples a second."""
-    start = time.perf_counter()
-    return run() / (time.perf_counter() - start)
-
-
-def compare(name: str, ours: Callable[[], int], theirs: Callable[[], int], rounds: int) -> None:
-    """Print the median ratio of interleaved pairs with its quartiles."""
-    ratios, rates = [], []
-    for _ in range(rounds):
-        reference = rate(theirs)
-        rates.append(rate(ours))
-        ratios.append(rates[-1] / reference)
-    low, middle, high = np.percentile(ratios, [25, 50, 75])
-    say(f"{name}: {middle:.2f} ({low:.2f} to {high:.2f}), {statistics.median(rates):.0f} pictures/s")
 
 
 def cached(folder: Path, count: int) -> Loader:
@@ -107,66 +87,61 @@ def cached(folder: Path, count: int) -> Loader:
     return Loader(DataConfig(path=str(folder / "cached"), cached=True), seed=0, micro_batch=256)
 
 
-def cached_rate(loader: Loader) -> None:
+def cached_rate(loader: Loader) -> float:
     """Cached samples a second on this thread, after one warm epoch."""
     stream = loader.batches(0)
     for _ in range(loader.steps_per_epoch):
         next(stream)
     steps = loader.steps_per_epoch * 3
-    per_second = rate(lambda: sum(len(next(stream)["key"]) for _ in range(steps)))
-    say(f"cached moments, 4x32x32 latents: {per_second:.0f} samples/s on one core (wanted: 20000)")
+    start = time.perf_counter()
+    done = sum(len(next(stream)["key"]) for _ in range(steps))
+    return done / (time.perf_counter() - start)
 
 
-def resume(shards: Path) -> None:
-    """Time to the first batch at two places."""
-    for step in (10, 10_000_000):
-        start = time.perf_counter()
-        loader = Loader(DataConfig(path=str(shards), size=SIZE), seed=0, micro_batch=16)
-        next(loader.batches(step))
-        say(f"first batch after resuming at step {step:,}: {time.perf_counter() - start:.3f} s (wanted: under 2)")
+def first_batch(shards: Path, step: int) -> float:
+    """Seconds from nothing to the first batch at a step."""
+    start = time.perf_counter()
+    next(Loader(DataConfig(path=str(shards), size=SIZE), seed=0, micro_batch=16).batches(step))
+    return time.perf_counter() - start
 
 
-def order_at_scale() -> None:
-    """order.py at 1e9 samples in 1e5 shards."""
+def order_at_scale(steps: int) -> float:
+    """Median seconds of a rank's step of order.py at 1e9 samples in 1e5 shards."""
     sizes = tuple(np.random.default_rng(0).integers(9_000, 11_000, 100_000).tolist())
     order = Order(sizes=sizes, batch=2048)
     part = slots(2048, rank=0, world=8, accumulate=1, micro_step=0)
     order.ids(0, part)
     times = []
-    for step in range(1000, 1100):
+    for step in range(1000, 1000 + steps):
         start = time.perf_counter()
         order.ids(step, part)
         times.append(time.perf_counter() - start)
-    say(
-        f"order of {order.total:,} samples in 100,000 shards: {statistics.median(times) * 1e3:.3f} ms a step (wanted: 1)"
-    )
+    return statistics.median(times)
 
 
-def say(line: str) -> None:
-    """One line of the report."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-
-
-def main() -> None:
-    """Run everything."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+def run(options: Options) -> dict[str, Any]:
+    """Measure on the CPU; workers are threads of this process, so pin as many cores as there are workers."""
+    count = 32 if options.quick else 512
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shards = pictures(folder, args.pictures)
-        by_hand(shards)
-        compare("loader / reading by hand", lambda: by_loader(shards, 0), lambda: by_hand(shards), args.rounds)
-        for workers in (1, 2):
-            ours = lambda w=workers: by_loader(shards, w)  # noqa: E731
-            compare(f"loader with {workers} workers / webdataset", ours, lambda: by_webdataset(shards), args.rounds)
-        cached_rate(cached(folder, 6000))
-        resume(shards)
-    order_at_scale()
-
-
-if __name__ == "__main__":
-    main()
+        shards = pictures(folder, count)
+        cases: dict[str, Callable[[], object]] = {
+            "by hand": lambda: by_hand(shards),
+            "webdataset": lambda: by_webdataset(shards),
+            **{f"loader, {w} workers": lambda w=w: by_loader(shards, w) for w in (0, 1, 2)},
+        }
+        seconds = interleaved(cases, options.times(7), warmup=1)
+        pairs = [("by hand", "loader, 0 workers"), *[("webdataset", f"loader, {w} workers") for w in (0, 1, 2)]]
+        result = report(f"data, {count} JPEGs of 512x384 to {SIZE} px", seconds, pairs)
+        rates = {name: count / Spread.of(values).median for name, values in seconds.items()}
+        result["pictures_per_second"] = rates
+        result["cached_samples_per_second"] = cached_rate(cached(folder, 512 if options.quick else 6000))
+        result["first_batch_seconds"] = {str(s): first_batch(shards, s) for s in (10, 10_000_000)}
+    result["order_step_seconds"] = order_at_scale(options.times(100))
+    for name, value in rates.items():
+        print(f"  {name:<34} {value:10.1f} pictures/s")
+    print(f"  cached moments, 4x32x32 latents: {result['cached_samples_per_second']:.0f} samples/s (wanted: 20000)")
+    for step, value in result["first_batch_seconds"].items():
+        print(f"  first batch after resuming at step {step}: {value:.3f} s (wanted: under 2)")
+    print(f"  order, 1e9 samples in 1e5 shards: {result['order_step_seconds'] * 1e3:.3f} ms a step (wanted: under 1)")
+    return result
