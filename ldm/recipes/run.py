@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ldm import dist
 from ldm.checkpoint import files
+from ldm.checkpoint.lock import RunLock, RunLocked
 from ldm.recipes.base import Assembly
 from ldm.train import engine
 from ldm.train.trainer import TrainConfig, Trainer
@@ -16,23 +18,52 @@ from ldm.train.trainer import TrainConfig, Trainer
 def run(build: Callable[[], Assembly], train: TrainConfig, out: Path, *, seed: int, resolved: str) -> int:
     """Train in the run folder `out`, resuming what is there, and export at the end; the process's exit code.
 
-    `resolved` is the whole config as YAML. Raises ValueError when the folder holds a run with another model or data.
+    `resolved` is the whole config as YAML. Raises ValueError when the folder holds a run with another model or data,
+    or another process runs in it.
     """
     engine.start()
     if _finished(out, train.steps, resolved):
         dist.say(f"{out}: already finished {train.steps} steps; exported to {out / 'export'}")
         return 0
+    with _only_writer(out) as guard:
+        return _train(build, train, out, guard, seed=seed, resolved=resolved)
+
+
+@contextmanager
+def _only_writer(out: Path) -> Iterator[Callable[[], None]]:
+    """Hold the run folder's lock on rank 0; yields what raises LockLost there once another took the folder over.
+
+    Raises RunLocked, a ValueError, on all ranks when another process runs in the folder.
+    """
+    lock, refused = RunLock(out), None
+    if dist.rank() == 0:
+        try:
+            lock.acquire()
+        except RunLocked as error:
+            refused = error
+    if dist.from_first(int(refused is not None)):
+        raise refused or RunLocked(f"{out}: in use; rank 0 tells by whom")
+    try:
+        yield lock.check
+    finally:
+        lock.release()
+
+
+def _train(
+    build: Callable[[], Assembly], train: TrainConfig, out: Path, guard: Callable[[], None], *, seed: int, resolved: str
+) -> int:
     if dist.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "log").mkdir(exist_ok=True)
         files.write_text(out / "config.yaml", resolved)
     dist.barrier()
     assembly = build()
-    trainer = Trainer(train, assembly.objective, assembly.loader, out, seed=seed, settings=resolved)
+    trainer = Trainer(train, assembly.objective, assembly.loader, out, seed=seed, settings=resolved, guard=guard)
     code = trainer.run(assembly.hooks)
     if code == 0:
         weights = trainer.weights()
         if dist.rank() == 0:
+            guard()
             assembly.export(weights, out / "export")
             files.write_text(out / "done.json", json.dumps({"step": trainer.step, "skipped": trainer.skipped}))
             dist.say(f"finished {trainer.step} steps; exported to {out / 'export'}")

@@ -6,7 +6,7 @@ Tensor names are `KIND:PARAMETER@OFFSET` with KIND `w` (master), `ema`, or `s.NA
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,19 @@ def _optimizer_step(engine: Engine) -> float | None:
     return None
 
 
-def save(root: Path, step: int, engine: Engine, ema: Ema | None, extra: dict[str, Any], keep: int) -> Path:
-    """Write and publish `step-N`; collective. `extra` is JSON values and, under "tensors", named tensors."""
+def save(
+    root: Path,
+    step: int,
+    engine: Engine,
+    ema: Ema | None,
+    extra: dict[str, Any],
+    keep: int,
+    guard: Callable[[], None] = lambda: None,
+) -> Path:
+    """Write and publish `step-N`; collective. `extra` is JSON values and, under "tensors", named tensors.
+
+    Rank 0 calls `guard` right before it publishes: what it raises keeps the checkpoint absent.
+    """
     beside = files.staging(root, step)
     if dist.rank() == 0:
         beside.mkdir(parents=True, exist_ok=True)
@@ -97,6 +108,7 @@ def save(root: Path, step: int, engine: Engine, ema: Ema | None, extra: dict[str
             note.unlink()
         for own in ("objective.safetensors", "state.json"):
             listing[own] = files.describe(beside / own)
+        guard()
         files.publish(root, step, listing, keep)
     dist.barrier()
     return root / f"step-{step}"

@@ -106,11 +106,20 @@ class Trainer:
     """Runs an objective over a loader, resumes from the run folder, and calls hooks."""
 
     def __init__(
-        self, config: TrainConfig, objective: Objective, loader: Loader, out: Path, *, seed: int, settings: Any
+        self,
+        config: TrainConfig,
+        objective: Objective,
+        loader: Loader,
+        out: Path,
+        *,
+        seed: int,
+        settings: Any,
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config, self.loader, self.out, self.seed, self.settings = config, loader, out, seed, settings
+        self._guard = guard  # called on rank 0 right before it publishes; raises when the folder is no longer ours
         micro = config.micro_batch(dist.world_size())
         optimizer = config.optim.build(objective.parameters())
         self.objective = objective
@@ -137,7 +146,7 @@ class Trainer:
     def save(self) -> None:
         """Publish a checkpoint of this step; collective."""
         extra = self.objective.state() | {"skipped": self.skipped}
-        state.save(self.checkpoints, self.step, self.engine, self.ema, extra, self.config.checkpoint.keep)
+        state.save(self.checkpoints, self.step, self.engine, self.ema, extra, self.config.checkpoint.keep, self._guard)
 
     def run(self, hooks: list[Hook]) -> int:
         """Train to the configured number of steps; exit code 0, or `AGAIN` when a signal asked to stop.
