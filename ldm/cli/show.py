@@ -1,0 +1,63 @@
+"""`ldm show noising IMAGE`: what the forward process does to a picture, for each schedule."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options of the verb."""
+    p = argparse.ArgumentParser(prog="ldm show", description="Pictures that explain.")
+    kinds = p.add_subparsers(dest="what", required=True)
+    n = kinds.add_parser(
+        "noising",
+        help="strips and animations of x_t over t for each schedule, with SNR and alpha_bar curves",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    n.add_argument("image", type=Path, help="a picture file")
+    n.add_argument("--out", type=Path, default=Path("noising"), help="folder for the pictures")
+    n.add_argument("--schedule", nargs="+", metavar="NAME", help="which schedules; all of them if left out")
+    n.add_argument("--frames", type=int, default=11, help="times in a strip; animations have three times as many")
+    n.add_argument("--size", type=int, default=96, help="the longer side of the pictures, pixels")
+    n.add_argument("--seed", type=int, default=0)
+    return p
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; ValueError for users' mistakes."""
+    args = parser().parse_args(argv)
+    from PIL import Image, UnidentifiedImageError
+
+    from ldm.web import noising
+
+    names = args.schedule or list(noising.SCHEDULES)
+    for name in names:
+        if name not in noising.SCHEDULES:
+            raise ValueError(f"schedule {name!r} is not one of {sorted(noising.SCHEDULES)}")
+    if args.size < 1:
+        raise ValueError(f"--size must be at least 1, got {args.size}")
+    try:
+        with Image.open(args.image) as opened:
+            image = opened.convert("RGBA")
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"image {str(args.image)!r} cannot be read: {error}") from error
+    ground = Image.new("RGBA", image.size, "white")
+    ground.alpha_composite(image)
+    scale = args.size / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    picture = ground.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    schedules = {name: noising.SCHEDULES[name] for name in names}
+    together = noising.strips(picture, schedules, args.frames, args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    together.save(args.out / "strips.png")
+    html = noising.page(picture, schedules, args.frames, args.seed)
+    (args.out / "index.html").write_text(html, encoding="utf-8")
+    for name, schedule in schedules.items():
+        row = noising.strip(picture, schedule, noising.even_times(schedule, args.frames), args.seed)
+        row.save(args.out / f"{name}.png")
+        moving = noising.frames(picture, schedule, noising.even_times(schedule, 3 * args.frames), args.seed)
+        (args.out / f"{name}.gif").write_bytes(noising.gif(moving))
+    made = ", ".join(f"{name}.png and .gif" for name in names)
+    print(f"{args.out}: index.html with the curves, strips.png, {made}")
+    return 0
