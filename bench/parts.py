@@ -29,7 +29,7 @@ def unet(config: UNetConfig) -> UNet:
 
 
 def process() -> Process:
-    """As the shipped model is trained: v-prediction, zero terminal SNR, min-SNR weights."""
+    """v-prediction, zero terminal SNR, min-SNR weights."""
     return Process(schedule=Discrete(zero_terminal_snr=True), prediction=V(), weighting=MinSNR(gamma=5.0))
 
 

@@ -20,6 +20,7 @@ RATIOS = {
     "step": {"result": ["trainer / bare", "engine / objective"]},
     "unet": {"training": ["ldm / diffusers"], "sampling": ["ldm sampling / diffusers sampling"]},
     "encoding": {"result": ["online input / cached input", "online step / cached step"]},
+    "data": {"result": ["webdataset / loader, 0 workers"]},
     "cli": {"result": ["ldm --help / python"]},
 }
 
