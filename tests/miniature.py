@@ -76,7 +76,7 @@ def data(folder: Path) -> Path:
     shards = []
     things = [(c, s) for c in COLORS for s in SHAPES]
     for split, chosen in (("train", things), ("heldout", things[::2])):
-        with ShardWriter(folder, split, max_samples=5) as writer:
+        with ShardWriter(folder, split, split, max_samples=5) as writer:
             for i, (color, shape) in enumerate(chosen):
                 record = {"captions": [[f"a {color} {shape}", 3], [f"{shape} in {color}", 1]]}
                 writer.add(f"{i:03d}-{color}", {"png": picture(color, shape), "json": json.dumps(record).encode()})

@@ -104,16 +104,16 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None when every file has its size and hash."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"].items()
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        files = [(name, entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST}: {error}"
-    for name, expected in files:
+    for name, size, sha256 in files:
         path = folder / name
         if not path.is_file():
             return f"{name}: missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name}: {path.stat().st_size} bytes, expected {expected['bytes']}"
-        if digest(path) != expected["sha256"]:
+        if path.stat().st_size != size:
+            return f"{name}: {path.stat().st_size} bytes, expected {size}"
+        if digest(path) != sha256:
             return f"{name}: contents changed (SHA-256 differs)"
     return None
 

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         return importlib.import_module(f"ldm.cli.{verb}").main(rest)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, FileExistsError, NotADirectoryError, PermissionError) as error:
         print(f"ldm {verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

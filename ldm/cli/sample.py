@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     pipeline = TextToImage.load(args.model, device=args.device or dist.device(), precision=args.precision)
     each = [p for p in prompts for _ in range(args.count)]
-    with warnings.catch_warnings(record=True) as caught, tqdm(unit="step", desc="sampling", leave=False) as bar:
+    with warnings.catch_warnings(record=True) as caught, tqdm(unit="step", desc="sampling", leave=False, disable=None) as bar:
         warnings.simplefilter("always", UserWarning)
 
         def progress(done: int, total: int) -> None:

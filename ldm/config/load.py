@@ -31,6 +31,10 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         key, equals, _ = override.partition("=")
         if not equals or not key or key.startswith("-"):
             raise ValueError(f"override {override!r}: expected key=value, such as optim.lr=1e-4")
+        try:
+            OmegaConf.from_dotlist([override])
+        except Exception as error:  # yaml's error classes are not OmegaConf's interface
+            raise ValueError(f"override {override!r}: not readable as YAML: {str(error).splitlines()[0]}") from error
     try:
         merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
         plain = OmegaConf.to_container(merged, resolve=True)

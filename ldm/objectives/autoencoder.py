@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ldm.evaluate.features import perceptual_distance
 from ldm.models.autoencoder import Autoencoder
@@ -47,7 +46,11 @@ def kl_to_standard_normal(moments: Tensor) -> Tensor:
 
 
 class AutoencoderObjective(Objective):
-    """Generator and discriminator terms in one backward pass: each sees the other's weights detached."""
+    """Generator and discriminator terms in one backward pass, neither of which reaches the other's weights.
+
+    The generator's adversarial term enters through its gradient at the decoded pixels, and the discriminator sees those
+    pixels detached: no parameter is detached or swapped, so it is right under every ZeRO stage.
+    """
 
     def __init__(
         self, autoencoder: Autoencoder, discriminator: Discriminator, loss: AutoencoderLoss, features: Features | None
@@ -75,12 +78,14 @@ class AutoencoderObjective(Objective):
             metrics["perceptual"] = perceptual_distance(self._features(decoded), self._features(images)).mean()
             total = total + self.loss.perceptual * metrics["perceptual"]
         on = float(self._step >= self.loss.adversarial_start and self.loss.adversarial > 0)
-        frozen = {k: v.detach() for k, v in discriminator.state_dict(keep_vars=True).items()}
         if on:
-            adversarial = -functional_call(discriminator, frozen, (decoded,)).float().mean()
-            metrics["balance"] = balance(total, adversarial, decoded)
-            metrics["adversarial"] = adversarial
-            total = total + self.loss.adversarial * metrics["balance"] * adversarial
+            adversarial = -discriminator(decoded).float().mean()
+            others = torch.autograd.grad(total, decoded, retain_graph=True)[0]
+            slope = torch.autograd.grad(adversarial, decoded)[0]
+            metrics["balance"] = balance(others, slope)
+            metrics["adversarial"] = adversarial.detach()
+            term = adversarial.detach() + (slope * (decoded - decoded.detach())).sum()
+            total = total + self.loss.adversarial * metrics["balance"] * term
             critic = hinge(discriminator(images).float(), discriminator(decoded.detach()).float())
             metrics["discriminator"] = critic
             total = total + critic
@@ -93,13 +98,12 @@ class AutoencoderObjective(Objective):
         self._step = step
 
 
-def balance(others: Tensor, adversarial: Tensor, decoded: Tensor) -> Tensor:
-    """Norm of the other terms' gradient over the adversarial one's (Esser et al. 2021, eq. 7), at the decoded pixels.
+def balance(others: Tensor, adversarial: Tensor) -> Tensor:
+    """Norm of the other terms' gradient over the adversarial one's (Esser et al. 2021, eq. 7).
 
-    At the pixels rather than at the last layer: no parameter is touched, so it is right under every ZeRO stage.
+    Both at the decoded pixels (B, 3, H, W), not at the last layer.
     """
-    norms = [torch.autograd.grad(term, decoded, retain_graph=True)[0].norm() for term in (others, adversarial)]
-    return (norms[0] / (norms[1] + 1e-8)).clamp(max=1e4).detach()
+    return (others.norm() / (adversarial.norm() + 1e-8)).clamp(max=1e4)
 
 
 def hinge(real: Tensor, fake: Tensor) -> Tensor:

@@ -93,11 +93,15 @@ def test_each_player_gets_the_gradient_of_its_own_loss_alone() -> None:
 
 
 def test_the_balance_gives_the_adversarial_term_its_share_of_the_pixel_gradient() -> None:
-    x = torch.randn(2, 3, 4, 4, requires_grad=True)
-    others, adversarial = (x**2).sum(), (5 * x).sum()
-    factor = balance(others, adversarial, x)
-    assert not factor.requires_grad
-    assert factor.item() == pytest.approx((2 * x.detach()).norm().item() / (5 * x.numel() ** 0.5), rel=1e-5)
+    others, slope = torch.randn(2, 3, 4, 4), torch.full((2, 3, 4, 4), 5.0)
+    assert balance(others, slope).item() == pytest.approx(others.norm().item() / (5 * 96**0.5), rel=1e-5)
+    built = objective()
+    built.after_step(10)
+    loss, metrics = run(built, images())
+    expected = metrics["l1"] + 0.01 * metrics["kl"] + metrics["discriminator"]
+    expected = expected + 0.3 * metrics["balance"] * metrics["adversarial"]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert not any(m.requires_grad for m in metrics.values())
 
 
 def test_the_posterior_draw_belongs_to_the_position() -> None:
