@@ -76,7 +76,8 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     pipeline = TextToImage.load(args.model, device=args.device or dist.device(), precision=args.precision)
     each = [p for p in prompts for _ in range(args.count)]
-    with warnings.catch_warnings(record=True) as caught, tqdm(unit="step", desc="sampling", leave=False, disable=None) as bar:
+    meter = tqdm(unit="step", desc="sampling", leave=False, disable=None)  # disable=None: no bar where no terminal is
+    with warnings.catch_warnings(record=True) as caught, meter as bar:
         warnings.simplefilter("always", UserWarning)
 
         def progress(done: int, total: int) -> None:

@@ -22,7 +22,7 @@ def run(build: Callable[[], Assembly], train: TrainConfig, out: Path, *, seed: i
     or another process runs in it.
     """
     engine.start()
-    if _finished(out, train.steps, resolved):
+    if dist.from_first(int(_finished(out, train.steps, resolved))):
         dist.say(f"{out}: already finished {train.steps} steps; exported to {out / 'export'}")
         return 0
     with _only_writer(out) as guard:
