@@ -115,7 +115,7 @@ class BucketedOrder:
         epoch, place = divmod(step, self.steps_per_epoch)
         if self._shuffle:
             total = self.steps_per_epoch
-            place = int(permute(np.array([place]), np.array([total]), mix(self._seed, epoch, -2), total)[0])
+            place = int(permute(np.array([place]), total, mix(self._seed, epoch, -2))[0])
         bucket = int(np.searchsorted(self._ends, place, side="right"))
         order = self.orders[bucket]
         local = place - (int(self._ends[bucket]) - order.steps_per_epoch)

@@ -23,12 +23,11 @@ LANES = 64
 
 
 def splitmix(x: _U64) -> _U64:
-    """The splitmix64 finaliser: a bijection on 64 bits with good avalanche."""
-    with np.errstate(over="ignore"):
-        x = x + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+    """The splitmix64 finaliser: a bijection on 64 bits with good avalanche. Arrays wrap silently, as wanted."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def mix(*values: int | Ints | _U64) -> _U64:
@@ -44,20 +43,16 @@ def _word(value: int) -> _U64:
     return np.array([value & 0xFFFFFFFFFFFFFFFF], np.uint64)
 
 
-def permute(index: Ints, size: Ints, key: _U64, bound: int) -> Ints:
-    """Element-wise keyed permutation of [0, size): index (M,) -> (M,), no size over `bound`.
-
-    Equal (size, key, bound) give one permutation; the cost grows as bound / size.
-    """
-    bits = max(2, (bound - 1).bit_length())
+def permute(index: Ints, size: int, key: _U64) -> Ints:
+    """Element-wise keyed permutation of [0, size): index (M,), key (M,) or (1,) -> (M,)."""
+    bits = max(2, (size - 1).bit_length())
     low = bits // 2
     high = bits - low
     value = index.astype(np.uint64)
-    limit = size.astype(np.uint64)
     todo = np.arange(len(value))
-    while len(todo):
+    while len(todo):  # at most half of the values leave [0, size) each time
         value[todo] = _feistel(value[todo], key[todo] if len(key) > 1 else key, low, high)
-        todo = todo[value[todo] >= limit[todo]]
+        todo = todo[value[todo] >= np.uint64(size)]
     return value.astype(np.int64)
 
 
@@ -65,11 +60,10 @@ def _feistel(value: _U64, key: _U64, low: int, high: int) -> _U64:
     """A permutation of [0, 2^(low+high)); the halves keep their widths, each is masked by a hash of the other."""
     a = value >> np.uint64(low)
     b = value & np.uint64((1 << low) - 1)
-    with np.errstate(over="ignore"):
-        for i in range(_ROUNDS):
-            salt = key + np.uint64(i * 2 + 1) * np.uint64(0xD6E8FEB86659FD93)
-            a = a ^ (splitmix(b ^ salt) >> np.uint64(64 - high))
-            b = b ^ (splitmix(a ^ ~salt) >> np.uint64(64 - low)) if low else b
+    for i in range(_ROUNDS):
+        salt = key + np.uint64((i * 2 + 1) * 0xD6E8FEB86659FD93 & 0xFFFFFFFFFFFFFFFF)
+        a = a ^ (splitmix(b ^ salt) >> np.uint64(64 - high))
+        b = b ^ (splitmix(a ^ ~salt) >> np.uint64(64 - low))
     return (a << np.uint64(low)) | b
 
 
@@ -150,24 +144,30 @@ class Order:
         """The line shuffled inside its windows."""
         # The last window takes the remainder, so that no window is small enough for cycle walking to be slow.
         final = max(self.total // self.window - 1, 0)
-        bound = self.total - final * self.window
         window = np.minimum(line // self.window, final)
-        first = window * self.window
-        size = np.where(window == final, bound, self.window)
-        return first + permute(line - first, size, mix(self.seed, epoch, window), bound)
+        key = mix(self.seed, epoch, window)
+        out = np.empty_like(line)
+        for chosen, size in (
+            (window < final, self.window),
+            (window == final, self.total - final * self.window),
+        ):
+            if chosen.any():
+                first = window[chosen] * self.window
+                out[chosen] = first + permute(line[chosen] - first, size, key[chosen])
+        return out
 
     def _line(self, epoch: int) -> tuple[Ints, Ints]:
         """The epoch's permutation of shards and the running ends of their samples on the line."""
-        if epoch not in self._epoch:
-            count = len(self.sizes)
-            shards = np.arange(count)
+        known = self._epoch.get(epoch)
+        if known is None:
+            shards = np.arange(len(self.sizes))
             if self.shuffle:
                 shards = np.argsort(mix(self.seed, epoch, -1, shards), kind="stable").astype(np.int64)
-            ends = np.cumsum(self._sizes[shards])
-            for old in list(self._epoch)[:-1]:
+            known = (shards, np.cumsum(self._sizes[shards]))
+            for old in list(self._epoch)[:-1]:  # threads near an epoch's end use two
                 self._epoch.pop(old, None)
-            self._epoch[epoch] = (shards, ends)
-        return self._epoch[epoch]
+            self._epoch[epoch] = known
+        return known
 
 
 def slots(batch: int, *, rank: int, world: int, accumulate: int, micro_step: int) -> Ints:

@@ -13,6 +13,7 @@ import torch
 
 from ldm.data.captions import Tags
 from ldm.data.loader import DataConfig, Loader
+from ldm.rng import Rng
 from ldm.types import Batch
 from tests.unit.data.pictures import color_of
 
@@ -67,6 +68,23 @@ def test_the_same_global_batches_for_any_division(make_set: Make, world: int, ac
         assert one["key"] == other["key"]
         assert one["caption"] == other["caption"]
         assert torch.equal(one["image"], other["image"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_losses_agree_across_world_sizes(make_set: Make, world: int) -> None:
+    """A denoising loss whose noise is keyed by position: ranks' means average to the single process's."""
+    config = DataConfig(path=str(make_set(30)), size=8, crop="random", flip=True)
+
+    def loss(rank: int, size: int, step: int) -> float:
+        (batch,) = take(Loader(config, seed=0, micro_batch=12 // size, rank=rank, world=size), step, 1)
+        rng = Rng.of(0, batch["position"])
+        noise, drop = rng.normal("noise", (3, 8, 8)), rng.uniform("drop") < 0.1
+        seen = torch.where(drop[:, None, None, None], noise, batch["image"] + noise)
+        return float((seen.tanh() - noise).square().mean(dim=(1, 2, 3)).mean())
+
+    for step in (0, 1, 7):
+        parts = [loss(rank, world, step) for rank in range(world)]
+        assert sum(parts) / world == pytest.approx(loss(0, 1, step), rel=1e-6)
 
 
 def test_resume_equals_going_on(make_set: Make) -> None:
@@ -169,7 +187,7 @@ def test_memory_does_not_grow_over_epochs(make_set: Make) -> None:
         for _ in range(200):
             next(stream)
         gc.collect()
-        assert tracemalloc.get_traced_memory()[0] - before < 60_000  # a batch or two in flight
+        assert tracemalloc.get_traced_memory()[0] - before < 200_000  # a leak of the 1,600 decoded pictures would be 800 kB
     finally:
         tracemalloc.stop()
 
