@@ -1,4 +1,4 @@
-"""`ldm evaluate retrieval|reconstruction|features`: figures of models and pictures, with how they were measured."""
+"""`ldm evaluate retrieval|reconstruction|features|nll`: figures of models and pictures, with how they were measured."""
 
 from __future__ import annotations
 
@@ -47,6 +47,18 @@ def _parser() -> argparse.ArgumentParser:
     features.add_argument("--network", default="efficientnet_lite0", help="or inception (efficientnet_lite0)")
     features.add_argument("--weights", type=Path, help="file of inception's weights, where there is no network")
     features.set_defaults(run=_features)
+
+    nll = verbs.add_parser("nll", help="bound on the negative log-likelihood of real pictures' latents")
+    _data(nll, split="heldout")
+    nll.add_argument("--model", default="emoji", help="shipped model, run, diffusers folder or single file (emoji)")
+    nll.add_argument("--steps", type=int, default=50, help="times of the bound; all of them make it tightest (50)")
+    nll.add_argument("--variance", choices=("small", "large"), default="large", help="of the reverse steps (large)")
+    nll.add_argument("--batch", type=int, default=32)
+    nll.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the U-Net (fp32)"
+    )
+    nll.add_argument("--device", help="cpu, cuda, ...; default: a GPU if there is one")
+    nll.set_defaults(run=_nll)
     return parser
 
 
@@ -142,6 +154,27 @@ def _features(args: argparse.Namespace) -> int:
     if min(len(images), len(real)) < 2048:
         print("few pictures: compare at equal counts only, and rather by the kernel distance")
     _write(args.out, protocol, found)
+    return 0
+
+
+def _nll(args: argparse.Namespace) -> int:
+    from ldm import dist
+    from ldm.pipeline import TextToImage
+    from ldm.recipes import measure
+
+    drawn = measure.draw(args.data, args.split, args.count, seed=args.seed)
+    pipeline = TextToImage.load(args.model, device=args.device or dist.device(), precision=args.precision)
+    size = pipeline.latent_shape(None)[1] * pipeline.codec.factor
+    images = measure.real_pictures(args.data, args.split, drawn.ids, size)
+    how = {"steps": args.steps, "variance": args.variance}
+    found = measure.nll_of(pipeline, images, drawn.captions, batch=args.batch, seed=args.seed, **how)
+    print(f"{found['pictures']} pictures of {size} pixels, data {args.data}, split {args.split}: {args.model}")
+    print(f"bound {found['bits_per_dim']['mean']:.4f} bits a latent dimension (std {found['bits_per_dim']['std']:.4f})")
+    print(
+        f"of it prior {found['prior']:.4f}, {args.steps - 1} steps {found['steps']:.4f}, decoder {found['decoder']:.4f}"
+    )
+    weights = {"model": args.model, "weights": measure.model_hashes(pipeline), "precision": args.precision}
+    _write(args.out, _protocol(args, "nll", len(images)) | weights | how, found)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from ldm.data.decode import BadSample
 from ldm.data.images import pixels, resize, to_float
 from ldm.data.manifest import Manifest, resolve
 from ldm.data.samples import Samples
+from ldm.diffusion.likelihood import Bound, Variance, bound
 from ldm.evaluate import fid, retrieval
 from ldm.evaluate.features import FeatureNetwork, extract, in_batches
 from ldm.evaluate.reconstruction import psnr, ssim
@@ -24,9 +26,10 @@ from ldm.evaluate.retrieval import Retrieval
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.latents import LatentCodec
 from ldm.models.text import ClipConfig, build_tokenizer
-from ldm.pipeline import TextToImage
+from ldm.pipeline import Settings, TextToImage
 from ldm.recipes.sources import weights_hash
-from ldm.rng import generator
+from ldm.rng import Rng, generator
+from ldm.sampling.times import times as spaced
 
 MOST = 20_000
 """Samples of a split that are looked at for captions; of a larger one, as many, evenly spaced."""
@@ -164,6 +167,52 @@ def features_of(network: FeatureNetwork, real: Tensor, other: Tensor, *, seed: i
     """All distances of `evaluate.fid.compare` between two sets of pictures (N, 3, H, W) in [-1, 1]."""
     a, b = extract(network, in_batches(real)), extract(network, in_batches(other))
     return fid.compare(a, b, network=network.name, seed=seed)
+
+
+@torch.no_grad()
+def nll_of(
+    pipeline: TextToImage,
+    images: Tensor,
+    captions: Sequence[str],
+    *,
+    steps: int = 50,
+    variance: Variance = "large",
+    batch: int = 32,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The variational bound of pictures' latents under their captions, over `steps` times from the first to the last.
+
+    In bits per latent dimension: mean, standard deviation over pictures, and the means of its three terms. Latents are
+    continuous, so that the bound is one on a density: it may be negative, and only compares models of one autoencoder.
+    """
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    process, times = pipeline.process, sorted(spaced(pipeline.process.schedule, steps, "linspace"))
+    denoise = pipeline.denoiser(Settings(guidance=1.0))
+    parts: list[Bound] = []
+    for start in range(0, len(images), batch):
+        rows = range(start, min(start + batch, len(images)))
+        x0 = pipeline.codec.encode(images[start : start + batch].to(pipeline.device)).float()
+        rng = Rng(seed, tuple(rows))
+
+        def noise(i: int, rng: Rng = rng, x0: Tensor = x0) -> Tensor:
+            return rng.normal(f"time {i}", x0.shape[1:]).to(x0)
+
+        cond = pipeline.encode_text([captions[i] for i in rows])
+        parts.append(bound(process, denoise, x0, cond, noise=noise, times=times, variance=variance, bins=None))
+    unit = parts[0].dimensions * math.log(2)
+    total = torch.cat([part.bits_per_dim for part in parts]).double()
+    terms = {
+        "prior": torch.cat([part.prior for part in parts]),
+        "steps": torch.cat([part.steps.sum(1) for part in parts]),
+        "decoder": torch.cat([part.decoder for part in parts]),
+    }
+    return {
+        "pictures": len(total),
+        "bits_per_dim": {"mean": float(total.mean()), "std": float(total.std(correction=0))},
+        "dimensions": parts[0].dimensions,
+        **{name: float(value.double().mean()) / unit for name, value in terms.items()},
+    }
 
 
 def model_hashes(pipeline: TextToImage) -> dict[str, str]:
