@@ -6,6 +6,7 @@ converting needs the memory of a few tensors and not of a file.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import pickle
@@ -91,13 +92,13 @@ def open_file(path: Path) -> dict[str, Entry]:
 
 def metadata(path: Path) -> dict[str, str]:
     """What a safetensors file says about itself; empty for other kinds."""
-    return dict(_header(path).get("__metadata__", {})) if path.suffix == ".safetensors" else {}
+    return dict(_header(path)[0].get("__metadata__", {})) if path.suffix == ".safetensors" else {}
 
 
 def _open_safetensors(path: Path) -> dict[str, Entry]:
     try:
-        file = safe_open(str(path), framework="pt", device="cpu")
-        header = _header(path)
+        with safe_open(str(path), framework="pt", device="cpu"):  # checks the header against the size of the file
+            header, start = _header(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
     header.pop("__metadata__", None)
@@ -105,14 +106,32 @@ def _open_safetensors(path: Path) -> dict[str, Entry]:
     for name, about in header.items():
         if about["dtype"] not in _TYPES:
             raise ValueError(f"{path}: {name!r} has type {about['dtype']}; known are {sorted(_TYPES)}")
-        out[name] = Entry(torch.Size(about["shape"]), _TYPES[about["dtype"]], lambda name=name: file.get_tensor(name))
+        shape, dtype = torch.Size(about["shape"]), _TYPES[about["dtype"]]
+        read = functools.partial(_read_tensor, path, start + about["data_offsets"][0], shape, dtype)
+        out[name] = Entry(shape, dtype, read)
     return out
 
 
-def _header(path: Path) -> dict[str, Any]:
+def _read_tensor(path: Path, offset: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Read into new memory: a mapped file's pages would stay and count as this process's."""
+    out = torch.empty(shape, dtype=dtype)
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        flat: Any = out.reshape(-1).view(torch.uint8).numpy() if out.numel() else b""
+        left = memoryview(flat)
+        while left:
+            count = file.readinto(left)
+            if not count:
+                raise ValueError(f"{path}: ended while it was read")
+            left = left[count:]
+    return out
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header, and where the data begin."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        return json.loads(file.read(length))
+        return json.loads(file.read(length)), 8 + length
 
 
 def _open_pickle(path: Path) -> dict[str, Tensor]:

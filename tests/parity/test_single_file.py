@@ -221,3 +221,17 @@ def test_saving_replaces_a_folder_with_a_sharded_one(tmp_path: Path) -> None:
     save_diffusers(tmp_path / "m", **kinds, scheduler=parts.scheduler, shard_bytes=50_000)
     assert not (tmp_path / "m/unet/diffusion_pytorch_model.safetensors").exists()
     assert same(parts, load_diffusers(tmp_path / "m"))
+
+
+def test_converting_needs_little_memory(tmp_path: Path) -> None:
+    """A file of 512 MB in 16 tensors is rewritten by a process that grows by less than half of it, libraries included."""
+    import resource
+
+    block = torch.zeros(8 * 1024 * 1024)
+    big = {f"t{i}": Entry(block.shape, block.dtype, lambda: block) for i in range(16)}
+    weights.write_file(tmp_path / "big.safetensors", big)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    source = weights.open_file(tmp_path / "big.safetensors")
+    weights.write_file(tmp_path / "half.safetensors", source, dtype=torch.float16)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 * 1024
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.51 * (tmp_path / "big.safetensors").stat().st_size
