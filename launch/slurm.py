@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from launch.job import BAD_NODE, RUN_AGAIN, SlurmJob
 
@@ -15,7 +16,7 @@ from launch.job import BAD_NODE, RUN_AGAIN, SlurmJob
 def render(job: SlurmJob) -> str:
     """The batch script: options, environment, preflight, one srun task a rank, requeue or exit code."""
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in _options(job)), ""]
-    lines += ["# Made by `python -m launch slurm`: plain bash, to be read, edited and given to sbatch."]
+    lines += [_MADE]
     lines += [_PRELUDE.format(logs=shlex.quote(str(job.log_dir)), workdir=shlex.quote(str(job.workdir)))]
     lines += [f"export {key}={shlex.quote(value)}" for key, value in job.env.items()]
     lines += list(job.setup)
@@ -102,11 +103,46 @@ def _preflight(job: SlurmJob) -> str:
     return _PREFLIGHT.format(check=_inside(job, check), least=least, bad=BAD_NODE)
 
 
-def templates() -> list[Path]:
-    """The plain batch scripts that come with the package."""
-    return sorted(Path(__file__).parent.glob("*.sbatch"))
+def template(name: str) -> str:
+    """The plain batch script that lies beside this file as NAME.sbatch: what `render` makes, with a note on top."""
+    text, what = render(TEMPLATES[name]), _NOTES[name]
+    last = text.rindex("#SBATCH")
+    at = text.index("\n", last) + 1
+    note = f"# {what}\n# Edit options and command, then: mkdir -p slurm-logs && sbatch {name}.sbatch\n"
+    return text[:at] + note + text[at:].replace(f"\n{_MADE}\n", "\n", 1)
 
 
+_EMOJI = "configs/train/text_to_image_emoji.yaml"
+_PLAIN: dict[str, Any] = {"workdir": Path("."), "python": "python3", "gpus_per_node": 8, "time": "24:00:00"}
+TEMPLATES = {
+    "train": SlurmJob(
+        command=("ldm", "train", _EMOJI, "out=runs/emoji"),
+        nodes=2,
+        check=f"ldm train {_EMOJI} --print-config",
+        disks=("runs",),
+        **_PLAIN,
+    ),
+    "encode": SlurmJob(command=("ldm", "train", _EMOJI, "task.cache=cache/emoji", "--dry-run"), **_PLAIN),
+    "sample": SlurmJob(
+        command=("ldm", "sample", "--from-file", "prompts/{array}.txt", "--out", "samples/{array}"),
+        array="0-7",
+        preflight=False,
+        **_PLAIN | {"gpus_per_node": 1, "time": "1:00:00"},
+    ),
+    "evaluate": SlurmJob(
+        command=("ldm", "evaluate", "features", "--model", "runs/emoji", "--out", "runs/emoji/features.json"),
+        preflight=False,
+        **_PLAIN | {"gpus_per_node": 1, "time": "1:00:00"},
+    ),
+}
+_NOTES = {
+    "train": "Train on 2 nodes of 8 GPUs; the run goes on by itself after the time limit and after lost nodes.",
+    "encode": "Encode pictures and captions into a cache once, on 8 GPUs; training with the same task.cache reads it.",
+    "sample": "Pictures of many prompts: array task N draws the lines of prompts/N.txt on one GPU.",
+    "evaluate": "Measure a trained model on one GPU.",
+}
+
+_MADE = "# Made by `python -m launch slurm`: plain bash, to be read, edited and given to sbatch."
 _PRELUDE = """\
 set -u
 cd {workdir} || exit 1

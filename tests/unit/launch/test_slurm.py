@@ -1,0 +1,166 @@
+"""Job descriptions, the batch script, and what a rank reads of its step; the cluster tests run all of it for real."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import hostlist, logs, preflight, slurm, task
+from launch.__main__ import main
+from launch.job import SlurmJob, read_site, seconds
+
+
+def job(**changes: Any) -> SlurmJob:
+    return SlurmJob(**{"command": ("ldm", "train", "a b.yaml"), "workdir": Path("/w"), "python": "py"} | changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("n1", ["n1"]),
+        ("n[1-3]", ["n1", "n2", "n3"]),
+        ("gpu[007-009,20],x", ["gpu007", "gpu008", "gpu009", "gpu20", "x"]),
+        ("r[1-2]n[1,3]", ["r1n1", "r1n3", "r2n1", "r2n3"]),
+        ("a,b-2,c[1]-ib", ["a", "b-2", "c1-ib"]),
+    ],
+)
+def test_host_lists(text: str, hosts: list[str]) -> None:
+    assert hostlist.expand(text) == hosts
+
+
+def test_odd_host_lists_and_counts() -> None:
+    assert hostlist.counts("2(x3),1") == [2, 2, 2, 1]
+    with pytest.raises(ValueError, match="unbalanced"):
+        hostlist.expand("n[1-3")
+    with pytest.raises(ValueError, match="cannot read 'x'"):
+        hostlist.counts("x")
+
+
+@pytest.mark.parametrize(
+    ("time", "wanted"),
+    [("30", 1800), ("10:30", 630), ("24:00:00", 86400), ("2-12", 216000), ("1-0:30", 88200), ("1-01:02:03", 90123)],
+)
+def test_time_limits(time: str, wanted: int) -> None:
+    assert seconds(time) == wanted
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"command": ()}, "nothing to start"),
+        ({"nodes": 0}, "nodes: must be at least 1, got 0"),
+        ({"nodes": 2, "min_nodes": 3}, r"min_nodes: must be at most nodes \(2\), got 3"),
+        ({"signal": "KILL"}, "signal: 'KILL' is not one of"),
+        ({"time": "2"}, "time: 2 is not longer than the 120 s of lead"),
+        ({"time": "soon"}, "time: 'soon' is none of"),
+        ({"name": "a b"}, "name: only letters"),
+        ({"partition": "x\n#SBATCH --uid=0"}, "no line break"),
+        ({"container_runtime": "docker"}, "container_runtime: 'docker'"),
+    ],
+)
+def test_mistakes_are_named(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        job(**changes)
+
+
+def test_site_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text('partition = "gpu"\ngpus_per_node = 8\nsetup = ["module load x"]\n[env]\nA = "1 2"\n')
+    assert read_site(path)["setup"] == ("module load x",)
+    assert main(["slurm", "--site", str(path), "--gpus-per-node", "4", "--dry-run", "--", "true"]) == 0
+    script = capsys.readouterr().out
+    for line in ("#SBATCH --partition=gpu", "#SBATCH --gpus-per-node=4", "export A='1 2'", "module load x"):
+        assert line in script.splitlines()
+    path.write_text("gpu_per_node = 8\n")
+    assert main(["slurm", "--site", str(path), "--dry-run", "--", "true"]) == 2
+    assert "unknown key 'gpu_per_node'; did you mean 'gpus_per_node'?" in capsys.readouterr().err
+    path.write_text('nodes = "2"\n')
+    with pytest.raises(ValueError, match="nodes: expected int, got '2'"):
+        read_site(path)
+
+
+def test_script(tmp_path: Path) -> None:
+    everything = job(
+        nodes=4, min_nodes=2, spares=1, gpus_per_node=8, cpus_per_task=6, time="1-00", array="0-3",
+        dependency="afterok:7", container="/c.sqsh", mounts=("/a:/b",), check="ldm train 'x y'",
+        disks=("/scratch dir",), sbatch=("--exclusive",),
+    )  # fmt: skip
+    for one in (job(), everything, job(container="/c.sif", container_runtime="apptainer"), job(preflight=False)):
+        script = slurm.render(one)
+        assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).stderr == ""
+        if shutil.which("shellcheck"):
+            subprocess.run(["shellcheck", "-"], input=script, text=True, check=True)
+        assert "-- ldm train 'a b.yaml'" in script
+        assert script.count("#SBATCH --signal=B:USR2@120\n") == 1
+    script = slurm.render(everything)
+    assert "#SBATCH --nodes=2-5\n" in script
+    assert "#SBATCH --dependency=afterok:7\n#SBATCH --kill-on-invalid-dep=yes\n" in script
+    assert "--container-mounts=/w:/w,slurm-logs:slurm-logs,/a:/b" in script
+    assert "#SBATCH --no-requeue\n" in slurm.render(job(requeue=False))
+    assert '"$restart" -lt 0 ' in slurm.render(job(requeue=False))
+
+
+@pytest.mark.parametrize("name", sorted(slurm.TEMPLATES))
+def test_templates_are_what_a_dry_run_prints(name: str) -> None:
+    path = next(p for p in (Path(slurm.__file__).parent).glob("*.sbatch") if p.stem == name)
+    assert path.read_text() == slurm.template(name), f"write launch.slurm.template({name!r}) to {path}"
+    assert subprocess.run(["bash", "-n", path], capture_output=True, text=True).stderr == ""
+    made = [line for line in slurm.render(slurm.TEMPLATES[name]).splitlines() if line and not line.startswith("# ")]
+    assert [line for line in path.read_text().splitlines() if line and not line.startswith("# ")] == made
+
+
+STEP = {
+    "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_NODELIST": "n[2-3]",
+    "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0",
+    "SLURM_CPUS_PER_TASK": "5",
+}  # fmt: skip
+
+
+def test_variables_of_a_rank() -> None:
+    own = task.variables(STEP)
+    assert 10000 <= int(own.pop("MASTER_PORT")) < 30000
+    assert own == {
+        "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "1",
+        "MASTER_ADDR": "n2", "OMP_NUM_THREADS": "5",
+    }  # fmt: skip
+    ports = {task.variables(STEP | {"SLURM_RESTART_COUNT": str(n)})["MASTER_PORT"] for n in range(5)}
+    assert len(ports) == 5  # a port that is taken is not tried again
+    with pytest.raises(ValueError, match="SLURM_PROCID: not set; `launch task` runs under srun"):
+        task.variables({})
+    assert task.fill(["{job}-{array}.txt"], {"SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}) == ["7-2.txt"]
+
+
+def test_preflight_blames_the_right_host() -> None:
+    def facts(host: str, torch: str = "2", clock: float = 100.0, gpus: int = 8, *problems: str) -> preflight.Facts:
+        versions = {"torch": torch}
+        return preflight.Facts(host=host, versions=versions, clock=clock, gpus=gpus, problems=list(problems))
+
+    hosts = ["a", "b", "c", "d", "e", "f"]
+    said = {
+        0: facts("a"),
+        1: facts("b", "1"),
+        2: facts("c", "2", 190.0),
+        3: facts("d", "2", 100.0, 7),
+        5: facts("f", "2", 100.0, 8, "/x: Read-only file system"),
+    }
+    assert preflight.judge(hosts, said, dict.fromkeys(said, 101.0), 8) == {
+        "b": ["torch is 1, elsewhere 2"],
+        "c": ["its clock is off by +89 s"],
+        "d": ["7 GPUs are visible, 8 were asked for"],
+        "e": ["no answer"],
+        "f": ["/x: Read-only file system"],
+    }
+
+
+def test_logs_of_all_ranks_in_the_order_of_time(tmp_path: Path) -> None:
+    (tmp_path / "rank-00000.log").write_text("2026-01-01T00:00:01 n1/0 one\n2026-01-01T00:00:03 n1/1 three  x\n")
+    (tmp_path / "rank-00001.log").write_text("2026-01-01T00:00:02 n2/0 two\n2026-01-01T00:00:03 n2/1 also\n")
+    assert [line.split("T00:00:0")[1] for line in logs.merge(logs.find(tmp_path))] == [
+        "1 0@n1/0 one", "2 1@n2/0 two", "3 0@n1/1 three  x", "3 1@n2/1 also",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"no rank-\*\.log"):
+        logs.find(tmp_path / "none")
