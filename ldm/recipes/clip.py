@@ -55,15 +55,16 @@ class RetrievalValidation:
                 text = torch.cat(
                     [clip.encode_text(p.to(device), normalize=True).float().cpu() for p in tokens.split(64)]
                 )
-                found = caption_retrieval(image, text, range(len(image)), candidates=len(text), ks=(1, 10))
-                figures[split] = {"candidates": len(text), "R@1": found.at(1).rate, "R@10": found.at(10).rate}
+                ks = [k for k in (1, 10) if k <= len(text)]
+                found = caption_retrieval(image, text, range(len(image)), candidates=len(text), ks=ks)
+                figures[split] = {"candidates": len(text), **{f"R@{k}": found.at(k).rate for k in ks}}
         clip.train(was)
         self.last = figures
         if dist.rank() == 0:
             with (trainer.out / "log" / "validation.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(figures) + "\n")
-            text = ", ".join(f"{s}: R@1 {f['R@1']:.3f} R@10 {f['R@10']:.3f}" for s, f in figures.items() if s != "step")
-            dist.say(f"step {step}: {text}")
+            parts = [f"{s} {k} {v:.3f}" for s in self._tokens for k, v in figures[s].items() if k != "candidates"]
+            dist.say(f"step {step}: {', '.join(parts)}")
 
 
 def build(task: ClipTask, data: DataConfig, train: TrainConfig, seed: int, workers: int) -> Assembly:

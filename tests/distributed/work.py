@@ -149,22 +149,16 @@ def swap(training: Training) -> dict[str, Any]:
 
 
 def load_each(folders: list[str]) -> list[dict[str, Any]]:
-    """Every checkpoint into an engine of every stage: what it then holds and the next loss."""
+    """Each checkpoint in turn into an engine of every stage: what it then holds, and the last one's losses."""
     warnings.simplefilter("ignore")
     found = []
     for stage in range(4):
-        for folder in folders:
-            training = Training(stage, seed=3)
+        training = Training(stage, seed=3)
+        turned = folders[stage:] + folders[:stage]  # so that each stage goes on from another one
+        for folder in turned:
             state.load(Path(folder), training.engine, training.ema)
-            found.append(
-                {
-                    "stage": stage,
-                    "folder": folder,
-                    "weights": training.read(),
-                    "first": training.moment("exp_avg"),
-                    "second": training.moment("exp_avg_sq"),
-                    "ema": training.full(training.ema.shards),
-                    "losses": [training.step(i) for i in range(HALF, HALF + 2)],
-                }
-            )
+            held = {"weights": training.full(), "ema": training.full(training.ema.shards)}
+            held |= {"first": training.moment("exp_avg"), "second": training.moment("exp_avg_sq")}
+            found.append({"stage": stage, "folder": folder, **held})
+        found[-1] |= {"losses": [training.step(i) for i in range(HALF, HALF + 2)]}
     return found
