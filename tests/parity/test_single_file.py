@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ def shapes_only(config: Any) -> dict[str, Entry]:
     return weights.of_state({k: v.detach() for k, v in empty(config).state_dict().items()})
 
 
+@functools.cache
 def family(name: str) -> Opened:
     """A published family at its real shape, on the meta device."""
     vae = presets.AUTOENCODERS["kl_f8_sdxl" if name == "sdxl" else "kl_f8"]
@@ -224,7 +226,7 @@ def test_saving_replaces_a_folder_with_a_sharded_one(tmp_path: Path) -> None:
 
 
 def test_converting_needs_little_memory(tmp_path: Path) -> None:
-    """A file of 512 MB in 16 tensors is rewritten by a process that grows by less than half of it, libraries included."""
+    """A file of 512 MB in 16 tensors is rewritten by a process that grows by less than half of that."""
     import resource
 
     block = torch.zeros(8 * 1024 * 1024)
