@@ -1,4 +1,4 @@
-"""`ldm data build|index|inspect`: make data sets and look at them."""
+"""`ldm data build|index|inspect|encode`: make data sets, look at them, cache their latents."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-
-USAGE = """usage: ldm data build FOLDER|metadata.jsonl OUT [options]
-       ldm data index FOLDER [options]
-       ldm data inspect DATA [options]"""
 
 
 def main(argv: list[str]) -> int:
@@ -59,6 +55,24 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--limit", type=int, default=20_000, help="samples looked at, evenly spaced (20000)")
     inspect.add_argument("--pictures", type=int, default=96, help="on the contact sheet (96)")
     inspect.set_defaults(run=_inspect)
+
+    encode = verbs.add_parser(
+        "encode",
+        help="cache latents and text states; any number of processes share the work, start again to resume",
+    )
+    encode.add_argument("data", help="a shipped data set's name, a folder, an address or a manifest")
+    encode.add_argument("out", type=Path, help="folder of the cache")
+    encode.add_argument("--vae", help="autoencoder: a model folder, a run's export, or a shipped one's name")
+    encode.add_argument("--text", help="text towers: the same")
+    encode.add_argument("--splits", nargs="+", default=["train"])
+    encode.add_argument("--size", type=int, required=True)
+    encode.add_argument("--crop", choices=("center", "random"), default="center")
+    encode.add_argument("--flip", action="store_true")
+    encode.add_argument("--variants", type=int, default=1, help="crops and flips of each picture (1)")
+    encode.add_argument("--template", default="{}")
+    encode.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
+    encode.add_argument("--batch", type=int, default=64)
+    encode.set_defaults(run=_encode)
     return parser
 
 
@@ -141,6 +155,58 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def _encode(args: argparse.Namespace) -> int:
+    from ldm import dist
+    from ldm.data.encode import EncodeConfig, encode, finish, missing
+    from ldm.models.latents import LatentCodec
+    from ldm.recipes.sources import load_autoencoder, load_towers, text_encoder, weights_hash
+
+    if args.vae is None and args.text is None:
+        raise ValueError("nothing to encode: give --vae, --text or both")
+    config = EncodeConfig(
+        path=args.data,
+        splits=tuple(args.splits),
+        size=args.size,
+        crop=args.crop,
+        flip=args.flip,
+        variants=args.variants,
+        template=args.template,
+        dtype=args.dtype,
+        batch=args.batch,
+    )
+    device = dist.device()
+    hashes, moments, text = {}, None, None
+    if args.vae is not None:
+        autoencoder = load_autoencoder(args.vae).to(device)
+        codec = LatentCodec.of(autoencoder)
+        hashes["vae"] = weights_hash(autoencoder)
+        moments = codec.moments
+    if args.text is not None:
+        towers = [tower.to(device) for tower in load_towers(args.text)]
+        encode_text = text_encoder(towers)
+        hashes["text"] = weights_hash(*towers)
+        text = lambda texts: dict(encode_text(texts))  # noqa: E731
+    with _Progress("pictures") as progress:
+        encode(
+            config,
+            args.out,
+            moments=moments,
+            text=text,
+            hashes=hashes,
+            rank=dist.rank(),
+            world=dist.world_size(),
+            progress=progress.more,
+        )
+    if left := missing(config, args.out):
+        print(f"done here; {left} parts are left to other processes, the last of which writes the manifest")
+        return 0
+    manifest = finish(config, args.out)
+    errors = ", ".join(f"{k} {v:.1e}" for k, v in manifest.notes["relative_rms_error"].items())
+    print(f"{manifest.samples()} samples, {manifest.notes['bytes_per_sample']} bytes each, {manifest.notes['bad']} bad")
+    print(f"relative error of storing as {config.dtype}: {errors}")
+    return 0
+
+
 class _Progress:
     """A tqdm bar that learns its total with the first update."""
 
@@ -152,6 +218,9 @@ class _Progress:
     def update(self, done: int, total: int) -> None:
         self._bar.total = total
         self._bar.update(done - self._bar.n)
+
+    def more(self, done: int) -> None:
+        self._bar.update(done)
 
     def __enter__(self) -> _Progress:
         return self

@@ -149,6 +149,13 @@ def finish(config: EncodeConfig, out: Path) -> Manifest:
     return result
 
 
+def missing(config: EncodeConfig, out: Path) -> int:
+    """How many parts other processes still have to write."""
+    source = Manifest.read(resolve(config.path))
+    parts = (p for split in config.splits for p in _parts(split, source.samples(split), config.part))
+    return sum(not _marker(out, part).is_file() for part in parts)
+
+
 def build_cache(
     config: EncodeConfig,
     out: Path,

@@ -136,7 +136,7 @@ def contact_sheet(tiles: list[tuple[Image.Image, str]], columns: int = 12) -> Im
     for i, (picture, caption) in enumerate(tiles):
         left, top = i % columns * (THUMB + 8) + 4, i // columns * (THUMB + _TEXT) + 4
         sheet.paste(picture, (left + (THUMB - picture.width) // 2, top + (THUMB - picture.height) // 2))
-        shown = caption if len(caption) <= 21 else caption[:20] + "…"
+        shown = caption if len(caption) <= 21 else caption[:18] + "..."
         draw.text((left, top + THUMB + 3), shown.encode("latin-1", "replace").decode("latin-1"), fill=(60, 60, 60))
     return sheet
 

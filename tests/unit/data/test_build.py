@@ -194,5 +194,7 @@ def test_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     with Image.open(tmp_path / "look" / "contact.png") as sheet:
         assert sheet.width == 12 * 136
     assert main(["index", out, "--workers", "1"]) == 0
+    with pytest.raises(ValueError, match="give --vae, --text or both"):
+        main(["encode", out, str(tmp_path / "cache"), "--size", "64"])
     with pytest.raises(SystemExit):
         main(["bild"])

@@ -187,7 +187,7 @@ def test_memory_does_not_grow_over_epochs(make_set: Make) -> None:
         for _ in range(200):
             next(stream)
         gc.collect()
-        assert tracemalloc.get_traced_memory()[0] - before < 200_000  # a leak of the 1,600 decoded pictures would be 800 kB
+        assert tracemalloc.get_traced_memory()[0] - before < 200_000  # leaking 1,600 pictures would be 800 kB
     finally:
         tracemalloc.stop()
 
