@@ -61,7 +61,7 @@ SlurmdTimeout=6
 MessageTimeout=5
 TCPTimeout=2
 KillWait=5
-UnkillableStepTimeout=10
+UnkillableStepTimeout=120
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=OFF
@@ -89,6 +89,7 @@ class Cluster:
         self.local = self.root / "local"  # the same path on each node, another disk
         self._cpus = cpus
         self._hosts: dict[str, subprocess.Popen[bytes]] = {}
+        self._crashed: dict[str, float] = {}
         self._env = {**os.environ, "SLURM_CONF": str(self.root / "slurm.conf"), "PATH": f"{os.environ['PATH']}:{_PATH}"}
 
     def up(self) -> None:
@@ -132,6 +133,7 @@ class Cluster:
         """All processes of the node die at once; peers see their connections close."""
         os.kill(self._inside(node), signal.SIGKILL)
         (self.root / f"{node}.pid").unlink()
+        self._crashed[node] = time.monotonic()
 
     def power_off(self, node: str) -> None:
         """As a crash, but peers only see silence."""
@@ -140,8 +142,11 @@ class Cluster:
 
     def boot(self, node: str) -> None:
         """Start a dead node again and wait until it is in service."""
+        self._hosts[node].wait(timeout=20)
+        # As a machine would take; SLURM tells a reboot by its second being later than that of the last sign of life.
+        time.sleep(max(0.0, self._crashed[node] + 2.5 - time.monotonic()))
         self._boot(node)
-        end = time.monotonic() + 40
+        end = time.monotonic() + 120
         while not self._in_service([node]):
             if self._state(node).startswith("down"):
                 self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)  # an operator would
@@ -195,7 +200,14 @@ class Cluster:
             self.run("ip", "link", "set", f"to-{node}", "up", check=False)
             if not (self.root / f"{node}.pid").exists():
                 self.boot(node)
-        until(lambda: self._in_service(self.nodes, ("idle",)), 60, "the cluster did not become idle")
+        until(self._is_idle, 120, lambda: f"not idle: {self.run('sinfo', '-h', '-N', '-o', '%N %T %E')}")
+
+    def _is_idle(self) -> bool:
+        """Whether all nodes are; those that SLURM gave up on (a process was slow to die) are taken back."""
+        for node in self.nodes:
+            if self._state(node).startswith(("down", "drain")):
+                self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+        return self._in_service(self.nodes, ("idle",))
 
     def _write_files(self) -> None:
         for folder in ("state", "disks", "local"):

@@ -36,7 +36,7 @@ class Peers:
             server = socket.create_server(("", address[1]), backlog=self.world)
             self._files = [server.accept()[0].makefile("rw") for _ in range(self.world - 1)]
             return
-        end = time.monotonic() + 30
+        end = time.monotonic() + 120
         while not self._files:
             try:
                 self._files = [socket.create_connection(address, timeout=None).makefile("rw")]
@@ -102,7 +102,7 @@ def main() -> int:
 
 def train(options: argparse.Namespace, stop: list[int], child: subprocess.Popen[bytes] | None) -> int:
     peers = Peers()
-    lock = RunLock(options.folder, lease=1.5).acquire() if peers.rank == 0 else None
+    lock = RunLock(options.folder, lease=3).acquire() if peers.rank == 0 else None
     checkpoint = options.folder / "checkpoint.json"
     peers.reduce(0, 0)
     saved = json.loads(checkpoint.read_text()) if checkpoint.exists() else {"step": 0, "state": 1.0, "losses": []}
