@@ -85,7 +85,8 @@ class TextToImage:
         precision: str = "fp32",
     ) -> None:
         """`spacing`, `offset` and `end` are those of the model's own DDIM and DDPM; None is the sampler's."""
-        self.offset, self.end = offset, end
+        self.offset = offset
+        self.end: Literal["data", "first"] | None = end
         self.unet, self.codec, self.text, self.process = unet, codec, list(text), process
         self.spacing, self.dtype = spacing, compute_dtype(precision)
 

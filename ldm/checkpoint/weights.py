@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import pickle
 import re
 import struct
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -137,7 +137,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
 def _open_pickle(path: Path) -> dict[str, Tensor]:
     try:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         text = str(error)
         found = re.search(r"GLOBAL (\S+)", text)
         if found or "weights_only" in text or "nsupported" in text:

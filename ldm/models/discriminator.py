@@ -1,4 +1,4 @@
-"""A patch discriminator (Isola et al. 2017) with spectral normalisation left out and group norm in place of batch norm."""
+"""A patch discriminator (Isola et al. 2017) with group norm in place of batch norm."""
 
 from __future__ import annotations
 

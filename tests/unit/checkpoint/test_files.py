@@ -1,4 +1,4 @@
-"""Checkpoint folders: complete or absent, damage found and named, retention that never throws away the last good one."""
+"""Checkpoint folders: complete or absent, damage found and named, retention that keeps the last good one."""
 
 from __future__ import annotations
 
