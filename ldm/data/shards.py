@@ -8,6 +8,7 @@ import os
 import struct
 import tarfile
 import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -114,7 +115,7 @@ def split_name(name: str) -> tuple[str, str]:
     return os.path.join(folder, stem), extension.lower()
 
 
-class ShardReader:
+class ShardReader(ABC):
     """One tar with its index. Threads may share it."""
 
     def __init__(self, name: str, index: Index) -> None:
@@ -138,11 +139,11 @@ class ShardReader:
         """A member, without a copy where the shard is local."""
         return memoryview(self.member(sample, self.index.extensions.index(extension)))
 
+    @abstractmethod
     def member(self, sample: int, column: int) -> bytes:
         """The bytes of a sample's member by its extension's number."""
-        raise NotImplementedError
 
-    def prefetch(self, sample: int) -> None:
+    def prefetch(self, sample: int) -> None:  # noqa: B027 (a default, not a duty)
         """Get a sample's bytes ready; nothing where reading is cheap."""
 
 
@@ -190,7 +191,7 @@ class RemoteReader(ShardReader):
         offset, size = int(self.index.offsets[sample, column]), int(self.index.sizes[sample, column])
         return blob[offset - first : offset - first + size]
 
-    def prefetch(self, sample: int) -> None:
+    def prefetch(self, sample: int) -> None:  # noqa: B027 (a default, not a duty)
         """Request the sample's blob."""
         self._blob(sample)
 
