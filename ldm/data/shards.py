@@ -191,7 +191,7 @@ class RemoteReader(ShardReader):
         offset, size = int(self.index.offsets[sample, column]), int(self.index.sizes[sample, column])
         return blob[offset - first : offset - first + size]
 
-    def prefetch(self, sample: int) -> None:  # noqa: B027 (a default, not a duty)
+    def prefetch(self, sample: int) -> None:
         """Request the sample's blob."""
         self._blob(sample)
 
