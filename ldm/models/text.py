@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -269,7 +270,7 @@ class TextTower(nn.Module):
         """{"text": (B, T, D), "pooled": (B, P)} of token ids (B, T); never under autocast."""
         model, rule = self.model, self.config.output
         tokens = tokens.to(model.positional_embedding.device)
-        with torch.autocast(tokens.device.type, enabled=False):
+        with nullcontext() if tokens.is_meta else torch.autocast(tokens.device.type, enabled=False):
             x = model.token_embedding(tokens) + model.positional_embedding[: tokens.shape[1]]
             mask = model.attn_mask
             assert mask is not None
