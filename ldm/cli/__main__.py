@@ -16,6 +16,7 @@ VERBS = {
     "convert": "between model formats",
     "evaluate": "measure pictures and models",
     "show": "noising strips and run pages",
+    "serve": "a page in the browser: prompt -> pictures",
 }
 
 

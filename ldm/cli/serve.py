@@ -1,0 +1,41 @@
+"""`ldm serve`: a page in the browser that draws from words."""
+
+from __future__ import annotations
+
+import argparse
+
+EXAMPLES = ("a red apple", "a smiling face with sunglasses", "woman firefighter, medium-dark skin tone", "a red heart")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options of the verb."""
+    p = argparse.ArgumentParser(
+        prog="ldm serve",
+        description="Draw from words in a browser. Needs the extra `web`.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument("--model", default="emoji", help="shipped name, run or diffusers folder, single file or hub id")
+    p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the U-Net")
+    p.add_argument("--device", default=None, help="cpu, cuda, ...; default: a GPU if there is one")
+    p.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
+    p.add_argument("--port", type=int, default=7860)
+    return p
+
+
+def main(argv: list[str]) -> int:
+    """Serve until interrupted; ValueError for users' mistakes."""
+    args = parser().parse_args(argv)
+    if not 1 <= args.port <= 65535:
+        raise ValueError(f"--port: must be in [1, 65535], got {args.port}")
+    from ldm import dist
+    from ldm.pipeline import TextToImage
+    from ldm.web.serve import build_app, check_gradio
+
+    check_gradio()
+    pipeline = TextToImage.load(args.model, device=args.device or dist.device(), precision=args.precision)
+    app = build_app(pipeline, args.model, EXAMPLES if args.model == "emoji" else ())
+    try:
+        app.launch(server_name=args.host, server_port=args.port, quiet=False, share=False)
+    except OSError as error:
+        raise ValueError(f"--port: {args.port} cannot be used ({error})") from error
+    return 0
