@@ -32,6 +32,7 @@ def main(argv: list[str]) -> int:
 
     say("loading ...")
     from ldm.config.schema import load_run
+    from ldm.data.mixture import main_source
     from ldm.models.shipped import ASSETS
     from ldm.pipeline import Settings, TextToImage
     from ldm.web import demo
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> int:
     settings = Settings(sampler="dpmpp_2m", steps=20, guidance=3.0, seed=args.seed, batch=32)
     shipped = TextToImage.load("emoji", precision="auto")
     args.out.mkdir(parents=True, exist_ok=True)
-    job = demo.Demo(config, args.out, shipped, demo.Scorer("clip_emoji", config.data.path), settings, say)
+    job = demo.Demo(config, args.out, shipped, demo.Scorer("clip_emoji", main_source(config.data).path), settings, say)
     page = demo.run(job, file, overrides, args.procs)
     say("done")
     print(f"contact sheet: {(args.out / 'contact_sheet.png').resolve()}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.config import load as config
-from ldm.data.loader import DataConfig
+from ldm.data.mixture import Data
 from ldm.recipes.autoencoder import AutoencoderTask
 from ldm.recipes.clip import ClipTask
 from ldm.recipes.text_to_image import TextToImageTask
@@ -25,7 +25,7 @@ class RunConfig:
     seed: int = 0
     workers: int = 0
     task: Task
-    data: DataConfig
+    data: Data
     train: TrainConfig
 
     def __post_init__(self) -> None:
@@ -36,5 +36,12 @@ class RunConfig:
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read and check a run's config. Raises ValueError naming the key, the value and what is allowed."""
-    return config.load(RunConfig, path, overrides)
+    """Read and check a run's config. Raises ValueError naming the key, the value and what is allowed.
+
+    `data.kind` may be left out: what lists `sources` is a mixture.
+    """
+    tree = config.read(path, overrides)
+    data = tree.get("data")
+    if isinstance(data, dict):
+        data.setdefault("kind", "mixture" if "sources" in data else "shards")
+    return config.decode(RunConfig, tree)

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ldm.data.buckets import BucketedOrder, name
 from ldm.data.captions import Tags, uniform
 from ldm.data.decode import BadSample
 from ldm.data.images import Fit, to_float
 from ldm.data.manifest import Manifest, Shard, resolve
-from ldm.data.order import Order, mix, slots
+from ldm.data.order import Order, mix
 from ldm.data.remote import RemoteConfig
 from ldm.data.samples import Samples
+from ldm.data.stream import Stream
 from ldm.types import Batch
-
-Tokenize = Callable[[list[str]], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +31,11 @@ class DataConfig:
 
     `path` is a shipped data set's name (emoji), a folder or an address with a manifest.json, or the manifest. `size` is
     the side of the square pictures. `captions`: "weighted" draws among a sample's captions by their weights, "first"
-    takes the plain one. `template` wraps the caption, `tags` shuffles and drops its parts (not of cached text). With
-    `buckets` every batch has the shape of one bucket of the data set, and `size` is not used. `memory` bounds in bytes
-    what is kept decoded. `last` is the rule for an epoch's last partial batch. Bad samples are replaced and listed in
-    `quarantine`; above the rate `max_bad` the run stops.
+    takes the plain one. `template` wraps the caption, `tags` shuffles and drops its parts (not of cached text). Each
+    sample comes `repeats` times an epoch (times what its folder's name asked for). With `buckets` every batch has the
+    shape of one bucket of the data set, and `size` is not used. `memory` bounds in bytes what is kept decoded. `last`
+    is the rule for an epoch's last partial batch. Bad samples are replaced and listed in `quarantine`; above the rate
+    `max_bad` the run stops.
     """
 
     kind: Literal["shards"] = "shards"
@@ -51,6 +49,7 @@ class DataConfig:
     template: str = "{}"
     require_captions: bool = True
     tags: Tags | None = None
+    repeats: int = 1
     cached: bool = False
     buckets: bool = False
     shuffle: bool = True
@@ -64,6 +63,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(f"size must be at least 1, got {self.size}")
+        if self.repeats < 1:
+            raise ValueError(f"repeats must be at least 1, got {self.repeats}")
         if "{}" not in self.template:
             raise ValueError(f"template {self.template!r} must hold {{}} where the caption goes")
         if not 0 <= self.max_bad <= 1:
@@ -109,31 +110,11 @@ class Quarantine:
                 )
 
 
-class Loader:
-    """Micro-batches of one rank. Resume is `batches(optimizer steps done)`, whatever the world size was before.
+class Loader(Stream[DataConfig]):
+    """The stream of one data set."""
 
-    `tokenize` maps a list of captions to tokens (B, T). `expect` names what a cached set must have been made with.
-    """
-
-    def __init__(
-        self,
-        config: DataConfig,
-        *,
-        seed: int,
-        micro_batch: int,
-        accumulate: int = 1,
-        rank: int = 0,
-        world: int = 1,
-        workers: int = 0,
-        tokenize: Tokenize | None = None,
-        expect: Mapping[str, Any] | None = None,
-    ) -> None:
-        if micro_batch < 1 or accumulate < 1 or workers < 0 or not 0 <= rank < world:
-            raise ValueError(
-                f"micro_batch {micro_batch}, accumulate {accumulate}, workers {workers} or rank {rank} of {world} "
-                "is out of range"
-            )
-        self.config = config
+    def _open(self) -> None:
+        config = self.config
         self.manifest = Manifest.read(resolve(config.path), config.remote)
         self.samples = Samples(
             self.manifest,
@@ -144,41 +125,36 @@ class Loader:
             buckets=config.buckets,
             memory=config.memory,
             require_captions=config.require_captions,
-            expect=expect,
+            expect=self._expect,
             remote=config.remote,
         )
-        self.global_batch = micro_batch * accumulate * world
-        self.order = make_order(config, self.samples.shards.shards, self.global_batch, seed)
+        self.order = make_order(config, self.samples.shards.shards, self.global_batch, self._seed)
         self.quarantine = Quarantine(config.quarantine, config.max_bad)
-        self._seed = seed
-        self._accumulate = accumulate
-        self._rank = rank
-        self._world = world
-        self._workers = workers
-        self._tokenize = tokenize
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch, equal on all ranks."""
         return self.order.steps_per_epoch
 
-    def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """Micro-batches from an optimizer step on, forever; each step is `accumulate` of them."""
-        micro = start_step * self._accumulate
-        if self._workers == 0:
-            while True:
-                yield self.batch(*divmod(micro, self._accumulate))
-                micro += 1
-        with ThreadPoolExecutor(self._workers, "ldm-data") as pool:
-            yield from ahead(pool, self._workers * 2, micro, lambda m: self.batch(*divmod(m, self._accumulate)))
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of decoded samples held in memory."""
+        return self.samples.kept_bytes
+
+    @property
+    def bad(self) -> int:
+        """How many different bad samples were met and replaced."""
+        return self.quarantine.bad
 
     def batch(self, step: int, micro_step: int) -> Batch:
         """One micro-batch, a pure function of its place."""
-        chosen = slots(
-            self.global_batch, rank=self._rank, world=self._world, accumulate=self._accumulate, micro_step=micro_step
-        )
+        return self.batch_at(step, micro_step, step)
+
+    def batch_at(self, step: int, micro_step: int, outer_step: int) -> Batch:
+        """The samples of this stream's step, at the global positions of another step (of a mixture)."""
+        chosen = self._slots(micro_step)
         ids = self.order.ids(step, chosen).tolist()
-        return self.assemble(ids, (step * self.global_batch + chosen).tolist())
+        return self.assemble(ids, (outer_step * self.global_batch + chosen).tolist())
 
     def assemble(self, ids: list[int], positions: list[int]) -> Batch:
         """The batch of samples at global positions; bad ones are replaced."""
@@ -188,6 +164,7 @@ class Loader:
             "key": [self.samples.key(i) for i in ids],
             "position": torch.tensor(positions, dtype=torch.int64),
             "weight": torch.ones(len(ids), dtype=torch.float32),
+            "source": [self.manifest.name] * len(ids),
         }
         picks = self._picks(ids, positions)
         texts = [self.samples.captions(i).texts[p] for i, p in zip(ids, picks, strict=True)]
@@ -250,20 +227,6 @@ class Loader:
         return int(starts[shard]) + draw // len(same) % shards.sizes[shard]
 
 
-def ahead(pool: ThreadPoolExecutor, depth: int, start: int, make: Callable[[int], Batch]) -> Iterator[Batch]:
-    """make(start), make(start + 1), ... in order, up to `depth` of them made beforehand."""
-    waiting: deque[Future[Batch]] = deque()
-    try:
-        while True:
-            while len(waiting) < depth:
-                waiting.append(pool.submit(make, start))
-                start += 1
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
-
-
 def make_order(config: DataConfig, shards: Sequence[Shard], batch: int, seed: int) -> Order | BucketedOrder:
     """The order over shards, by bucket if the config says so. ValueError names a bucket smaller than a batch."""
     sizes = np.array([s.samples for s in shards], np.int64)
@@ -272,7 +235,7 @@ def make_order(config: DataConfig, shards: Sequence[Shard], batch: int, seed: in
     def order(chosen: Sequence[int], salt: int) -> Order:
         return Order(
             sizes=tuple(int(sizes[i]) for i in chosen),
-            repeats=tuple(shards[i].repeats for i in chosen),
+            repeats=tuple(shards[i].repeats * config.repeats for i in chosen),
             starts=tuple(int(starts[i]) for i in chosen),
             batch=batch,
             seed=seed + salt,

@@ -1,155 +1,247 @@
-"""Several data sets in one stream: each with its own captions, crops and loss weight, in exact shares."""
+"""Several data sets in one stream: each with its own captions, crops, repeats and loss weight, in exact shares."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data.loader import DataConfig, Loader, Tokenize, ahead
-from ldm.data.order import Ints, mix, slots
+from ldm.data.loader import DataConfig, Loader
+from ldm.data.order import Ints, Order
+from ldm.data.stream import Stream, Tokenize
 from ldm.types import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One data set. Of every sum-of-shares positions `share` are its own; `weight` goes to the loss of its samples."""
+    """One data set of a mixture.
+
+    Of every sum-of-shares places `share` are its own; "size" for every source makes the shares their samples times
+    `data.repeats`, so that an epoch has each once. `weight` goes to the loss of its samples, `name` (else the data
+    set's) to the batch.
+    """
 
     data: DataConfig
-    share: int = 1
+    share: int | Literal["size"] = 1
     weight: float = 1.0
+    name: str | None = None
 
     def __post_init__(self) -> None:
-        if self.share < 1:
-            raise ValueError(f"share must be at least 1, got {self.share}")
+        if isinstance(self.share, int) and self.share < 1:
+            raise ValueError(f"share must be at least 1 or 'size', got {self.share}")
         if self.weight < 0:
             raise ValueError(f"weight must not be negative, got {self.weight}")
-        if self.data.buckets:
-            raise ValueError("a source of a mixture cannot have buckets: its batches would have several shapes")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureConfig:
-    """Sources that are mixed by position: as DreamBooth's instance and prior pictures, or a set and its favourites."""
+    """Sources that are mixed by place: as DreamBooth's instance and prior pictures, or sets of several resolutions.
+
+    `per`: with "sample" each global batch mixes the sources, which must agree on the shape; with "batch" each global
+    batch is of one source, which may have its own size or buckets.
+    """
 
     kind: Literal["mixture"] = "mixture"
+    per: Literal["sample", "batch"] = "sample"
     sources: tuple[Source, ...]
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("sources must not be empty")
-        sizes = {s.data.size for s in self.sources if not s.data.cached}
-        if len(sizes) > 1 or len({s.data.cached for s in self.sources}) > 1:
-            raise ValueError("sources must agree on size and on cached, since a batch is one tensor")
+        if len({s.share == "size" for s in self.sources}) > 1:
+            raise ValueError("share: 'size' is for all sources or none")
+        if len({s.data.cached for s in self.sources}) > 1:
+            raise ValueError("sources must agree on cached: a cache has no pictures")
+        if self.per == "sample":
+            if len({s.data.size for s in self.sources if not s.data.cached}) > 1:
+                raise ValueError("sources must agree on size, since a batch is one tensor; or set per: batch")
+            if any(s.data.buckets for s in self.sources):
+                raise ValueError("a source with buckets has batches of several shapes; set per: batch")
+
+    @property
+    def cached(self) -> bool:
+        """Whether the sources are caches."""
+        return self.sources[0].data.cached
 
 
-class Mixture:
-    """Like `Loader` over several sources. A position's source is fixed; each source goes through its epochs exactly.
+Data = DataConfig | MixtureConfig
+
+
+class Mixture(Stream[MixtureConfig]):
+    """The stream of several data sets. A place's source is fixed; each source goes through its epochs exactly.
 
     `steps_per_epoch` is the steps after which every source has been seen whole at least once.
     """
 
-    def __init__(
-        self,
-        config: MixtureConfig,
-        *,
-        seed: int,
-        micro_batch: int,
-        accumulate: int = 1,
-        rank: int = 0,
-        world: int = 1,
-        workers: int = 0,
-        tokenize: Tokenize | None = None,
-        expect: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.config = config
-        self.global_batch = micro_batch * accumulate * world
-        # Batches of one: a source's n-th sample is its order's n-th step, so no epoch has a partial batch.
-        self.loaders = tuple(
-            Loader(s.data, seed=seed + i, micro_batch=1, tokenize=tokenize, expect=expect)
-            for i, s in enumerate(config.sources)
+    def _open(self) -> None:
+        self.loaders = tuple(self._loader(i, s) for i, s in enumerate(self.config.sources))
+        # A loader of batches of one has as many steps as samples.
+        sizes = [loader.steps_per_epoch for loader in self.loaders]
+        shares = [n if s.share == "size" else s.share for s, n in zip(self.config.sources, sizes, strict=True)]
+        divisor = int(np.gcd.reduce(shares))
+        self.shares = tuple(s // divisor for s in shares)
+
+    @property
+    def _mixed(self) -> bool:
+        return self.config.per == "sample"
+
+    def _loader(self, number: int, source: Source) -> Loader:
+        if self._mixed:
+            # Batches of one: a source's n-th sample is its order's n-th step, so no epoch has a partial batch.
+            return Loader(source.data, seed=self._seed + number, micro_batch=1, expect=self._expect)
+        return Loader(
+            source.data,
+            seed=self._seed + number,
+            micro_batch=self._micro_batch,
+            accumulate=self._accumulate,
+            rank=self._rank,
+            world=self._world,
+            expect=self._expect,
         )
-        self._pattern, self._before = _pattern([s.share for s in config.sources], seed)
-        self._micro_batch = micro_batch
-        self._accumulate = accumulate
-        self._rank = rank
-        self._world = world
-        self._workers = workers
-        self._tokenize = tokenize
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps until the source that takes longest has been seen whole."""
-        cycle = len(self._pattern)
-        longest = max(
-            -(-loader.order.steps_per_epoch * cycle // source.share)
-            for loader, source in zip(self.loaders, self.config.sources, strict=True)
-        )
-        return -(-longest // self.global_batch)
+        total = sum(self.shares)
+        pairs = zip(self.loaders, self.shares, strict=True)
+        longest = max(-(-loader.steps_per_epoch * total // share) for loader, share in pairs)
+        return -(-longest // self.global_batch) if self._mixed else longest
 
-    def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """Micro-batches from an optimizer step on, forever."""
-        micro = start_step * self._accumulate
-        if self._workers == 0:
-            while True:
-                yield self.batch(*divmod(micro, self._accumulate))
-                micro += 1
-        with ThreadPoolExecutor(self._workers, "ldm-data") as pool:
-            yield from ahead(pool, self._workers * 2, micro, lambda m: self.batch(*divmod(m, self._accumulate)))
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of decoded samples of all sources held in memory."""
+        return sum(loader.kept_bytes for loader in self.loaders)
+
+    @property
+    def bad(self) -> int:
+        """How many different bad samples were met in all sources."""
+        return sum(loader.bad for loader in self.loaders)
 
     def batch(self, step: int, micro_step: int) -> Batch:
         """One micro-batch, a pure function of its place."""
-        chosen = slots(
-            self.global_batch, rank=self._rank, world=self._world, accumulate=self._accumulate, micro_step=micro_step
-        )
-        positions = step * self.global_batch + chosen
-        source, number = self.places(positions)
-        rows: list[tuple[int, Batch]] = []
+        batch = self._mix(step, micro_step) if self._mixed else self._whole(step, micro_step)
+        if self._tokenize is not None:
+            batch["tokens"] = self._tokenize(batch["caption"])
+        return batch
+
+    def _whole(self, step: int, micro_step: int) -> Batch:
+        source, number = divide(np.array([step]), self.shares)
+        k = int(source[0])
+        return self._label(k, self.loaders[k].batch_at(int(number[0]), micro_step, step))
+
+    def _mix(self, step: int, micro_step: int) -> Batch:
+        positions = step * self.global_batch + self._slots(micro_step)
+        source, number = divide(positions, self.shares)
+        rows, parts = [], []
         for k, loader in enumerate(self.loaders):
             mine = np.flatnonzero(source == k)
             if len(mine):
-                ids = np.concatenate([loader.order.ids(int(n), np.zeros(1, np.int64)) for n in number[mine]])
-                part = loader.assemble(ids.tolist(), positions[mine].tolist())
-                part["weight"] = torch.full((len(mine),), self.config.sources[k].weight)
-                rows += [(int(row), _row(part, i)) for i, row in enumerate(mine)]
-        rows.sort(key=lambda r: r[0])
-        return _join([row for _, row in rows])
+                rows.append(mine)
+                part = loader.assemble(_ids(loader.order, number[mine]), positions[mine].tolist())
+                parts.append(self._label(k, part))
+        return _join(np.argsort(np.concatenate(rows)).tolist(), parts)
 
-    def places(self, positions: Ints) -> tuple[Ints, Ints]:
-        """(source, number within the source) of global sample positions."""
-        cycle, place = np.divmod(positions, len(self._pattern))
-        source = self._pattern[place]
-        shares = np.array([s.share for s in self.config.sources])
-        return source, cycle * shares[source] + self._before[place]
+    def _label(self, number: int, part: Batch) -> Batch:
+        source = self.config.sources[number]
+        part["weight"] = torch.full((len(part["key"]),), source.weight)
+        if source.name is not None:
+            part["source"] = [source.name] * len(part["key"])
+        return part
 
 
-def _pattern(shares: Sequence[int], seed: int) -> tuple[Ints, Ints]:
-    """One cycle's sources, evenly spread, and how many of the same source come before each place of the cycle."""
-    total = sum(shares)
-    # Each source's places at (j + 1/2) / share of the cycle, ties broken by the seed: no source comes in clumps.
-    points = [((j + 0.5) / share, int(mix(seed, k, j)[0]), k) for k, share in enumerate(shares) for j in range(share)]
-    pattern = np.array([k for _, _, k in sorted(points)], np.int64)
-    before = np.array([int((pattern[:i] == pattern[i]).sum()) for i in range(total)], np.int64)
-    return pattern, before
+def divide(places: Ints, shares: Sequence[int]) -> tuple[Ints, Ints]:
+    """(source, number within the source) of places (M,): exact in every sum-of-shares places, and evenly spread.
+
+    Of the places that earlier sources left, source k has those where floor(place x share / rest) goes up.
+    """
+    rest = sum(shares)
+    if rest >= 1 << 31:
+        raise ValueError(f"shares: their sum {rest} is over 2^31 after division by what they have in common")
+    cycle, left = np.divmod(places, rest)
+    source = np.zeros_like(places)
+    number = np.zeros_like(places)
+    free = np.ones(places.shape, bool)
+    for k, share in enumerate(shares):
+        before = left * share // rest
+        takes = free & ((left + 1) * share // rest > before)
+        source[takes] = k
+        number[takes] = cycle[takes] * share + before[takes]
+        free &= ~takes
+        left = left - before
+        rest -= share
+    return source, number
 
 
-def _row(batch: Batch, i: int) -> Batch:
-    return {key: value[i : i + 1] for key, value in batch.items()}
+def _ids(order: Any, numbers: Ints) -> list[int]:
+    """The samples that come n-th in an order of batches of one."""
+    assert isinstance(order, Order)
+    epochs, line = np.divmod(numbers, order.total)
+    out = np.empty_like(numbers)
+    for epoch in np.unique(epochs):
+        out[epochs == epoch] = order.at(int(epoch), line[epochs == epoch])
+    return out.tolist()
 
 
-def _join(rows: list[Batch]) -> Batch:
+def _join(rows: list[int], parts: list[Batch]) -> Batch:
+    """The parts laid end to end, then taken in the order `rows`."""
+    names = parts[0].keys()
+    if other := next((p for p in parts if p.keys() != names), None):
+        differ = sorted(names ^ other.keys())
+        raise ValueError(f"sources {parts[0]['source'][0]!r} and {other['source'][0]!r}: only one of them has {differ}")
     joined: Batch = {}
-    for key in rows[0]:
-        values = [row[key] for row in rows]
-        joined[key] = torch.cat(values) if isinstance(values[0], Tensor) else [v for part in values for v in part]
+    for name in names:
+        values = [part[name] for part in parts]
+        if isinstance(values[0], Tensor):
+            shapes = {tuple(v.shape[1:]) for v in values}
+            if len(shapes) > 1:
+                raise ValueError(f"sources must agree on the shape of {name}, got {sorted(shapes)}; or set per: batch")
+            joined[name] = torch.cat(values)[rows]
+        else:
+            flat = [v for value in values for v in value]
+            joined[name] = [flat[r] for r in rows]
     return joined
 
 
-def open_data(config: DataConfig | MixtureConfig, **options: Any) -> Loader | Mixture:
-    """The loader of a config; options as `Loader` takes them."""
-    return Mixture(config, **options) if isinstance(config, MixtureConfig) else Loader(config, **options)
+def open_data(
+    config: Data,
+    *,
+    seed: int,
+    micro_batch: int,
+    accumulate: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    tokenize: Tokenize | None = None,
+    expect: Mapping[str, Any] | None = None,
+) -> Loader | Mixture:
+    """The stream of a config; arguments as `Stream` takes them."""
+    kind = Mixture if isinstance(config, MixtureConfig) else Loader
+    return kind(
+        config,  # type: ignore[arg-type]
+        seed=seed,
+        micro_batch=micro_batch,
+        accumulate=accumulate,
+        rank=rank,
+        world=world,
+        workers=workers,
+        tokenize=tokenize,
+        expect=expect,
+    )
+
+
+def main_source(config: Data) -> DataConfig:
+    """The data set itself, or a mixture's first: what validation reads."""
+    return config.sources[0].data if isinstance(config, MixtureConfig) else config
+
+
+def with_caches(config: Data, folder: Path, make: Callable[[DataConfig, Path], Path]) -> Data:
+    """The config over caches: `make(data, folder)` gives a data set's own, a mixture's in folders by number."""
+    if isinstance(config, DataConfig):
+        return replace(config, path=str(make(config, folder)), cached=True)
+    data = [replace(s.data, path=str(make(s.data, folder / str(i))), cached=True) for i, s in enumerate(config.sources)]
+    return replace(config, sources=tuple(replace(s, data=d) for s, d in zip(config.sources, data, strict=True)))

@@ -84,12 +84,17 @@ class Samples:
         self._pictures: dict[int, Picture] = {}
         self._records: dict[int, tuple[Captions, dict[str, Any]]] = {}
         self._bad: dict[int, BadSample] = {}
-        self._room = memory
+        self._memory = self._room = memory
         self._lock = threading.Lock()
         self._recent = _Recent()
 
     def __len__(self) -> int:
         return len(self.shards)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of kept pictures and captions, at most `memory`."""
+        return self._memory - self._room
 
     def key(self, sample: int) -> str:
         """The sample's key."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ldm.data.loader import DataConfig
+from ldm.data.mixture import Data
 from ldm.recipes import autoencoder, clip, text_to_image
 from ldm.recipes.autoencoder import AutoencoderTask
 from ldm.recipes.base import Assembly
@@ -12,7 +12,7 @@ from ldm.train.trainer import TrainConfig
 
 
 def assemble(
-    task: AutoencoderTask | ClipTask | TextToImageTask, data: DataConfig, train: TrainConfig, seed: int, workers: int
+    task: AutoencoderTask | ClipTask | TextToImageTask, data: Data, train: TrainConfig, seed: int, workers: int
 ) -> Assembly:
     """Put a method together."""
     if isinstance(task, AutoencoderTask):

@@ -15,13 +15,15 @@ from ldm.checkpoint.files import write_text
 from ldm.checkpoint.folders import write_module
 from ldm.config.load import encode
 from ldm.data.grid import save_grid
-from ldm.data.loader import DataConfig, Loader
+from ldm.data.loader import Loader
+from ldm.data.mixture import Data, main_source
 from ldm.evaluate.features import EfficientNetLite0
 from ldm.evaluate.reconstruction import psnr, ssim
 from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.discriminator import Discriminator, DiscriminatorConfig
 from ldm.objectives.autoencoder import AutoencoderLoss, AutoencoderObjective, Features
 from ldm.recipes.base import Assembly
+from ldm.recipes.sources import training_data
 from ldm.train.trainer import TrainConfig, Trainer
 from ldm.types import Batch
 
@@ -70,14 +72,16 @@ class Validation:
             dist.say(f"step {step}: held-out PSNR {self.last['psnr']:.2f} dB, SSIM {self.last['ssim']:.4f}")
 
 
-def held_out(data: DataConfig, split: str, limit: int = 512) -> Batch:
-    """The first samples of another split of the same data, in stored order, without augmentation."""
-    plain = replace(data, split=split, shuffle=False, captions="first", crop="center", flip=False, cached=False)
+def held_out(data: Data, split: str, limit: int = 512) -> Batch:
+    """The first samples of another split of the same data (a mixture's first), in stored order, not augmented."""
+    plain = replace(
+        main_source(data), split=split, shuffle=False, captions="first", crop="center", flip=False, cached=False
+    )
     count = min(limit, len(Loader(replace(plain, last="wrap"), seed=0, micro_batch=1).samples))
     return Loader(plain, seed=0, micro_batch=count).batch(0, 0)
 
 
-def build(task: AutoencoderTask, data: DataConfig, train: TrainConfig, seed: int, workers: int) -> Assembly:
+def build(task: AutoencoderTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:
     """The autoencoder and its discriminator, the pictures, and validation."""
     torch.manual_seed(seed)  # initial weights
     autoencoder, discriminator = Autoencoder(task.model), Discriminator(task.discriminator)
@@ -86,15 +90,7 @@ def build(task: AutoencoderTask, data: DataConfig, train: TrainConfig, seed: int
     if task.perceptual_network == "efficientnet_lite0" and task.loss.perceptual > 0:
         features = EfficientNetLite0(device=device).perceptual_features
     objective = AutoencoderObjective(autoencoder, discriminator, task.loss, features).to(device)
-    loader = Loader(
-        data,
-        seed=seed,
-        micro_batch=train.micro_batch(dist.world_size()),
-        accumulate=train.accumulate,
-        rank=dist.rank(),
-        world=dist.world_size(),
-        workers=workers,
-    )
+    loader = training_data(data, train, seed, workers)
     validation = Validation(autoencoder, held_out(data, task.validation)["image"], task.validate_every)
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ldm.data.loader import Loader
+from ldm.data.stream import Stream
 from ldm.objectives import Objective
 
 if TYPE_CHECKING:
@@ -24,6 +24,6 @@ class Assembly:
     """
 
     objective: Objective
-    loader: Loader
+    loader: Stream[Any]
     hooks: list[Hook]
     export: Callable[[dict[str, Tensor], Path], None]

@@ -14,12 +14,13 @@ from ldm import dist
 from ldm.checkpoint.files import write_text
 from ldm.checkpoint.folders import write_module
 from ldm.config.load import encode
-from ldm.data.loader import DataConfig, Loader
+from ldm.data.mixture import Data
 from ldm.evaluate.retrieval import caption_retrieval
 from ldm.models.text import ClipConfig, build_clip, build_tokenizer
 from ldm.objectives.contrastive import ContrastiveObjective
 from ldm.recipes.autoencoder import held_out
 from ldm.recipes.base import Assembly
+from ldm.recipes.sources import training_data
 from ldm.train.trainer import TrainConfig, Trainer
 
 
@@ -67,22 +68,13 @@ class RetrievalValidation:
             dist.say(f"step {step}: {', '.join(parts)}")
 
 
-def build(task: ClipTask, data: DataConfig, train: TrainConfig, seed: int, workers: int) -> Assembly:
+def build(task: ClipTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:
     """Both towers, captioned pictures, and retrieval on held-out ones."""
     torch.manual_seed(seed)  # initial weights
     clip = build_clip(task.model)
     tokenizer = build_tokenizer(task.model)
     objective = ContrastiveObjective(clip, task.augment).to(dist.device())
-    loader = Loader(
-        data,
-        seed=seed,
-        micro_batch=train.micro_batch(dist.world_size()),
-        accumulate=train.accumulate,
-        rank=dist.rank(),
-        world=dist.world_size(),
-        workers=workers,
-        tokenize=tokenizer,
-    )
+    loader = training_data(data, train, seed, workers, tokenize=tokenizer)
     images, tokens = {}, {}
     for split in task.validation:
         samples = held_out(data, split)

@@ -1,23 +1,53 @@
-"""Find the frozen parts that a run starts from: shipped models by name, run exports, diffusers folders."""
+"""Find what a run starts from: its data, and frozen parts (shipped models by name, run exports, diffusers folders)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ldm import dist
 from ldm.checkpoint import convert
 from ldm.checkpoint.folders import read_module
 from ldm.config.load import decode
+from ldm.data.mixture import Data, open_data
+from ldm.data.stream import Stream, Tokenize
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.shipped import locate
 from ldm.models.text import ClipConfig, TextTower, build_clip, encode_texts
 from ldm.types import Cond
 
+if TYPE_CHECKING:
+    from ldm.train.trainer import TrainConfig
+
 EncodeText = Callable[[Sequence[str]], Cond]
+
+
+def training_data(
+    data: Data,
+    train: TrainConfig,
+    seed: int,
+    workers: int,
+    *,
+    tokenize: Tokenize | None = None,
+    expect: Mapping[str, Any] | None = None,
+) -> Stream[Any]:
+    """This rank's part of the training batches."""
+    return open_data(
+        data,
+        seed=seed,
+        micro_batch=train.micro_batch(dist.world_size()),
+        accumulate=train.accumulate,
+        rank=dist.rank(),
+        world=dist.world_size(),
+        workers=workers,
+        tokenize=tokenize,
+        expect=expect,
+    )
 
 
 def load_autoencoder(source: str) -> Autoencoder:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +19,8 @@ from ldm.checkpoint.convert import load_unet, save_diffusers
 from ldm.checkpoint.schedulers import scheduler_to_diffusers
 from ldm.data.encode import EncodeConfig, encode, finish
 from ldm.data.grid import save_grid
-from ldm.data.loader import DataConfig, Loader
+from ldm.data.loader import DataConfig
+from ldm.data.mixture import Data, with_caches
 from ldm.diffusion.process import Process
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.latents import LatentCodec
@@ -29,7 +30,7 @@ from ldm.models.unet import UNet, UNetConfig
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.pipeline import Settings, TextToImage
 from ldm.recipes.base import Assembly
-from ldm.recipes.sources import load_autoencoder, load_towers, text_encoder, weights_hash
+from ldm.recipes.sources import load_autoencoder, load_towers, text_encoder, training_data, weights_hash
 from ldm.train.trainer import TrainConfig, Trainer
 
 
@@ -83,9 +84,8 @@ class SampleHook:
             save_grid(images, trainer.out / "samples" / f"step-{step:07d}.png", columns=math.ceil(len(prompts) ** 0.5))
 
 
-def cached(task: TextToImageTask, data: DataConfig, codec: LatentCodec, towers: Sequence[TextTower]) -> Path:
-    """Encode pictures and captions into `task.cache` if they are not there yet; all ranks share the work."""
-    assert task.cache is not None
+def cached(folder: Path, data: DataConfig, codec: LatentCodec, towers: Sequence[TextTower]) -> Path:
+    """Encode pictures and captions into a folder if they are not there yet; all ranks share the work."""
     config = EncodeConfig(
         path=data.path, splits=(data.split,), size=data.size, fit=data.fit, crop=data.crop, flip=data.flip,
         variants=2 if data.flip else 1, template=data.template, part=512,
@@ -94,7 +94,7 @@ def cached(task: TextToImageTask, data: DataConfig, codec: LatentCodec, towers: 
     bar = tqdm(desc="encoding", unit="img", disable=dist.rank() != 0, mininterval=2)
     encode(
         config,
-        task.cache,
+        folder,
         moments=codec.moments,
         text=lambda texts: dict(encode_text(texts)),
         hashes=hashes(codec.autoencoder, towers),
@@ -105,9 +105,9 @@ def cached(task: TextToImageTask, data: DataConfig, codec: LatentCodec, towers: 
     bar.close()
     dist.barrier()
     if dist.rank() == 0:
-        finish(config, task.cache)
+        finish(config, folder)
     dist.barrier()
-    return task.cache
+    return folder
 
 
 def hashes(autoencoder: Autoencoder, towers: Sequence[TextTower]) -> dict[str, str]:
@@ -115,7 +115,7 @@ def hashes(autoencoder: Autoencoder, towers: Sequence[TextTower]) -> dict[str, s
     return {"vae": weights_hash(autoencoder), "text": weights_hash(*towers)}
 
 
-def build(task: TextToImageTask, data: DataConfig, train: TrainConfig, seed: int, workers: int) -> Assembly:
+def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:
     """The U-Net, the frozen parts, the data (encoded once, if so configured) and sample pictures."""
     torch.manual_seed(seed)  # initial weights
     device = dist.device()
@@ -128,17 +128,9 @@ def build(task: TextToImageTask, data: DataConfig, train: TrainConfig, seed: int
     encode_text = text_encoder(towers)
     objective = DenoiseObjective(unet, task.process, codec, encode_text, task.options).to(device)
     if task.cache is not None:
-        data = replace(data, path=str(cached(task, data, codec, towers)), cached=True)
-    loader = Loader(
-        data,
-        seed=seed,
-        micro_batch=train.micro_batch(dist.world_size()),
-        accumulate=train.accumulate,
-        rank=dist.rank(),
-        world=dist.world_size(),
-        workers=workers,
-        expect=hashes(autoencoder, towers) if data.cached else None,
-    )
+        data = with_caches(data, task.cache, lambda data, folder: cached(folder, data, codec, towers))
+    expect = hashes(autoencoder, towers) if data.cached else None
+    loader = training_data(data, train, seed, workers, expect=expect)
     pipeline = TextToImage(unet, codec, towers, task.process)
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:

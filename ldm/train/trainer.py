@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldm import dist
 from ldm.checkpoint import files
-from ldm.data.loader import Loader
+from ldm.data.stream import Stream
 from ldm.objectives import Objective
 from ldm.rng import Rng
 from ldm.train import state
@@ -109,7 +109,7 @@ class Trainer:
         self,
         config: TrainConfig,
         objective: Objective,
-        loader: Loader,
+        loader: Stream[Any],
         out: Path,
         *,
         seed: int,
@@ -124,6 +124,7 @@ class Trainer:
         optimizer = config.optim.build(objective.parameters())
         self.objective = objective
         self.engine = Engine(objective, optimizer, config.engine, micro_batch=micro, accumulate=config.accumulate)
+        objective.bind(self.engine.whole)
         self.ema = Ema(config.ema, self.engine.masters) if config.ema is not None else None
         self.checkpoints = out / "checkpoints"
         self.step = 0

@@ -20,6 +20,7 @@ from ldm.checkpoint.convert import load_unet
 from ldm.config.schema import RunConfig
 from ldm.data.grid import sheet, to_pil
 from ldm.data.loader import Loader
+from ldm.data.mixture import main_source
 from ldm.diffusion import Discrete, Flow
 from ldm.evaluate.clip_score import nearest
 from ldm.evaluate.retrieval import Retrieval
@@ -115,7 +116,7 @@ def train(config: Path, overrides: Sequence[str], procs: int) -> None:
 def run(demo: Demo, config_file: Path, overrides: Sequence[str], procs: int) -> Path:
     """Everything; the page's path."""
     r, say = demo.results, demo.say
-    data = Loader(replace(demo.config.data, captions="first", shuffle=True), seed=1, micro_batch=64)
+    data = Loader(replace(main_source(demo.config.data), captions="first", shuffle=True), seed=1, micro_batch=64)
     batch = data.batch(0, 0)
     pictures = to_pil(batch["image"])
     r.data = [Picture(p, c) for p, c in zip(pictures[:40], batch["caption"][:40], strict=True)]
@@ -160,8 +161,9 @@ def _parameters(pipeline: TextToImage) -> int:
 
 
 def _data_text(count: int, demo: Demo) -> str:
-    held = len(Loader(replace(demo.config.data, split="heldout"), seed=0, micro_batch=1).samples)
-    combinations = len(Loader(replace(demo.config.data, split="compositional"), seed=0, micro_batch=1).samples)
+    data = main_source(demo.config.data)
+    held = len(Loader(replace(data, split="heldout"), seed=0, micro_batch=1).samples)
+    combinations = len(Loader(replace(data, split="compositional"), seed=0, micro_batch=1).samples)
     return (
         f"{count:,} pictures with captions train the model. {held} pictures of other concepts and {combinations} "
         "combinations of profession, gender and skin tone are kept away from it. Pictures: Fluent Emoji by "
@@ -221,7 +223,7 @@ def guidance(demo: Demo, trained: TextToImage) -> None:
 def heldout(demo: Demo, trained: TextToImage) -> None:
     """Prompts of both held-out splits beside the true pictures."""
     for split, into in (("compositional", "compositional"), ("heldout", "heldout")):
-        plain = replace(demo.config.data, split=split, captions="first", shuffle=True)
+        plain = replace(main_source(demo.config.data), split=split, captions="first", shuffle=True)
         batch = Loader(plain, seed=3, micro_batch=6).batch(0, 0)
         prompts = [p for p in batch["caption"] for _ in range(4)]
         drawn = demo.draw(demo.shipped, prompts)
@@ -257,7 +259,7 @@ def retrieval(demo: Demo, trained: TextToImage) -> None:
 
 def neighbours(demo: Demo, trained: TextToImage) -> None:
     """Training pictures nearest in CLIP's image features to pictures made."""
-    plain = replace(demo.config.data, captions="first", shuffle=False)
+    plain = replace(main_source(demo.config.data), captions="first", shuffle=False)
     bank = Loader(plain, seed=0, micro_batch=len(Loader(plain, seed=0, micro_batch=1).samples)).batch(0, 0)
     features = demo.scorer.image_features(bank["image"])
     prompts = [*PROMPTS[:4], *demo.results.compositional][:8]

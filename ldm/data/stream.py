@@ -1,0 +1,110 @@
+"""What every data path gives: one rank's micro-batches, a pure function of step and micro-step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+
+from ldm.data.order import Ints, slots
+from ldm.types import Batch
+
+Tokenize = Callable[[list[str]], Tensor]
+"""Captions -> tokens (B, T)."""
+
+Config = TypeVar("Config")
+
+
+class Stream(ABC, Generic[Config]):
+    """Micro-batches of one rank. Resume is `batches(optimizer steps done)`, whatever the world size was before.
+
+    `workers` threads make batches ahead. `tokenize` maps a list of captions to tokens (B, T). `expect` names what a
+    cached set must have been made with. Raises ValueError for what is out of range.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        seed: int,
+        micro_batch: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        tokenize: Tokenize | None = None,
+        expect: Mapping[str, Any] | None = None,
+    ) -> None:
+        if micro_batch < 1 or accumulate < 1 or workers < 0 or not 0 <= rank < world:
+            raise ValueError(
+                f"micro_batch {micro_batch}, accumulate {accumulate}, workers {workers} or rank {rank} of {world} "
+                "is out of range"
+            )
+        self.config = config
+        self.global_batch = micro_batch * accumulate * world
+        self._seed = seed
+        self._micro_batch = micro_batch
+        self._accumulate = accumulate
+        self._rank = rank
+        self._world = world
+        self._workers = workers
+        self._tokenize = tokenize
+        self._expect = expect
+        self._open()
+
+    @abstractmethod
+    def _open(self) -> None:
+        """Find the samples and their order."""
+
+    @property
+    @abstractmethod
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch, equal on all ranks."""
+
+    @property
+    @abstractmethod
+    def kept_bytes(self) -> int:
+        """Bytes of decoded samples held in memory."""
+
+    @property
+    @abstractmethod
+    def bad(self) -> int:
+        """How many different bad samples were met and replaced."""
+
+    @abstractmethod
+    def batch(self, step: int, micro_step: int) -> Batch:
+        """One micro-batch, a pure function of its place."""
+
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+        """Micro-batches from an optimizer step on, forever; each step is `accumulate` of them."""
+        micro = start_step * self._accumulate
+        if self._workers == 0:
+            while True:
+                yield self.batch(*divmod(micro, self._accumulate))
+                micro += 1
+        with ThreadPoolExecutor(self._workers, "ldm-data") as pool:
+            yield from _ahead(pool, self._workers * 2, micro, lambda m: self.batch(*divmod(m, self._accumulate)))
+
+    def _slots(self, micro_step: int) -> Ints:
+        """This rank's places in the global batch."""
+        return slots(
+            self.global_batch, rank=self._rank, world=self._world, accumulate=self._accumulate, micro_step=micro_step
+        )
+
+
+def _ahead(pool: ThreadPoolExecutor, depth: int, start: int, make: Callable[[int], Batch]) -> Iterator[Batch]:
+    """make(start), make(start + 1), ... in order, up to `depth` of them made beforehand."""
+    waiting: deque[Future[Batch]] = deque()
+    try:
+        while True:
+            while len(waiting) < depth:
+                waiting.append(pool.submit(make, start))
+                start += 1
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
