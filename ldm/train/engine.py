@@ -175,7 +175,8 @@ class Engine:
 
         Gradients that are not finite update nothing and are dropped, on all ranks alike.
         """
-        self._engine.backward(loss)
+        with _attention(self.device):  # gradient checkpointing runs forward code again
+            self._engine.backward(loss)
         boundary = self._engine.is_gradient_accumulation_boundary()
         finite = not boundary or self.config.zero_stage > 0 or self._clip_here()
         self._engine.step()
@@ -278,6 +279,13 @@ class Engine:
             if dist.world_size() > 1:
                 torch.distributed.all_reduce(whole)
             yield name, whole.view(shape).cpu()
+
+    def whole(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole trained weights by name, float32; collective, and a copy only where weights are divided or rounded."""
+        if self.config.zero_stage == 3 or self.config.precision == "fp16":
+            yield from self.full(self.masters)
+        else:
+            yield from ((name, p.detach()) for name, p in self._trained())
 
     @torch.no_grad()
     def push(self) -> None:
