@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +9,10 @@ from torch import Tensor, nn
 
 from ldm.diffusion.process import Process
 from ldm.models.latents import LatentCodec
-from ldm.objectives.base import Objective
+from ldm.objectives.base import Objective, by_noise
+from ldm.objectives.inputs import EncodeText, LatentFeed
 from ldm.rng import Rng
 from ldm.types import Batch, Cond, Metrics
-
-EncodeText = Callable[[Sequence[str]], Cond]
-"""Prompts -> Cond with batch axis B."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +38,7 @@ class DenoiseObjective(Objective):
     ) -> None:
         super().__init__(unet)
         self.process, self.options = process, options
-        self._codec, self._encode_text = codec, encode_text
-        with torch.no_grad():
-            self._empty = {k: v.float() for k, v in encode_text([""]).items()}
+        self._feed = LatentFeed(codec, encode_text, options.drop)
 
     def forward(self, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
         """Mean over the micro-batch of weight x error; randomness belongs to each sample's global position."""
@@ -57,39 +52,12 @@ class DenoiseObjective(Objective):
         out = self.trained(noised, t, cond)
         losses = self.process.loss(out, latents, noise, t)
         loss = (losses * batch["weight"].to(losses)).mean()
-        return loss, _by_noise(losses.detach(), t / self.process.schedule.last)
+        return loss, by_noise(losses.detach(), t / self.process.schedule.last)
 
-    @torch.no_grad()
     def latents(self, batch: Batch, rng: Rng) -> Tensor:
         """Scaled latents (B, Z, h, w), a draw from the posterior."""
-        if "moments" in batch:
-            moments = batch["moments"].to(self.device)
-        else:
-            moments = self._codec.moments(batch["image"].to(self.device)).float()
-        noise = rng.normal("posterior", (moments.shape[1] // 2, *moments.shape[2:]))
-        return self._codec.sample(moments, noise.to(moments))
+        return self._feed.latents(batch, rng, self.device)
 
-    @torch.no_grad()
     def cond(self, batch: Batch, rng: Rng) -> Cond:
         """Text states, with the dropped ones replaced by those of the empty prompt."""
-        if "text" in batch:
-            cond = {k: batch[k].to(self.device) for k in ("text", "pooled") if k in batch}
-        else:
-            cond = {k: v.float() for k, v in self._encode_text(batch["caption"]).items()}
-        dropped = (rng.uniform("drop") < self.options.drop).to(self.device)
-        out = {}
-        for name, value in cond.items():
-            mask = dropped.view(-1, *[1] * (value.ndim - 1))
-            out[name] = torch.where(mask, self._empty[name].to(value), value)
-        return out
-
-
-def _by_noise(losses: Tensor, level: Tensor) -> Metrics:
-    """The mean loss in thirds of the time range; a third without samples repeats the overall mean."""
-    metrics = {}
-    for i, name in enumerate(("low", "middle", "high")):
-        inside = ((level * 3).clamp(max=2.999).long() == i).float()
-        count = inside.sum()
-        mean = (losses * inside).sum() / count.clamp(min=1)
-        metrics[f"loss_{name}_noise"] = torch.where(count > 0, mean, losses.mean())
-    return metrics
+        return self._feed.cond(batch, rng, self.device)

@@ -137,7 +137,7 @@ def test_pixels_and_cached_moments_give_the_same_loss() -> None:
     built, positions = objective(drop=0.3), [4, 6, 1]
     images = Rng.of(3, positions).normal("images", (3, 8, 8)).clamp(-1, 1)
     rest = {k: v for k, v in batch_of(positions).items() if k != "moments"}
-    cached = {"moments": built._codec.moments(images), **encode_text(rest["caption"])}
+    cached = {"moments": built._feed._codec.moments(images), **encode_text(rest["caption"])}
     online, _ = built({"image": images, **rest}, Rng.of(2, positions))
     stored, _ = built({**cached, **rest}, Rng.of(2, positions))
     assert online.item() == stored.item()
