@@ -6,8 +6,9 @@ Legend: B batch, T tokens of the context, D width of the hidden states, P width 
 from __future__ import annotations
 
 import gzip
+import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -127,6 +128,7 @@ class Tokenizer:
         self._simple = _simple_tokenizer(bpe)
         self.start, self.end = self._simple.sot_token_id, self._simple.eot_token_id
         self.vocab_size: int = self._simple.vocab_size
+        self.added: dict[str, list[int]] = {}
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Token ids (B, T) int64."""
@@ -134,23 +136,48 @@ class Tokenizer:
             raise ValueError("expected a list of prompts, got one string")
         rows = torch.full((len(texts), self.context), self.end if self.pad == "eot" else 0, dtype=torch.int64)
         for row, text in zip(rows, texts, strict=True):
-            ids = self._simple.encode(text)[: self.context - 2]
+            ids = self.encode(text)[: self.context - 2]
             row[: len(ids) + 2] = torch.tensor([self.start, *ids, self.end])
         return rows
 
     def too_long(self, texts: Sequence[str]) -> list[Overlong]:
         """The prompts of which `__call__` leaves out the end."""
         limit = self.context - 2
-        ids = [self._simple.encode(text) for text in texts]
+        ids = [self.encode(text) for text in texts]
         return [Overlong(i, len(x), limit, self.decode(x[limit:])) for i, x in enumerate(ids) if len(x) > limit]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of one text without markers, of any length."""
-        return self._simple.encode(text)
+        """Ids of one text without markers, of any length; an added token stands for all its ids."""
+        if not self.added:
+            return self._simple.encode(text)
+        parts = re.split("(" + "|".join(map(re.escape, sorted(self.added, key=len, reverse=True))) + ")", text)
+        return [i for part in parts for i in self.added.get(part) or self._simple.encode(part)]
+
+    def add(self, token: str, ids: Sequence[int]) -> None:
+        """Let a token stand for ids. Raises ValueError when the vocabulary or an earlier addition has it."""
+        if not token or token != token.strip() or any(c.isspace() for c in token):
+            raise ValueError(f"token {token!r}: expected one word without spaces, such as <thing>")
+        if token in self.added:
+            raise ValueError(f"token {token!r}: exists already; choose another name")
+        if len(known := self._simple.encode(token)) < 2:
+            raise ValueError(
+                f"token {token!r}: the vocabulary has it already ({known}); choose another, such as <thing>"
+            )
+        self.added[token] = list(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids without markers."""
-        return self._simple.decode(list(ids)).strip()
+        """Text of ids without markers; of an added token's ids the first one is its name."""
+        names = {own[0]: token for token, own in self.added.items()}
+        parts: list[str] = []
+        run: list[int] = []
+        for i in [*ids, -1]:
+            if 0 <= i < self.vocab_size:
+                run.append(i)
+                continue
+            parts += [self._simple.decode(run).strip()] if run else []
+            parts += [names[i]] if i in names else []
+            run = []
+        return " ".join(parts)
 
     def vocabulary(self) -> dict[str, int]:
         """Token -> id with the marker names of Hugging Face's CLIP tokenizer (`vocab.json`)."""
@@ -242,7 +269,28 @@ class TextTower(nn.Module):
             act_layer=QuickGELU if config.activation == "quick_gelu" else nn.GELU,
         )
         self.tokenizer = build_tokenizer(config)
+        self._new: list[Callable[[], Tensor]] = []
+        self._first = config.vocab_size
         self.requires_grad_(False).eval()
+
+    def add_token(self, token: str, count: int, rows: Callable[[], Tensor]) -> None:
+        """Let a token stand for `count` new vectors, which `rows` gives as (count, D) at every use.
+
+        Raises ValueError when the token exists.
+        """
+        self.tokenizer.add(token, range(self._first, self._first + count))
+        self._first += count
+        self._new.append(rows)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Token embeddings (B, T, D); ids past the vocabulary are the added vectors."""
+        table = self.model.token_embedding
+        if not self._new:
+            return table(tokens)
+        size = table.num_embeddings
+        rows = torch.cat([rows() for rows in self._new])
+        known = table(tokens.clamp(max=size - 1))
+        return torch.where((tokens >= size)[..., None], rows[(tokens - size).clamp(min=0)].to(known), known)
 
     @staticmethod
     def of_clip(model: CLIP, config: TextConfig) -> TextTower:
@@ -271,7 +319,7 @@ class TextTower(nn.Module):
         model, rule = self.model, self.config.output
         tokens = tokens.to(model.positional_embedding.device)
         with nullcontext() if tokens.is_meta else torch.autocast(tokens.device.type, enabled=False):
-            x = model.token_embedding(tokens) + model.positional_embedding[: tokens.shape[1]]
+            x = self._embed(tokens) + model.positional_embedding[: tokens.shape[1]]
             mask = model.attn_mask
             assert mask is not None
             mask = mask[: tokens.shape[1], : tokens.shape[1]]

@@ -1,0 +1,231 @@
+"""Low-rank adaptation while it trains: the frozen model outside, the corrections in one small module.
+
+Legend: r rank, N leading axes of a layer's input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.adapters.base import freeze
+from ldm.adapters.low_rank import Lora, LowRank, row_norms
+from ldm.adapters.sites import Site, chosen, text_sites, unet_sites
+from ldm.models.text import TextTower
+from ldm.models.unet import UNet
+from ldm.types import Cond
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Corrections of rank `rank`, scaled by `alpha` / rank (no alpha: by 1), with `rslora` by `alpha` / sqrt(rank).
+
+    `targets`: groups (attention, feed_forward, projection, convolution, time) or ends of layer names ("attn2.to_k").
+    `text` adapts the text towers' layers of the same groups too. `dora` trains each output's magnitude beside the
+    direction.
+    """
+
+    kind: Literal["lora"] = "lora"
+    rank: int = 4
+    alpha: float | None = None
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("attention",)
+    text: bool = False
+    dora: bool = False
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ValueError(f"alpha must be above 0, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if not self.targets:
+            raise ValueError("targets must not be empty")
+
+    @property
+    def effective_alpha(self) -> float:
+        """The alpha that, divided by the rank, gives the scale."""
+        alpha = float(self.rank if self.alpha is None else self.alpha)
+        return alpha * math.sqrt(self.rank) if self.rslora else alpha
+
+
+class Low(nn.Module):
+    """One layer's correction; starts as none, since `up` is zero. `forward(x, out)` corrects the layer's output."""
+
+    def __init__(self, site: Site, config: LoraConfig) -> None:
+        super().__init__()
+        weight, conv = site.read(), site.conv
+        out, ones = weight.shape[0], [1] * (weight.ndim - 2)
+        self.down = nn.Parameter(torch.empty(config.rank, *weight.shape[1:], device=weight.device))
+        self.up = nn.Parameter(torch.zeros(out, config.rank, *ones, device=weight.device))
+        self.magnitude = nn.Parameter(row_norms(weight.float())) if config.dora else None
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        self.scale, self.dropout = config.effective_alpha / config.rank, config.dropout
+        self._site = site  # its weights are not this module's
+        self._conv: dict[str, Any] = {}
+        if conv is not None:
+            if conv.groups != 1 or conv.padding_mode != "zeros":
+                raise ValueError(f"targets: {site.name} is a grouped or wrapped convolution, which LoRA does not cover")
+            self._conv = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+
+    def forward(self, x: Tensor, out: Tensor) -> Tensor:
+        if self.dropout and self.training and torch.is_grad_enabled():
+            x = F.dropout(x, self.dropout)
+        if self._conv:
+            added = F.conv2d(F.conv2d(x, self.down, **self._conv), self.up)
+        else:
+            added = F.linear(F.linear(x, self.down), self.up)
+        if self.magnitude is None:
+            return torch.add(out, added, alpha=self.scale)
+        return self._magnified(out, added)
+
+    def _magnified(self, out: Tensor, added: Tensor) -> Tensor:
+        """m / |V| times the sum of both, without the bias; the norm is a constant of the gradient (section 4.3)."""
+        assert self.magnitude is not None
+        with torch.no_grad():
+            base = self._site.read().float()
+            norms = row_norms(base + self.scale * (self.up.flatten(1) @ self.down.flatten(1)).view(base.shape))
+        ratio, bias = self.magnitude / norms, self._site.read_bias()
+        shape = (-1, 1, 1) if self._conv else (-1,)
+        ratio = ratio.view(shape).to(out.dtype)
+        if bias is None:
+            return ratio * torch.add(out, added, alpha=self.scale)
+        bias = bias.view(shape).to(out.dtype)
+        return ratio * torch.add(out - bias, added, alpha=self.scale) + bias
+
+
+class LoraNet(nn.Module):
+    """The corrections of all layers; called as the U-Net is, and the U-Net itself is corrected while attached.
+
+    The U-Net and the towers are not registered: only the corrections enter the engine.
+    """
+
+    def __init__(self, unet: UNet, sites: Sequence[Site], config: LoraConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({_key(site.name): Low(site, config) for site in sites})
+        self._unet = (unet,)
+        self._on = True
+        self._undo = [self._hook(site) for site in sites if not isinstance(site.module, nn.MultiheadAttention)]
+        fused: dict[nn.MultiheadAttention, dict[str, str]] = {}
+        for site in sites:
+            if isinstance(site.module, nn.MultiheadAttention):
+                fused.setdefault(site.module, {})[site.name.rpartition(".")[2]] = _key(site.name)
+        self._undo += [self._replace(attention, keys) for attention, keys in fused.items()]
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return self._unet[0](x, t, cond)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model is the frozen one."""
+        before, self._on = self._on, False
+        try:
+            yield
+        finally:
+            self._on = before
+
+    def detach(self) -> None:
+        """Leave the model as it was before."""
+        for undo in self._undo:
+            undo()
+        self._undo = []
+
+    def correct(self, key: str, x: Tensor, out: Tensor) -> Tensor:
+        """A layer's corrected output."""
+        return self.layers[key](x, out) if self._on else out
+
+    def _hook(self, site: Site) -> Callable[[], None]:
+        key = _key(site.name)
+
+        def corrected(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+            return self.correct(key, args[0], out)
+
+        return site.module.register_forward_hook(corrected).remove
+
+    def _replace(self, attention: nn.MultiheadAttention, keys: Mapping[str, str]) -> Callable[[], None]:
+        """The attention's forward with corrections of q, k and v apart, whose weights are one tensor there."""
+        if not attention.batch_first:
+            raise ValueError("text: LoRA needs towers that take the batch axis first")
+
+        def forward(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, None]:
+            assert key is query or key.data_ptr() == query.data_ptr()
+            return self._attend(attention, keys, query, options.get("attn_mask")), None
+
+        attention.forward = forward  # type: ignore[method-assign]
+        return lambda: attention.__dict__.pop("forward") and None
+
+    def _attend(
+        self, attention: nn.MultiheadAttention, keys: Mapping[str, str], x: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        parts = F.linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1)
+        q, k, v = (
+            self.correct(keys[name], x, part) if name in keys else part
+            for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True)
+        )
+        heads = (y.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
+        mixed = F.scaled_dot_product_attention(*heads, attn_mask=None if mask is None else mask.to(x.dtype))
+        mixed = mixed.transpose(1, 2).flatten(2)
+        out = F.linear(mixed, attention.out_proj.weight, attention.out_proj.bias)
+        return self.correct(keys["out_proj"], mixed, out) if "out_proj" in keys else out
+
+
+class LoraAdapter:
+    """Low-rank corrections train; the export is diffusers' and PEFT's names."""
+
+    def __init__(self, config: LoraConfig) -> None:
+        self.config = config
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether the towers are adapted too."""
+        return self.config.text
+
+    def attach(self, unet: UNet, text: Sequence[TextTower]) -> LoraNet:
+        """Freeze the model and put corrections on it, which start as none."""
+        freeze(unet, text)
+        unet.train()
+        sites = chosen([*unet_sites(unet), *(text_sites(text) if self.config.text else [])], self.config.targets)
+        return LoraNet(unet, sites, self.config)
+
+    def lora(self, weights: Mapping[str, Tensor]) -> Lora:
+        """The corrections, from the attached module's weights by name."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, value in weights.items():
+            _, key, kind = name.split(".")
+            found.setdefault(key, {})[kind] = value.detach().clone()
+        alpha = self.config.effective_alpha
+        return {_name(k): LowRank(v["down"], v["up"], alpha, v.get("magnitude")) for k, v in found.items()}
+
+    def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`pytorch_lora_weights.safetensors`: PEFT's names, the scale inside `lora_B`."""
+        return to_peft(self.lora(weights))
+
+
+def to_peft(lora: Lora) -> dict[str, Tensor]:
+    """Tensors under diffusers' and PEFT's names; the scale is inside `lora_B`, so that every reader agrees on it."""
+    out = {}
+    for name, low in lora.items():
+        out[f"{name}.lora_A.weight"] = low.down.contiguous()
+        out[f"{name}.lora_B.weight"] = (low.up * low.scale).contiguous()
+        if low.magnitude is not None:
+            shape = (1, -1, 1, 1) if low.down.ndim == 4 else (-1,)
+            out[f"{name}.lora_magnitude_vector"] = low.magnitude.view(shape).contiguous()
+    return out
+
+
+def _key(name: str) -> str:
+    """A site's name as a module's, which may hold no dot."""
+    return name.replace(".", "/")
+
+
+def _name(key: str) -> str:
+    return key.replace("/", ".")

@@ -1,0 +1,158 @@
+"""Low-rank corrections as tensors: what they add to a weight, merging and taking out again, extraction by SVD.
+
+LoRA: W + (alpha / rank) up down (Hu 2021, arXiv 2106.09685). DoRA: m V / |V| with V that sum and |.| the norm of each
+output's row (Liu 2024, arXiv 2402.09353).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ldm.adapters.sites import all_sites
+from ldm.models.text import TextTower
+from ldm.models.unet import UNet
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One layer's correction: `down` (r, in[, kh, kw]), `up` (out, r[, 1, 1]), scaled by `alpha` / r.
+
+    `magnitude` (out,) makes it DoRA.
+    """
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+    magnitude: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """What the product is multiplied with."""
+        return self.alpha / self.rank
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """What is added to `weight` (out, in[, kh, kw]), in float64."""
+        base = weight.double()
+        total = base + self.scale * (self.up.double().flatten(1) @ self.down.double().flatten(1)).view(base.shape)
+        if self.magnitude is not None:
+            total = total * (self.magnitude.double() / row_norms(total)).view(-1, *[1] * (base.ndim - 1))
+        return total - base
+
+
+Lora = dict[str, LowRank]
+"""Corrections by the names of `sites`."""
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    """Norms (out,) of a weight's rows."""
+    return weight.flatten(1).norm(dim=1)
+
+
+class Loras:
+    """Corrections merged into a model's weights, several at once.
+
+    The weights as they were are kept for every layer that is touched, so that taking out is exact to the last bit.
+    """
+
+    def __init__(self, unet: UNet, text: Sequence[TextTower]) -> None:
+        self._sites = all_sites(unet, text)
+        self._loaded: dict[str, tuple[Lora, float]] = {}
+        self._before: dict[str, Tensor] = {}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Name -> weight of what is merged."""
+        return {name: weight for name, (_, weight) in self._loaded.items()}
+
+    def add(self, name: str, lora: Lora, weight: float = 1.0) -> None:
+        """Merge under a name. Raises ValueError for layers that the model lacks or has in another shape."""
+        self._check(name, lora)
+        self._loaded[name] = (dict(lora), weight)
+        self._refresh(set(lora))
+
+    def set(self, weights: Mapping[str, float]) -> None:
+        """Change weights; those not named keep theirs."""
+        if unknown := sorted(set(weights) - set(self._loaded)):
+            raise ValueError(f"LoRA {unknown}: not loaded; loaded are {sorted(self._loaded)}")
+        for name, weight in weights.items():
+            self._loaded[name] = (self._loaded[name][0], weight)
+        self._refresh({site for name in weights for site in self._loaded[name][0]})
+
+    def remove(self, *names: str) -> None:
+        """Take out those named, or all: what was changed by no other is exactly what it was."""
+        for name in names or list(self._loaded):
+            if name not in self._loaded:
+                raise ValueError(f"LoRA {name!r}: not loaded; loaded are {sorted(self._loaded)}")
+            self._refresh(set(self._loaded.pop(name)[0]))
+
+    def _check(self, name: str, lora: Lora) -> None:
+        if unknown := sorted(set(lora) - set(self._sites)):
+            raise ValueError(f"LoRA {name!r}: {len(unknown)} layers are not in this model, such as {unknown[0]!r}")
+        for site, low in lora.items():
+            shape = tuple(self._sites[site].read().shape)
+            if (low.up.shape[0], *low.down.shape[1:]) != shape:
+                found = (low.up.shape[0], *low.down.shape[1:])
+                raise ValueError(
+                    f"LoRA {name!r}: {site} has shape {found}, the model's is {shape}: another base model?"
+                )
+
+    @torch.no_grad()
+    def _refresh(self, names: set[str]) -> None:
+        """Compute the weights of these sites anew from what they were."""
+        for name in sorted(names):
+            site = self._sites[name]
+            before = self._before.setdefault(name, site.read().clone())
+            here = [(lora[name], weight) for lora, weight in self._loaded.values() if name in lora]
+            if here:
+                total = before.double()
+                for low, weight in here:
+                    total = total + weight * _to(low, before).delta(before)
+                site.read().copy_(total)
+            else:
+                site.read().copy_(before)
+                del self._before[name]
+
+
+def _to(low: LowRank, like: Tensor) -> LowRank:
+    magnitude = None if low.magnitude is None else low.magnitude.to(like.device)
+    return LowRank(low.down.to(like.device), low.up.to(like.device), low.alpha, magnitude)
+
+
+@torch.no_grad()
+def extract(
+    before: tuple[UNet, Sequence[TextTower]],
+    after: tuple[UNet, Sequence[TextTower]],
+    rank: int,
+    names: Sequence[str] | None = None,
+) -> Lora:
+    """The best correction of a rank from one model to another, layer by layer: the largest singular values.
+
+    Layers that did not change are left out. Raises ValueError when none did.
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    old, new = all_sites(*before), all_sites(*after)
+    found: Lora = {}
+    for name in names if names is not None else old:
+        weight = old[name].read()
+        delta = new[name].read().double() - weight.double()
+        if not delta.any():
+            continue
+        u, s, v = torch.linalg.svd(delta.flatten(1), full_matrices=False)
+        r = min(rank, len(s))
+        root = s[:r].sqrt()
+        up = (u[:, :r] * root).float().view(-1, r, *[1] * (weight.ndim - 2))
+        down = (root[:, None] * v[:r]).float().view(r, *weight.shape[1:])
+        found[name] = LowRank(down.contiguous(), up.contiguous(), float(r))
+    if not found:
+        raise ValueError("the two models have the same weights: nothing to extract")
+    return found

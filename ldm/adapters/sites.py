@@ -1,0 +1,116 @@
+"""The layers that a low-rank correction can sit on, under the names that files use.
+
+A U-Net layer has its own name under `unet.`; a text tower's layers have Hugging Face's names under `text_encoder.` or
+`text_encoder_2.`, where query, key and value are rows of one weight here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ldm.adapters.base import COMPONENTS
+from ldm.models.text import TextTower
+from ldm.models.unet import UNet
+
+GROUPS = ("attention", "feed_forward", "projection", "convolution", "time")
+_TEXT = {
+    "mlp.c_fc": ("mlp.fc1", "feed_forward"),
+    "mlp.c_proj": ("mlp.fc2", "feed_forward"),
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """Rows `[start, stop)` of one layer's weight. `module` is the layer, or the attention that holds the rows."""
+
+    name: str
+    group: str
+    module: nn.Module
+    weight: Tensor
+    bias: Tensor | None
+    start: int
+    stop: int
+
+    @property
+    def conv(self) -> nn.Conv2d | None:
+        """The layer, if it is a convolution."""
+        return self.module if isinstance(self.module, nn.Conv2d) else None
+
+    def read(self) -> Tensor:
+        """The layer's weight (out, in[, kh, kw]), without gradient."""
+        return self.weight.detach()[self.start : self.stop]
+
+    def read_bias(self) -> Tensor | None:
+        """The layer's bias (out,)."""
+        return None if self.bias is None else self.bias[self.start : self.stop]
+
+
+def unet_sites(unet: UNet) -> list[Site]:
+    """All linear layers and convolutions of the U-Net."""
+    found = []
+    for name, module in unet.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            bias = module.bias
+            found.append(
+                Site(f"unet.{name}", _unet_group(name), module, module.weight, bias, 0, module.weight.shape[0])
+            )
+    return found
+
+
+def text_sites(text: Sequence[TextTower]) -> list[Site]:
+    """The linear layers of the towers' blocks."""
+    found = []
+    for component, tower in zip(COMPONENTS, text, strict=False):
+        for i, block in enumerate(tower.model.transformer.resblocks):
+            prefix = f"{component}.text_model.encoder.layers.{i}."
+            attention, width = block.attn, tower.config.width
+            assert isinstance(attention, nn.MultiheadAttention)
+            for k, letter in enumerate("qkv"):
+                name, rows = f"{prefix}self_attn.{letter}_proj", (k * width, (k + 1) * width)
+                weight, bias = attention.in_proj_weight, attention.in_proj_bias
+                found.append(Site(name, "attention", attention, weight, bias, *rows))
+            out = attention.out_proj
+            found.append(Site(f"{prefix}self_attn.out_proj", "attention", attention, out.weight, out.bias, 0, width))
+            for native, (name, group) in _TEXT.items():
+                layer = block.get_submodule(native)
+                assert isinstance(layer, nn.Linear)
+                found.append(Site(prefix + name, group, layer, layer.weight, layer.bias, 0, layer.weight.shape[0]))
+    return found
+
+
+def all_sites(unet: UNet, text: Sequence[TextTower]) -> dict[str, Site]:
+    """Every site of a model by name."""
+    return {site.name: site for site in [*unet_sites(unet), *text_sites(text)]}
+
+
+def chosen(sites: Sequence[Site], targets: Sequence[str]) -> list[Site]:
+    """The sites of some groups, or whose name ends with a target such as "attn2.to_k".
+
+    Raises ValueError for a target that names no layer here.
+    """
+    found: dict[str, Site] = {}
+    for target in targets:
+        hits = [s for s in sites if s.group == target or s.name.endswith(f".{target}")]
+        if not hits and target not in GROUPS:
+            ends = sorted({s.name.rpartition(".")[2] for s in sites if not s.name[-1].isdigit()})
+            allowed = f"{list(GROUPS)} and ends of names, such as {ends[:8]}"
+            raise ValueError(f"targets: {target!r} is no layer here; allowed are {allowed}")
+        found |= {s.name: s for s in hits}
+    if not found:
+        raise ValueError(f"targets: {list(targets)} choose no layer of this model")
+    return [s for s in sites if s.name in found]
+
+
+def _unet_group(name: str) -> str:
+    if ".attn1." in name or ".attn2." in name:
+        return "attention"
+    if ".ff." in name:
+        return "feed_forward"
+    if name.endswith((".proj_in", ".proj_out")):
+        return "projection"
+    if name.endswith(".time_emb_proj"):
+        return "time"
+    return "convolution" if ".resnets." in name or "samplers." in name else "other"

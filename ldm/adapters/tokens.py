@@ -1,0 +1,162 @@
+"""Textual inversion: new token embeddings are the only parameters (Gal 2022, arXiv 2208.01618).
+
+Legend: n vectors of a token, D width of a tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ldm.adapters.base import freeze
+from ldm.models.text import TextTower
+from ldm.models.unet import UNet
+from ldm.types import Cond
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewToken:
+    """`token` is what prompts say, such as "<thing>"; it stands for `vectors` embeddings.
+
+    They start from `initializer`, words that are one token each: vector i from word i mod their number, and a single
+    vector from the words' mean. Without words they start from the vocabulary's mean.
+    """
+
+    token: str
+    vectors: int = 1
+    initializer: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.vectors < 1:
+            raise ValueError(f"vectors must be at least 1, got {self.vectors}")
+        if not self.token or any(c.isspace() for c in self.token):
+            raise ValueError(f"token {self.token!r}: expected one word without spaces, such as <thing>")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensConfig:
+    """`max_norm` bounds each new vector's norm, in multiples of the vocabulary's median norm (0: no bound)."""
+
+    kind: Literal["tokens"] = "tokens"
+    tokens: tuple[NewToken, ...]
+    max_norm: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.tokens:
+            raise ValueError("tokens must not be empty")
+        names = [t.token for t in self.tokens]
+        if len(set(names)) < len(names):
+            raise ValueError(f"tokens: {sorted({n for n in names if names.count(n) > 1})} named twice")
+        if self.max_norm < 0:
+            raise ValueError(f"max_norm must be at least 0 (0 is no bound), got {self.max_norm}")
+
+
+class Rows(nn.Module):
+    """New rows of one tower for one token, (n, D); called, it gives them within the norm's bound."""
+
+    def __init__(self, start: Tensor, bound: float) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(start.detach().float().clone())
+        self.bound = bound
+
+    def forward(self) -> Tensor:
+        return within(self.rows, self.bound)
+
+
+class TokenRows(nn.Module):
+    """All new rows, by token and tower; called as the U-Net is, which is frozen and not registered."""
+
+    def __init__(self, unet: UNet, text: Sequence[TextTower], config: TokensConfig) -> None:
+        super().__init__()
+        self.tokens = nn.ModuleList()
+        self._unet = (unet,)
+        for new in config.tokens:
+            rows = nn.ModuleList(Rows(start(tower, new), bound_of(tower, config)) for tower in text)
+            for tower, own in zip(text, rows, strict=True):
+                tower.add_token(new.token, new.vectors, own)
+            self.tokens.append(rows)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return self._unet[0](x, t, cond)
+
+
+class TokensAdapter:
+    """New rows train, in every tower; the export is named by token, a second tower's behind `text_encoder_2.`"""
+
+    trains_text = True
+
+    def __init__(self, config: TokensConfig) -> None:
+        self.config = config
+        self._bounds: list[float] = []
+
+    def attach(self, unet: UNet, text: Sequence[TextTower]) -> TokenRows:
+        """Freeze the model and add the tokens to its towers; ValueError for a token that exists or a wrong start."""
+        freeze(unet, text)
+        unet.train()
+        self._bounds = [bound_of(tower, self.config) for tower in text]
+        return TokenRows(unet, text, self.config)
+
+    def concepts(self, weights: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+        """Token -> its rows (n, D) of each tower, from the attached module's weights by name."""
+        found = {}
+        for i, new in enumerate(self.config.tokens):
+            rows = [weights[f"tokens.{i}.{k}.rows"] for k in range(len(self._bounds))]
+            found[new.token] = [within(r.float(), b) for r, b in zip(rows, self._bounds, strict=True)]
+        return found
+
+    def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rows (n, D) by token; those of the second tower under `text_encoder_2.TOKEN`."""
+        out = {}
+        for token, rows in self.concepts(weights).items():
+            out |= {("" if k == 0 else f"text_encoder_{k + 1}.") + token: r.contiguous() for k, r in enumerate(rows)}
+        return out
+
+
+def within(rows: Tensor, bound: float) -> Tensor:
+    """Rows (n, D), those longer than `bound` shortened to it; a new tensor, differentiable."""
+    if bound <= 0:
+        return rows * 1.0
+    return rows * (bound / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
+
+
+def bound_of(tower: TextTower, config: TokensConfig) -> float:
+    """The largest norm that a new row of this tower may have; 0 is none."""
+    table = tower.model.token_embedding.weight.detach().float()
+    return config.max_norm * float(table.norm(dim=1).median())
+
+
+@torch.no_grad()
+def start(tower: TextTower, new: NewToken) -> Tensor:
+    """The rows (n, D) to start from. Raises ValueError for an initialiser that is not one token of this tower."""
+    table = tower.model.token_embedding.weight.detach().float()
+    if not new.initializer:
+        return table[: tower.tokenizer.vocab_size].mean(0).expand(new.vectors, -1)
+    ids = []
+    for word in new.initializer:
+        own = tower.tokenizer.encode(word)
+        if len(own) != 1:
+            parts = [tower.tokenizer.decode([i]) for i in own]
+            raise ValueError(f"initializer {word!r} of {new.token}: is {len(own)} tokens {parts}; choose a word of one")
+        ids.append(own[0])
+    if new.vectors == 1:
+        return table[ids].mean(0, keepdim=True)
+    return table[[ids[i % len(ids)] for i in range(new.vectors)]]
+
+
+def add_concept(text: Sequence[TextTower], token: str, rows: Sequence[Tensor]) -> None:
+    """Teach the towers a token from a file: its rows (n, D) for each.
+
+    Raises ValueError when widths or the number of towers differ, or the token exists.
+    """
+    if len(rows) != len(text):
+        raise ValueError(f"embedding {token!r}: is for {len(rows)} text towers, the model has {len(text)}")
+    for tower, own in zip(text, rows, strict=True):
+        if own.ndim != 2 or own.shape[1] != tower.width:
+            raise ValueError(f"embedding {token!r}: has width {own.shape[-1]}, the text tower {tower.width}")
+    for tower, own in zip(text, rows, strict=True):
+        kept = own.detach().to(tower.model.token_embedding.weight)
+        tower.add_token(token, len(kept), lambda kept=kept: kept)
