@@ -1,4 +1,4 @@
-"""`ldm evaluate retrieval|reconstruction|features|nll`: figures of models and pictures, with how they were measured."""
+"""`ldm evaluate MEASURE`: figures of models and pictures, with how they were measured."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ldm.cli import evaluate_samplers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     nll.add_argument("--device", help="cpu, cuda, ...; default: a GPU if there is one")
     nll.set_defaults(run=_nll)
+    evaluate_samplers.add(verbs)
     return parser
 
 

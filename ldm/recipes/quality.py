@@ -1,0 +1,383 @@
+"""Quality of a model's pictures row by row: which sampler, how many steps, how much guidance; `ldm evaluate samplers`.
+
+Every row is a file, written whole when it is measured, so that a run that was stopped goes on where it was and later
+runs add rows. A row says how it was measured; one that was measured otherwise is never mixed in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ldm import __version__
+from ldm.checkpoint import files
+from ldm.data.manifest import Manifest, resolve
+from ldm.data.samples import Samples
+from ldm.editing import clip_guide
+from ldm.evaluate import fid
+from ldm.evaluate.features import FeatureNetwork, extract, in_batches
+from ldm.models.text import ClipConfig
+from ldm.pipeline import Progress, Settings, TextToImage
+from ldm.recipes import measure
+from ldm.recipes.sources import weights_hash
+
+BOUNDS = ("real", "autoencoder")
+"""Rows without a sampler: the captions' own pictures, as they are and through the autoencoder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A model of the table under its name; what is None is the table's own choice."""
+
+    name: str
+    source: str
+    samplers: tuple[str, ...] | None = None
+    steps: tuple[int, ...] | None = None
+    guidance: tuple[float, ...] | None = None
+    spacing: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name or any(c in self.name for c in "/\\ |:="):
+            raise ValueError(f"model name {self.name!r}: expected a word without / \\ | : = or spaces")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One row: `count` pictures of a split's captions, drawn in one way."""
+
+    model: str
+    source: str
+    split: str
+    sampler: str
+    steps: int
+    count: int
+    guidance: float = 1.0
+    clip_guidance: float = 0.0
+    spacing: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The row's file, without its ending."""
+        if self.sampler in BOUNDS:
+            return f"{self.model}-{self.sampler}-{self.split}"
+        extra = f"-clip{self.clip_guidance:g}" if self.clip_guidance else ""
+        return f"{self.model}-{self.sampler}-{self.steps:04d}-g{self.guidance:g}{extra}-{self.split}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which rows: every sampler at every number of steps, guidance and split, for each model.
+
+    `counts` is (least number of steps, pictures): the last pair whose first number is reached applies, so that rows
+    of many steps may have fewer pictures. The kernel distance has no bias, so rows of unequal counts compare.
+    """
+
+    models: tuple[Entry, ...]
+    samplers: tuple[str, ...]
+    steps: tuple[int, ...]
+    guidance: tuple[float, ...] = (3.0,)
+    clip_guidance: tuple[float, ...] = (0.0,)
+    splits: tuple[str, ...] = ("train", "compositional")
+    counts: tuple[tuple[int, int], ...] = ((0, 1000),)
+    bounds: bool = True
+
+    def __post_init__(self) -> None:
+        names = [m.name for m in self.models]
+        if len(set(names)) != len(names):
+            raise ValueError(f"model names must differ, got {names}")
+        if any(n < 1 for n in self.steps) or any(count < 2 for _, count in self.counts):
+            raise ValueError(f"steps must be at least 1 and counts at least 2, got {self.steps} and {self.counts}")
+        if self.counts[0][0] != 0 or any(b[0] <= a[0] for a, b in itertools.pairwise(self.counts)):
+            raise ValueError(f"counts: the numbers of steps must rise from 0, got {self.counts}")
+
+    def count(self, steps: int) -> int:
+        """Pictures of a row of so many steps."""
+        return [pictures for least, pictures in self.counts if steps >= least][-1]
+
+    def cases(self) -> Iterator[Case]:
+        """The rows, cheap ones first, so that a stopped run has something of everything."""
+        for model, split in itertools.product(self.models[:1] if self.bounds else (), self.splits):
+            for sampler in BOUNDS:
+                count = self.count(0)
+                yield Case(
+                    model=model.name, source=model.source, split=split, sampler=sampler, steps=0, count=count
+                )  # fmt: skip
+        found = []
+        for m, split, clip in itertools.product(self.models, self.splits, self.clip_guidance):
+            choices = itertools.product(m.samplers or self.samplers, m.steps or self.steps, m.guidance or self.guidance)
+            for sampler, steps, guidance in choices:
+                found.append(
+                    Case(
+                        model=m.name,
+                        source=m.source,
+                        split=split,
+                        sampler=sampler,
+                        steps=steps,
+                        count=self.count(steps),
+                        guidance=guidance,
+                        clip_guidance=clip,
+                        spacing=m.spacing,
+                    )
+                )
+        yield from sorted(found, key=lambda case: case.steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """What measures: a feature network, a CLIP, and how many real pictures stand for a split."""
+
+    network: FeatureNetwork
+    clip: nn.Module
+    clip_config: ClipConfig
+    clip_name: str
+    data: str = "emoji"
+    reference: int = 1500
+    candidates: int = 64
+    seed: int = 0
+
+    def protocol(self) -> dict[str, Any]:
+        """What of it a row's figures depend on."""
+        return {
+            "data": self.data, "seed": self.seed, "network": self.network.name, "candidates": self.candidates,
+            "clip": self.clip_name, "clip_weights": weights_hash(self.clip), "clip_size": self.clip_config.image_size,
+        }  # fmt: skip
+
+    def figures(self, images: Tensor, captions: Sequence[str], pool: Sequence[str], real: Tensor) -> dict[str, Any]:
+        """Kernel distance to the features `real` and retrieval of the captions among those of `pool`."""
+        own = extract(self.network, in_batches(images))
+        half = min(len(own), len(real)) // 2  # halves, so that subsets differ and their spread says something
+        kid = fid.kernel_distance(real, own, subsets=20, size=max(2, half), seed=self.seed)
+        found = measure.retrieval_of(
+            images, captions, pool, self.clip, self.clip_config, candidates=self.candidates, seed=self.seed
+        )
+        return {"kernel_distance": {"mean": kid.mean, "std": kid.std, "subset": max(2, half)}, **found.record()}
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A split's captions in the order in which rows take them, their pictures' ids, and the reference's features."""
+
+    captions: tuple[str, ...]
+    ids: tuple[int, ...]
+    pool: tuple[str, ...]
+    features: Tensor
+    reference: tuple[int, ...]
+
+    def of(self, count: int) -> tuple[list[str], list[int]]:
+        """`count` captions with their ids; those of a smaller split come round again, with other noise."""
+        chosen = [i % len(self.captions) for i in range(count)]
+        return [self.captions[i] for i in chosen], [self.ids[i] for i in chosen]
+
+
+class Table:
+    """Measures the rows of a plan into a folder: `rows/NAME.json`, and all of them together in `results.json`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        judge: Judge,
+        load: Callable[[str], TextToImage],
+        *,
+        batch: int = 32,
+        precision: str = "fp32",
+    ) -> None:
+        self.folder, self.judge, self.batch, self.precision = folder, judge, batch, precision
+        self._load = load
+        self._loaded: tuple[str, TextToImage, dict[str, str]] | None = None
+        self._truths: dict[tuple[str, int], Truth] = {}
+        (folder / "rows").mkdir(parents=True, exist_ok=True)
+
+    def run(self, plan: Plan, say: Callable[[str], None], progress: Progress | None = None) -> list[dict[str, Any]]:
+        """Measure what is not there yet; all rows of the folder, also those of earlier runs."""
+        cases = list(plan.cases())
+        for number, case in enumerate(cases, 1):
+            path = self.folder / "rows" / f"{case.name}.json"
+            protocol = self.protocol(case)
+            if path.is_file():
+                same(path, json.loads(path.read_text(encoding="utf-8"))["protocol"], protocol)
+                continue
+            result = self.measure(case, progress)
+            row = {"protocol": protocol, "result": result}
+            files.write_text(path, json.dumps(row, indent=1, ensure_ascii=False) + "\n")
+            say(f"{number}/{len(cases)} {line(row)}")
+        rows = read(self.folder)
+        files.write_text(self.folder / "results.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+        return rows
+
+    def protocol(self, case: Case) -> dict[str, Any]:
+        """Everything that the row's figures depend on."""
+        pipeline, weights = self.model(case.source)
+        size = pipeline.latent_shape(None)[1] * pipeline.codec.factor
+        truth = self.truth(case.split, size)
+        return {
+            "measure": "samplers", "version": __version__, **self.judge.protocol(),
+            "split": case.split, "count": case.count, "captions": min(case.count, len(truth.captions)),
+            "reference": len(truth.reference), "shared": len({*truth.of(case.count)[1]} & {*truth.reference}),
+            "size": size, "model": case.model, "source": case.source,
+            "weights": weights, "sampler": case.sampler, "steps": case.steps, "guidance": case.guidance,
+            "clip_guidance": case.clip_guidance, "spacing": case.spacing, "precision": self.precision,
+        }  # fmt: skip
+
+    def measure(self, case: Case, progress: Progress | None = None) -> dict[str, Any]:
+        """The row's figures, with the seconds and the network's rows that each picture took."""
+        pipeline, _ = self.model(case.source)
+        size = pipeline.latent_shape(None)[1] * pipeline.codec.factor
+        truth = self.truth(case.split, size)
+        captions, ids = truth.of(case.count)
+        cost: dict[str, Any] = {}
+        if case.sampler in BOUNDS:
+            images = measure.real_pictures(self.judge.data, case.split, ids, size)
+            if case.sampler == "autoencoder":
+                images = _through(pipeline, images, self.batch)
+        else:
+            images, cost = self._draw(pipeline, case, captions, progress)
+        return cost | self.judge.figures(images, captions, truth.pool, truth.features)
+
+    def _draw(
+        self, pipeline: TextToImage, case: Case, captions: list[str], progress: Progress | None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        settings = Settings(
+            sampler=case.sampler, steps=case.steps, guidance=case.guidance, spacing=case.spacing,
+            seed=self.judge.seed, batch=self.batch,
+        )  # fmt: skip
+        guide = None
+        if case.clip_guidance:
+            clip = self.judge.clip.to(pipeline.device)
+            guide = clip_guide(pipeline, clip, self.judge.clip_config, case.clip_guidance)
+        rows = [0]
+
+        def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            rows[0] += len(inputs[0])
+
+        hook = pipeline.unet.register_forward_pre_hook(count)
+        try:
+            start = time.perf_counter()
+            images = pipeline.sample(captions, settings=settings, guide=guide, progress=progress)
+            seconds = time.perf_counter() - start
+        finally:
+            hook.remove()
+        cost = {
+            "seconds_per_picture": seconds / len(images), "network_rows_per_picture": rows[0] / len(images),
+            "batch": self.batch, "device": str(pipeline.device), "threads": torch.get_num_threads(),
+        }  # fmt: skip
+        return images, cost
+
+    def model(self, source: str) -> tuple[TextToImage, dict[str, str]]:
+        """The model and its weights' hashes; the last one stays loaded, after one picture of one step to warm up."""
+        if self._loaded is None or self._loaded[0] != source:
+            pipeline = self._load(source)
+            pipeline.sample([""], settings=Settings(steps=1, guidance=2.0))
+            self._loaded = (source, pipeline, measure.model_hashes(pipeline))
+        return self._loaded[1], self._loaded[2]
+
+    def truth(self, split: str, size: int) -> Truth:
+        """The split at a size; features of the reference are kept in the folder."""
+        if (split, size) not in self._truths:
+            judge = self.judge
+            drawn = measure.draw(judge.data, split, len(measure.caption_pool(judge.data, split)), seed=judge.seed)
+            # from the other end, so that rows of few pictures share none with the reference
+            chosen = drawn.ids[::-1][: judge.reference]
+            features = self._features(split, size, chosen)
+            self._truths[split, size] = Truth(drawn.captions, drawn.ids, drawn.pool, features, chosen)
+        return self._truths[split, size]
+
+    def _features(self, split: str, size: int, ids: Sequence[int]) -> Tensor:
+        samples = Samples(Manifest.read(resolve(self.judge.data)), split, size=size)
+        said = json.dumps([self.judge.network.name, size, [samples.key(i) for i in ids]])
+        path = self.folder / f"reference-{hashlib.sha256(said.encode()).hexdigest()[:16]}.safetensors"
+        if not path.is_file():
+            images = measure.real_pictures(self.judge.data, split, ids, size)
+            beside = path.with_suffix(".part")
+            save_file({"features": extract(self.judge.network, in_batches(images))}, beside)
+            beside.replace(path)
+        return load_file(path)["features"]
+
+
+@torch.no_grad()
+def _through(pipeline: TextToImage, images: Tensor, batch: int) -> Tensor:
+    codec = pipeline.codec
+    parts = [
+        codec.decode(codec.encode(part.to(pipeline.device))).clamp(-1, 1).float().cpu() for part in images.split(batch)
+    ]
+    return torch.cat(parts)
+
+
+def same(path: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise ValueError, naming the keys, if a row on disk was measured in another way."""
+    keys = [k for k in now if k not in ("version", "source") and was.get(k) != now[k]]
+    if keys:
+        told = ", ".join(f"{k} {was.get(k)!r}, now {now[k]!r}" for k in keys)
+        raise ValueError(f"{path}: measured with {told}; give another --out, or remove the file to measure it again")
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """All rows of a folder: bounds first, then by model, sampler, guidance and steps."""
+    rows = [json.loads(p.read_text(encoding="utf-8")) for p in sorted((folder / "rows").glob("*.json"))]
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        p = row["protocol"]
+        bound = p["sampler"] not in BOUNDS
+        return bound, p["model"], p["sampler"], p["guidance"], p["clip_guidance"], p["steps"], p["split"]
+
+    return sorted(rows, key=place)
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row for the eye."""
+    p, r = row["protocol"], row["result"]
+    how = f"{p['model']} {p['sampler']}"
+    if p["sampler"] not in BOUNDS:
+        how += f" {p['steps']} steps, guidance {p['guidance']:g}"
+        how += f", CLIP guidance {p['clip_guidance']:g}" if p["clip_guidance"] else ""
+    cost = f", {r['seconds_per_picture']:.3g} s a picture" if "seconds_per_picture" in r else ""
+    found = f"{p['split']}: KID {1000 * r['kernel_distance']['mean']:.2f}e-3, R@1 {r['R@1']['rate']:.3f}"
+    return f"{how}, {found} ({p['count']} pictures{cost})"
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """A table: a line for each way of drawing, the splits side by side."""
+    splits = list(dict.fromkeys(row["protocol"]["split"] for row in rows))
+    splits.sort(key=lambda s: (s != "train", s))
+    keys = ("model", "sampler", "steps", "guidance", "clip_guidance")
+    lines: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(tuple(row["protocol"][k] for k in keys), {})[row["protocol"]["split"]] = row
+    head = ["model", "sampler", "steps", "guidance", "s / picture", "rows / picture"]
+    if any(row["protocol"]["clip_guidance"] for row in rows):
+        head.insert(4, "CLIP guidance")
+    for split in splits:
+        head += [f"KID·10³ {split}", f"R@1 {split}", f"R@5 {split}", "pictures"]
+    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for key, found in lines.items():
+        model, sampler, steps, guidance, clip = key
+        bound = sampler in BOUNDS
+        cells = [model, sampler, "" if bound else str(steps), "" if bound else f"{guidance:g}"]
+        cells += [f"{clip:g}"] if "CLIP guidance" in head else []
+        costs = [row["result"] for row in found.values() if "seconds_per_picture" in row["result"]]
+        pictures = [row["protocol"]["count"] for row in found.values()]
+        for name, form in (("seconds_per_picture", ".3g"), ("network_rows_per_picture", ".4g")):
+            total = sum(cost[name] * n for cost, n in zip(costs, pictures))
+            cells.append(format(total / sum(pictures), form) if costs else "")
+        for split in splits:
+            cells += _cells(found.get(split))
+        out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out) + "\n"
+
+
+def _cells(row: dict[str, Any] | None) -> list[str]:
+    if row is None:
+        return ["", "", "", ""]
+    r = row["result"]
+    own = row["protocol"]["sampler"] == "real" and row["protocol"]["shared"]  # pictures compared with themselves
+    kid = "" if own else f"{1000 * r['kernel_distance']['mean']:.2f} ± {1000 * r['kernel_distance']['std']:.2f}"
+    return [kid, f"{r['R@1']['rate']:.3f}", f"{r['R@5']['rate']:.3f}", str(row["protocol"]["count"])]

@@ -1,0 +1,198 @@
+"""`ldm evaluate samplers` on tiny random models: figures of the single commands, resuming, what may be mixed."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as xml
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ldm.checkpoint.convert import save_diffusers
+from ldm.checkpoint.folders import write_module
+from ldm.checkpoint.schedulers import scheduler_to_diffusers
+from ldm.cli import evaluate
+from ldm.cli.evaluate_samplers import entry
+from ldm.config.load import encode
+from ldm.diffusion import Discrete, V
+from ldm.evaluate import features
+from ldm.models.autoencoder import Autoencoder
+from ldm.models.presets import AUTOENCODERS, CLIPS, TEXTS, UNETS
+from ldm.models.text import TextTower, build_clip
+from ldm.models.unet import UNet
+from ldm.pipeline import TextToImage
+from ldm.recipes import measure, quality
+from ldm.web.chart import Curve
+from ldm.web.figure import Panel, svg
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two diffusers folders of tiny random networks, and a CLIP."""
+    root = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("teacher", "student")):
+        torch.manual_seed(seed)
+        unet = UNet(UNETS["tiny"])
+        torch.nn.init.normal_(unet.conv_out.weight, std=0.05)
+        save_diffusers(
+            root / name,
+            unet=unet,
+            autoencoder=Autoencoder(AUTOENCODERS["tiny"]),
+            text=[TextTower(TEXTS["tiny"][0])],
+            scheduler=scheduler_to_diffusers(Discrete(zero_terminal_snr=True), V()),
+        )
+    weights = build_clip(CLIPS["tiny"]).state_dict()
+    write_module(root / "clip" / "export" / "clip", weights, {"_class_name": "CLIP", **encode(CLIPS["tiny"])})
+    return root
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> features.Encoder:
+    """Features that cost nothing."""
+    network = features.Encoder("pixels@2", lambda x: torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
+    monkeypatch.setattr(features, "load_network", lambda name, weights=None: network)
+    return network
+
+
+def command(models: Path, out: Path, *extra: Any) -> list[dict[str, Any]]:
+    argv = ["samplers", "--clip", models / "clip", "--count", "6,3:4", "--reference", 20, "--candidates", 8]
+    argv += ["--model", models / "teacher", "--splits", "heldout", "--out", out, *extra]
+    assert evaluate.main([str(a) for a in argv]) == 0
+    return json.loads((out / "results.json").read_text())
+
+
+def find(rows: list[dict[str, Any]], **values: Any) -> dict[str, Any]:
+    (row,) = [r for r in rows if all(r["protocol"][k] == v for k, v in values.items())]
+    return row
+
+
+def test_rows_are_what_the_single_commands_measure(models: Path, tmp_path: Path, small: features.Encoder) -> None:
+    rows = command(models, tmp_path / "table", "--samplers", "ddim,dpmpp_2m", "--steps", "1,3", "--guidance", 2)
+    assert len(rows) == 2 + 4
+    row = find(rows, sampler="dpmpp_2m", steps=1)
+    argv = ["retrieval", "--model", models / "teacher", "--clip", models / "clip", "--split", "heldout", "--count", 6]
+    argv += ["--candidates", 8, "--steps", 1, "--guidance", 2, "--out", tmp_path / "one.json"]
+    assert evaluate.main([str(a) for a in argv]) == 0
+    alone = json.loads((tmp_path / "one.json").read_text())
+    for k in ("R@1", "R@5"):
+        assert row["result"][k] == alone["result"][k]
+    assert row["protocol"]["weights"] == alone["protocol"]["weights"]
+    said = {"count": 6, "seed": 0, "sampler": "dpmpp_2m", "steps": 1, "guidance": 2.0, "network": "pixels@2"}
+    assert said.items() <= row["protocol"].items()
+    assert find(rows, sampler="ddim", steps=3)["protocol"]["count"] == 4, "from 3 steps on fewer pictures"
+    # the kernel distance of the autoencoder's pictures, from the definition
+    drawn = measure.draw("emoji", "heldout", 129)
+    pipe = TextToImage.load(models / "teacher")
+    size = 8 * pipe.codec.factor
+    with torch.no_grad():
+        own = pipe.codec.decode(pipe.codec.encode(measure.real_pictures("emoji", "heldout", drawn.ids[:6], size)))
+    real = small(measure.real_pictures("emoji", "heldout", drawn.ids[:-21:-1], size)).double()
+    expected = quality.fid.kernel_distance(real, small(own.clamp(-1, 1)).double(), subsets=20, size=3)
+    found = find(rows, sampler="autoencoder")["result"]["kernel_distance"]
+    assert found["mean"] == pytest.approx(expected.mean, rel=1e-4)
+    assert find(rows, sampler="real")["protocol"]["shared"] == 0
+
+
+def test_calls_of_the_network_are_counted(models: Path, tmp_path: Path) -> None:
+    rows = command(models, tmp_path, "--samplers", "ddim,heun", "--steps", 3, "--guidance", "1,2", "--no-bounds")
+    counted = {(r["protocol"]["sampler"], r["protocol"]["guidance"]): r["result"] for r in rows}
+    for (sampler, guidance), result in counted.items():
+        calls = 3 if sampler == "ddim" else 4  # out of pure noise and into the data there is no second call
+        assert result["network_rows_per_picture"] == calls * guidance
+        assert result["seconds_per_picture"] > 0
+
+
+def test_a_second_run_measures_only_what_is_missing(models: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    options = ("--samplers", "ddim", "--steps", "1,2", "--no-bounds")
+    before = command(models, tmp_path, *options)
+    drawn: list[tuple[int, int]] = []
+    original = TextToImage.sample
+
+    def sample(self: TextToImage, prompts: Any, *, settings: Any, **rest: Any) -> torch.Tensor:
+        drawn.append((settings.steps, len(prompts)))
+        return original(self, prompts, settings=settings, **rest)
+
+    monkeypatch.setattr(TextToImage, "sample", sample)
+    assert command(models, tmp_path, *options) == before
+    assert drawn == [(1, 1)], "nothing but the picture that warms up"
+    (tmp_path / "rows" / "teacher-ddim-0002-g3-heldout.json").unlink()
+    again = command(models, tmp_path, *options)
+    assert drawn[1:] == [(1, 1), (2, 6)]
+    for a, b in zip(before, again):
+        assert a["protocol"] == b["protocol"]
+        assert a["result"]["kernel_distance"] == b["result"]["kernel_distance"]
+    more = command(models, tmp_path, *options, "--model", f"four={models / 'student'}:lcm:steps=4:guidance=1")
+    assert len(more) == 3
+    row = find(more, model="four")["protocol"]
+    assert (row["sampler"], row["steps"], row["guidance"], row["count"]) == ("lcm", 4, 1.0, 4)
+    assert row["weights"]["unet"] != find(more, model="teacher", steps=1)["protocol"]["weights"]["unet"]
+    page = (tmp_path / "table.md").read_text().splitlines()
+    assert len(page) == 2 + 3
+    assert all(line.count("|") == page[0].count("|") for line in page)
+    texts = {e.text for e in xml.parse(tmp_path / "figure.svg").iter() if e.tag.endswith("text")}
+    assert {"four lcm", "teacher ddim", "heldout: KID · 10³", "heldout: R@1", "steps"} <= texts
+
+
+def test_rows_measured_otherwise_are_not_mixed_in(models: Path, tmp_path: Path) -> None:
+    options = ("--samplers", "ddim", "--steps", "1", "--no-bounds")
+    command(models, tmp_path, *options)
+    with pytest.raises(ValueError, match="candidates 8, now 16"):
+        command(models, tmp_path, *options, "--candidates", 16)
+    with pytest.raises(ValueError, match="count 6, now 5"):
+        command(models, tmp_path, *options, "--count", 5)
+
+
+def test_clip_guidance_is_a_row_of_its_own(models: Path, tmp_path: Path) -> None:
+    rows = command(models, tmp_path, "--samplers", "ddim", "--steps", 2, "--clip-guidance", "0,50", "--no-bounds")
+    plain, guided = (find(rows, clip_guidance=v)["result"] for v in (0, 50))
+    assert plain["kernel_distance"] != guided["kernel_distance"]
+    assert "CLIP guidance" in (tmp_path / "table.md").read_text()
+
+
+def test_small_splits_come_round_with_other_noise() -> None:
+    truth = quality.Truth(("a", "b", "c"), (7, 8, 9), (), torch.zeros(1, 1), ())
+    assert truth.of(5) == (["a", "b", "c", "a", "b"], [7, 8, 9, 7, 8])
+
+
+def test_entries() -> None:
+    assert entry("emoji") == quality.Entry(name="emoji", source="emoji")
+    full = entry("four=runs/x/export:lcm,tcd:steps=1,4:guidance=1:spacing=lcm")
+    assert full == quality.Entry(
+        name="four", source="runs/x/export", samplers=("lcm", "tcd"), steps=(1, 4), guidance=(1.0,), spacing="lcm"
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (("--samplers", "dim"), "'dim' is not one of"),
+        (("--steps", "1,x"), "--steps: 'x' is not a number"),
+        (("--steps", "0"), "steps must be at least 1"),
+        (("--count", "1"), "counts at least 2"),
+        (("--count", "5:10"), "must rise from 0"),
+        (("--model", "a=b:colour=red"), "'colour'"),
+        (("--model", "a=b", "--model", "a=c"), "names must differ"),
+        (("--splits", ","), "--splits"),
+    ],
+)
+def test_mistakes_name_the_value(argv: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=says):
+        evaluate.main(["samplers", "--out", str(tmp_path), *argv])
+
+
+def test_the_figure_puts_points_where_they_belong() -> None:
+    """Even ratios are even distances on logarithmic axes; a point that has no logarithm is left out."""
+    curve = Curve("a & b", [1, 10, 100, 1000], [1.0, 0.1, 0.01, -1.0])
+    drawn = svg([Panel("title", [curve], "steps", log_x=True, log_y=True)])
+    root = xml.fromstring(drawn)
+    circles = [e for e in root.iter() if e.tag.endswith("circle")]
+    (x0, y0), (x1, y1), (x2, y2) = [(float(c.attrib["cx"]), float(c.attrib["cy"])) for c in circles]
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
+    assert y1 - y0 == pytest.approx(y2 - y1, abs=0.2)
+    assert y1 > y0, "down is larger in a drawing"
+    assert re.search(r"a &amp; b", drawn)
+    with pytest.raises(ValueError, match="no finite point"):
+        svg([Panel("title", [Curve("a", [1], [float("nan")])], "x")])
