@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.adapters.low_rank import Loras
+from ldm.adapters.tokens import add_concept
 from ldm.checkpoint.convert import load_model
+from ldm.checkpoint.embedding_files import read_embeddings
+from ldm.checkpoint.lora_files import read_lora
 from ldm.checkpoint.schedulers import scheduler_from_diffusers
 from ldm.data.grid import to_pil
 from ldm.diffusion.process import Process
@@ -29,7 +33,7 @@ from ldm.models.unet import UNet
 from ldm.rng import Rng
 from ldm.sampling import SAMPLERS, lookup
 from ldm.sampling import sample as run_sampler
-from ldm.sampling.guidance import classifier_free
+from ldm.sampling.guidance import classifier_free, told_guidance
 from ldm.sampling.times import times as spaced
 from ldm.types import Cond, Denoise
 
@@ -89,6 +93,7 @@ class TextToImage:
         self.end: Literal["data", "first"] | None = end
         self.unet, self.codec, self.text, self.process = unet, codec, list(text), process
         self.spacing, self.dtype = spacing, compute_dtype(precision)
+        self._loras: Loras | None = None
 
     @staticmethod
     def load(source: str | Path, *, device: str | torch.device = "cpu", precision: str = "fp32") -> TextToImage:
@@ -122,6 +127,38 @@ class TextToImage:
         for module in (self.unet, self.codec.autoencoder, *self.text):
             module.to(device)
         return self
+
+    def load_lora(self, path: str | Path, weight: float = 1.0, *, name: str | None = None) -> str:
+        """Merge a LoRA file (diffusers' or kohya's) into the weights; the name to change or unload it by.
+
+        Raises ValueError for a file that does not fit this model.
+        """
+        name = Path(path).stem if name is None else name
+        self._merged().add(name, read_lora(path, self.unet, self.text), weight)
+        return name
+
+    def set_loras(self, weights: Mapping[str, float]) -> None:
+        """Change the weights of loaded LoRAs by name; 0 is as without."""
+        self._merged().set(weights)
+
+    def unload_loras(self, *names: str) -> None:
+        """Take out the LoRAs named, or all; the model's weights are then exactly what they were."""
+        self._merged().remove(*names)
+
+    def load_embedding(self, path: str | Path, token: str | None = None) -> list[str]:
+        """Teach the towers the tokens of a textual-inversion file (diffusers' or A1111's); their names for prompts.
+
+        `token` renames the only one. Raises ValueError when it does not fit, or the token exists.
+        """
+        found = read_embeddings(path, token)
+        for name, rows in found.items():
+            add_concept(self.text, name, rows)
+        return list(found)
+
+    def _merged(self) -> Loras:
+        if self._loras is None:
+            self._loras = Loras(self.unet, self.text)
+        return self._loras
 
     @property
     def device(self) -> torch.device:
@@ -210,9 +247,12 @@ class TextToImage:
         )
 
     def denoiser(self, settings: Settings) -> Denoise:
-        """The model's estimate of x_0 under classifier-free guidance."""
+        """The model's estimate of x_0 under guidance: classifier-free, or told to a network that takes its scale."""
+        denoise = self.process.denoiser(self._net)
+        if self.unet.config.time_cond_proj_dim is not None:
+            return told_guidance(denoise, settings.guidance)
         uncond = self.encode_text([settings.negative])
-        return classifier_free(self.process.denoiser(self._net), uncond, settings.guidance, settings.rescale)
+        return classifier_free(denoise, uncond, settings.guidance, settings.rescale)
 
     def _net(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):

@@ -12,12 +12,18 @@ import torch
 import yaml
 from PIL import Image
 
+from ldm.checkpoint.convert import save_diffusers
 from ldm.checkpoint.folders import write_module
-from ldm.config.load import encode
+from ldm.checkpoint.schedulers import scheduler_to_diffusers
+from ldm.config.load import decode, encode
 from ldm.data.manifest import Manifest
 from ldm.data.write import ShardWriter
 from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.diffusion.prediction import PREDICTIONS
+from ldm.diffusion.schedule import Discrete
 from ldm.models.text import ClipConfig, build_clip
+from ldm.models.unet import UNet, UNetConfig
+from ldm.recipes.sources import load_autoencoder, load_towers
 
 SIZE = 16
 VAE = AutoencoderConfig(
@@ -144,6 +150,31 @@ def contrastive(root: Path) -> dict[str, Any]:
     """CLIP training."""
     task = {"kind": "clip", "model": encode(CLIP), "validate_every": 4}
     return {"name": "mini", "out": str(root / "run"), "task": task, "data": _data(root), "train": train()}
+
+
+def teacher(root: Path, prediction: str = "v") -> Path:
+    """A random model of the miniature parts as a diffusers folder, `root`/teacher; no weight of it is zero."""
+    torch.manual_seed(13)
+    unet = UNet(decode(UNetConfig, UNET))
+    for p in unet.parameters():
+        torch.nn.init.normal_(p, std=0.1) if p.ndim == 1 else torch.nn.init.xavier_normal_(p)
+    scheduler = scheduler_to_diffusers(Discrete(zero_terminal_snr=prediction == "v"), PREDICTIONS[prediction])
+    parts = {"autoencoder": load_autoencoder(str(root / "autoencoder")), "text": load_towers(str(root / "towers"))}
+    save_diffusers(root / "teacher", unet=unet, scheduler=scheduler, **parts)
+    return root / "teacher"
+
+
+def distill(root: Path, method: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A distillation of `teacher(root)`; `changes` are of the task."""
+    sampler = {"progressive": "ddim", "tcd": "tcd"}.get(method["kind"], "lcm")
+    task = {
+        "kind": "distill",
+        "teacher": str(root / "teacher"),
+        "method": method,
+        "guidance_embedding": 32,
+        "samples": {"prompts": ["a red dot", "a blue bar"], "every": 4, "settings": {"sampler": sampler, "steps": 2}},
+    }
+    return {"name": "mini", "out": str(root / "run"), "task": task | changes, "data": _data(root), "train": train()}
 
 
 def _data(root: Path) -> dict[str, Any]:

@@ -58,6 +58,16 @@ def classifier_free(
     return guided
 
 
+def told_guidance(denoise: Denoise, scale: float) -> Denoise:
+    """For networks distilled with guidance inside (arXiv 2210.03142): one call, told scale - 1 as cond "guidance"."""
+
+    def guided(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        w = torch.full((len(x),), scale - 1, dtype=torch.float32, device=x.device)
+        return denoise(x, t, {**cond, "guidance": w})
+
+    return guided
+
+
 def projected(
     denoise: Denoise,
     uncond: Cond,

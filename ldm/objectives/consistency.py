@@ -1,0 +1,127 @@
+"""Latent consistency distillation (Luo et al. 2023, arXiv 2310.04378, algorithm 1), full or through an adapter.
+
+Legend: w guidance strength (scale - 1), f the consistency function c_skip x + c_out x_0(x, t), t_n and t_{n+k}
+neighbouring times of the skipping DDIM solver.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ldm.diffusion.prediction import broadcast
+from ldm.objectives.base import Objective, by_noise
+from ldm.objectives.inputs import Feed
+from ldm.objectives.teacher import (
+    Estimator,
+    Target,
+    Teacher,
+    check_range,
+    guidance_of,
+    place,
+    solver_times,
+)
+from ldm.rng import Rng
+from ldm.types import Batch, Cond, Metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencyOptions:
+    """`w`: range of the teacher's guidance strength, drawn uniformly for each sample; [0, 0] is no guidance.
+
+    `solver_steps` is the number of DDIM steps that the teacher's whole path has; samplers visit a subset of them.
+    `decay` 0 makes the student itself the target. `huber` is the Huber loss' width; `scaling` and `data_std` shape the
+    boundary condition and must be those of the sampler (10 and 0.5).
+    """
+
+    kind: Literal["lcm"] = "lcm"
+    w: tuple[float, float] = (2.0, 14.0)
+    solver_steps: int = 50
+    decay: float = 0.95
+    loss: Literal["huber", "l2"] = "huber"
+    huber: float = 0.001
+    scaling: float = 10.0
+    data_std: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_range("w", self.w)
+        if self.solver_steps < 1:
+            raise ValueError(f"solver_steps must be at least 1, got {self.solver_steps}")
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay must be in [0, 1), got {self.decay}")
+        for name in ("huber", "scaling", "data_std"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
+
+class ConsistencyObjective(Objective):
+    """Distance of f at t_{n+k} to the target network's f where one guided DDIM step of the teacher arrives, t_n."""
+
+    def __init__(
+        self,
+        trained: nn.Module,
+        student: Estimator,
+        goal: Estimator,
+        teacher: Teacher,
+        feed: Feed,
+        options: ConsistencyOptions,
+        target: Target | None,
+    ) -> None:
+        """`goal` is the target network; with `target` None it is the student itself, without gradients."""
+        super().__init__(trained)
+        self.options, self._target = options, target
+        self._student, self._goal, self._teacher, self._feed = student, goal, teacher, feed
+
+    def forward(self, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
+        """Mean over the micro-batch; randomness belongs to each sample's global position."""
+        options, schedule = self.options, self._student.process.schedule
+        x0 = self._feed.latents(batch, rng, self.device)
+        cond = self._feed.cond(batch, rng, self.device)
+        late, near = (t.to(x0.device) for t in solver_times(schedule, options.solver_steps, rng.uniform("time")))
+        w = guidance_of(rng, options.w, x0.device)
+        noise = rng.normal("noise", x0.shape[1:]).to(x0)
+        x = self._student.process.add_noise(x0, noise, late)
+        answer = self.consistent(self._student, x, late, self._student.seen(cond, w))
+        with torch.no_grad():
+            clean, implied = self._teacher.both(x, late, cond, w)
+            moved = place(schedule, clean, implied, near).to(x.dtype)
+            goal = self.consistent(self._goal, moved, near, self._goal.seen(cond, w))
+        losses = distance(answer, goal, options.loss, options.huber)
+        gap = (answer.detach() - clean).square().flatten(1).mean(1)
+        level = late / schedule.last
+        metrics = by_noise(losses.detach(), level) | by_noise(gap, level, "gap")
+        return (losses * batch["weight"].to(losses)).mean(), metrics
+
+    def consistent(self, estimator: Estimator, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """f(x, t), float32; x itself at t = 0."""
+        skip, out = boundary(t, self.options.scaling, self.options.data_std)
+        x0, _ = estimator.both(x, t, cond)
+        return broadcast(skip, x).to(x0) * x.to(x0) + broadcast(out, x).to(x0) * x0
+
+    def after_step(self, step: int) -> None:
+        if self._target is not None:
+            self._target.follow(step, self.whole())
+
+    def state(self) -> dict[str, Any]:
+        return {} if self._target is None else {"tensors": self._target.tensors()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if self._target is not None:
+            self._target.load(state.get("tensors", {}))
+
+
+def boundary(t: Tensor, scaling: float = 10.0, data_std: float = 0.5) -> tuple[Tensor, Tensor]:
+    """(c_skip, c_out) of times (B,): 1 and 0 at t = 0 (arXiv 2310.04378, section 4.1)."""
+    scaled = t.double() * scaling
+    total = scaled.square() + data_std**2
+    return (data_std**2 / total).float(), (scaled / total.sqrt()).float()
+
+
+def distance(a: Tensor, b: Tensor, kind: Literal["huber", "l2"], width: float) -> Tensor:
+    """Per sample (B,): the mean squared error, or the pseudo-Huber sqrt(d^2 + width^2) - width."""
+    square = (a - b).square()
+    each = square if kind == "l2" else (square + width**2).sqrt() - width
+    return each.flatten(1).mean(1)
