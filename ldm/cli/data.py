@@ -6,6 +6,11 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ldm.data.buckets import BucketConfig
+    from ldm.data.manifest import Manifest
 
 
 def main(argv: list[str]) -> int:
@@ -32,10 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--without-captions", action="store_true", help="keep pictures that have no caption")
     build.add_argument("--min-side", type=int, default=1, help="leave out pictures with a shorter side (1)")
     build.add_argument("--max-pixels", type=int, default=100_000_000, help="refuse larger pictures (100 million)")
-    build.add_argument("--buckets", type=int, metavar="SIZE", help="aspect-ratio buckets of at most SIZE x SIZE pixels")
-    build.add_argument("--bucket-step", type=int, default=64, help="sides are multiples of this (64)")
-    build.add_argument("--bucket-ratio", type=float, default=2.0, help="longest aspect (2)")
-    build.add_argument("--bucket-least", type=int, default=64, help="smaller buckets are merged into the nearest (64)")
+    _add_buckets(build)
     build.add_argument("--shard-bytes", type=int, default=256 << 20, help="largest tar (256 MiB)")
     build.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     build.set_defaults(run=_build)
@@ -45,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument("--split", default="train")
     index.add_argument("--where", help="keep samples by their json, as in 'width >= 256 and pwatermark < 0.5'")
     index.add_argument("--name", help="the data set's name (the folder's)")
+    _add_buckets(index)
     index.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     index.set_defaults(run=_index)
 
@@ -65,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("--vae", help="autoencoder: a model folder, a run's export, or a shipped one's name")
     encode.add_argument("--text", help="text towers: the same")
     encode.add_argument("--splits", nargs="+", default=["train"])
-    encode.add_argument("--size", type=int, required=True)
+    shape = encode.add_mutually_exclusive_group(required=True)
+    shape.add_argument("--size", type=int, help="side of the square pictures")
+    shape.add_argument("--buckets", action="store_true", help="the shapes of the data set's buckets")
     encode.add_argument("--crop", choices=("center", "random"), default="center")
     encode.add_argument("--flip", action="store_true")
     encode.add_argument("--variants", type=int, default=1, help="crops and flips of each picture (1)")
@@ -76,15 +81,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _build(args: argparse.Namespace) -> int:
+def _add_buckets(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--buckets", type=int, metavar="SIZE", help="aspect-ratio buckets, at most SIZE x SIZE pixels")
+    parser.add_argument("--bucket-step", type=int, default=64, help="sides are multiples of this (64)")
+    parser.add_argument("--bucket-ratio", type=float, default=2.0, help="longest aspect (2)")
+    parser.add_argument("--bucket-least", type=int, default=64, help="smaller buckets are merged into the nearest (64)")
+
+
+def _buckets(args: argparse.Namespace) -> BucketConfig | None:
     from ldm.data.buckets import BucketConfig
+
+    if args.buckets is None:
+        return None
+    return BucketConfig(size=args.buckets, step=args.bucket_step, ratio=args.bucket_ratio, least=args.bucket_least)
+
+
+def _build(args: argparse.Namespace) -> int:
     from ldm.data.build import BuildConfig, build
 
-    buckets = None
-    if args.buckets is not None:
-        buckets = BucketConfig(
-            size=args.buckets, step=args.bucket_step, ratio=args.bucket_ratio, least=args.bucket_least
-        )
     config = BuildConfig(
         size=args.size,
         format=args.format,
@@ -94,7 +108,7 @@ def _build(args: argparse.Namespace) -> int:
         require_captions=not args.without_captions,
         min_side=args.min_side,
         max_pixels=args.max_pixels,
-        buckets=buckets,
+        buckets=_buckets(args),
         shard_bytes=args.shard_bytes,
         workers=args.workers,
     )
@@ -104,9 +118,7 @@ def _build(args: argparse.Namespace) -> int:
         print(f"left out: {entry['name']}: {entry['reason']}: {entry['error']}")
     if len(report.bad) > 20:
         print(f"... and {len(report.bad) - 20} more in {args.out / 'quarantine.jsonl'}")
-    for bucket, entry in report.manifest.notes.get("buckets", {}).items():
-        merged = ", ".join(f"{n} from {shape}" for shape, n in entry["merged"].items())
-        print(f"bucket {bucket}: {entry['pictures']} pictures" + (f" ({merged})" if merged else ""))
+    _print_buckets(report.manifest)
     splits = ", ".join(f"{report.manifest.samples(s)} {s}" for s in report.manifest.splits)
     print(f"{report.written} of {report.found} pictures in {len(report.manifest.shards)} shards ({splits}): {args.out}")
     if report.bad:
@@ -123,6 +135,7 @@ def _index(args: argparse.Namespace) -> int:
             split=args.split,
             where=args.where,
             name=args.name,
+            buckets=_buckets(args),
             workers=args.workers,
             progress=progress.update,
         )
@@ -131,6 +144,7 @@ def _index(args: argparse.Namespace) -> int:
         print(f"problem: {problem}")
     if problems:
         print(f"{len(problems)} problems in {quarantine(args.folder, results)}")
+    _print_buckets(manifest)
     left_out = sum(r.left_out for r in results)
     print(f"{manifest.samples()} samples in {len(manifest.shards)} shards, {left_out} left out by the filter")
     return 0
@@ -166,7 +180,8 @@ def _encode(args: argparse.Namespace) -> int:
     config = EncodeConfig(
         path=args.data,
         splits=tuple(args.splits),
-        size=args.size,
+        size=args.size or EncodeConfig.size,
+        buckets=args.buckets,
         crop=args.crop,
         flip=args.flip,
         variants=args.variants,
@@ -201,10 +216,17 @@ def _encode(args: argparse.Namespace) -> int:
         print(f"done here; {left} parts are left to other processes, the last of which writes the manifest")
         return 0
     manifest = finish(config, args.out)
+    _print_buckets(manifest)
     errors = ", ".join(f"{k} {v:.1e}" for k, v in manifest.notes["relative_rms_error"].items())
     print(f"{manifest.samples()} samples, {manifest.notes['bytes_per_sample']} bytes each, {manifest.notes['bad']} bad")
     print(f"relative error of storing as {config.dtype}: {errors}")
     return 0
+
+
+def _print_buckets(manifest: Manifest) -> None:
+    for bucket, entry in manifest.notes.get("buckets", {}).items():
+        merged = ", ".join(f"{n} from {shape}" for shape, n in entry["merged"].items())
+        print(f"bucket {bucket}: {entry['pictures']} pictures" + (f" ({merged})" if merged else ""))
 
 
 class _Progress:

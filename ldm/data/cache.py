@@ -21,12 +21,15 @@ _DTYPES = {"F16": np.float16, "F32": np.float32, "BF16": np.uint16}
 _KEPT_VIEWS = 100_000  # about 1 KB each
 
 
-def check(manifest: Manifest, *, cached: bool, expect: Mapping[str, Any] | None) -> None:
+def check(manifest: Manifest, *, cached: bool, buckets: bool = False, expect: Mapping[str, Any] | None) -> None:
     """Refuse a cache made by other weights, size or crop: ValueError says which."""
     if not cached:
         return
     if manifest.cached is None:
         raise ValueError(f"data.cached: {manifest.name!r} holds no cache; `ldm data encode` makes one")
+    if manifest.cached.get("buckets", False) != buckets:
+        allowed = "true" if not buckets else "false"
+        raise ValueError(f"data.buckets: the cache {manifest.name!r} needs buckets: {allowed}, as it was made")
     for key, value in (expect or {}).items():
         have = manifest.cached.get(key)
         if have != value:

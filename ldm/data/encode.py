@@ -7,8 +7,10 @@ manifest when no part is missing.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,11 +20,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ldm.data.buckets import name as bucket_name
 from ldm.data.cache import MEMBER
 from ldm.data.captions import uniform
 from ldm.data.decode import BadSample
 from ldm.data.images import Fit, to_float
-from ldm.data.manifest import Manifest, Shard, resolve
+from ldm.data.manifest import Manifest, Shard, resolve, shard_of
 from ldm.data.samples import Samples
 from ldm.data.write import ShardWriter
 
@@ -38,11 +41,15 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
-    """What is cached. `variants` pictures a sample are drawn by crop and flip (the first is plain)."""
+    """What is cached. `variants` pictures a sample are drawn by crop and flip (the first is plain).
+
+    With `buckets` pictures have the shapes of the data set's buckets, and `size` is not used.
+    """
 
     path: str
     splits: tuple[str, ...] = ("train",)
     size: int = 64
+    buckets: bool = False
     fit: Fit = "crop"
     crop: Literal["center", "random"] = "center"
     flip: bool = False
@@ -68,6 +75,8 @@ class _Part:
     number: int
     start: int
     stop: int
+    bucket: tuple[int, int] | None
+    repeats: int
 
     @property
     def prefix(self) -> str:
@@ -111,8 +120,8 @@ def encode(
     _claim(out, _settings(config, moments is not None, text is not None, hashes))
     manifest = Manifest.read(resolve(config.path))
     for split in config.splits:
-        samples = Samples(manifest, split, size=config.size, fit=config.fit, memory=0)
-        for part in _parts(split, len(samples), config.part):
+        samples = Samples(manifest, split, size=config.size, fit=config.fit, buckets=config.buckets, memory=0)
+        for part in _parts(config, manifest, split):
             if part.number % world == rank and not _marker(out, part).is_file():
                 _encode_part(config, out, part, samples, moments, text, rank, progress)
             elif part.number % world == rank and progress is not None:
@@ -127,24 +136,27 @@ def finish(config: EncodeConfig, out: Path) -> Manifest:
     sums: dict[str, list[float]] = {}
     bad = 0
     for split in config.splits:
-        for part in _parts(split, source.samples(split), config.part):
+        for part in _parts(config, source, split):
             marker = _marker(out, part)
             if not marker.is_file():
                 raise ValueError(f"cache {str(out)!r}: part {part.prefix} is missing; run the same encoding again")
             tree = json.loads(marker.read_text())
-            shards += [Shard(**entry) for entry in tree["shards"]]
+            shards += [shard_of(entry) for entry in tree["shards"]]
             bad += tree["bad"]
             for name, pair in tree["error"].items():
                 have = sums.setdefault(name, [0.0, 0.0])
                 sums[name] = [have[0] + pair[0], have[1] + pair[1]]
     total = sum(s.samples for s in shards)
-    notes = {
+    notes: dict[str, Any] = {
         "bad": bad,
         "bytes_per_sample": round(sum(s.bytes for s in shards) / max(total, 1)),
         "relative_rms_error": {k: (b / a) ** 0.5 if a else 0.0 for k, (a, b) in sorted(sums.items())},
     }
-    name = f"{source.name}-cached"
-    result = Manifest(name=name, shards=tuple(shards), folder=out, cached=settings["cached"], notes=notes)
+    if config.buckets:
+        notes["buckets"] = _bucket_report(shards, source.notes.get("buckets", {}))
+    result = Manifest(
+        name=f"{source.name}-cached", shards=tuple(shards), folder=out, cached=settings["cached"], notes=notes
+    )
     result.write()
     return result
 
@@ -152,7 +164,7 @@ def finish(config: EncodeConfig, out: Path) -> Manifest:
 def missing(config: EncodeConfig, out: Path) -> int:
     """How many parts other processes still have to write."""
     source = Manifest.read(resolve(config.path))
-    parts = (p for split in config.splits for p in _parts(split, source.samples(split), config.part))
+    parts = (p for split in config.splits for p in _parts(config, source, split))
     return sum(not _marker(out, part).is_file() for part in parts)
 
 
@@ -172,7 +184,7 @@ def build_cache(
 
 def _settings(config: EncodeConfig, moments: bool, text: bool, hashes: Mapping[str, str]) -> dict[str, Any]:
     cached = {
-        "size": config.size,
+        "size": None if config.buckets else config.size,
         "fit": config.fit,
         "crop": config.crop,
         "flip": config.flip,
@@ -182,6 +194,7 @@ def _settings(config: EncodeConfig, moments: bool, text: bool, hashes: Mapping[s
         "moments": moments,
         "text_states": text,
         **dict(sorted(hashes.items())),
+        **({"buckets": True} if config.buckets else {}),
     }
     source = Manifest.read(resolve(config.path))
     content = sorted(s.sha256 for split in config.splits for s in source.split(split))
@@ -211,8 +224,27 @@ def _write(path: Path, tree: dict[str, Any]) -> None:
     os.replace(beside, path)
 
 
-def _parts(split: str, total: int, size: int) -> list[_Part]:
-    return [_Part(split, i, start, min(start + size, total)) for i, start in enumerate(range(0, total, size))]
+def _parts(config: EncodeConfig, source: Manifest, split: str) -> list[_Part]:
+    """Runs of shards of one shape and number of repeats, each cut into parts."""
+    parts: list[_Part] = []
+    start = 0
+    shards = source.split(split)
+    for (bucket, repeats), run in itertools.groupby(
+        shards, lambda s: (s.bucket if config.buckets else None, s.repeats)
+    ):
+        stop = start + sum(s.samples for s in run)
+        for first in range(start, stop, config.part):
+            parts.append(_Part(split, len(parts), first, min(first + config.part, stop), bucket, repeats))
+        start = stop
+    return parts
+
+
+def _bucket_report(shards: list[Shard], merged: dict[str, Any]) -> dict[str, Any]:
+    """As a build's: by bucket the pictures kept, and what the source had merged into it."""
+    counts: Counter[str] = Counter()
+    for shard in shards:
+        counts[bucket_name(shard.bucket) if shard.bucket else "none"] += shard.samples
+    return {b: {"pictures": n, "merged": merged.get(b, {}).get("merged", {})} for b, n in sorted(counts.items())}
 
 
 def _marker(out: Path, part: _Part) -> Path:
@@ -231,7 +263,15 @@ def _encode_part(
 ) -> None:
     error = _Error()
     bad = 0
-    with ShardWriter(out, part.prefix, split=part.split, max_bytes=1 << 40, max_samples=config.part) as writer:
+    with ShardWriter(
+        out,
+        part.prefix,
+        split=part.split,
+        bucket=part.bucket,
+        repeats=part.repeats,
+        max_bytes=1 << 40,
+        max_samples=config.part,
+    ) as writer:
         for start in range(part.start, part.stop, config.batch):
             ids = list(range(start, min(start + config.batch, part.stop)))
             good = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -9,8 +10,11 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from ldm.data.decode import IMAGES, BadSample, metadata
+from ldm.data.buckets import BucketConfig, Shape, assign
+from ldm.data.buckets import name as bucket_name
+from ldm.data.decode import IMAGES, BadSample, image_member, metadata, upright_size
 from ldm.data.filters import compile_filter
 from ldm.data.manifest import NAME, Manifest, Shard, sha256
 from ldm.data.shards import Index, LocalReader, scan
@@ -18,11 +22,15 @@ from ldm.data.shards import Index, LocalReader, scan
 
 @dataclass(frozen=True)
 class Indexed:
-    """One tar's result: its shard unless it was unusable, how many samples a filter left out, and what was wrong."""
+    """One tar's result: its shard unless it was unusable, how many samples a filter left out, and what was wrong.
+
+    `sizes` are (width, height) of the kept samples, if asked for.
+    """
 
     shard: Shard | None
     left_out: int
     problems: tuple[str, ...]
+    sizes: tuple[Shape, ...] = ()
 
 
 def index(
@@ -31,14 +39,15 @@ def index(
     split: str = "train",
     where: str | None = None,
     name: str | None = None,
+    buckets: BucketConfig | None = None,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Manifest, list[Indexed]]:
     """Index the tars of a folder (also in folders below it) and write the manifest there.
 
     `where` is a filter expression over each sample's json. Damaged tars are reported, not fatal; the whole samples of a
-    truncated one are kept. What an earlier manifest says of a tar's split and bucket
-    stays. Raises ValueError if there is no usable tar.
+    truncated one are kept. With `buckets` each tar gets one index a bucket; the tar is not changed. What an earlier
+    manifest says of a tar's split and bucket stays. Raises ValueError if there is no usable tar.
     """
     if not folder.is_dir():
         raise ValueError(f"data {str(folder)!r}: no such folder")
@@ -47,7 +56,7 @@ def index(
     tars = sorted(p for p in folder.rglob("*.tar") if not p.name.startswith("."))
     if not tars:
         raise ValueError(f"data {str(folder)!r}: no .tar in it")
-    jobs = [(folder, path, split, where) for path in tars]
+    jobs = [(folder, path, split, where, buckets is not None) for path in tars]
     results: list[Indexed] = []
     if workers == 1 or len(tars) == 1:
         for job in jobs:
@@ -65,25 +74,56 @@ def index(
     if not shards:
         problems = [p for r in results for p in r.problems][:3] or ["the filter kept nothing"]
         raise ValueError(f"data {str(folder)!r}: no usable sample in {len(tars)} tars: {'; '.join(problems)}")
-    manifest = _manifest(folder, shards, name, {"where": where} if where else {})
+    notes: dict[str, Any] = {"where": where} if where else {}
+    if buckets is not None:
+        shards, notes["buckets"] = _into_buckets(folder, results, buckets)
+    manifest = _manifest(folder, shards, name, notes)
     manifest.write()
     return manifest, results
 
 
-def _manifest(folder: Path, shards: tuple[Shard, ...], name: str | None, notes: dict[str, str]) -> Manifest:
+def _manifest(folder: Path, shards: tuple[Shard, ...], name: str | None, notes: dict[str, Any]) -> Manifest:
     """With what an earlier manifest says of the same shards and tars cannot tell: split, bucket, repeats, the cache."""
     if not (folder / NAME).is_file():
         return Manifest(name=name or folder.resolve().name, shards=shards, folder=folder, notes=notes)
     old = Manifest.read(folder)
     known = {s.file: s for s in old.shards}
-    told = tuple(
-        replace(s, split=k.split, bucket=k.bucket, repeats=k.repeats) if (k := known.get(s.file)) else s for s in shards
-    )
-    return replace(old, name=name or old.name, shards=told, notes={**old.notes, **notes})
+    several = len(known) < len(old.shards)  # made with indexes by bucket, which this replaces
+
+    def told(shard: Shard) -> Shard:
+        if (k := known.get(shard.file)) is None:
+            return shard
+        bucket = shard.bucket or (None if several else k.bucket)
+        return replace(shard, split=k.split, bucket=bucket, repeats=k.repeats)
+
+    kept = {k: v for k, v in old.notes.items() if k != "buckets" or not several}
+    return replace(old, name=name or old.name, shards=tuple(told(s) for s in shards), notes={**kept, **notes})
 
 
-def _index_one(job: tuple[Path, Path, str, str | None]) -> Indexed:
-    folder, path, split, where = job
+def _into_buckets(
+    folder: Path, results: list[Indexed], config: BucketConfig
+) -> tuple[tuple[Shard, ...], dict[str, dict[str, object]]]:
+    """Each tar's index divided by bucket, as `TAR.WIDTHxHEIGHT.index`, and the report of what was merged."""
+    sizes = {f"{t} {i}": size for t, r in enumerate(results) for i, size in enumerate(r.sizes)}
+    assigned = assign(sizes, config)
+    shards: list[Shard] = []
+    for number, result in enumerate(results):
+        if result.shard is None:
+            continue
+        whole = Index.read(folder / result.shard.index)
+        rows: dict[Shape, list[int]] = {}
+        for i in range(len(result.sizes)):
+            rows.setdefault(assigned.bucket[f"{number} {i}"], []).append(i)
+        for bucket, chosen in sorted(rows.items()):
+            place = Path(result.shard.index).with_suffix(f".{bucket_name(bucket)}.index")
+            whole.take(chosen).write(folder / place)
+            shards.append(replace(result.shard, index=str(place), samples=len(chosen), bucket=bucket))
+        (folder / result.shard.index).unlink()
+    return tuple(shards), assigned.report()
+
+
+def _index_one(job: tuple[Path, Path, str, str | None, bool]) -> Indexed:
+    folder, path, split, where, measure = job
     relative = os.path.relpath(path, folder)
     try:
         found = scan(path)
@@ -100,6 +140,11 @@ def _index_one(job: tuple[Path, Path, str, str | None]) -> Indexed:
         kept, bad = _filter(path, found, where)
         if bad:
             problems.append(f"{relative}: {bad} samples with json that does not parse")
+    sizes: tuple[Shape, ...] = ()
+    if measure:
+        kept, sizes, bad = _measure(path, kept)
+        if bad:
+            problems.append(f"{relative}: {bad} samples whose picture has no size")
     place = path.with_suffix(".index")
     kept.write(place)
     shard = Shard(
@@ -110,7 +155,7 @@ def _index_one(job: tuple[Path, Path, str, str | None]) -> Indexed:
         index=os.path.relpath(place, folder),
         split=split,
     )
-    return Indexed(shard, len(found) - len(kept), tuple(problems))
+    return Indexed(shard, len(found) - len(kept), tuple(problems), sizes)
 
 
 def _ended(path: Path) -> bool:
@@ -138,8 +183,18 @@ def _filter(path: Path, found: Index, where: str) -> tuple[Index, int]:
             continue
         if keep(fields):
             rows.append(i)
-    keys = tuple(found.keys[i] for i in rows)
-    return Index(found.extensions, found.offsets[rows], found.sizes[rows], keys), bad
+    return found.take(rows), bad
+
+
+def _measure(path: Path, found: Index) -> tuple[Index, tuple[Shape, ...], int]:
+    """The samples whose picture's header tells a size, the sizes, and how many do not."""
+    reader = LocalReader(str(path), found, os.open(path, os.O_RDONLY))
+    rows, sizes = [], []
+    for i in range(len(found)):
+        with contextlib.suppress(BadSample):
+            sizes.append(upright_size(image_member(reader.read(i, only=IMAGES))))
+            rows.append(i)
+    return found.take(rows), tuple(sizes), len(found) - len(rows)
 
 
 def quarantine(folder: Path, results: list[Indexed]) -> Path:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -125,7 +125,7 @@ class Loader(Stream[DataConfig]):
             buckets=config.buckets,
             memory=config.memory,
             require_captions=config.require_captions,
-            expect=self._expect,
+            expect=expected(config, self._expect),
             remote=config.remote,
         )
         self.order = make_order(config, self.samples.shards.shards, self.global_batch, self._seed)
@@ -179,8 +179,9 @@ class Loader(Stream[DataConfig]):
             batch["image"] = to_float(crops.pixels)
             batch["original_size"] = torch.from_numpy(crops.original_size)
             batch["crop_top_left"] = torch.from_numpy(crops.crop_top_left)
-            size = torch.tensor([crops.pixels.shape[1:3]], dtype=torch.float32)
-            batch["target_size"] = size.expand(len(ids), 2).contiguous()
+        if "original_size" in batch:
+            width, height = self.samples.shape(ids[0])
+            batch["target_size"] = torch.tensor([[height, width]], dtype=torch.float32).repeat(len(ids), 1)
         if self._tokenize is not None:
             batch["tokens"] = self._tokenize(batch["caption"])
         return batch
@@ -225,6 +226,13 @@ class Loader(Stream[DataConfig]):
         same = [i for i, s in enumerate(shards.shards) if s.bucket == bucket]
         shard = same[draw % len(same)]
         return int(starts[shard]) + draw // len(same) % shards.sizes[shard]
+
+
+def expected(config: DataConfig, also: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a cache must have been made with: `also`, and what the config sets of size, fit, crop, flip and template."""
+    names = ("size", "fit", "crop", "flip", "template") if not config.buckets else ("fit", "crop", "flip", "template")
+    defaults = {f.name: f.default for f in fields(DataConfig)}
+    return {n: v for n in names if (v := vars(config)[n]) != defaults[n]} | dict(also or {})
 
 
 def make_order(config: DataConfig, shards: Sequence[Shard], batch: int, seed: int) -> Order | BucketedOrder:

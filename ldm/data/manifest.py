@@ -120,7 +120,7 @@ def _parse(data: bytes, where: str, folder: Path, address: str | None) -> Manife
     try:
         return Manifest(
             name=tree["name"],
-            shards=tuple(_shard(entry) for entry in tree["shards"]),
+            shards=tuple(shard_of(entry) for entry in tree["shards"]),
             folder=folder,
             address=address,
             cached=tree.get("cached"),
@@ -130,7 +130,8 @@ def _parse(data: bytes, where: str, folder: Path, address: str | None) -> Manife
         raise ValueError(f"data {where!r}: manifest lacks or has a wrong key: {error}") from error
 
 
-def _shard(entry: dict[str, Any]) -> Shard:
+def shard_of(entry: dict[str, Any]) -> Shard:
+    """From plain data."""
     bucket = entry.get("bucket")
     return Shard(**{**entry, "bucket": None if bucket is None else (int(bucket[0]), int(bucket[1]))})
 

@@ -72,11 +72,11 @@ class Samples:
         expect: Mapping[str, Any] | None = None,
         remote: RemoteConfig | None = None,
     ) -> None:
-        check(manifest, cached=cached, expect=expect)
+        check(manifest, cached=cached, buckets=buckets, expect=expect)
         self.shards = Shards(manifest, split, remote)
         if buckets and any(s.bucket is None for s in self.shards.shards):
             raise ValueError(f"data.buckets: {manifest.name!r} has none; `ldm data build --buckets SIZE` makes them")
-        self._size = size
+        self._size = size if manifest.cached is None else manifest.cached["size"] or size
         self._buckets = buckets
         self._fit: images.Fit = fit
         self._require_captions = require_captions
@@ -115,7 +115,7 @@ class Samples:
         return self._record(sample)[1]
 
     def shape(self, sample: int) -> tuple[int, int]:
-        """(width, height) of the sample's crop."""
+        """(width, height) of the sample's crop, also of a cached one."""
         bucket = self.shards.shards[self.shards.locate(sample)[0]].bucket if self._buckets else None
         return bucket or (self._size, self._size)
 

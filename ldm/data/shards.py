@@ -41,6 +41,10 @@ class Index:
     def __len__(self) -> int:
         return len(self.offsets)
 
+    def take(self, rows: Sequence[int]) -> Index:
+        """The index of some of the samples."""
+        return Index(self.extensions, self.offsets[rows], self.sizes[rows], tuple(self.keys[i] for i in rows))
+
     def write(self, path: Path) -> None:
         """Write as safetensors: offsets, sizes, keys joined by newlines."""
         keys = np.frombuffer("\n".join(self.keys).encode() or b"\n", np.uint8)

@@ -12,6 +12,9 @@ from ldm.models.latents import LatentCodec
 from ldm.rng import Rng
 from ldm.types import Batch, Cond
 
+SIZES = ("original_size", "crop_top_left", "target_size")
+"""The batch's keys, (B, 2) each as (height, width) or (top, left), in the order of SDXL's six numbers."""
+
 EncodeText = Callable[[Sequence[str]], Cond]
 """Prompts -> Cond with batch axis B."""
 
@@ -55,7 +58,7 @@ class LatentFeed:
 
     @torch.no_grad()
     def cond(self, batch: Batch, rng: Rng, device: torch.device) -> Cond:
-        """Text states, with the dropped ones replaced by those of the empty prompt."""
+        """Text states, dropped ones replaced by those of the empty prompt, and SDXL's sizes if the data has them."""
         if "text" in batch:
             cond = {k: batch[k].to(device) for k in ("text", "pooled") if k in batch}
         else:
@@ -65,4 +68,6 @@ class LatentFeed:
         for name, value in cond.items():
             mask = dropped.view(-1, *[1] * (value.ndim - 1))
             out[name] = torch.where(mask, self._empty[name].to(value), value)
+        if all(name in batch for name in SIZES):
+            out["time_ids"] = torch.cat([batch[name].to(device) for name in SIZES], dim=1).float()
         return out

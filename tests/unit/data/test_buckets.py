@@ -4,19 +4,25 @@ import io
 import itertools
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ldm.cli.data import _print_buckets, main
 from ldm.data.buckets import BucketConfig, assign, nearest
 from ldm.data.build import BuildConfig, build
+from ldm.data.encode import EncodeConfig, encode, finish
+from ldm.data.indexing import index
 from ldm.data.loader import DataConfig, Loader
 from ldm.data.manifest import Manifest
+from ldm.data.write import ShardWriter
 
 
 def test_sdxl_shapes() -> None:
@@ -116,3 +122,85 @@ def test_a_bucket_smaller_than_a_batch_is_named(bucketed: tuple[Path, dict[str, 
     with pytest.raises(ValueError, match="multiple of the step"):
         BucketConfig(size=100)
     assert math.isclose(BucketConfig(size=128, step=32).ratio, 2.0)
+
+
+def halves(images: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) -> (B, 6, H/8, W/8), a stand-in for an encoder."""
+    pooled = torch.nn.functional.avg_pool2d(images, 8)
+    return torch.cat([pooled, pooled * 2], 1)
+
+
+def test_caches_of_buckets_hold_what_online_gives(
+    bucketed: tuple[Path, dict[str, tuple[int, int]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, sizes = bucketed
+    config = EncodeConfig(path=str(folder), buckets=True, dtype="float32", batch=3, part=5)
+    for rank in (1, 0, 2):
+        encode(config, tmp_path / "cache", moments=halves, text=None, hashes={}, rank=rank, world=3)
+    manifest = finish(config, tmp_path / "cache")
+    report, source = manifest.notes["buckets"], Manifest.read(folder).notes["buckets"]
+    assert report == source  # nothing was bad, so nothing is lost
+    assert sum(e["pictures"] for e in report.values()) == len(sizes)
+    _print_buckets(manifest)
+    assert "bucket 128x128: " in capsys.readouterr().out
+
+    data = DataConfig(path=str(tmp_path / "cache"), cached=True, buckets=True, last="wrap")
+    loader = Loader(data, seed=0, micro_batch=4)
+    online = {}
+    for batch in itertools.islice(
+        Loader(replace(data, path=str(folder), cached=False), seed=0, micro_batch=4).batches(), 60
+    ):
+        for key, image in zip(batch["key"], batch["image"], strict=True):
+            online[key] = image
+    seen, shapes = set(), set()
+    for batch in itertools.islice(loader.batches(), loader.steps_per_epoch):
+        expected = torch.cat([halves(online[k][None]) for k in batch["key"]])
+        torch.testing.assert_close(batch["moments"], expected)
+        assert batch["target_size"].tolist() == [[8 * n for n in expected.shape[2:]]] * 4
+        seen |= set(batch["key"])
+        shapes.add(tuple(expected.shape[2:]))
+    assert seen == set(sizes)
+    assert len(shapes) > 2
+    with pytest.raises(ValueError, match="needs buckets: true"):
+        Loader(replace(data, buckets=False), seed=0, micro_batch=4)
+    with pytest.raises(ValueError, match="made with flip=False, this run has True"):
+        Loader(replace(data, flip=True), seed=0, micro_batch=4)
+
+
+def test_existing_tars_get_buckets_by_indexing(
+    bucketed: tuple[Path, dict[str, tuple[int, int]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tars of mixed aspects, as img2dataset writes them, are not changed: each has one index a bucket."""
+    folder, sizes = bucketed
+    tars = tmp_path / "tars"
+    samples = [
+        s
+        for shard in Manifest.read(folder).shards
+        for s in wds.WebDataset(str(folder / shard.file), shardshuffle=False)
+    ]
+    samples.sort(key=lambda s: s["__key__"])
+    with ShardWriter(tars, "0000", max_samples=15) as writer:
+        for sample in samples:
+            writer.add(sample["__key__"], {e: sample[e] for e in ("png", "json")})
+        writer.add("zz", {"png": b"no picture", "json": b"{}"})
+    before = {p.name: p.read_bytes() for p in tars.glob("*.tar")}
+    assert (
+        main(["index", str(tars), "--buckets", "128", "--bucket-step", "32", "--bucket-least", "8", "--workers", "1"])
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "1 samples whose picture has no size" in out
+    assert "bucket " in out
+    assert {p.name: p.read_bytes() for p in tars.glob("*.tar")} == before
+    manifest = Manifest.read(tars)
+    assert {s.file for s in manifest.shards} == set(before)
+    assert len(manifest.shards) > len(before)
+    assert manifest.notes["buckets"] == Manifest.read(folder).notes["buckets"]
+    loader = Loader(
+        DataConfig(path=str(tars), buckets=True, last="wrap", require_captions=False), seed=0, micro_batch=4
+    )
+    batches = list(itertools.islice(loader.batches(), loader.steps_per_epoch))
+    assert {k for b in batches for k in b["key"]} == set(sizes)
+    index(tars)  # without buckets again
+    assert {s.bucket for s in Manifest.read(tars).shards} == {None}
+    assert Manifest.read(tars).samples() == 41
