@@ -10,10 +10,11 @@ from ldm.config import load as config
 from ldm.data.mixture import Data
 from ldm.recipes.autoencoder import AutoencoderTask
 from ldm.recipes.clip import ClipTask
+from ldm.recipes.distill import DistillTask
 from ldm.recipes.text_to_image import TextToImageTask
 from ldm.train.trainer import TrainConfig
 
-Task = AutoencoderTask | ClipTask | TextToImageTask
+Task = AutoencoderTask | ClipTask | DistillTask | TextToImageTask
 
 
 @dataclass(frozen=True, kw_only=True)

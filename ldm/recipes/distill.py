@@ -1,0 +1,286 @@
+"""Turn a text-conditional model into one of few steps: a frozen teacher, a student that starts from it, a distillation."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ldm import dist
+from ldm.adapters.lora import LoraAdapter, LoraConfig, LoraNet, Low
+from ldm.adapters.sites import unet_sites
+from ldm.checkpoint import files
+from ldm.checkpoint.convert import save_diffusers
+from ldm.checkpoint.schedulers import scheduler_to_diffusers
+from ldm.data.mixture import Data, with_caches
+from ldm.diffusion.prediction import PREDICTIONS
+from ldm.diffusion.process import Process
+from ldm.models.unet import UNet
+from ldm.objectives import Objective
+from ldm.objectives.consistency import ConsistencyObjective, ConsistencyOptions
+from ldm.objectives.inputs import Feed, LatentFeed
+from ldm.objectives.matching import MatchingObjective, MatchingOptions
+from ldm.objectives.progressive import ProgressiveObjective, ProgressiveOptions
+from ldm.objectives.teacher import Estimator, Target, Teacher
+from ldm.objectives.trajectory import TrajectoryObjective, TrajectoryOptions
+from ldm.pipeline import TextToImage
+from ldm.recipes.base import Assembly
+from ldm.recipes.sources import text_encoder, training_data
+from ldm.recipes.text_to_image import SampleHook, Samples, cached, hashes
+from ldm.train.trainer import TrainConfig
+from ldm.types import Cond
+
+Method = ConsistencyOptions | ProgressiveOptions | TrajectoryOptions | MatchingOptions
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillTask:
+    """`teacher` is a shipped model, a run, a diffusers folder or a single file; the student starts as its U-Net.
+
+    `guidance_embedding` is the width of the student's embedding of w, or null for a student of no (or one) guidance.
+    With `lora` the teacher's own weights stay and corrections train on them: one copy serves teacher and student.
+    `prediction` "v" needs the method progressive with stage "match" where the teacher has another. `drop`: share of
+    captions that become the empty prompt. `cache` as in text_to_image.
+    """
+
+    kind: Literal["distill"] = "distill"
+    teacher: str
+    method: Method
+    guidance_embedding: int | None = 256
+    lora: LoraConfig | None = None
+    prediction: Literal["teacher", "v", "sample"] = "teacher"
+    drop: float = 0.0
+    cache: Path | None = None
+    gradient_checkpointing: bool = False
+    samples: Samples = field(default_factory=Samples)
+
+    def __post_init__(self) -> None:
+        method = self.method
+        if self.guidance_embedding is not None and self.guidance_embedding < 4:
+            raise ValueError(f"guidance_embedding must be null or at least 4, got {self.guidance_embedding}")
+        if not 0 <= self.drop <= 1:
+            raise ValueError(f"drop must be in [0, 1], got {self.drop}")
+        if self.lora is not None:
+            if isinstance(method, (ProgressiveOptions, MatchingOptions)):
+                raise ValueError(f"lora: method {method.kind!r} trains whole networks; lcm and tcd take lora")
+            if self.guidance_embedding is not None:
+                raise ValueError("guidance_embedding: a LoRA has none, write null; its guidance is the one in `w`")
+            if self.lora.text:
+                raise ValueError("lora.text: the text towers are not distilled, write false")
+        matches = isinstance(method, ProgressiveOptions) and method.stage == "match"
+        if self.prediction != "teacher" and not matches:
+            raise ValueError(f"prediction: {self.prediction!r} needs method progressive with stage match")
+
+
+@dataclass(frozen=True)
+class Student:
+    """What trains, and how it, its target and the critic answer. `unet` is what draws samples."""
+
+    trained: nn.Module
+    unet: UNet
+    own: Estimator
+    goal: Estimator
+    target: Target | None
+    critic: Estimator | None = None
+    lora: LoraAdapter | None = None
+
+
+def build(task: DistillTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:
+    """Teacher, student, data (encoded once, if so configured) and sample pictures."""
+    torch.manual_seed(seed)  # initial weights
+    device = dist.device()
+    source = TextToImage.load(task.teacher, device=device)
+    towers, codec, unet = source.text, source.codec, source.unet
+    student = make_student(task, unet, source.process)
+    objective = make_objective(
+        task, student, unet, source.process, LatentFeed(codec, text_encoder(towers), task.drop)
+    ).to(device)
+    dist.say(f"weights in memory: {_told(memory(student, unet))}")
+    if task.cache is not None:
+        data = with_caches(data, task.cache, lambda data, folder: cached(folder, data, codec, towers))
+    expect = hashes(codec.autoencoder, towers) if data.cached else None
+    loader = training_data(data, train, seed, workers, expect=expect)
+    scheduler = student_scheduler(task.method, student.own.process)
+    pipeline = TextToImage(student.unet, codec, towers, student.own.process, **_spacing(task.method))
+
+    def export(weights: dict[str, Tensor], folder: Path) -> None:
+        if student.lora is not None:
+            write_lora(folder, student.lora, weights, scheduler)
+        else:
+            whole = UNet(student.unet.config)
+            whole.load_state_dict(_of_student(weights, student), strict=True)
+            save_diffusers(folder, unet=whole, autoencoder=codec.autoencoder, text=towers, scheduler=scheduler)
+        facts = {"steps": train.steps, "batch": train.batch, "teacher": task.teacher, "method": task.method.kind}
+        files.write_text(folder / "trained.json", json.dumps(facts))
+
+    return Assembly(objective, loader, [SampleHook(task.samples, pipeline)], export)
+
+
+def make_student(task: DistillTask, teacher: UNet, process: Process) -> Student:
+    """A student that answers as the teacher without guidance does, and what it needs beside it.
+
+    Raises ValueError for a prediction that the method cannot change.
+    """
+    wanted = process.prediction if task.prediction == "teacher" else PREDICTIONS[task.prediction]
+    own_process = Process(schedule=process.schedule, prediction=wanted)
+    method = task.method
+    needs_target = isinstance(method, (ConsistencyOptions, TrajectoryOptions)) and method.decay > 0
+    if task.lora is not None:
+        return _lora_student(task.lora, teacher, own_process, method.decay if needs_target else None)  # type: ignore[union-attr]
+    if isinstance(method, ProgressiveOptions) and own_process.prediction.kind == "epsilon":
+        raise ValueError("prediction: progressive distillation needs v or sample; convert the teacher first: stage match")
+    width = task.guidance_embedding or teacher.config.time_cond_proj_dim
+    unet = with_guidance_embedding(teacher, width).train()
+    if task.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    own = Estimator(unet, own_process, width is not None)
+    if isinstance(method, MatchingOptions):
+        critic = with_guidance_embedding(teacher, teacher.config.time_cond_proj_dim).train()
+        both = nn.ModuleDict({"student": unet, "critic": critic})
+        return Student(both, unet, own, own, None, Estimator(critic, own_process))
+    if not needs_target:
+        return Student(unet, unet, own, own, None)
+    twin = copy.deepcopy(unet).requires_grad_(False).eval()
+    target = Target(dict(twin.named_parameters()), method.decay)  # type: ignore[union-attr]
+    return Student(unet, unet, own, Estimator(twin, own_process, width is not None), target)
+
+
+def _lora_student(config: LoraConfig, teacher: UNet, process: Process, decay: float | None) -> Student:
+    adapter = LoraAdapter(config)
+    net = adapter.attach(teacher, [])
+    own = Estimator(net, process)
+    if decay is None:
+        return Student(net, teacher, own, own, None, lora=adapter)
+    twin = twin_of(net, teacher, config)
+
+    def goal(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        own, net.layers = net.layers, twin
+        try:
+            return net(x, t, cond)
+        finally:
+            net.layers = own
+
+    weights = {f"layers.{name}": p for name, p in twin.named_parameters()}
+    return Student(net, teacher, own, Estimator(goal, process), Target(weights, decay), lora=adapter)
+
+
+def twin_of(net: LoraNet, unet: UNet, config: LoraConfig) -> nn.ModuleDict:
+    """Equal corrections of the same layers, with weights of their own and not in the engine."""
+    sites = {site.name.replace(".", "/"): site for site in unet_sites(unet)}
+    twin = nn.ModuleDict({key: Low(sites[key], config) for key in net.layers})
+    twin.load_state_dict(net.layers.state_dict(), strict=True)
+    return twin.requires_grad_(False).eval()
+
+
+def with_guidance_embedding(unet: UNet, width: int | None) -> UNet:
+    """A copy that also takes w, through a projection that starts as zero: it answers as the original does."""
+    made = UNet(replace(unet.config, time_cond_proj_dim=width)).to(next(unet.parameters()).device)
+    missing, unexpected = made.load_state_dict(unet.state_dict(), strict=False)
+    new = "time_embedding.cond_proj.weight"
+    if unexpected or set(missing) - {new}:
+        raise ValueError(f"guidance_embedding: the teacher has one already, of width {unet.config.time_cond_proj_dim}")
+    if missing:
+        nn.init.zeros_(made.get_parameter(new))
+    return made.requires_grad_(True)
+
+
+def make_objective(task: DistillTask, student: Student, unet: UNet, process: Process, feed: Feed) -> Objective:
+    """The distillation's loss. `unet` is the teacher's."""
+    net: Any = unet
+    if isinstance(student.trained, LoraNet):
+        net = frozen(student.trained)
+    conditioned = unet.config.time_cond_proj_dim is not None
+    guided = task.method.w != (0.0, 0.0)
+    teacher = Teacher(Estimator(net, process, conditioned), feed.empty if guided else None)
+    method, trained = task.method, student.trained
+    if isinstance(method, ConsistencyOptions):
+        return ConsistencyObjective(trained, student.own, student.goal, teacher, feed, method, student.target)
+    if isinstance(method, TrajectoryOptions):
+        return TrajectoryObjective(trained, student.own, student.goal, teacher, feed, method, student.target)
+    if isinstance(method, MatchingOptions):
+        assert student.critic is not None
+        return MatchingObjective(trained, student.own, student.critic, teacher, feed, method)
+    return ProgressiveObjective(trained, student.own, teacher, feed, method)
+
+
+def frozen(net: LoraNet) -> Any:
+    """The model below the corrections."""
+
+    def call(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        with net.disabled():
+            return net(x, t, cond)
+
+    return call
+
+
+def student_scheduler(method: Method, process: Process) -> dict[str, Any]:
+    """The diffusers scheduler that samples the student as it was trained."""
+    if isinstance(method, ProgressiveOptions):
+        own = {"timestep_spacing": "trailing", "steps_offset": 0, "set_alpha_to_one": True}
+        return scheduler_to_diffusers(process.schedule, process.prediction) | own
+    if isinstance(method, TrajectoryOptions):
+        plain = scheduler_to_diffusers(process.schedule, process.prediction, "TCDScheduler")
+        return plain | {"original_inference_steps": method.solver_steps, "timestep_spacing": "leading", "steps_offset": 0}
+    plain = scheduler_to_diffusers(process.schedule, process.prediction, "LCMScheduler")
+    plain |= {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True}
+    own = {"original_inference_steps": 50, "timestep_scaling": 10.0}
+    if isinstance(method, ConsistencyOptions):
+        own = {"original_inference_steps": method.solver_steps, "timestep_scaling": method.scaling}
+    return plain | own
+
+
+def _spacing(method: Method) -> dict[str, Any]:
+    """How the pipeline spaces DDIM's times, where that is the student's sampler."""
+    return {"spacing": "trailing", "end": "data"} if isinstance(method, ProgressiveOptions) else {}
+
+
+def _of_student(weights: Mapping[str, Tensor], student: Student) -> dict[str, Tensor]:
+    if student.critic is None:
+        return dict(weights)
+    return {k.removeprefix("student."): v for k, v in weights.items() if k.startswith("student.")}
+
+
+def write_lora(folder: Path, adapter: LoraAdapter, weights: Mapping[str, Tensor], scheduler: Mapping[str, Any]) -> None:
+    """`pytorch_lora_weights.safetensors` in float16 with the scheduler's config beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.half().contiguous() for k, v in adapter.export(weights).items()}
+    beside = folder / f".{LORA_FILE}.tmp"
+    save_file(tensors, beside, metadata={"format": "pt"})
+    beside.replace(folder / LORA_FILE)
+    files.write_text(folder / "scheduler_config.json", json.dumps(dict(scheduler), indent=2) + "\n")
+
+
+def memory(student: Student, teacher: UNet) -> dict[str, int]:
+    """Bytes of the weights that training holds, each storage once, beside gradients and optimizer state.
+
+    "shared" is what teacher and student have in common.
+    """
+    trained = _storages(student.trained.parameters())
+    base = _storages(teacher.parameters())
+    target = _storages(student.target.tensors().values() if student.target else [])
+    below = _storages(student.unet.parameters())
+    return {
+        "trained": sum(trained.values()),
+        "teacher": sum(v for k, v in base.items() if k not in below),
+        "shared": sum(v for k, v in base.items() if k in below),
+        "target": sum(v for k, v in target.items() if k not in trained),
+    }
+
+
+def _storages(tensors: Any) -> dict[int, int]:
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+def _told(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {size / 2**20:.1f} MB" for name, size in sizes.items())
+
+
+__all__: Sequence[str] = ("DistillTask", "Student", "build", "make_objective", "make_student")
