@@ -107,7 +107,7 @@ class TextToImage:
             raise ValueError(f"run {str(source)!r}: not exported yet; the export is written when training ends")
         parts = load_model(found / "export" if (found / "export").is_dir() else found)
         how = scheduler_from_diffusers(parts.scheduler)
-        process = Process(schedule=how.schedule, prediction=how.prediction)
+        process = Process(schedule=how.schedule, prediction=how.prediction, variance=how.variance)
         unet = parts.unet.eval().requires_grad_(False)
         parts.codec.autoencoder.eval().requires_grad_(False)
         pipeline = TextToImage(

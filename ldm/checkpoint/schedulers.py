@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ldm.diffusion.prediction import PREDICTIONS, Epsilon, Sample, V, Velocity
 from ldm.diffusion.schedule import Betas, Discrete, Flow
@@ -17,6 +17,7 @@ _BETAS: dict[str, Betas] = {
 }
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 FLOW = "FlowMatchEulerDiscreteScheduler"
+LEARNED = "DDPMScheduler"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +33,20 @@ class SchedulerSettings:
     offset: int = 0
     last_alpha_one: bool = True
     clip: bool = False
+    variance: Literal["fixed", "learned"] = "fixed"
 
 
 def scheduler_to_diffusers(
-    schedule: Discrete | Flow, prediction: Epsilon | V | Sample | Velocity, cls: str = "DDIMScheduler"
+    schedule: Discrete | Flow,
+    prediction: Epsilon | V | Sample | Velocity,
+    cls: str = "DDIMScheduler",
+    *,
+    variance: Literal["fixed", "learned"] = "fixed",
 ) -> dict[str, Any]:
     """The config of a diffusers scheduler for a model trained so; a flow's is always of class `FLOW`.
 
-    Raises ValueError where diffusers has no name for it.
+    A learned variance's is of class `LEARNED`, the only one that takes it. Raises ValueError where diffusers has no
+    name for it.
     """
     if isinstance(schedule, Flow):
         if not isinstance(prediction, Velocity):
@@ -49,8 +56,9 @@ def scheduler_to_diffusers(
     if prediction.kind not in names:
         raise ValueError(f"prediction {prediction.kind!r}: diffusers' schedulers take {sorted(names)}")
     betas = {v: k for k, v in _BETAS.items()} | {"quadratic": "scaled_linear"}
+    learned = {"variance_type": "learned_range"} if variance == "learned" else {}
     return {
-        "_class_name": cls,
+        "_class_name": LEARNED if learned else cls,
         "num_train_timesteps": schedule.steps,
         "beta_start": schedule.beta_start,
         "beta_end": schedule.beta_end,
@@ -61,6 +69,7 @@ def scheduler_to_diffusers(
         "steps_offset": 0 if schedule.zero_terminal_snr else 1,
         "set_alpha_to_one": False,
         "clip_sample": False,
+        **learned,
     }
 
 
@@ -80,6 +89,8 @@ def scheduler_from_diffusers(config: Mapping[str, Any]) -> SchedulerSettings:
         raise ValueError(f"scheduler: prediction_type {prediction!r} is not one of {sorted(_PREDICTIONS)}")
     if config.get("trained_betas") is not None:
         raise ValueError("scheduler: trained_betas are not supported")
+    if config.get("variance_type") == "learned":
+        raise ValueError("scheduler: variance_type 'learned' is not supported; 'learned_range' is")
     schedule = Discrete(
         betas=_BETAS[betas],
         steps=steps,
@@ -94,4 +105,5 @@ def scheduler_from_diffusers(config: Mapping[str, Any]) -> SchedulerSettings:
         offset=int(config.get("steps_offset", 0)),
         last_alpha_one=bool(config.get("set_alpha_to_one", True)),
         clip=bool(config.get("clip_sample", False)),
+        variance="learned" if config.get("variance_type") == "learned_range" else "fixed",
     )

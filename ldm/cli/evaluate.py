@@ -54,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     _data(nll, split="heldout")
     nll.add_argument("--model", default="emoji", help="shipped model, run, diffusers folder or single file (emoji)")
     nll.add_argument("--steps", type=int, default=50, help="times of the bound; all of them make it tightest (50)")
-    nll.add_argument("--variance", choices=("small", "large"), default="large", help="of the reverse steps (large)")
+    nll.add_argument(
+        "--variance", choices=("small", "large", "learned"), default="large", help="of the reverse steps (large)"
+    )
     nll.add_argument("--batch", type=int, default=32)
     nll.add_argument(
         "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the U-Net (fp32)"

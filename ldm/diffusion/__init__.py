@@ -1,6 +1,6 @@
 """The diffusion process, pure: torch in, torch out; no parameters, no randomness of its own."""
 
-from ldm.diffusion.density import ImportanceTimes, LogitNormal, UniformTimes
+from ldm.diffusion.density import Importance, ImportanceTimes, LogitNormal, UniformTimes
 from ldm.diffusion.likelihood import Bound, bound, hybrid_loss
 from ldm.diffusion.prediction import PREDICTIONS, Epsilon, Prediction, Sample, V, Velocity, convert
 from ldm.diffusion.process import LearnedDenoise, Process, posterior
@@ -16,6 +16,7 @@ __all__ = [
     "Discrete",
     "Epsilon",
     "Flow",
+    "Importance",
     "ImportanceTimes",
     "LearnedDenoise",
     "LogitNormal",

@@ -37,6 +37,22 @@ class LogitNormal:
         return torch.sigmoid(self.mean + self.std * normal).clamp(max=1 - 1e-7).to(u.dtype)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Importance:
+    """Times in proportion to the root mean square of their last `history` losses; see `ImportanceTimes`.
+
+    Every time keeps at least `floor` of its even share.
+    """
+
+    kind: Literal["importance"] = "importance"
+    history: int = 10
+    floor: float = 0.001
+
+    def __post_init__(self) -> None:
+        if self.history < 1 or not 0 <= self.floor < 1:
+            raise ValueError(f"history must be at least 1 and floor in [0, 1), got {self.history} and {self.floor}")
+
+
 class ImportanceTimes:
     """Times drawn in proportion to the root mean square of their recent losses (improved DDPM, eq. 18).
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.prediction import broadcast
-from ldm.diffusion.process import LearnedDenoise, Process, interpolate_log_variance, posterior
+from ldm.diffusion.process import LearnedDenoise, Process, halves, interpolate_log_variance, posterior
 from ldm.diffusion.schedule import Schedule
 from ldm.types import Cond, Denoise
 
@@ -164,17 +164,24 @@ def _term(
 
 
 def hybrid_loss(
-    process: Process, out: Tensor, x0: Tensor, noise: Tensor, t: Tensor, *, weight: float = 0.001
+    process: Process,
+    out: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    *,
+    weight: float = 0.001,
+    added: Tensor | None = None,
 ) -> Tensor:
     """L_simple + weight L_vlb (B,) for a network with 2C channels (improved DDPM, eq. 16).
 
     The bound's gradient reaches only the variance: the mean is detached. L_vlb is T times the term at t in bits per
-    dimension, an unbiased estimate of the whole bound; integer t (B,).
+    dimension, an unbiased estimate of the whole bound; integer t (B,). `added` is the noise in x_t where it is not the
+    target (input perturbation).
     """
-    mean_out, fraction = out.float().chunk(2, dim=1)
-    return process.loss(mean_out, x0, noise, t) + weight * process.schedule.steps * variance_term(
-        process, mean_out.detach(), fraction, x0, noise, t
-    )
+    mean_out, fraction = halves(out.float(), x0)
+    term = variance_term(process, mean_out.detach(), fraction, x0, noise if added is None else added, t)
+    return process.loss(mean_out, x0, noise, t) + weight * process.schedule.steps * term
 
 
 def variance_term(process: Process, mean_out: Tensor, fraction: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:

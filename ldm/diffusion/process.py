@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from ldm.diffusion.density import LogitNormal, UniformTimes
+from ldm.diffusion.density import Importance, LogitNormal, UniformTimes
 from ldm.diffusion.prediction import Epsilon, Sample, V, Velocity, broadcast
 from ldm.diffusion.schedule import Discrete, Flow
 from ldm.diffusion.weighting import P2, SNR, VLB, MinSNR, Uniform
@@ -63,15 +64,19 @@ def perturb_noise(noise: Tensor, extra: Tensor, strength: float) -> Tensor:
 class Process:
     """A schedule, what the network predicts, how the loss is weighted and which times it sees.
 
-    Randomness comes as arguments.
+    `variance` "learned": the network has 2C output channels, the second half is the fraction of
+    `interpolate_log_variance`. Randomness comes as arguments.
     """
 
     schedule: Discrete | Flow = field(default_factory=Discrete)
     prediction: Epsilon | V | Sample | Velocity = field(default_factory=Epsilon)
     weighting: Uniform | MinSNR | SNR | P2 | VLB = field(default_factory=Uniform)
-    density: UniformTimes | LogitNormal = field(default_factory=UniformTimes)
+    density: UniformTimes | LogitNormal | Importance = field(default_factory=UniformTimes)
+    variance: Literal["fixed", "learned"] = "fixed"
 
     def __post_init__(self) -> None:
+        if self.variance not in ("fixed", "learned"):
+            raise ValueError(f"variance must be 'fixed' or 'learned', got {self.variance!r}")
         if isinstance(self.prediction, Epsilon) and self.schedule.at(self.schedule.last)[0] == 0:
             raise ValueError(
                 "prediction epsilon says nothing of x_0 where alpha is 0 (zero_terminal_snr, flow); "
@@ -79,9 +84,20 @@ class Process:
             )
         if isinstance(self.weighting, VLB) and not self.schedule.discrete:
             raise ValueError("weighting vlb needs a discrete schedule")
+        if self.variance == "learned" and not self.schedule.discrete:
+            raise ValueError("variance 'learned' needs a discrete schedule, got 'flow'")
+        if isinstance(self.density, Importance) and not self.schedule.discrete:
+            raise ValueError("density importance needs a discrete schedule, got 'flow'")
 
     def times(self, u: Tensor) -> Tensor:
-        """Uniform u (B,) in [0, 1) -> training times (B,)."""
+        """Uniform u (B,) in [0, 1) -> training times (B,).
+
+        Raises ValueError for density importance, whose times depend on past losses (`ImportanceTimes`).
+        """
+        if isinstance(self.density, Importance):
+            raise ValueError(
+                "density importance: this loss keeps no history of its losses; use uniform or logit_normal"
+            )
         return self.schedule.sample(self.density.warp(u))
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -121,36 +137,49 @@ class Process:
         return error.flatten(1).mean(1) * self.weight(t)
 
     def denoiser(self, net: Net) -> Denoise:
-        """The network as an estimate of x_0, in the dtype of x."""
+        """The network as an estimate of x_0, in the dtype of x; a `LearnedDenoise` if its variance is learned."""
+        if self.variance == "learned":
+            return self.learned_denoiser(net)
 
         def denoise(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-            alpha, sigma = self.schedule.alpha_sigma(t, _wide(x))
-            return self.prediction.x0(net(x, t, cond).to(alpha.dtype), x, alpha, sigma).to(x.dtype)
+            return self._estimate(net(x, t, cond), x, t)
 
         return denoise
 
     def learned_denoiser(self, net: Net) -> LearnedDenoise:
-        """For a network with 2C output channels, the second half the learned variance's fraction in [-1, 1]."""
-        return LearnedDenoise(self, net)
+        """For a network with 2C output channels, the second half the learned variance's fraction in [-1, 1].
+
+        The denoiser raises ValueError for another number of channels.
+        """
+
+        def both(x: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+            mean, fraction = halves(net(x, t, cond), x)
+            return self._estimate(mean, x, t), fraction.to(x.dtype)
+
+        return LearnedDenoise(both)
+
+    def _estimate(self, out: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = self.schedule.alpha_sigma(t, _wide(x))
+        return self.prediction.x0(out.to(alpha.dtype), x, alpha, sigma).to(x.dtype)
 
 
 @dataclass(frozen=True)
 class LearnedDenoise:
     """A `Denoise` that can also give the learned variance's fraction (improved DDPM, section 3.1)."""
 
-    process: Process
-    net: Net
+    both: Callable[[Tensor, Tensor, Cond], tuple[Tensor, Tensor]]
+    """(x, t, cond) -> (x_0 estimate, fraction), each shaped as x."""
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.both(x, t, cond)[0]
 
-    def both(self, x: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        """(x_0 estimate, fraction), each shaped as x. Raises ValueError unless the output has twice x's channels."""
-        out = self.net(x, t, cond)
-        if out.shape[1] != 2 * x.shape[1]:
-            raise ValueError(f"learned variance needs {2 * x.shape[1]} output channels, got {out.shape[1]}")
-        mean, fraction = out.chunk(2, dim=1)
-        return self.process.denoiser(lambda *_: mean)(x, t, cond), fraction.to(x.dtype)
+
+def halves(out: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean's part, fraction) of an output (B, 2C, ...) at x (B, C, ...). Raises ValueError for other channels."""
+    if out.shape[1] != 2 * x.shape[1]:
+        raise ValueError(f"learned variance needs {2 * x.shape[1]} output channels, got {out.shape[1]}")
+    mean, fraction = out.chunk(2, dim=1)
+    return mean, fraction
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ldm.diffusion.process import Process
+from ldm import dist
+from ldm.diffusion.density import Importance, ImportanceTimes
+from ldm.diffusion.likelihood import hybrid_loss
+from ldm.diffusion.process import Process, offset_noise, perturb_noise
 from ldm.models.latents import LatentCodec
 from ldm.objectives.base import Objective, by_noise
 from ldm.objectives.inputs import EncodeText, LatentFeed
@@ -17,17 +23,34 @@ from ldm.types import Batch, Cond, Metrics
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiseOptions:
-    """`drop`: share of samples whose caption becomes the empty prompt, which guidance uses as its other half."""
+    """`drop`: share of samples whose caption becomes the empty prompt, which guidance uses as its other half.
+
+    `offset_noise`: standard deviation of one more normal draw a channel, shared by its pixels, so that the mean
+    brightness is learned too. `input_perturbation`: of the noise that the network sees beside its target (arXiv
+    2301.11706). `bound_weight`: of the bound beside the simple loss where the variance is learned (improved DDPM,
+    eq. 16).
+    """
 
     drop: float = 0.1
+    offset_noise: float = 0.0
+    input_perturbation: float = 0.0
+    bound_weight: float = 0.001
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop <= 1:
             raise ValueError(f"drop must be in [0, 1], got {self.drop}")
+        strengths = {
+            "offset_noise": self.offset_noise,
+            "input_perturbation": self.input_perturbation,
+            "bound_weight": self.bound_weight,
+        }
+        for name, value in strengths.items():
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be at least 0, got {value}")
 
 
 class DenoiseObjective(Objective):
-    """Weighted error of the network's answer on noised latents.
+    """Weighted error of the network's answer on noised latents; with learned variance also the variational bound.
 
     The batch is cached moments and text, or pixels and captions. VAE and text towers are frozen and stay
     outside `trained`.
@@ -39,20 +62,59 @@ class DenoiseObjective(Objective):
         super().__init__(unet)
         self.process, self.options = process, options
         self._feed = LatentFeed(codec, encode_text, options.drop)
+        density = process.density
+        self._history = History(process.schedule.steps, density) if isinstance(density, Importance) else None
 
     def forward(self, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
         """Mean over the micro-batch of weight x error; randomness belongs to each sample's global position."""
         latents = self.latents(batch, rng)
         cond = self.cond(batch, rng)
-        t = self.process.times(rng.uniform("time")).to(latents.device)
-        noise = rng.normal("noise", latents.shape[1:]).to(latents)
-        noised = self.process.add_noise(latents, noise, t)
+        t, importance = self._times(rng.uniform("time"))
+        t = t.to(latents.device)
+        noise, added = self._noises(rng, latents)
+        noised = self.process.add_noise(latents, added, t)
         if torch.is_autocast_enabled(noised.device.type):  # faster in half precision, slower in float32 (docs/log.md)
             noised = noised.contiguous(memory_format=torch.channels_last)
         out = self.trained(noised, t, cond)
-        losses = self.process.loss(out, latents, noise, t)
-        loss = (losses * batch["weight"].to(losses)).mean()
-        return loss, by_noise(losses.detach(), t / self.process.schedule.last)
+        if self.process.variance == "learned":
+            weight = self.options.bound_weight
+            losses = hybrid_loss(self.process, out, latents, noise, t, weight=weight, added=added)
+        else:
+            losses = self.process.loss(out, latents, noise, t)
+        if self._history is not None and torch.is_grad_enabled():
+            self._history.see(rng.positions, t, losses)
+        weights = batch["weight"].to(losses)
+        if importance is not None:
+            weights = weights * importance.to(losses)
+        return (losses * weights).mean(), by_noise(losses.detach(), t / self.process.schedule.last)
+
+    def _times(self, u: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Times (B,), and the weights that undo their density; validation sees all times evenly."""
+        if self._history is None:
+            return self.process.times(u), None
+        return self._history.times.sample(u) if torch.is_grad_enabled() else (self.process.schedule.sample(u), None)
+
+    def _noises(self, rng: Rng, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """(the target's noise, the noise in the input)."""
+        options = self.options
+        noise = rng.normal("noise", latents.shape[1:]).to(latents)
+        if options.offset_noise:
+            noise = offset_noise(noise, rng.normal("offset", latents.shape[1:2]).to(latents), options.offset_noise)
+        if not options.input_perturbation:
+            return noise, noise
+        extra = rng.normal("perturbation", latents.shape[1:]).to(latents)
+        return noise, perturb_noise(noise, extra, options.input_perturbation)
+
+    def after_step(self, step: int) -> None:
+        if self._history is not None:
+            self._history.settle()
+
+    def state(self) -> dict[str, Any]:
+        return {} if self._history is None else {"tensors": self._history.times.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if self._history is not None:
+            self._history.load(state.get("tensors", {}))
 
     def latents(self, batch: Batch, rng: Rng) -> Tensor:
         """Scaled latents (B, Z, h, w), a draw from the posterior."""
@@ -61,3 +123,36 @@ class DenoiseObjective(Objective):
     def cond(self, batch: Batch, rng: Rng) -> Cond:
         """Text states, with the dropped ones replaced by those of the empty prompt."""
         return self._feed.cond(batch, rng, self.device)
+
+
+class History:
+    """The losses that importance-sampled times follow; the same on all ranks, whatever their number.
+
+    A step's losses, of all ranks and micro-batches, enter after it in the order of their samples' positions, so that
+    within a step all samples are drawn from one density.
+    """
+
+    def __init__(self, steps: int, density: Importance) -> None:
+        self.times = ImportanceTimes(steps, density.history, density.floor)
+        self._seen: list[Tensor] = []
+
+    def see(self, positions: Sequence[int], t: Tensor, losses: Tensor) -> None:
+        """Remember a micro-batch until the step is done."""
+        where = torch.tensor(positions, dtype=torch.float64)
+        self._seen.append(torch.stack([where, t.double().cpu(), losses.detach().double().cpu()], 1))
+
+    def settle(self) -> None:
+        """Enter the step's losses; collective where there were any. Those that are not finite are left out."""
+        if not self._seen:
+            return
+        rows = dist.gather(torch.cat(self._seen).to(dist.device())).cpu()
+        self._seen = []
+        rows = rows[rows[:, 0].argsort(stable=True)]
+        rows = rows[rows[:, 2].isfinite()]
+        self.times.update(rows[:, 1].long(), rows[:, 2])
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint; from one that had no history, with an empty one."""
+        self._seen = []
+        if tensors:
+            self.times.load_state(tensors)

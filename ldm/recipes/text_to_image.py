@@ -115,6 +115,18 @@ def hashes(autoencoder: Autoencoder, towers: Sequence[TextTower]) -> dict[str, s
     return {"vae": weights_hash(autoencoder), "text": weights_hash(*towers)}
 
 
+def check_channels(unet: UNet, process: Process, codec: LatentCodec) -> None:
+    """Raise ValueError unless the U-Net answers one value for each latent channel, two with learned variance."""
+    learned = process.variance == "learned"
+    want = codec.channels * (2 if learned else 1)
+    if unet.config.out_channels != want:
+        why = "mean and variance" if learned else "one value"
+        raise ValueError(
+            f"unet.out_channels: {unet.config.out_channels}, but process.variance {process.variance!r} needs {want}: "
+            f"{why} for each of the autoencoder's {codec.channels} channels"
+        )
+
+
 def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:
     """The U-Net, the frozen parts, the data (encoded once, if so configured) and sample pictures."""
     torch.manual_seed(seed)  # initial weights
@@ -125,6 +137,7 @@ def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, work
     unet = UNet(task.unet) if task.start is None else load_unet(locate(task.start) / "unet")
     if task.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    check_channels(unet, task.process, codec)
     encode_text = text_encoder(towers)
     objective = DenoiseObjective(unet, task.process, codec, encode_text, task.options).to(device)
     if task.cache is not None:
@@ -136,7 +149,8 @@ def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, work
     def export(weights: dict[str, Tensor], folder: Path) -> None:
         whole = UNet(unet.config)
         whole.load_state_dict(weights, strict=True)
-        scheduler = scheduler_to_diffusers(task.process.schedule, task.process.prediction)
+        process = task.process
+        scheduler = scheduler_to_diffusers(process.schedule, process.prediction, variance=process.variance)
         save_diffusers(folder, unet=whole, autoencoder=autoencoder, text=towers, scheduler=scheduler)
         files.write_text(folder / "trained.json", json.dumps({"steps": train.steps, "batch": train.batch}))
 

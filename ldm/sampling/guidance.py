@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.prediction import broadcast
+from ldm.diffusion.process import LearnedDenoise
 from ldm.diffusion.schedule import Schedule
 from ldm.types import Cond, Denoise
 
@@ -44,18 +45,35 @@ def classifier_free(
 
     `uncond` is the empty or the negative prompt; its rows come first in the doubled batch. `rescale` in [0, 1] moves
     the standard deviation of each sample back to that of the conditional estimate (arXiv 2305.08891, eqs. 14-16).
-    `interval` = (low, high) times outside of which there is no guidance (arXiv 2404.07724).
+    `interval` = (low, high) times outside of which there is no guidance (arXiv 2404.07724). A learned variance stays
+    that of the conditional estimate.
     """
     check_fraction("rescale", rescale)
     check_interval(interval)
     if scale == 1:
         return denoise
 
-    def guided(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        c, u = together(denoise, x, t, [cond, uncond])
+    def combined(t: Tensor, c: Tensor, u: Tensor) -> Tensor:
         return within(interval, t, rescaled(u + scale * (c - u), c, rescale), c)
 
-    return guided
+    def guided(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return combined(t, *together(denoise, x, t, [cond, uncond]))
+
+    if not isinstance(denoise, LearnedDenoise):
+        return guided
+    learned = denoise
+
+    def both(x: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        found: list[Tensor] = []
+
+        def estimate(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+            x0, fraction = learned.both(x, t, cond)
+            found.append(fraction.chunk(2)[1])  # the prompt's rows come last
+            return x0
+
+        return combined(t, *together(estimate, x, t, [cond, uncond])), found[0]
+
+    return LearnedDenoise(both)
 
 
 def told_guidance(denoise: Denoise, scale: float) -> Denoise:
