@@ -193,7 +193,9 @@ class LoraAdapter:
         """Freeze the model and put corrections on it, which start as none."""
         freeze(unet, text)
         unet.train()
-        sites = chosen([*unet_sites(unet), *(text_sites(text) if self.config.text else [])], self.config.targets)
+        pooled = unet.config.addition_embed_type is not None
+        words = text_sites(text, pooled=pooled) if self.config.text else []
+        sites = chosen([*unet_sites(unet), *words], self.config.targets)
         return LoraNet(unet, sites, self.config)
 
     def lora(self, weights: Mapping[str, Tensor]) -> Lora:

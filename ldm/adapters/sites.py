@@ -60,11 +60,16 @@ def unet_sites(unet: UNet) -> list[Site]:
     return found
 
 
-def text_sites(text: Sequence[TextTower]) -> list[Site]:
-    """The linear layers of the towers' blocks."""
+def text_sites(text: Sequence[TextTower], *, pooled: bool | None = None) -> list[Site]:
+    """The linear layers of the towers' blocks; a last block that SD 2.x does not use is not in its files.
+
+    With `pooled`, only of blocks that the conditioning depends on: whether it uses the last tower's pooled vector.
+    """
     found = []
-    for component, tower in zip(COMPONENTS, text, strict=False):
-        for i, block in enumerate(tower.model.transformer.resblocks):
+    for number, (component, tower) in enumerate(zip(COMPONENTS, text, strict=False)):
+        whole = tower.config.output == "last" or (tower.config.output == "penultimate" and pooled is None)
+        whole = whole or (bool(pooled) and number == len(text) - 1)
+        for i, block in enumerate(tower.model.transformer.resblocks[: None if whole else -1]):
             prefix = f"{component}.text_model.encoder.layers.{i}."
             attention, width = block.attn, tower.config.width
             assert isinstance(attention, nn.MultiheadAttention)

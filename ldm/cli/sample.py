@@ -27,6 +27,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("prompts", nargs="*", metavar="PROMPT", help='what to draw, such as "a red apple"')
     p.add_argument("--from-file", type=Path, metavar="FILE", help="one prompt a line, instead or besides")
     p.add_argument("--model", default="emoji", help="shipped name, run or diffusers folder, single file or hub id")
+    p.add_argument("--lora", action="append", default=[], metavar="PATH[:WEIGHT]", help="merge a LoRA; may be repeated")
+    p.add_argument(
+        "--embedding", action="append", default=[], metavar="PATH", help="textual inversion; may be repeated"
+    )
     p.add_argument("--sampler", default="dpmpp_2m", help="see `ldm sample --list-samplers`")
     p.add_argument("--steps", type=int, default=25)
     p.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance scale; 1 is none")
@@ -75,6 +79,7 @@ def main(argv: list[str]) -> int:
         eta=args.eta, spacing=args.spacing, seed=args.seed, size=size, batch=args.batch,
     )  # fmt: skip
     pipeline = TextToImage.load(args.model, device=args.device or dist.device(), precision=args.precision)
+    _adapt(pipeline, args.lora, args.embedding)
     each = [p for p in prompts for _ in range(args.count)]
     meter = tqdm(unit="step", desc="sampling", leave=False, disable=None)  # disable=None: no bar where no terminal is
     with warnings.catch_warnings(record=True) as caught, meter as bar:
@@ -95,6 +100,20 @@ def main(argv: list[str]) -> int:
     sheet(pictures, columns).save(grid, pnginfo=_info({**record, "prompts": prompts}))
     print("\n".join(map(str, [*paths, grid])))
     return 0
+
+
+def _adapt(pipeline: TextToImage, loras: list[str], embeddings: list[str]) -> None:
+    """Load `--lora` and `--embedding`."""
+    for i, entry in enumerate(loras):
+        path, colon, weight = entry.rpartition(":")
+        path, weight = (path, weight) if colon and not Path(entry).exists() else (entry, "1")
+        try:
+            strength = float(weight)
+        except ValueError:
+            raise ValueError(f"--lora {entry!r}: expected PATH or PATH:WEIGHT, such as style.safetensors:0.8") from None
+        pipeline.load_lora(path, strength, name=f"{i} {path}")
+    for path in embeddings:
+        pipeline.load_embedding(path)
 
 
 def _guide(pipeline: TextToImage, clip: str, scale: float) -> Guide | None:
