@@ -49,11 +49,14 @@ def _options(job: SlurmJob) -> Iterator[str]:
     most = job.nodes + job.spares
     yield f"--job-name={job.name}"
     yield f"--nodes={most}" if least == most or not job.min_nodes else f"--nodes={least}-{most}"
-    yield f"--ntasks-per-node={job.ranks}"
+    if least < job.nodes:  # SLURM keeps the number of tasks of the first start, and then fewer nodes never suffice
+        yield f"--mincpus={job.ranks * max(1, job.cpus_per_task)}"
+    else:
+        yield f"--ntasks-per-node={job.ranks}"
+        if job.cpus_per_task:
+            yield f"--cpus-per-task={job.cpus_per_task}"
     if job.gpus_per_node:
         yield f"--gpus-per-node={job.gpus_per_node}"
-    if job.cpus_per_task:
-        yield f"--cpus-per-task={job.cpus_per_task}"
     for name in ("mem", "time", "partition", "account", "qos", "constraint", "reservation", "exclude", "array"):
         value = str({**vars(job)}[name])
         if value:
