@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as torch_dist
@@ -75,6 +76,15 @@ def any_rank(flag: bool) -> bool:
     value = torch.tensor([int(flag)], device=device())
     torch_dist.all_reduce(value, op=torch_dist.ReduceOp.MAX)
     return bool(value.item())
+
+
+def sums(values: Sequence[float]) -> list[float]:
+    """Sums over ranks of a few numbers in double precision, the same bit by bit on all; collective."""
+    if not initialized() or world_size() == 1:
+        return list(values)
+    held = torch.tensor(values, dtype=torch.float64, device=device())
+    torch_dist.all_reduce(held)
+    return held.tolist()
 
 
 def from_first(value: int) -> int:

@@ -61,8 +61,10 @@ def staging(root: Path, step: int) -> Path:
     return root / f".step-{step}.tmp"
 
 
-def publish(root: Path, step: int, files: dict[str, dict[str, object]], keep: int) -> Path:
+def publish(root: Path, step: int, files: dict[str, dict[str, object]], keep: int, keep_every: int = 0) -> Path:
     """Rename the staging folder into place, point `latest` at it and remove all but the newest `keep` up to it.
+
+    Steps that `keep_every` divides are milestones: they stay beside those, for good (0: there are none).
 
     A step that was published before is replaced only after the new one is whole. Later steps are damaged ones that the
     run went back behind: they stay, and never count as kept.
@@ -81,10 +83,26 @@ def publish(root: Path, step: int, files: dict[str, dict[str, object]], keep: in
     sync(root)
     write_text(root / "latest", final.name)
     for extra in [s for s in steps(root) if s <= step][:-keep] if keep > 0 else []:
-        shutil.rmtree(root / f"step-{extra}")
+        if not keep_every or extra % keep_every:
+            shutil.rmtree(root / f"step-{extra}")
     for rest in [*root.glob(".step-*.tmp"), *root.glob(".step-*.old")]:  # of a process that died while saving
         shutil.rmtree(rest)
     return final
+
+
+def withdraw(root: Path, after: int) -> None:
+    """Remove what was published of later steps than `after`, to which the run went back."""
+    late = [s for s in steps(root) if s > after]
+    if not late:
+        return
+    rest = [s for s in steps(root) if s <= after]
+    if rest:
+        write_text(root / "latest", f"step-{rest[-1]}")
+    for step in late:
+        old = root / f".step-{step}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(root / f"step-{step}", old)
+        shutil.rmtree(old)
 
 
 def step_of(folder: Path) -> int:
@@ -118,9 +136,10 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def newest(root: Path) -> Path | None:
-    """The newest undamaged checkpoint, or None; each damaged one is named in a warning and left where it is."""
-    for step in reversed(steps(root)):
+def newest(root: Path, upto: int | None = None) -> Path | None:
+    """The newest undamaged checkpoint (of at most step `upto`), or None; each damaged one is named in a warning and
+    left where it is."""
+    for step in reversed([s for s in steps(root) if upto is None or s <= upto]):
         folder = root / f"step-{step}"
         problem = damage(folder)
         if problem is None:

@@ -17,31 +17,49 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm import dist
+from ldm.objectives.base import Objective
 from ldm.rng import Rng
 from ldm.types import Batch, Metrics
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How training is divided and computed. `clip` 0 is no gradient clipping; precision `auto` is bf16 where fast."""
+    """How training is divided and computed. `clip` 0 is no gradient clipping; precision `auto` is bf16 where fast.
+
+    `offload_optimizer` keeps masters and optimizer state, and `offload_parameters` (stage 3) the weights, in the host's
+    memory. `loss_scale` is fp16's: 0 finds it by itself, beginning at 2^`loss_scale_power`. `compile` is the backend of
+    torch.compile for the trained network: "inductor" is fast and takes minutes at the start.
+    """
 
     zero_stage: int = 1
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     clip: float = 1.0
     offload_optimizer: bool = False
+    offload_parameters: bool = False
     bucket: int = 50_000_000
+    loss_scale: float = 0.0
+    loss_scale_power: int = 16
+    compile: Literal["off", "inductor", "aot_eager"] = "off"
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"zero_stage: {self.zero_stage} is not one of [0, 1, 2, 3]")
         if self.clip < 0:
             raise ValueError(f"clip must be at least 0 (0 is off), got {self.clip}")
+        if self.bucket < 1:
+            raise ValueError(f"bucket must be at least 1 element, got {self.bucket}")
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer: needs zero_stage 1, 2 or 3, got 0")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError(f"offload_parameters: needs zero_stage 3, got {self.zero_stage}")
+        if self.loss_scale < 0:
+            raise ValueError(f"loss_scale must be at least 0 (0: found by itself), got {self.loss_scale}")
+        if not 0 <= self.loss_scale_power <= 32:
+            raise ValueError(f"loss_scale_power must be in [0, 32], got {self.loss_scale_power}")
         if self.precision == "fp16" and not torch.cuda.is_available():
             raise ValueError("precision: 'fp16' needs a GPU; on the CPU use fp32 or bf16")
         if self.precision == "fp16" and self.zero_stage == 0:
@@ -54,13 +72,25 @@ class EngineConfig:
 
 def deepspeed_config(config: EngineConfig, micro_batch: int, accumulate: int) -> dict[str, Any]:
     """The whole DeepSpeed configuration, every key explicit."""
+    pin = torch.cuda.is_available()
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
         "contiguous_gradients": True,
         "overlap_comm": torch.cuda.is_available(),
+        "reduce_scatter": True,
         "reduce_bucket_size": config.bucket,
+        "allgather_partitions": True,
         "allgather_bucket_size": config.bucket,
+        "use_multi_rank_bucket_allreduce": True,
         "round_robin_gradients": False,
+        "ignore_unused_parameters": True,
+        "elastic_checkpoint": False,
+        "load_from_fp32_weights": True,
+        "sub_group_size": 1_000_000_000,
+        "zero_hpz_partition_size": 1,
+        "zero_quantized_weights": False,
+        "zero_quantized_gradients": False,
+        "offload_optimizer": {"device": "cpu" if config.offload_optimizer else "none", "pin_memory": pin},
     }
     if config.zero_stage == 3:
         zero |= {
@@ -68,20 +98,37 @@ def deepspeed_config(config: EngineConfig, micro_batch: int, accumulate: int) ->
             "stage3_param_persistence_threshold": 10_000,
             "stage3_max_live_parameters": 1_000_000_000,
             "stage3_max_reuse_distance": 1_000_000_000,
+            "stage3_gather_16bit_weights_on_model_save": False,
+            "offload_param": {"device": "cpu" if config.offload_parameters else "none", "pin_memory": pin},
         }
-    if config.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulate,
         "gradient_clipping": float(config.clip) if config.zero_stage else 0.0,  # at stage 0 the engine clips itself
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "disable_allgather": False,
         "steps_per_print": 10**12,
         "wall_clock_breakdown": False,
+        "memory_breakdown": False,
+        "dump_state": False,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "fp16": {"enabled": config.precision == "fp16", "initial_scale_power": 16},
+        "fp16": {
+            "enabled": config.precision == "fp16",
+            "auto_cast": False,
+            "loss_scale": float(config.loss_scale),
+            "initial_scale_power": config.loss_scale_power,
+            "loss_scale_window": 1000,
+            "hysteresis": 2,
+            "consecutive_hysteresis": False,
+            "min_loss_scale": 1,
+        },
         "bf16": {"enabled": False},
+        "torch_autocast": {"enabled": False},
+        "flops_profiler": {"enabled": False},
+        "comms_logger": {"enabled": False},
     }
 
 
@@ -141,7 +188,7 @@ class Engine:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Objective,
         optimizer: torch.optim.Optimizer,
         config: EngineConfig,
         *,
@@ -158,6 +205,8 @@ class Engine:
             warnings.simplefilter("ignore")
             self._engine: Any = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)[0]
         self._fragments = self._find_fragments()
+        if config.compile != "off":
+            self.module.trained.compile(backend=config.compile)
         self._norm = 0.0  # of stage 0, where DeepSpeed neither tells the norm nor keeps NaN out of the weights
 
     # --- the step ---------------------------------------------------------------------------------------------------
@@ -209,9 +258,22 @@ class Engine:
         return float(norm) if norm is not None else 0.0
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> Objective:
         """The objective."""
         return self._engine.module
+
+    def scale(self) -> dict[str, float]:
+        """The loss scale of fp16; nothing at other precisions."""
+        return {"loss_scale": float(self._engine.optimizer.loss_scaler.cur_scale)} if self._scaled else {}
+
+    def load_scale(self, scale: dict[str, float]) -> None:
+        """Undo `scale`."""
+        if self._scaled and "loss_scale" in scale:
+            self._engine.optimizer.loss_scaler.cur_scale = scale["loss_scale"]
+
+    @property
+    def _scaled(self) -> bool:
+        return self.config.precision == "fp16"
 
     # --- the float32 master shards ------------------------------------------------------------------------------------
     @property

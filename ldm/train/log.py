@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -21,15 +21,26 @@ from ldm import dist
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """Metrics are written every `every` optimizer steps."""
+    """Metrics are written every `every` optimizer steps.
+
+    `price` of one GPU (or process) for an hour, in whatever currency, adds the cost so far. `peak` in TFLOP/s is what
+    utilisation is told against; 0 measures a matrix product at the start. `wandb` needs the extra ldm[wandb]; its mode
+    "offline" writes to the log folder, for `wandb sync` later.
+    """
 
     every: int = 10
     tensorboard: bool = True
     wandb: bool = False
+    wandb_mode: Literal["online", "offline"] = "online"
+    price: float = 0.0
+    peak: float = 0.0
 
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"every must be at least 1 step, got {self.every}")
+        for name, value in (("price", self.price), ("peak", self.peak)):
+            if value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
 
 
 def memory() -> float:
@@ -40,34 +51,55 @@ def memory() -> float:
 
 
 class Log:
-    """Rank 0 writes; other ranks pass through."""
+    """Rank 0 writes; other ranks pass through.
 
-    def __init__(self, config: LogConfig, folder: Path, *, start: int, steps: int, settings: Any) -> None:
-        self.config, self.start, self.steps = config, start, steps
+    `before`: seconds that earlier starts of the run took, for the cost.
+    """
+
+    def __init__(
+        self, config: LogConfig, folder: Path, *, start: int, steps: int, settings: Any, before: float = 0.0
+    ) -> None:
+        self.config, self.folder, self.steps = config, folder, steps
         self.main = dist.rank() == 0
-        self._began = time.monotonic()
-        self._last = (self._began, start)
+        self._began, self._before = time.monotonic(), before
+        self._last = self._first = (self._began, start)
         self._bar: tqdm[Any] | None = None
         if not self.main:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._lines = _continued(folder / "metrics.jsonl", start)
-        self._board: Any = None
-        if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder), purge_step=start)
-        self._wandb: Any = None
-        if config.wandb:
-            import wandb  # pyright: ignore[reportMissingImports] (an extra)
-
-            name = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()  # so that a run resumes
-            self._wandb = wandb.init(dir=str(folder), config={"run": settings}, id=name, resume="allow")
+        self._open(start)
+        self._wandb: Any = _wandb(config, folder, settings) if config.wandb else None
         shown = sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, mininterval=0.5 if shown else 15)
 
-    def step(self, step: int, metrics: Mapping[str, float], images: int) -> None:
-        """After optimizer step number `step` (from 1); `images` is the global batch."""
+    def _open(self, start: int) -> None:
+        self._lines = _continued(self.folder / "metrics.jsonl", start)
+        self._board: Any = None
+        if self.config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.folder), purge_step=start)
+
+    @property
+    def seconds(self) -> float:
+        """Of all starts of the run together."""
+        return self._before + time.monotonic() - self._began
+
+    def rewind(self, step: int) -> None:
+        """Forget the steps after `step`, which are about to run again."""
+        if not self.main:
+            return
+        assert self._bar is not None
+        self._lines.close()
+        if self._board is not None:
+            self._board.close()
+        self._open(step)
+        self._bar.n = step
+        self._last = self._first = (time.monotonic(), step)
+
+    def step(self, step: int, metrics: Mapping[str, float], images: int, flops: float = 0.0) -> None:
+        """After optimizer step number `step` (from 1); `images` is the global batch, `flops` those of one step over the
+        peak of all ranks together, in seconds: 0 leaves utilisation out."""
         if not self.main:
             return
         assert self._bar is not None
@@ -76,12 +108,25 @@ class Log:
         elapsed, done = now - self._last[0], step - self._last[1]
         rate = done * images / max(elapsed, 1e-9)
         self._last = (now, step)
-        row = dict(metrics) | {"images_per_second": rate, "memory_gib": memory(), "seconds": now - self._began}
+        pace = (now - self._first[0]) / max(step - self._first[1], 1)
+        row = dict(metrics) | {"images_per_second": rate, "seconds": now - self._began}
+        row.setdefault("memory_gib", memory())
+        row["seconds_left"] = pace * (self.steps - step)
+        if flops:
+            row["utilisation"] = flops * done / max(elapsed, 1e-9)
+        if self.config.price:
+            row["cost"] = self.config.price * dist.world_size() * self.seconds / 3600
         self._bar.set_postfix_str(
             " ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k in ("loss", "lr"))
             + f" {rate:.1f} img/s {row['memory_gib']:.1f} GiB"
         )
         self.write(step, row)
+
+    def event(self, step: int, what: str, details: Mapping[str, Any]) -> None:
+        """One line of `events.jsonl`: what happened that is no metric."""
+        if self.main:
+            with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "event": what, **details}) + "\n")
 
     def tick(self) -> None:
         """A step whose metrics are not written."""
@@ -112,6 +157,16 @@ class Log:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _wandb(config: LogConfig, folder: Path, settings: Any) -> Any:
+    """A run of Weights & Biases that a later start goes on with."""
+    try:
+        import wandb  # pyright: ignore[reportMissingImports] (an extra)
+    except ImportError:
+        raise ValueError("train.log.wandb: needs the package wandb: pip install 'ldm[wandb]'") from None
+    name = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
+    return wandb.init(dir=str(folder), config={"run": settings}, id=name, resume="allow", mode=config.wandb_mode)
 
 
 def _continued(path: Path, start: int) -> Any:

@@ -1,12 +1,14 @@
 """The portable checkpoint: each rank writes its fragments of masters, moments and EMA; any world and stage reads them.
 
-Tensor names are `KIND:PARAMETER@OFFSET` with KIND `w` (master), `ema`, or `s.NAME` (optimizer state NAME).
+Tensor names are `KIND:PARAMETER@OFFSET` with KIND `w` (master), `s.NAME` (optimizer state NAME), `ema` (the main
+average) or that of another average (`ldm.train.ema`).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,21 @@ from ldm import dist
 from ldm.checkpoint import files
 from ldm.train.ema import Ema
 from ldm.train.engine import Engine, Fragment
+
+
+@dataclass
+class Held:
+    """What one rank writes of a checkpoint, in host memory; `meta` and `objective` on rank 0 alone."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any] | None
+    objective: dict[str, Tensor]
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors."""
+        return sum(t.numel() * t.element_size() for t in (*self.tensors.values(), *self.objective.values()))
 
 
 def _optimizer_kinds(engine: Engine) -> list[str]:
@@ -43,24 +60,93 @@ def _mine(engine: Engine) -> Iterator[Fragment]:
             yield f
 
 
-def _shard(engine: Engine, ema: Ema | None, kinds: list[str]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    masters, state = engine.masters, engine.inner.state
-    for f in _mine(engine):
-        where = f"{f.name}@{f.start}"
-        tensors[f"w:{where}"] = _piece(engine, f, masters[f.flat])
-        for kind in kinds:
-            tensors[f"s.{kind}:{where}"] = _piece(engine, f, state[masters[f.flat]][kind])
-        if ema is not None:
-            tensors[f"ema:{where}"] = _piece(engine, f, ema.shards[f.flat])
-    return {name: t.to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-
-
 def _optimizer_step(engine: Engine) -> float | None:
     for master in engine.masters:
         if "step" in (state := engine.inner.state.get(master, {})):
             return float(state["step"])
     return None
+
+
+def hold(step: int, engine: Engine, ema: Ema | None, extra: dict[str, Any]) -> Held:
+    """Copy this rank's part of a checkpoint to host memory: the only part that training waits for.
+
+    `extra` is JSON values and, under "tensors", named tensors.
+    """
+    kinds, averages = _optimizer_kinds(engine), {} if ema is None else ema.averages
+    masters, state = engine.masters, engine.inner.state
+    tensors: dict[str, Tensor] = {}
+    for f in _mine(engine):
+        where = f"{f.name}@{f.start}"
+        tensors[f"w:{where}"] = _piece(engine, f, masters[f.flat])
+        for kind in kinds:
+            tensors[f"s.{kind}:{where}"] = _piece(engine, f, state[masters[f.flat]][kind])
+        for kind, shards in averages.items():
+            tensors[f"{kind}:{where}"] = _piece(engine, f, shards[f.flat])
+    own = extra.pop("tensors", {})
+    meta = {
+        "step": step,
+        "kinds": kinds,
+        "optimizer_step": _optimizer_step(engine),
+        "averages": list(averages),
+        "power": [] if ema is None else list(ema.config.power),
+        "shapes": engine.shapes(),
+        "extra": extra,
+    }
+    first = dist.rank() == 0
+    return Held(step, _on_host(tensors), meta if first else None, _on_host(own) if first else {})
+
+
+def hold_snapshot(step: int, engine: Engine, ema: Ema) -> Held:
+    """The power-function averages alone, for `ldm.train.posthoc`; in half precision if so configured."""
+    dtype = torch.float16 if ema.config.half_snapshots else torch.float32
+    tensors = {
+        f"{kind}:{f.name}@{f.start}": _piece(engine, f, shards[f.flat]).to(dtype)
+        for f in _mine(engine)
+        for kind, shards in ema.powers.items()
+    }
+    meta = {"step": step, "averages": list(ema.powers), "power": list(ema.config.power), "shapes": engine.shapes()}
+    return Held(step, _on_host(tensors), meta if dist.rank() == 0 else None, {})
+
+
+def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+
+
+def prepare(root: Path, step: int) -> Path:
+    """An empty staging folder; on rank 0, before any rank writes."""
+    beside = files.staging(root, step)
+    beside.mkdir(parents=True, exist_ok=True)
+    for old in beside.iterdir():
+        old.unlink()
+    return beside
+
+
+def write(held: Held, beside: Path) -> None:
+    """Write and sync this rank's files into the staging folder; not collective, safe in a thread."""
+    name = f"shard-{dist.rank():05d}.safetensors"
+    save_file(held.tensors, beside / name)
+    files.write_text(beside / f"{name}.json", json.dumps({name: files.describe(beside / name)}))
+    if held.meta is not None:
+        save_file(held.objective, beside / "objective.safetensors")
+        files.write_text(beside / "state.json", json.dumps(held.meta, indent=1))
+
+
+def publish(root: Path, step: int, keep: int, keep_every: int, guard: Callable[[], None]) -> Path:
+    """Give the staged checkpoint its name, once all ranks have written; on rank 0 alone.
+
+    What `guard`, called right before, raises keeps the checkpoint absent.
+    """
+    beside = files.staging(root, step)
+    listing: dict[str, dict[str, object]] = {}
+    notes = sorted(beside.glob("shard-*.safetensors.json"))
+    for note in notes:
+        listing |= json.loads(note.read_text())
+    for own in ("objective.safetensors", "state.json"):
+        listing[own] = files.describe(beside / own)
+    for note in notes:
+        note.unlink()
+    guard()
+    return files.publish(root, step, listing, keep, keep_every)
 
 
 def save(
@@ -72,49 +158,20 @@ def save(
     keep: int,
     guard: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write and publish `step-N`; collective. `extra` is JSON values and, under "tensors", named tensors.
-
-    Rank 0 calls `guard` right before it publishes: what it raises keeps the checkpoint absent.
-    """
-    beside = files.staging(root, step)
+    """Hold, write and publish `step-N` while training waits; collective."""
+    held = hold(step, engine, ema, extra)
     if dist.rank() == 0:
-        beside.mkdir(parents=True, exist_ok=True)
-        for old in beside.iterdir():
-            old.unlink()
+        prepare(root, step)
     dist.barrier()
-    kinds = _optimizer_kinds(engine)
-    name = f"shard-{dist.rank():05d}.safetensors"
-    save_file(_shard(engine, ema, kinds), beside / name)
-    files.write_text(beside / f"{name}.json", json.dumps({name: files.describe(beside / name)}))
-    if dist.rank() == 0:
-        shapes = {
-            n: list(getattr(p, "ds_shape", p.shape)) for n, p in engine.module.named_parameters() if p.requires_grad
-        }
-        tensors = extra.pop("tensors", {})
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside / "objective.safetensors")
-        meta = {
-            "step": step,
-            "kinds": kinds,
-            "optimizer_step": _optimizer_step(engine),
-            "shapes": shapes,
-            "extra": extra,
-        }
-        files.write_text(beside / "state.json", json.dumps(meta, indent=1))
+    write(held, files.staging(root, step))
     dist.barrier()
     if dist.rank() == 0:
-        listing: dict[str, dict[str, object]] = {}
-        for note in sorted(beside.glob("shard-*.safetensors.json")):
-            listing |= json.loads(note.read_text())
-            note.unlink()
-        for own in ("objective.safetensors", "state.json"):
-            listing[own] = files.describe(beside / own)
-        guard()
-        files.publish(root, step, listing, keep)
+        publish(root, step, keep, 0, guard)
     dist.barrier()
     return root / f"step-{step}"
 
 
-class _Shards:
+class Shards:
     """All fragments in a checkpoint folder, found by (kind, parameter)."""
 
     def __init__(self, folder: Path) -> None:
@@ -130,8 +187,9 @@ class _Shards:
     def has(self, kind: str) -> bool:
         return any(k == kind for k, _ in self._index)
 
-    def names(self) -> list[str]:
-        return sorted({n for k, n in self._index if k == "w"})
+    def kinds(self) -> list[str]:
+        """Of tensors there are."""
+        return sorted({k for k, _ in self._index})
 
     def fill(self, kind: str, name: str, start: int, into: Tensor) -> None:
         """Copy `[start, start + len(into))` of a parameter into `into`."""
@@ -145,30 +203,36 @@ class _Shards:
             raise ValueError(f"checkpoint: {kind} of {name} has {done} of {into.numel()} values at {start}")
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's `state.json` says."""
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
 @torch.no_grad()
 def load(folder: Path, engine: Engine, ema: Ema | None) -> tuple[int, dict[str, Any]]:
     """Fill engine and EMA from a checkpoint of any world size and stage; (step, extra). Collective.
 
-    Raises ValueError when the trained parameters or their shapes are not the same.
+    An average that it does not have begins at the main one, or at the weights. Raises ValueError when the trained
+    parameters or their shapes are not the same.
     """
-    meta = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    want = engine.shapes()
+    meta, want = read_state(folder), engine.shapes()
     if want != meta["shapes"]:
         odd = sorted(n for n in set(want) | set(meta["shapes"]) if want.get(n) != meta["shapes"].get(n))
         raise ValueError(f"checkpoint {folder}: made for another model; {len(odd)} parameters differ, first {odd[:3]}")
-    shards, masters, state = _Shards(folder), engine.masters, engine.inner.state
-    if meta["optimizer_step"] is not None:
-        for master in masters:
-            count = torch.tensor(meta["optimizer_step"], dtype=torch.float32)
-            state[master] = {"step": count, **{k: torch.zeros_like(master) for k in meta["kinds"]}}
+    shards, masters, state = Shards(folder), engine.masters, engine.inner.state
+    for master in masters:
+        state[master] = {kind: torch.zeros_like(master) for kind in meta["kinds"]}
+        if meta["optimizer_step"] is not None:
+            state[master]["step"] = torch.tensor(meta["optimizer_step"], dtype=torch.float32)
+    origins = {} if ema is None else {kind: _origin(shards, kind) for kind in ema.averages}
     for f in engine.fragments:
         master = masters[f.flat]
         shards.fill("w", f.name, f.start, _piece(engine, f, master))
-        if meta["optimizer_step"] is not None:
-            for kind in meta["kinds"]:
-                shards.fill(f"s.{kind}", f.name, f.start, _piece(engine, f, state[master][kind]))
-        if ema is not None:
-            shards.fill("ema" if shards.has("ema") else "w", f.name, f.start, _piece(engine, f, ema.shards[f.flat]))
+        for kind in meta["kinds"]:
+            shards.fill(f"s.{kind}", f.name, f.start, _piece(engine, f, state[master][kind]))
+        for kind, origin in origins.items():
+            assert ema is not None
+            shards.fill(origin, f.name, f.start, _piece(engine, f, ema.averages[kind][f.flat]))
     engine.push()
     extra = dict(meta["extra"])
     with safe_open(folder / "objective.safetensors", "pt") as handle:
@@ -176,13 +240,27 @@ def load(folder: Path, engine: Engine, ema: Ema | None) -> tuple[int, dict[str, 
     return int(meta["step"]), extra
 
 
+def _origin(shards: Shards, kind: str) -> str:
+    """What an average is filled from."""
+    if shards.has(kind):
+        return kind
+    dist.say(f"the checkpoint has no average {kind!r}: it begins at {'ema' if shards.has('ema') else 'the weights'}")
+    return "ema" if shards.has("ema") else "w"
+
+
 def read_weights(folder: Path, kind: str = "ema") -> dict[str, Tensor]:
-    """Whole float32 weights of a checkpoint, without an engine; `kind` is `ema` (if there is one) or `w`."""
-    meta = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    shards = _Shards(folder)
-    kind = kind if shards.has(kind) else "w"
+    """Whole float32 weights of a checkpoint, without an engine; `kind` is `ema` (if there is one), `w` or another's.
+
+    Raises ValueError when there is no average of that kind.
+    """
+    shards = Shards(folder)
+    if kind == "ema" and not shards.has(kind):
+        kind = "w"
+    if not shards.has(kind):
+        averages = [k for k in shards.kinds() if k.startswith("ema")]
+        raise ValueError(f"checkpoint {folder}: no {kind!r}; it has {['w', *averages]}")
     weights = {}
-    for name, shape in meta["shapes"].items():
+    for name, shape in read_state(folder)["shapes"].items():
         flat = torch.empty(torch.Size(shape).numel(), dtype=torch.float32)
         shards.fill(kind, name, 0, flat)
         weights[name] = flat.view(shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -18,33 +18,28 @@ from ldm.checkpoint import files
 from ldm.data.stream import Stream
 from ldm.objectives import Objective
 from ldm.rng import Rng
-from ldm.train import state
+from ldm.train import guards, state
 from ldm.train.ema import Ema, EmaConfig
 from ldm.train.engine import Engine, EngineConfig
+from ldm.train.guards import BadSamples, GuardConfig, Spikes, Watchdog
 from ldm.train.log import Log, LogConfig
+from ldm.train.meter import Meter, StepFlops, peak
 from ldm.train.optim import Optim
+from ldm.train.validate import ValidateConfig
+from ldm.train.writer import CheckpointConfig, Job, Report, Writer, on_first
+
+__all__ = ["AGAIN", "CheckpointConfig", "Hook", "Stop", "TrainConfig", "Trainer"]
 
 AGAIN = 75
 """Exit code of a run that was told to stop, saved, and should be started again (EX_TEMPFAIL)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """A checkpoint every `every` optimizer steps and at the end; the newest `keep` stay (0: all)."""
-
-    every: int = 1000
-    keep: int = 2
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"every must be at least 1 step, got {self.every}")
-        if self.keep < 0:
-            raise ValueError(f"keep must be at least 0, got {self.keep}")
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The loop: `steps` optimizer steps, each over `batch` samples on all ranks together."""
+    """The loop: `steps` optimizer steps, each over `batch` samples on all ranks together.
+
+    After `max_skipped` steps in a row whose loss or gradient was not finite the run stops.
+    """
 
     steps: int
     batch: int
@@ -54,6 +49,8 @@ class TrainConfig:
     ema: EmaConfig | None = field(default_factory=EmaConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    validate: ValidateConfig | None = None
     threads: int = 0
     max_skipped: int = 20
 
@@ -124,102 +121,243 @@ class Trainer:
         optimizer = config.optim.build(objective.parameters())
         self.objective = objective
         self.engine = Engine(objective, optimizer, config.engine, micro_batch=micro, accumulate=config.accumulate)
-        objective.bind(self.engine.whole)
         self.ema = Ema(config.ema, self.engine.masters) if config.ema is not None else None
         self.checkpoints = out / "checkpoints"
+        self.writer = Writer(guard, config.checkpoint.asynchronous)
+        self.watchdog = Watchdog(config.guard.hang, out / "log")
+        self.log: Log | None = None
         self.step = 0
         self.skipped = 0
         self.skipped_in_row = 0
+        self.ahead = 0  # steps' data that were skipped after spikes: step n trains on the batch of step n + ahead
+        self.rollbacks = 0
+        self._seconds = 0.0  # of earlier starts
+        self._spikes, self._bad = Spikes(config.guard), BadSamples(config.max_skipped)
+        self._meter, self._flops = Meter(self.engine.device), StepFlops(objective.trained)
+        self._peak = 0.0
+        self._hosts: list[str] | None = None
 
+    # --- checkpoints ------------------------------------------------------------------------------------------------
     def resume(self) -> int:
         """Continue from the newest whole checkpoint of the run folder; the number of steps done."""
-        newest = files.newest(self.checkpoints) if dist.rank() == 0 else None
-        step = dist.from_first(-1 if newest is None else files.step_of(newest))  # ranks must not choose differently
+        step = self._newest(None)
         if step >= 0:
-            folder = self.checkpoints / f"step-{step}"
-            self.step, extra = state.load(folder, self.engine, self.ema)
-            self.skipped = int(extra.pop("skipped", 0))
-            self.objective.load_state(extra)
-            dist.say(f"resuming from {folder} at step {self.step}")
+            self._load(step)
+            dist.say(f"resuming from {self.checkpoints / f'step-{step}'} at step {self.step}")
         self.objective.after_step(self.step)
         return self.step
 
-    def save(self) -> None:
-        """Publish a checkpoint of this step; collective."""
-        extra = self.objective.state() | {"skipped": self.skipped}
-        state.save(self.checkpoints, self.step, self.engine, self.ema, extra, self.config.checkpoint.keep, self._guard)
+    def _newest(self, upto: int | None) -> int:
+        """The step of the newest whole checkpoint, -1 without; ranks must not choose differently."""
+        newest = files.newest(self.checkpoints, upto) if dist.rank() == 0 else None
+        return dist.from_first(-1 if newest is None else files.step_of(newest))
 
+    def _load(self, step: int) -> None:
+        self.step, extra = state.load(self.checkpoints / f"step-{step}", self.engine, self.ema)
+        self.skipped = int(extra.pop("skipped", 0))
+        self.ahead = int(extra.pop("ahead", 0))
+        self.rollbacks = int(extra.pop("rollbacks", 0))
+        self._seconds = float(extra.pop("seconds", 0.0))
+        self._spikes.load(extra.pop("spikes", {}))
+        self.engine.load_scale(extra.pop("scale", {}))
+        self.objective.load_state(extra)
+
+    def save(self) -> None:
+        """Begin a checkpoint of this step; collective. It is published beside the steps that follow."""
+        own = {
+            "skipped": self.skipped,
+            "ahead": self.ahead,
+            "rollbacks": self.rollbacks,
+            "seconds": 0.0 if self.log is None else self.log.seconds,
+            "spikes": self._spikes.state(),
+            "scale": self.engine.scale(),
+        }
+        held = state.hold(self.step, self.engine, self.ema, self.objective.state() | own)
+        keep = self.config.checkpoint
+        jobs = [Job(self.checkpoints, held, keep.keep, keep.keep_every)]
+        if self.ema is not None and self.ema.powers and not self.ema.config.snapshot:
+            jobs.append(self._snapshot(self.ema))
+        self.writer.put(jobs)
+
+    def _snapshot(self, ema: Ema) -> Job:
+        return Job(self.out / "ema", state.hold_snapshot(self.step, self.engine, ema))
+
+    def _save_what_is_due(self, now: bool) -> bool:
+        """Whether a checkpoint was begun; `now`: whatever the step, and finish it."""
+        due = now or self.step % self.config.checkpoint.every == 0
+        if due:
+            self.save()
+        ema = self.ema
+        if ema is not None and ema.powers and ema.config.snapshot and (self.step % ema.config.snapshot == 0 or now):
+            self.writer.put([self._snapshot(ema)])
+        if now:
+            self.writer.finish()
+        self.watchdog.beat(self.step)
+        return due
+
+    # --- the loop ---------------------------------------------------------------------------------------------------
     def run(self, hooks: list[Hook]) -> int:
         """Train to the configured number of steps; exit code 0, or `AGAIN` when a signal asked to stop.
 
-        Raises FloatingPointError after `max_skipped` steps in a row whose loss or gradient was not finite.
+        Raises FloatingPointError after `max_skipped` steps in a row whose loss or gradient was not finite, or after too
+        many spikes; SaveFailed or LockLost, on all ranks, when a checkpoint could not be published.
         """
         self.resume()
-        if self.step == 0 or self.step >= self.config.steps:  # the latter: killed after its last step
-            self._call(hooks, first=True)
+        self.log = log = Log(
+            self.config.log,
+            self.out / "log",
+            start=self.step,
+            steps=self.config.steps,
+            settings=self.settings,
+            before=self._seconds,
+        )
         stop = Stop()
         restore = stop.listen()
-        log = Log(self.config.log, self.out / "log", start=self.step, steps=self.config.steps, settings=self.settings)
-        saved = self.step
         try:
-            batches = self.loader.batches(self.step)
-            while self.step < self.config.steps:
-                self._one_step(batches, log)
-                last = self.step == self.config.steps
-                stopping = dist.any_rank(stop.asked)
-                if last or stopping or self.step % self.config.checkpoint.every == 0:
-                    self.save()
-                    saved = self.step
-                if stopping and not last:
-                    dist.say(f"asked to stop: saved step {saved}; run the same command again to go on")
-                    return AGAIN
-                self._call(hooks)
+            with self.watchdog:
+                return self._run(hooks, log, stop)
+        except BaseException:
+            self.writer.abandon()
+            raise
         finally:
             log.close()
             restore()
+
+    def _run(self, hooks: list[Hook], log: Log, stop: Stop) -> int:
+        if self.step == 0 or self.step >= self.config.steps:  # the latter: killed after its last step
+            self._call(hooks, first=True)
+        batches = self.loader.batches(self.step + self.ahead)
+        while self.step < self.config.steps:
+            stopping, spike = self._one_step(batches, log, stop.asked)
+            if spike and self._go_back(log):
+                batches = self.loader.batches(self.step + self.ahead)
+                continue
+            last = self.step == self.config.steps
+            self._save_what_is_due(last or stopping)
+            if stopping and not last:
+                dist.say(f"asked to stop: saved step {self.step}; run the same command again to go on")
+                return AGAIN
+            self._call(hooks)
         return 0
 
     def _call(self, hooks: list[Hook], first: bool = False) -> None:
         for hook in hooks:
             if self.step >= self.config.steps or (hook.every and (first or self.step % hook.every == 0)):
                 hook(self, self.step)
+                self.watchdog.beat(self.step)
 
-    def _one_step(self, batches: Any, log: Log) -> None:
+    def _one_step(self, batches: Any, log: Log, asked: bool = False) -> tuple[bool, bool]:
+        """One optimizer step and what ranks agree on after it: whether to stop, and whether it completes a spike."""
         lr = self.config.optim.lr_at(self.step, self.config.steps)
         self.engine.set_lr(lr)
-        sums: dict[str, Tensor] = {}
-        keys: list[str] = []
-        stepped = False
-        for _ in range(self.config.accumulate):
-            batch = next(batches)
-            loss, metrics = self.engine.forward(batch, Rng.of(self.seed, batch["position"]))
-            stepped = self.engine.backward_step(loss)
-            keys += batch["key"]
-            for name, value in {"loss": loss, **metrics}.items():
-                sums[name] = sums.get(name, torch.zeros(())) + value.detach().float().cpu() / self.config.accumulate
+        sums, stepped = self._micro_batches(batches)
         self.step += 1
         if stepped and self.ema is not None:
             self.ema.update(self.engine.masters, self.step)
         self.objective.after_step(self.step)
-        self._count(stepped, keys)
+        self.watchdog.beat(self.step)
+        self._meter.step()
+        mine = self.writer.report()
+        asks, *report, loss = dist.sums([float(asked), *astuple(mine), float(sums["loss"])])
+        self.writer.advance(Report(*report))
+        self._count(stepped)
         if stepped and (self.step % self.config.log.every == 0 or self.step == 1):
-            means = dist.mean(torch.stack(list(sums.values())).to(self.engine.device)).tolist()
-            row = dict(zip(sums, means, strict=True)) | {"lr": lr, "grad_norm": self.engine.grad_norm}
-            log.step(self.step, row, self.config.batch)
+            self._write_metrics(log, sums, {"lr": lr, "grad_norm": self.engine.grad_norm} | self.engine.scale())
         else:
             log.tick()
+        return asks > 0, stepped and self._spikes.see(loss / dist.world_size())
 
-    def _count(self, stepped: bool, keys: list[str]) -> None:
+    def _micro_batches(self, batches: Any) -> tuple[dict[str, Tensor], bool]:
+        """Means of loss and metrics over this rank's micro-batches, and whether weights were updated."""
+        sums: dict[str, Tensor] = {}
+        keys: list[str] = []
+        positions: list[int] = []
+        stepped = False
+        for _ in range(self.config.accumulate):
+            batch = self._meter.next(batches)
+            rng = Rng.of(self.seed, batch["position"])
+            if self._flops.total or self.config.engine.compile != "off":
+                with self._meter.forward():
+                    loss, metrics = self.engine.forward(batch, rng)
+            else:
+                with self._flops.counting():
+                    loss, metrics = self.engine.forward(batch, rng)
+            stepped = self.engine.backward_step(loss)
+            keys += batch["key"]
+            positions += rng.positions
+            for name, value in {"loss": loss, **metrics}.items():
+                share = value.detach().float() / self.config.accumulate
+                sums[name] = sums[name] + share if name in sums else share
+        if not stepped:
+            self._bad.add(self.step + 1, keys, positions)
+        return sums, stepped
+
+    def _write_metrics(self, log: Log, sums: dict[str, Tensor], row: dict[str, float]) -> None:
+        device = self.engine.device
+        means = dist.mean(torch.stack([v.to(device) for v in sums.values()])).tolist()
+        own, data, held = zip(*self._meter.read(), strict=True)
+        row = dict(zip(sums, means, strict=True)) | row
+        row |= {"data_seconds": max(data), "memory_gib": max(held)}
+        if dist.world_size() > 1:
+            row |= {"slowest_rank_seconds": max(own), "fastest_rank_seconds": min(own)}
+            self._hosts = self._hosts or guards.hosts()
+            found = guards.straggler(own, data, self._hosts, self.config.guard.straggler)
+            if found is not None:
+                dist.say(f"step {self.step}: {found}")
+                log.event(self.step, "straggler", vars(found))
+        log.step(self.step, row, self.config.batch, self._ideal_seconds())
+
+    def _ideal_seconds(self) -> float:
+        """Of a step at the peak rate of every rank; 0 where operations were not counted."""
+        if not self._flops.total or dist.rank():
+            return 0.0
+        self._peak = self._peak or self.config.log.peak * 1e12 or peak(self.engine.device, self.engine.dtype)
+        return self._flops.total * self.config.accumulate / self._peak
+
+    # --- guards -----------------------------------------------------------------------------------------------------
+    def _count(self, stepped: bool) -> None:
         """A loss or gradient that is not finite on any rank updated nothing anywhere: count it, stop after many."""
         self.skipped_in_row = 0 if stepped else self.skipped_in_row + 1
         if stepped:
             return
         self.skipped += 1
+        keys = self._bad.rows[-1]["keys"]
         dist.say(f"step {self.step}: loss or gradient is not finite, skipped (samples {keys[:4]}...)")
         if self.skipped_in_row >= self.config.max_skipped:
-            raise FloatingPointError(
-                f"loss or gradient was not finite {self.skipped_in_row} times in a row; last samples {keys}"
-            )
+            self.writer.finish()
+            path = self._bad.write(self.out / "log")
+            many = f"{self.skipped_in_row} times in a row"
+            raise FloatingPointError(f"loss or gradient was not finite {many}; last samples {keys}; all in {path}")
+
+    def _go_back(self, log: Log) -> bool:
+        """After a spike: weights, averages and optimizer of the last checkpoint before it, and none of the data since.
+
+        Whether there was one.
+        """
+        self.writer.finish()
+        spiked, seen = self.step, self.step + self.ahead
+        found = self._newest(spiked - self._spikes.high)
+        if found < 0:
+            self._spikes.high = 0
+            dist.say(f"step {spiked}: the loss spikes, but there is no checkpoint before it: going on")
+            return False
+        count = self.rollbacks + 1
+        if count > self.config.guard.rollbacks:
+            raise FloatingPointError(f"step {spiked}: the loss spikes again after {self.rollbacks} rollbacks")
+        self._load(found)
+        self.rollbacks, self.ahead = count, seen - self.step
+        self._spikes.high = 0
+        on_first(lambda: self._withdraw(found))
+        self.objective.after_step(self.step)
+        log.rewind(self.step)
+        log.event(self.step, "rollback", {"from": spiked, "ahead": self.ahead, "count": count})
+        dist.say(f"step {spiked}: the loss spikes: back to step {self.step}, skipping the data of the steps between")
+        return True
+
+    def _withdraw(self, step: int) -> None:
+        self._guard()
+        for root in (self.checkpoints, self.out / "ema"):
+            files.withdraw(root, step)
 
     def averaged(self) -> Any:
         """A context in which the network runs with its EMA weights (or the raw ones without EMA)."""

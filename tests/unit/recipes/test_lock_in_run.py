@@ -28,7 +28,7 @@ CONFIG = TrainConfig(
     batch=1,
     engine=EngineConfig(zero_stage=1, precision="fp32"),
     ema=None,
-    checkpoint=CheckpointConfig(every=2, keep=0),
+    checkpoint=CheckpointConfig(every=2, keep=0, asynchronous=False),  # so that what is there at a step is known
     log=LogConfig(every=1, tensorboard=False),
 )
 OWNER = """

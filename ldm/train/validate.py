@@ -1,0 +1,70 @@
+"""The loss on held-out samples with fixed noise and times, by all ranks together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ldm import dist
+from ldm.rng import Rng
+from ldm.types import Batch
+
+if TYPE_CHECKING:
+    from ldm.train.trainer import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidateConfig:
+    """Every `every` steps the loss of the averaged weights on the first `samples` of the data's split `split`."""
+
+    split: str = "test"
+    samples: int = 256
+    every: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"samples must be at least 1, got {self.samples}")
+        if self.every < 0:
+            raise ValueError(f"every must be at least 0 steps (0: at the end only), got {self.every}")
+
+
+def rows(batch: Batch, chosen: list[int]) -> Batch:
+    """Some rows of a batch."""
+    return {k: v[chosen] if isinstance(v, Tensor) else [v[i] for i in chosen] for k, v in batch.items()}
+
+
+class LossOnHeldOut:
+    """Writes `validation_loss` to the log: the mean over samples, the same for any number of ranks.
+
+    `batch` holds the same samples on every rank. The noise and time of a sample belong to its place in it. For
+    objectives whose loss is the mean of `weight` times a sample's loss.
+    """
+
+    def __init__(self, config: ValidateConfig, batch: Batch, seed: int) -> None:
+        self.every, self._seed = config.every, seed + 1
+        self._batch = batch | {"position": torch.arange(len(batch["key"]))}
+        self.last = math.nan
+
+    def __call__(self, trainer: Trainer, step: int) -> None:
+        with trainer.averaged(), torch.no_grad():
+            self.last = self.loss(trainer)
+        if trainer.log is not None:
+            trainer.log.write(step, {"validation_loss": self.last})
+        dist.say(f"step {step}: validation loss {self.last:.5f}")
+
+    def loss(self, trainer: Trainer) -> float:
+        """Of the network as it is; collective."""
+        count, micro = len(self._batch["key"]), trainer.config.micro_batch(dist.world_size())
+        share = math.ceil(count / dist.world_size())  # equal on all ranks: the network may be divided over them
+        total = 0.0
+        for start in range(0, share, micro):
+            places = [dist.rank() * share + i for i in range(start, min(start + micro, share))]
+            part = rows(self._batch, [p % count for p in places])
+            part["weight"] = torch.tensor([1.0 if p < count else 0.0 for p in places])
+            loss, _ = trainer.engine.forward(part, Rng.of(self._seed, part["position"]))
+            total += float(loss) * len(places)
+        return dist.sums([total])[0] / count
