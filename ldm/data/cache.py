@@ -18,7 +18,7 @@ from ldm.data.shards import Shards
 MEMBER = "cache.safetensors"
 PER_VARIANT = ("moments", "original_size", "crop_top_left")
 _DTYPES = {"F16": np.float16, "F32": np.float32, "BF16": np.uint16}
-_KEPT_VIEWS = 100_000  # about 1 KB each
+_VIEW_BYTES = 1024  # assumed size of a kept view
 
 
 def check(manifest: Manifest, *, cached: bool, buckets: bool = False, expect: Mapping[str, Any] | None) -> None:
@@ -42,9 +42,15 @@ def check(manifest: Manifest, *, cached: bool, buckets: bool = False, expect: Ma
 class CachedReader:
     """Gathers cached tensors by sample id."""
 
-    def __init__(self, shards: Shards) -> None:
+    def __init__(self, shards: Shards, memory: int = 100 << 20) -> None:
         self._shards = shards
+        self._limit = memory // _VIEW_BYTES
         self._views: dict[int, dict[str, NDArray[Any]]] = {}
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of kept views."""
+        return len(self._views) * _VIEW_BYTES
 
     def views(self, sample: int) -> dict[str, NDArray[Any]]:
         """The tensors of a sample without a copy; bfloat16 as its uint16 bits."""
@@ -52,7 +58,7 @@ class CachedReader:
         if known is None:
             shard, index = self._shards.locate(sample)
             known = parse(self._shards.reader(shard).view(index, MEMBER))
-            if len(self._views) < _KEPT_VIEWS:
+            if len(self._views) < self._limit:
                 self._views[sample] = known
         return known
 

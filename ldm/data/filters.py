@@ -47,6 +47,13 @@ def compile_filter(expression: str) -> Callable[[Mapping[str, Any]], bool]:
     return keep
 
 
+def names(expression: str) -> set[str]:
+    """The fields that a filter looks at."""
+    tree = ast.parse(expression, mode="eval").body
+    called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and id(node) not in called}
+
+
 def _check(node: ast.AST, expression: str) -> None:
     if isinstance(node, ast.Call):
         if not isinstance(node.func, ast.Name) or node.func.id not in _FUNCTIONS or node.keywords:

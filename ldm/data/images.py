@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -11,14 +12,19 @@ from PIL import Image
 from torch import Tensor
 
 Fit = Literal["crop", "pad", "stretch"]
+MAX_COVER = 16
 
 
 def resize(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:
     """Resize with antialiasing for a target (width, height).
 
     "crop": the smallest picture that covers it (crop is left to do); "pad": fits inside, on white; "stretch": exactly.
+    What would cover it more than MAX_COVER times along a side loses its ends first: a line of 20,000 pixels would
+    take gigabytes.
     """
     width, height = size
+    if fit == "crop":
+        image = _shortened(image, width / height)
     if fit == "stretch":
         return image.resize(size, Image.Resampling.BICUBIC)
     scales = (width / image.width, height / image.height)
@@ -31,6 +37,16 @@ def resize(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:
     ground = Image.new("RGB", size, (255, 255, 255))
     ground.paste(resized, ((width - new[0]) // 2, (height - new[1]) // 2))
     return ground
+
+
+def _shortened(image: Image.Image, aspect: float) -> Image.Image:
+    """The middle of a picture that is more than MAX_COVER times longer or wider than the aspect asks for."""
+    width = min(image.width, math.ceil(image.height * aspect * MAX_COVER))
+    height = min(image.height, math.ceil(image.width / aspect * MAX_COVER))
+    if (width, height) == image.size:
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def crop_box(have: tuple[int, int], want: tuple[int, int], where: tuple[float, float]) -> tuple[int, int]:

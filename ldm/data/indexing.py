@@ -15,9 +15,11 @@ from typing import Any
 from ldm.data.buckets import BucketConfig, Shape, assign
 from ldm.data.buckets import name as bucket_name
 from ldm.data.decode import IMAGES, BadSample, image_member, metadata, upright_size
-from ldm.data.filters import compile_filter
+from ldm.data.filters import compile_filter, names
 from ldm.data.manifest import NAME, Manifest, Shard, sha256
 from ldm.data.shards import Index, LocalReader, scan
+from ldm.data.tables import rows as rows_of
+from ldm.data.tables import table_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ def index(
 ) -> tuple[Manifest, list[Indexed]]:
     """Index the tars of a folder (also in folders below it) and write the manifest there.
 
-    `where` is a filter expression over each sample's json. Damaged tars are reported, not fatal; the whole samples of a
+    `where` is a filter expression over each sample's json, over which go the fields of the parquet beside the tar, and
+    "aspect", the width over the height. Damaged tars are reported, not fatal; the whole samples of a
     truncated one are kept. With `buckets` each tar gets one index a bucket; the tar is not changed. What an earlier
     manifest says of a tar's split and bucket stays. Raises ValueError if there is no usable tar.
     """
@@ -174,6 +177,7 @@ def _has_picture(found: Index, row: object) -> bool:
 def _filter(path: Path, found: Index, where: str) -> tuple[Index, int]:
     keep = compile_filter(where)
     reader = LocalReader(str(path), found, os.open(path, os.O_RDONLY))
+    table = _table(path, reader, where)
     rows, bad = [], 0
     for i in range(len(found)):
         try:
@@ -181,9 +185,26 @@ def _filter(path: Path, found: Index, where: str) -> tuple[Index, int]:
         except BadSample:
             bad += 1
             continue
+        fields |= table.get(os.path.basename(found.keys[i]), {})
+        width, height = fields.get("width"), fields.get("height")
+        if isinstance(width, int) and isinstance(height, int) and height:
+            fields.setdefault("aspect", width / height)
         if keep(fields):
             rows.append(i)
     return found.take(rows), bad
+
+
+def _table(path: Path, reader: LocalReader, where: str) -> dict[str, dict[str, Any]]:
+    """The fields of the tar's parquet, unless there is none or the first sample's json tells all that is asked for."""
+    place = table_of(path)
+    if place is None:
+        return {}
+    known: dict[str, Any] = {}
+    with contextlib.suppress(BadSample):
+        known = metadata(reader.read(0, only=("json",))) if len(reader) else {}
+    if names(where) <= {*known, "aspect"}:
+        return {}
+    return rows_of(place)
 
 
 def _measure(path: Path, found: Index) -> tuple[Index, tuple[Shape, ...], int]:

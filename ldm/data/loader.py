@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from ldm.data.arrays import check_names, stack
 from ldm.data.buckets import BucketedOrder, name
 from ldm.data.captions import Tags, uniform
 from ldm.data.decode import BadSample
@@ -35,7 +36,7 @@ class DataConfig:
     sample comes `repeats` times an epoch (times what its folder's name asked for). With `buckets` every batch has the
     shape of one bucket of the data set, and `size` is not used. `memory` bounds in bytes what is kept decoded. `last`
     is the rule for an epoch's last partial batch. Bad samples are replaced and listed in `quarantine`; above the rate
-    `max_bad` the run stops.
+    `max_bad` the run stops. `arrays` names npy and safetensors members that the batch shall hold.
     """
 
     kind: Literal["shards"] = "shards"
@@ -48,6 +49,7 @@ class DataConfig:
     captions: Literal["weighted", "first"] = "weighted"
     template: str = "{}"
     require_captions: bool = True
+    arrays: tuple[str, ...] = ()
     tags: Tags | None = None
     repeats: int = 1
     cached: bool = False
@@ -63,6 +65,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(f"size must be at least 1, got {self.size}")
+        check_names(self.arrays)
+        if self.arrays and self.cached:
+            raise ValueError("arrays: a cache holds no other members; leave them out or train without it")
         if self.repeats < 1:
             raise ValueError(f"repeats must be at least 1, got {self.repeats}")
         if "{}" not in self.template:
@@ -125,6 +130,7 @@ class Loader(Stream[DataConfig]):
             buckets=config.buckets,
             memory=config.memory,
             require_captions=config.require_captions,
+            arrays=config.arrays,
             expect=expected(config, self._expect),
             remote=config.remote,
         )
@@ -182,6 +188,8 @@ class Loader(Stream[DataConfig]):
         if "original_size" in batch:
             width, height = self.samples.shape(ids[0])
             batch["target_size"] = torch.tensor([[height, width]], dtype=torch.float32).repeat(len(ids), 1)
+        if self.config.arrays:
+            batch.update(stack([self.samples.arrays(i) for i in ids], batch["key"]))
         if self._tokenize is not None:
             batch["tokens"] = self._tokenize(batch["caption"])
         return batch

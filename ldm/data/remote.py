@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 _BLOCK = 8 << 20
+_EXTRAS = {"s3": "remote", "http": "remote", "https": "remote", "gs": "gcs", "gcs": "gcs"}
 
 
 class RemoteError(OSError):
@@ -115,7 +116,9 @@ class Remote:
                 try:
                     self._systems[scheme] = fsspec.filesystem(scheme)
                 except (ImportError, ValueError) as error:
-                    raise ValueError(f"{address}: fsspec cannot open {scheme}://: {error}") from error
+                    extra = _EXTRAS.get(scheme)
+                    how = f"; pip install 'ldm[{extra}]'" if extra else ""
+                    raise ValueError(f"{address}: fsspec cannot open {scheme}://: {error}{how}") from error
         system = self._systems[scheme]
         return system, system._strip_protocol(address)
 
@@ -172,6 +175,14 @@ class ShardCache:
         if size > self.limit:
             return None
         name = f"{hashlib.sha256(address.encode()).hexdigest()[:16]}-{sha256[:16]}.tar"
+        try:
+            return self._open(name, size, fetch)
+        except OSError as error:  # also when the disk has no room for a lock
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                return None
+            raise
+
+    def _open(self, name: str, size: int, fetch: Callable[[Path], None]) -> int:
         path = self.folder / name
         with self._locked(name):
             try:
@@ -186,11 +197,6 @@ class ShardCache:
                 fetch(part)
                 os.replace(part, path)
                 return os.open(path, os.O_RDONLY)
-            except OSError as error:
-                part.unlink(missing_ok=True)
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    return None
-                raise
             except BaseException:
                 part.unlink(missing_ok=True)
                 raise

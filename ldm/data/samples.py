@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.data import decode, images
-from ldm.data.cache import MEMBER, CachedReader, check
+from ldm.data.arrays import decode_arrays
+from ldm.data.cache import CachedReader, check
 from ldm.data.captions import Captions, captions_of
 from ldm.data.decode import BadSample
 from ldm.data.manifest import Manifest
@@ -20,7 +21,7 @@ from ldm.data.remote import RemoteConfig
 from ldm.data.shards import Shards
 
 _RECORD_BYTES = 2048  # assumed size of a kept caption record
-_NOT_TEXT = frozenset({*decode.IMAGES, MEMBER})
+_TEXT = ("json", "txt")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class _Recent(threading.local):
     def __init__(self) -> None:
         self.pictures: dict[int, Picture] = {}
         self.records: dict[int, tuple[Captions, dict[str, Any]]] = {}
+        self.arrays: dict[int, dict[str, Tensor]] = {}
 
 
 class Samples:
@@ -69,6 +71,7 @@ class Samples:
         buckets: bool = False,
         memory: int = 1 << 30,
         require_captions: bool = True,
+        arrays: Sequence[str] = (),
         expect: Mapping[str, Any] | None = None,
         remote: RemoteConfig | None = None,
     ) -> None:
@@ -80,7 +83,8 @@ class Samples:
         self._buckets = buckets
         self._fit: images.Fit = fit
         self._require_captions = require_captions
-        self._cache = CachedReader(self.shards) if cached else None
+        self._arrays = tuple(arrays)
+        self._cache = CachedReader(self.shards, memory) if cached else None
         self._pictures: dict[int, Picture] = {}
         self._records: dict[int, tuple[Captions, dict[str, Any]]] = {}
         self._bad: dict[int, BadSample] = {}
@@ -93,8 +97,8 @@ class Samples:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of kept pictures and captions, at most `memory`."""
-        return self._memory - self._room
+        """Bytes of kept pictures and captions, at most `memory`, and of views of cached tensors, at most as much."""
+        return self._memory - self._room + (self._cache.kept_bytes if self._cache else 0)
 
     def key(self, sample: int) -> str:
         """The sample's key."""
@@ -104,6 +108,7 @@ class Samples:
         """Start a batch on this thread: forget the one before, request far samples side by side."""
         self._recent.pictures.clear()
         self._recent.records.clear()
+        self._recent.arrays.clear()
         self.shards.prefetch([s for s in samples if s not in self._pictures and s not in self._bad])
 
     def captions(self, sample: int) -> Captions:
@@ -127,6 +132,8 @@ class Samples:
             self._record(sample)
             if self._cache is None:
                 self._picture(sample)
+            if self._arrays:
+                self.arrays(sample)
         except BadSample as error:
             self._bad[sample] = error
             return error
@@ -167,6 +174,14 @@ class Samples:
             corner[row] = (top, whole.shape[1] - width - left if flip else left)
         return Crops(out, original, corner)
 
+    def arrays(self, sample: int) -> dict[str, Tensor]:
+        """The sample's arrays by name. Raises BadSample."""
+        known = self._recent.arrays.get(sample)
+        if known is None:
+            known = decode_arrays(self.shards.read(sample, only=self._arrays)[1], self._arrays)
+            self._recent.arrays[sample] = known
+        return known
+
     def cached(self, ids: Sequence[int], picks: Sequence[int], variants: Sequence[float]) -> dict[str, Tensor]:
         """The cached tensors of samples: caption number `picks`, and a variant of the picture drawn by [0, 1)."""
         assert self._cache is not None
@@ -184,7 +199,7 @@ class Samples:
         known = self._records.get(sample) or self._recent.records.get(sample)
         if known is not None:
             return known
-        _, members = self.shards.read(sample, without=_NOT_TEXT)
+        _, members = self.shards.read(sample, only=_TEXT)
         record = captions_of(members, required=self._require_captions)
         (self._records if self._keep(_RECORD_BYTES) else self._recent.records)[sample] = record
         return record

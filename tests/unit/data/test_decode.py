@@ -114,6 +114,21 @@ def test_one_pixel_and_extreme_shapes_become_squares() -> None:
                 assert np.asarray(out)[out.height // 2, out.width // 2].tolist() == [10, 200, 30]
 
 
+def test_a_line_of_twenty_thousand_pixels_stays_small() -> None:
+    """Covering 512 x 512 with it would take 512 x 10 million pixels; its middle is enough."""
+    values = np.zeros((1, 20_000, 3), np.uint8)
+    values[:, 9_000:11_000] = (0, 200, 0)
+    line = Image.fromarray(values)
+    for image, size in ((line, (512, 512)), (line.transpose(Image.Transpose.ROTATE_90), (64, 128))):
+        out = resize(picture(saved(image, "PNG")), size, "crop")
+        assert out.width >= size[0]
+        assert out.height >= size[1]
+        assert out.width * out.height <= 17 * size[0] * size[1]
+        assert np.asarray(out)[out.height // 2, out.width // 2].tolist() == [0, 200, 0]
+    wide = Image.new("RGB", (10_000, 650), (9, 9, 9))
+    assert resize(picture(saved(wide, "PNG")), (8, 8), "crop").size == (123, 8)  # an ordinary strip is whole
+
+
 def test_draft_keeps_the_target_covered() -> None:
     smooth = Image.linear_gradient("L").resize((1024, 512)).convert("RGB")
     data = saved(smooth, "JPEG", quality=95)

@@ -3,15 +3,19 @@
 import itertools
 import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
 from ldm.data.loader import DataConfig, Loader
 from ldm.data.manifest import Manifest
@@ -160,6 +164,52 @@ def test_a_full_disk_falls_back_to_ranges(
     remote = RemoteConfig(cache=str(tmp_path / "cache"), retries=1, timeout=5.0)
     assert same(batches(server.address, remote), batches(str(folder), QUICK))
     assert ShardCache(tmp_path / "cache", 1).bytes == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_disk_that_is_really_full(served: tuple[Server, Path], tmp_path: Path) -> None:
+    """A file system of 16 KiB: the first shard does not fit, nothing is left behind, and training goes on."""
+    server, folder = served
+    cache = tmp_path / "small"
+    cache.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(cache)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        remote = RemoteConfig(cache=str(cache), retries=1, timeout=5.0)
+        assert min(s.bytes for s in Manifest.read(folder).shards) > 16 << 10
+        assert same(batches(server.address, remote), batches(str(folder), QUICK))
+        assert not [p for p in cache.iterdir() if p.suffix != ".lock"]
+        (cache / "filler").write_bytes(b"x" * (12 << 10))
+        assert same(batches(server.address, remote), batches(str(folder), QUICK))
+    finally:
+        subprocess.run(["umount", str(cache)], check=True)
+
+
+class Bucket(MemoryFileSystem):
+    """Stands in for Google's: the same interface under its scheme."""
+
+    protocol = "gs"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + path.removeprefix("gs://").strip("/")
+
+
+def test_google_storage(make_set: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_set(30, shard_samples=12)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "gcsfs", None)
+        with pytest.raises(ValueError, match=r"fsspec cannot open gs://: .*pip install 'ldm\[gcs\]'"):
+            Manifest.read("gs://pictures/set", QUICK)
+    monkeypatch.setitem(vars(sys.modules["fsspec.registry"])["_registry"], "gs", Bucket)
+    system = Bucket()
+    for path in folder.iterdir():
+        system.pipe_file(f"gs://pictures/set/{path.name}", path.read_bytes())
+    assert same(batches("gs://pictures/set", QUICK), batches(str(folder), QUICK))
+    with pytest.raises(RemoteError, match=r"gs://pictures/none/manifest.json: FileNotFoundError"):
+        Manifest.read("gs://pictures/none", QUICK)
 
 
 def test_a_spoiled_download_is_refused(served: tuple[Server, Path], tmp_path: Path) -> None:
