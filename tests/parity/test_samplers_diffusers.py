@@ -93,6 +93,24 @@ def test_ddpm(monkeypatch, name, variance, spacing, steps, prediction):
     close(ours(name, prediction, times), want)
 
 
+@PREDICTION
+@pytest.mark.parametrize(("steps", "spacing"), EVEN)
+def test_ddpm_learned(monkeypatch, spacing, steps, prediction):
+    """A network of 2C channels; theirs interpolates beta and beta_tilde by the same fraction."""
+    config = {"clip_sample": False, "timestep_spacing": spacing, "variance_type": "learned_range"}
+    scheduler = make("DDPMScheduler", prediction, **config)
+    monkeypatch.setattr(scheduler, "previous_timestep", lambda t: _next(scheduler, t))
+    mean = network()
+
+    def net(x, t, cond):
+        return torch.cat([mean(x, t, cond), torch.sin(3 * x)], 1)
+
+    want, times = theirs(monkeypatch, scheduler, steps, net, quiet=steps - 1)
+    denoise = Process(prediction=PREDICTIONS[prediction], variance="learned").denoiser(net)
+    options = {"schedule": Discrete(), "steps": steps, "noise": noise, "times": times}
+    close(sample("ddpm_learned", denoise, start(), {}, **options), want)
+
+
 def _next(scheduler, t):
     later = [int(v) for v in scheduler.timesteps if v < t]
     return later[0] if later else -1

@@ -37,6 +37,18 @@ def test_flow() -> None:
     assert settings.prediction == Velocity()
 
 
+def test_learned_variance() -> None:
+    """Only DDPM takes it; what diffusers reads back is a learned range, and so do we."""
+    config = scheduler_to_diffusers(Discrete(), Epsilon(), variance="learned")
+    assert config["_class_name"] == "DDPMScheduler"
+    theirs = diffusers.DDPMScheduler.from_config(config)
+    assert theirs.config["variance_type"] == "learned_range"
+    assert scheduler_from_diffusers(dict(theirs.config)).variance == "learned"
+    assert scheduler_from_diffusers(scheduler_to_diffusers(Discrete(), Epsilon())).variance == "fixed"
+    with pytest.raises(ValueError, match="variance_type 'learned' is not supported"):
+        scheduler_from_diffusers({**config, "variance_type": "learned"})
+
+
 def test_messages() -> None:
     with pytest.raises(ValueError, match="velocity"):
         scheduler_to_diffusers(Discrete(), Velocity())

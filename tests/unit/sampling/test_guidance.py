@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.diffusion import Discrete, Epsilon
+from ldm.diffusion import Discrete, Epsilon, Process, Sample
 from ldm.sampling.guidance import classifier_free, perpendicular, project, projected, similarity
 
 SHAPE = (3, 2, 4, 4)
@@ -37,6 +37,21 @@ def test_classifier_free_is_one_doubled_call():
     got = classifier_free(network, uncond, 7.5)(x, T, cond)
     c, u = plain(x, cond), plain(x, uncond)
     assert torch.allclose(got, u + 7.5 * (c - u), atol=1e-5)
+    assert network.batches == [6]
+
+
+def test_a_learned_variance_stays_the_prompts_own():
+    """One doubled call; the mean is guided, the fraction is that of the conditional rows."""
+    network, (x, cond, uncond, _) = Network(), parts()
+
+    def net(x, t, cond):
+        return torch.cat([network(x, t, cond), torch.tanh(x + cond["text"][:, :, None, None])], 1)
+
+    process = Process(prediction=Sample(), variance="learned")
+    mean, fraction = classifier_free(process.denoiser(net), uncond, 3.0).both(x, T, cond)
+    c, u = plain(x, cond), plain(x, uncond)
+    assert torch.allclose(mean, u + 3 * (c - u), atol=1e-5)
+    assert torch.allclose(fraction, torch.tanh(x + cond["text"][:, :, None, None]), atol=1e-6)
     assert network.batches == [6]
 
 
