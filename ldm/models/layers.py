@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.attention import attention
+from ldm.models.frugal import norm_silu
 
 
 class GroupNorm(nn.GroupNorm):
@@ -22,10 +23,49 @@ class GroupNorm(nn.GroupNorm):
 
 
 class NormSiLU(GroupNorm):
-    """SiLU(GroupNorm(x)), with the activation in place where no gradient needs its input."""
+    """SiLU(GroupNorm(x)): in place where no gradient is wanted; in training only x is kept for the backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._kept_small(x):
+            assert self.weight is not None
+            x = x.contiguous() if x.device.type == "cpu" else x
+            return norm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
         return F.silu(super().forward(x), inplace=not torch.is_grad_enabled())
+
+    def _kept_small(self, x: Tensor) -> bool:
+        """Not when compiled (the compiler chooses what to keep), nor where the CPU computes in half precision."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_meta:
+            return False
+        return x.dtype == self.weight.dtype or x.device.type != "cpu"
+
+
+class Conv3x3(nn.Conv2d):
+    """3x3 convolution with padding 1, on the CPU as one matrix product where the weights outweigh the pixels.
+
+    A convolution reorders its weights at every call, which at the coarse levels of wide networks takes as long as
+    the products themselves (docs/log.md).
+    """
+
+    def __init__(self, cin: int, cout: int) -> None:
+        super().__init__(cin, cout, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._product(x) if self._few_pixels(x) else super().forward(x)
+
+    def _few_pixels(self, x: Tensor) -> bool:
+        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
+            return False
+        if torch.is_autocast_enabled("cpu"):
+            return False
+        return self.in_channels >= 256 and 4 * x.shape[0] * x.shape[2] * x.shape[3] <= self.in_channels
+
+    def _product(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        windows = F.pad(x, (1, 1, 1, 1)).transpose(0, 1).unfold(2, 3, 1).unfold(3, 3, 1)  # (C, B, H, W, 3, 3)
+        columns = windows.permute(0, 4, 5, 1, 2, 3).reshape(9 * c, b * h * w)
+        assert self.bias is not None
+        out = torch.addmm(self.bias[:, None], self.weight.flatten(1), columns)
+        return out.view(-1, b, h, w).transpose(0, 1)
 
 
 class ResnetBlock(nn.Module):
@@ -48,11 +88,11 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.scale_shift, self.dropout = scale_shift, dropout
         self.norm1 = NormSiLU(groups, cin, eps=eps)
-        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
+        self.conv1 = Conv3x3(cin, cout)
         if time is not None:
             self.time_emb_proj = nn.Linear(time, 2 * cout if scale_shift else cout)
         self.norm2 = GroupNorm(groups, cout, eps=eps) if scale_shift else NormSiLU(groups, cout, eps=eps)
-        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
+        self.conv2 = Conv3x3(cout, cout)
         self.conv_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else None
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
@@ -86,7 +126,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         x = F.interpolate(x, scale_factor=2.0) if size is None else F.interpolate(x, size=size)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ldm.models.attention import attention, probabilities
+from ldm.models.frugal import geglu
 from ldm.models.layers import GroupNorm, pixels, tokens
 
 Control = Callable[[Tensor], Tensor]
@@ -29,17 +32,24 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
         self.control: Control | None = None
 
-    def forward(self, x: Tensor, text: Tensor | None = None) -> Tensor:
-        source = x if text is None else text
-        q = self.to_q(x).unflatten(-1, (self.heads, -1))  # (B, N, H, C/H)
-        k = self.to_k(source).unflatten(-1, (self.heads, -1))
-        v = self.to_v(source).unflatten(-1, (self.heads, -1))
+    def forward(self, x: Tensor, text: Tensor | None = None, kv: Tensor | None = None) -> Tensor:
+        """`kv` (B, T, 2C) are the keys and values that `keys_values` gave for the text, instead of the text."""
+        if kv is None:
+            source = x if text is None else text
+            k, v = self.to_k(source), self.to_v(source)
+        else:
+            k, v = kv.chunk(2, dim=-1)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (self.to_q(x), k, v))  # (B, N or T, H, C/H)
         if self.control is None:
             out = attention(q, k, v)
         else:
             weights = self.control(probabilities(q.transpose(1, 2), k.transpose(1, 2)))
             out = (weights @ v.transpose(1, 2)).transpose(1, 2)
         return self.to_out[0](out.flatten(2))
+
+    def keys_values(self, text: Tensor) -> Tensor:
+        """(B, T, 2C)."""
+        return torch.cat([self.to_k(text), self.to_v(text)], dim=-1)
 
 
 class GEGLU(nn.Module):
@@ -50,7 +60,10 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(channels, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
+        both = self.proj(x)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return geglu(both)
+        value, gate = both.chunk(2, dim=-1)
         return value * F.gelu(gate)
 
 
@@ -78,9 +91,10 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, kv: Tensor | None = None) -> Tensor:
+        """`kv` (B, T, 2C): the keys and values of the text, if they are known already."""
         x = x + self._drop(self.attn1(self.norm1(x)))
-        x = x + self._drop(self.attn2(self.norm2(x), text))
+        x = x + self._drop(self.attn2(self.norm2(x), text, kv))
         return x + self._drop(self.ff(self.norm3(x)))
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -101,12 +115,21 @@ class Transformer2D(nn.Module):
             TransformerBlock(channels, heads=heads, text=text, dropout=dropout) for _ in range(depth)
         )
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.channels, self.recompute = channels, False
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, kv: Tensor | None = None) -> Tensor:
+        """`kv` (B, T, 2C a block): the keys and values of the text for all blocks, if they are known already."""
         h = self.norm(x)
         h = self.proj_in(tokens(h)) if self.linear else tokens(self.proj_in(h))
-        for block in self.transformer_blocks:
-            h = block(h, text)
+        depth = len(self.transformer_blocks)
+        known = [None] * depth if kv is None else kv.chunk(depth, dim=-1)
+        again = self.recompute and self.training and torch.is_grad_enabled()
+        for block, own in zip(self.transformer_blocks, known, strict=True):
+            h = checkpoint(block, h, text, own, use_reentrant=False) if again else block(h, text, own)
         size = x.shape[2:]
         h = pixels(self.proj_out(h), size) if self.linear else self.proj_out(pixels(h, size))
         return x + h
+
+    def keys_values(self, text: Tensor) -> Tensor:
+        """Keys and values of the text for every block's cross-attention, (B, T, 2C a block)."""
+        return torch.cat([block.attn2.keys_values(text) for block in self.transformer_blocks], dim=-1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from ldm.types import Cond
 DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
 MID = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")
 UP = ("CrossAttnUpBlock2D", "UpBlock2D")
+Granularity = Literal["none", "transformer", "block"]
 CLASS_EMBEDS = (None, "timestep", "identity", "projection", "simple_projection")
 _FIXED = {
     "center_input_sample": False,
@@ -185,10 +186,10 @@ class Stage(nn.Module):
         self.downsamplers = nn.ModuleList([Downsample(width, symmetric=True)]) if down else None
         self.upsamplers = nn.ModuleList([Upsample(width)]) if up else None
 
-    def step(self, index: int, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
+    def step(self, index: int, x: Tensor, time: Tensor, text: Tensor, kv: Tensor | None) -> Tensor:
         """Resnet number `index`, and its transformer."""
         x = self.resnets[index](x, time)
-        return x if self.attentions is None else self.attentions[index](x, text)
+        return x if self.attentions is None else self.attentions[index](x, text, kv)
 
 
 class Middle(nn.Module):
@@ -200,10 +201,10 @@ class Middle(nn.Module):
         self.attentions = nn.ModuleList([_transformer(config, config.levels - 1)] if attend else [])
         self.resnets = nn.ModuleList(_resnet(config, width, width) for _ in range(1 + attend))
 
-    def forward(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, text: Tensor, kv: Tensor | None) -> Tensor:
         x = self.resnets[0](x, time)
         for attend, resnet in zip(self.attentions, self.resnets[1:], strict=True):
-            x = resnet(attend(x, text), time)
+            x = resnet(attend(x, text, kv), time)
         return x
 
 
@@ -274,6 +275,7 @@ class UNet(nn.Module):
         self.conv_norm_out = NormSiLU(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
         self.recompute = False
+        self._kv_widths = [2 * m.channels * len(m.transformer_blocks) for m in self.transformers()]
         self._start_as_identity()
 
     def _start_as_identity(self) -> None:
@@ -291,33 +293,54 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """(B, C, H, W) at times t (B,) or (1,) -> (B, C', H, W).
 
-        `cond`: "text" (B, T, D); "concat" (B, C'', H, W), added to the channels; "class" (B,) or (B, P); "pooled"
-        (B, P) with "time_ids" (B, 6); "guidance" (B,), the w of w-conditioned models, which is the guidance scale - 1.
+        `cond`: "text" (B, T, D), or "kv" that `keys_values` made of it; "concat" (B, C'', H, W), added to the channels;
+        "class" (B,) or (B, P); "pooled" (B, P) with "time_ids" (B, 6); "guidance" (B,), the w of w-conditioned models,
+        which is the guidance scale - 1.
         """
         if "concat" in cond:
             x = torch.cat([x, cond["concat"].to(x.dtype)], dim=1)
         if x.shape[1] != self.config.in_channels:
             raise ValueError(f"the U-Net takes {self.config.in_channels} channels, got {x.shape[1]} (with concat)")
         text = cond["text"].to(x.dtype) if "text" in cond else x.new_zeros(0)
+        known = iter(cond["kv"].split(self._kv_widths, dim=-1) if "kv" in cond else [None] * len(self._kv_widths))
         time = nn.functional.silu(self.time(t, cond, len(x), x.dtype))
         x = self.conv_in(x)
         skips = [x]
         for stage in cast("Iterable[Stage]", self.down_blocks):
             for i in range(len(stage.resnets)):
-                x = self._run(stage.step, i, x, time, text)
+                x = self._run(stage.step, i, x, time, text, None if stage.attentions is None else next(known))
                 skips.append(x)
             if stage.downsamplers is not None:
                 x = stage.downsamplers[0](x)
                 skips.append(x)
-        x = self._run(self.mid_block, x, time, text)
+        x = self._run(self.mid_block, x, time, text, next(known) if len(self.mid_block.attentions) else None)
         for stage in cast("Iterable[Stage]", self.up_blocks):
             for i in range(len(stage.resnets)):
-                x = self._run(stage.step, i, torch.cat([x, skips.pop()], dim=1), time, text)
+                kv = None if stage.attentions is None else next(known)
+                x = self._run(stage.step, i, torch.cat([x, skips.pop()], dim=1), time, text, kv)
             if stage.upsamplers is not None:
                 h, w = skips[-1].shape[2:]
                 even = (h, w) == (2 * x.shape[2], 2 * x.shape[3])
                 x = stage.upsamplers[0](x, None if even else (h, w))
         return self.conv_out(self.conv_norm_out(x))
+
+    def transformers(self) -> list[Transformer2D]:
+        """In the order in which they run."""
+        stages = [*self.down_blocks, self.mid_block, *self.up_blocks]
+        return [m for stage in stages for m in stage.modules() if isinstance(m, Transformer2D)]
+
+    def keys_values(self, text: Tensor) -> Tensor:
+        """cond "kv" (B, T, ...) for text (B, T, D): what every cross-attention makes of it, once for many calls.
+
+        The values are those that the layers compute themselves; it may stand in for "text" wherever rows of a batch are
+        joined or chosen.
+        """
+        return torch.cat([layer.keys_values(text) for layer in self.transformers()], dim=-1)
+
+    @property
+    def key_value_width(self) -> int:
+        """Numbers in "kv" a token."""
+        return sum(self._kv_widths)
 
     def time(self, t: Tensor, cond: Cond, batch: int, dtype: torch.dtype) -> Tensor:
         """The embedding (B, E) of times and of all that is added to them, before its activation."""
@@ -342,9 +365,17 @@ class UNet(nn.Module):
             emb = emb + self.add_embedding(torch.cat([pooled.to(dtype), sizes.to(dtype)], dim=-1))
         return emb
 
-    def enable_gradient_checkpointing(self, on: bool = True) -> None:
-        """Recompute each resnet with its transformer in the backward pass, in training."""
-        self.recompute = on
+    def enable_gradient_checkpointing(self, on: bool | Granularity = True) -> None:
+        """What training computes again in the backward pass instead of keeping it.
+
+        "block" (True): each resnet with its transformer, the least memory; "transformer": each transformer block, whose
+        tokens weigh most at fine levels; "none" (False). Raises ValueError for another name.
+        """
+        chosen = {True: "block", False: "none"}[on] if isinstance(on, bool) else on
+        _check_member("gradient_checkpointing", chosen, get_args(Granularity))
+        self.recompute = chosen == "block"
+        for layer in self.transformers():
+            layer.recompute = chosen == "transformer"
 
     def _sinusoid(self, t: Tensor, width: int) -> Tensor:
         return sinusoid(t, width, cos_first=self.config.flip_sin_to_cos, shift=self.config.freq_shift)
