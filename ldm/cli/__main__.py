@@ -10,6 +10,7 @@ from ldm import __version__
 VERBS = {
     "demo": "train a small model on the embedded data and write the gallery",
     "train": "train from a config; the same command again resumes",
+    "distill": "few-step students: latent consistency, progressive, trajectory, distribution matching",
     "sample": "pictures from prompts",
     "edit": "change pictures: img2img, inpaint, invert, prompt-to-prompt, attention maps",
     "data": "build, index, encode and inspect data sets",

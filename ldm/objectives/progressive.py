@@ -26,8 +26,8 @@ from ldm.types import Batch, Metrics
 class ProgressiveOptions:
     """One round: a student of `steps` DDIM steps (trailing times) from a teacher of twice as many.
 
-    `ldm distill progressive` goes on, halving, down to `until` steps. `stage` "match" learns the guided teacher's answer
-    at every time instead, without halving: it folds guidance in, and turns an epsilon teacher into a v student.
+    `ldm distill progressive` goes on, halving, down to `until` steps. `stage` "match" learns the guided teacher's
+    answer at every time instead, without halving: it folds guidance in, and turns an epsilon teacher into a v student.
     """
 
     kind: Literal["progressive"] = "progressive"

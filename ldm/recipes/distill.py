@@ -1,4 +1,4 @@
-"""Turn a text-conditional model into one of few steps: a frozen teacher, a student that starts from it, a distillation."""
+"""Turn a text-conditional model into one of few steps: a frozen teacher, and a student that starts from it."""
 
 from __future__ import annotations
 
@@ -132,11 +132,13 @@ def make_student(task: DistillTask, teacher: UNet, process: Process) -> Student:
     wanted = process.prediction if task.prediction == "teacher" else PREDICTIONS[task.prediction]
     own_process = Process(schedule=process.schedule, prediction=wanted)
     method = task.method
-    needs_target = isinstance(method, (ConsistencyOptions, TrajectoryOptions)) and method.decay > 0
+    decay = method.decay if isinstance(method, (ConsistencyOptions, TrajectoryOptions)) else 0.0
     if task.lora is not None:
-        return _lora_student(task.lora, teacher, own_process, method.decay if needs_target else None)  # type: ignore[union-attr]
+        return _lora_student(task.lora, teacher, own_process, decay)
     if isinstance(method, ProgressiveOptions) and own_process.prediction.kind == "epsilon":
-        raise ValueError("prediction: progressive distillation needs v or sample; convert the teacher first: stage match")
+        raise ValueError(
+            "prediction: progressive distillation needs v or sample; convert the teacher first: stage match"
+        )
     width = task.guidance_embedding or teacher.config.time_cond_proj_dim
     unet = with_guidance_embedding(teacher, width).train()
     if task.gradient_checkpointing:
@@ -146,18 +148,18 @@ def make_student(task: DistillTask, teacher: UNet, process: Process) -> Student:
         critic = with_guidance_embedding(teacher, teacher.config.time_cond_proj_dim).train()
         both = nn.ModuleDict({"student": unet, "critic": critic})
         return Student(both, unet, own, own, None, Estimator(critic, own_process))
-    if not needs_target:
+    if decay == 0:
         return Student(unet, unet, own, own, None)
     twin = copy.deepcopy(unet).requires_grad_(False).eval()
-    target = Target(dict(twin.named_parameters()), method.decay)  # type: ignore[union-attr]
+    target = Target(dict(twin.named_parameters()), decay)
     return Student(unet, unet, own, Estimator(twin, own_process, width is not None), target)
 
 
-def _lora_student(config: LoraConfig, teacher: UNet, process: Process, decay: float | None) -> Student:
+def _lora_student(config: LoraConfig, teacher: UNet, process: Process, decay: float) -> Student:
     adapter = LoraAdapter(config)
     net = adapter.attach(teacher, [])
     own = Estimator(net, process)
-    if decay is None:
+    if decay == 0:
         return Student(net, teacher, own, own, None, lora=adapter)
     twin = twin_of(net, teacher, config)
 
@@ -182,13 +184,14 @@ def twin_of(net: LoraNet, unet: UNet, config: LoraConfig) -> nn.ModuleDict:
 
 def with_guidance_embedding(unet: UNet, width: int | None) -> UNet:
     """A copy that also takes w, through a projection that starts as zero: it answers as the original does."""
+    present, new = unet.config.time_cond_proj_dim, "time_embedding.cond_proj.weight"
+    if present not in (None, width):
+        raise ValueError(f"guidance_embedding: the teacher has one already, of width {present}, not {width}")
     made = UNet(replace(unet.config, time_cond_proj_dim=width)).to(next(unet.parameters()).device)
-    missing, unexpected = made.load_state_dict(unet.state_dict(), strict=False)
-    new = "time_embedding.cond_proj.weight"
-    if unexpected or set(missing) - {new}:
-        raise ValueError(f"guidance_embedding: the teacher has one already, of width {unet.config.time_cond_proj_dim}")
-    if missing:
-        nn.init.zeros_(made.get_parameter(new))
+    weights = unet.state_dict()
+    if width is not None and present is None:
+        weights[new] = torch.zeros_like(made.get_parameter(new))
+    made.load_state_dict(weights, strict=True)
     return made.requires_grad_(True)
 
 
@@ -228,7 +231,11 @@ def student_scheduler(method: Method, process: Process) -> dict[str, Any]:
         return scheduler_to_diffusers(process.schedule, process.prediction) | own
     if isinstance(method, TrajectoryOptions):
         plain = scheduler_to_diffusers(process.schedule, process.prediction, "TCDScheduler")
-        return plain | {"original_inference_steps": method.solver_steps, "timestep_spacing": "leading", "steps_offset": 0}
+        return plain | {
+            "original_inference_steps": method.solver_steps,
+            "timestep_spacing": "leading",
+            "steps_offset": 0,
+        }
     plain = scheduler_to_diffusers(process.schedule, process.prediction, "LCMScheduler")
     plain |= {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True}
     own = {"original_inference_steps": 50, "timestep_scaling": 10.0}
