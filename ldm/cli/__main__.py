@@ -15,6 +15,7 @@ VERBS = {
     "edit": "change pictures: img2img, inpaint, invert, prompt-to-prompt, attention maps",
     "data": "build, index, encode and inspect data sets",
     "convert": "between model formats",
+    "export": "a run's weights as a model folder, also while it trains",
     "evaluate": "measure pictures and models",
     "show": "noising strips and run pages",
     "serve": "a page in the browser: prompt -> pictures",

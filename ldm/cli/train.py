@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from functools import partial
 
 
@@ -12,7 +13,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="ldm train",
         description="Train from a YAML config. The same command again resumes from the newest checkpoint.",
-        epilog="Several processes: python -m launch local --procs 2 -- ldm train CONFIG",
+        epilog="Several processes: python -m launch local --procs 2 -- ldm train CONFIG. Exit codes: 0 finished, 2 a "
+        "mistake or a loss that is not finite, 70 hung, 73 the run folder was taken over, 74 a checkpoint could not be "
+        "written, 75 told to stop: run the same command again.",
     )
     parser.add_argument("config", help="a YAML file, such as configs/train/text_to_image_emoji.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=100 out=runs/try")
@@ -48,4 +51,15 @@ def main(argv: list[str]) -> int:
         trained = sum(p.numel() for p in assembly.objective.parameters() if p.requires_grad)
         print(f"ok: {trained:,} trained parameters, {assembly.loader.steps_per_epoch} steps an epoch")
         return 0
-    return run(build, config.train, config.out, seed=config.seed, resolved=resolved)
+    from ldm.checkpoint.lock import LockLost
+    from ldm.train.guards import LOST, UNSAVED
+    from ldm.train.writer import SaveFailed
+
+    try:
+        return run(build, config.train, config.out, seed=config.seed, resolved=resolved)
+    except LockLost as error:
+        code, said = LOST, error
+    except SaveFailed as error:
+        code, said = UNSAVED, error
+    print(f"ldm train: {said}", file=sys.stderr)
+    return code

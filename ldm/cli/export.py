@@ -1,0 +1,53 @@
+"""`ldm export RUN OUT`: a run's weights as a model folder, also while it trains."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options of the verb."""
+    p = argparse.ArgumentParser(
+        prog="ldm export",
+        description="Write the folder that a run writes at its end (diffusers' for text to image) from one of its "
+        "checkpoints. The run may be in training: only published, whole checkpoints are read.",
+    )
+    p.add_argument("run", type=Path, help="a run folder")
+    p.add_argument("out", type=Path, help="the folder to write; it must not exist")
+    p.add_argument("--step", type=int, help="a checkpoint's step; the newest if left out")
+    p.add_argument(
+        "--ema",
+        default="ema",
+        metavar="NAME",
+        help="ema: the main average (default); raw: the weights as trained; a decay of train.ema.others; or a relative "
+        "width such as 0.1, reconstructed from the snapshots of train.ema.power",
+    )
+    return p
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; ValueError for users' mistakes."""
+    args = parser().parse_args(argv)
+    if not (args.run / "config.yaml").is_file():
+        raise ValueError(f"run {str(args.run)!r}: no config.yaml in it")
+    if args.out.exists():
+        raise FileExistsError(f"{args.out} exists already")
+
+    from ldm.config.schema import load_run
+    from ldm.recipes import assemble
+    from ldm.train.chosen import choose
+
+    config = load_run(args.run / "config.yaml")
+    chosen = choose(args.run, args.step, args.ema)
+    assembly = assemble(config.task, config.data, config.train, config.seed, 0)
+    beside = args.out.with_name(f".{args.out.name}.tmp-{os.getpid()}")
+    try:
+        assembly.export(chosen.weights, beside)
+        os.rename(beside, args.out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    print(f"{args.out}: step {chosen.step}, {chosen.what}")
+    return 0
