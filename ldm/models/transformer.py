@@ -5,7 +5,8 @@ Legend: B batch, N pixels, T text tokens, C channels, D width of the text, H hea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -132,4 +133,5 @@ class Transformer2D(nn.Module):
 
     def keys_values(self, text: Tensor) -> Tensor:
         """Keys and values of the text for every block's cross-attention, (B, T, 2C a block)."""
-        return torch.cat([block.attn2.keys_values(text) for block in self.transformer_blocks], dim=-1)
+        blocks = cast("Iterable[TransformerBlock]", self.transformer_blocks)
+        return torch.cat([block.attn2.keys_values(text) for block in blocks], dim=-1)
