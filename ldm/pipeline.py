@@ -6,6 +6,7 @@ Legend: B pictures of a batch, Z latent channels, h, w latent pixels.
 from __future__ import annotations
 
 import functools
+import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -103,6 +104,9 @@ class TextToImage:
         Raises ValueError when it is none of these.
         """
         found = SHIPPED.get(str(source), Path(source))
+        for folder in (found, found / "export"):
+            if (folder / "adapter.json").is_file():
+                return _adapted(folder, device, precision)
         if (found / "checkpoints").is_dir() and not (found / "export" / "model_index.json").is_file():
             raise ValueError(f"run {str(source)!r}: not exported yet; the export is written when training ends")
         parts = load_model(found / "export" if (found / "export").is_dir() else found)
@@ -234,7 +238,7 @@ class TextToImage:
             settings.sampler,
             denoise if wrap is None else wrap(denoise),
             rng.normal("start", shape).to(device) if x is None else x,
-            self.encode_text(prompts),
+            self.encode_text(prompts, settings.size),
             start=start,
             times=self._times(settings) if times is None else times,
             schedule=self.process.schedule,
@@ -251,7 +255,7 @@ class TextToImage:
         denoise = self.process.denoiser(self._net)
         if self.unet.config.time_cond_proj_dim is not None:
             return told_guidance(denoise, settings.guidance)
-        uncond = self.encode_text([settings.negative])
+        uncond = self.encode_text([settings.negative], settings.size)
         return classifier_free(denoise, uncond, settings.guidance, settings.rescale)
 
     def _net(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -264,9 +268,14 @@ class TextToImage:
             return None
         return spaced(self.process.schedule, settings.steps, self.spacing, offset=self.offset)
 
-    def encode_text(self, prompts: Sequence[str]) -> Cond:
-        """What the U-Net is given for prompts."""
-        return encode_texts(self.text, prompts)
+    def encode_text(self, prompts: Sequence[str], size: int | tuple[int, int] | None = None) -> Cond:
+        """What the U-Net is given for prompts; SDXL's also for pictures of a size in pixels that are not cropped."""
+        cond = encode_texts(self.text, prompts)
+        if self.unet.config.addition_embed_type == "text_time":
+            height, width = (side * self.codec.factor for side in self.latent_shape(size)[1:])
+            ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=self.device)
+            cond["time_ids"] = ids.expand(len(prompts), -1)
+        return cond
 
     def latent_shape(self, size: int | tuple[int, int] | None) -> tuple[int, int, int]:
         """(Z, h, w) for a size in pixels. Raises ValueError unless it is a multiple of what the model can make."""
@@ -286,6 +295,17 @@ class TextToImage:
             warnings.warn(
                 f"prompt of {cut.tokens} tokens is longer than {cut.limit}; left out: {cut.cut!r}", stacklevel=3
             )
+
+
+def _adapted(folder: Path, device: str | torch.device, precision: str) -> TextToImage:
+    """The base model of a fine-tuning with its adapter's files."""
+    told = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
+    pipeline = TextToImage.load(told["base"], device=device, precision=precision)
+    for name in told["loras"]:
+        pipeline.load_lora(folder / name)
+    for name in told["embeddings"]:
+        pipeline.load_embedding(folder / name)
+    return pipeline
 
 
 def _counted(progress: Progress, before: int, total: int) -> StepProgress:

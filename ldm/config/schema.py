@@ -11,10 +11,13 @@ from ldm.data.mixture import Data
 from ldm.recipes.autoencoder import AutoencoderTask
 from ldm.recipes.clip import ClipTask
 from ldm.recipes.distill import DistillTask
+from ldm.recipes.dreambooth import DreamboothTask
+from ldm.recipes.finetune import FinetuneTask
+from ldm.recipes.inversion import InversionTask
 from ldm.recipes.text_to_image import TextToImageTask
 from ldm.train.trainer import TrainConfig
 
-Task = AutoencoderTask | ClipTask | DistillTask | TextToImageTask
+Task = AutoencoderTask | ClipTask | DistillTask | DreamboothTask | FinetuneTask | InversionTask | TextToImageTask
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from ldm.diffusion.process import Process, offset_noise, perturb_noise
 from ldm.models.latents import LatentCodec
 from ldm.objectives.base import Objective, by_noise
 from ldm.objectives.inputs import EncodeText, LatentFeed
-from ldm.rng import Rng
+from ldm.rng import Rng, key
 from ldm.types import Batch, Cond, Metrics
 
 
@@ -53,15 +53,22 @@ class DenoiseObjective(Objective):
     """Weighted error of the network's answer on noised latents; with learned variance also the variational bound.
 
     The batch is cached moments and text, or pixels and captions. VAE and text towers are frozen and stay
-    outside `trained`.
+    outside `trained`, unless `live`: then `encode_text` gives states with gradients.
     """
 
     def __init__(
-        self, unet: nn.Module, process: Process, codec: LatentCodec, encode_text: EncodeText, options: DenoiseOptions
+        self,
+        unet: nn.Module,
+        process: Process,
+        codec: LatentCodec,
+        encode_text: EncodeText,
+        options: DenoiseOptions,
+        *,
+        live: bool = False,
     ) -> None:
         super().__init__(unet)
         self.process, self.options = process, options
-        self._feed = LatentFeed(codec, encode_text, options.drop)
+        self._feed = LatentFeed(codec, encode_text, options.drop, live=live)
         density = process.density
         self._history = History(process.schedule.steps, density) if isinstance(density, Importance) else None
 
@@ -75,6 +82,7 @@ class DenoiseObjective(Objective):
         noised = self.process.add_noise(latents, added, t)
         if torch.is_autocast_enabled(noised.device.type):  # faster in half precision, slower in float32 (docs/log.md)
             noised = noised.contiguous(memory_format=torch.channels_last)
+        torch.manual_seed(key(rng.seed, rng.positions[0], "dropout"))  # torch's dropout takes no generator
         out = self.trained(noised, t, cond)
         if self.process.variance == "learned":
             weight = self.options.bound_weight

@@ -1,0 +1,75 @@
+"""DreamBooth: a few pictures of a subject under a rare word, with the class as it was (Ruiz 2022, arXiv 2208.12242)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ldm.adapters.full import FullConfig
+from ldm.adapters.lora import LoraConfig
+from ldm.data.loader import DataConfig
+from ldm.data.mixture import Data
+from ldm.recipes import prior as class_pictures
+from ldm.recipes.base import Assembly
+from ldm.recipes.finetune import Finetuning, assembled, make_adapter, open_base
+from ldm.recipes.pictures import prepare
+from ldm.recipes.prior import Prior
+from ldm.train.trainer import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DreamboothTask(Finetuning):
+    """Every picture of `images` is captioned "a IDENTIFIER NOUN", or `prompt`.
+
+    With `prior`, `data` is a mixture of two sources in this order: the subject's pictures and the class pictures, whose
+    `weight` is that of prior preservation. Each sample's loss has its own time's weighting and its source's weight.
+    """
+
+    kind: Literal["dreambooth"] = "dreambooth"
+    images: Path
+    identifier: str = "sks"
+    noun: str
+    prompt: str | None = None
+    prior: Prior | None = field(default_factory=Prior)
+    adapter: FullConfig | LoraConfig = field(default_factory=FullConfig)
+
+    def __post_init__(self) -> None:
+        if not self.noun.strip() or not self.identifier.strip():
+            raise ValueError(f"identifier {self.identifier!r} and noun {self.noun!r} must not be empty")
+
+    @property
+    def instance_prompt(self) -> str:
+        """The subject's caption."""
+        return self.prompt if self.prompt is not None else f"a {self.identifier} {self.noun}"
+
+    @property
+    def class_prompt(self) -> str:
+        """The class's caption."""
+        asked = None if self.prior is None else self.prior.prompt
+        return asked if asked is not None else f"a {self.noun}"
+
+
+def build(task: DreamboothTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:
+    """The subject's pictures and, with prior preservation, class pictures by the base model, each as shards."""
+    sources = _sources(task, data)
+    pipeline = open_base(task)
+    prepare(task.images, Path(sources[0].path), [task.instance_prompt], sources[0].size)
+    if task.prior is not None:
+        shards = Path(sources[1].path)
+        folder = task.prior.folder or shards.parent / "class_pictures"
+        class_pictures.make(task.prior, task.class_prompt, folder, task.base, pipeline)
+        prepare(folder, shards, [task.class_prompt], sources[1].size)
+    return assembled(task, make_adapter(task.adapter), pipeline, data, train, seed, workers, task.images)
+
+
+def _sources(task: DreamboothTask, data: Data) -> list[DataConfig]:
+    if isinstance(data, DataConfig):
+        found = [data]
+    else:
+        found = [s.data for s in data.sources]
+    want = 1 if task.prior is None else 2
+    if len(found) != want:
+        why = "the subject and, with task.prior, the class" if want == 2 else "the subject, since task.prior is null"
+        raise ValueError(f"data: {len(found)} source(s), expected {want}: {why}")
+    return found

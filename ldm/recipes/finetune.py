@@ -1,0 +1,240 @@
+"""What DreamBooth, textual inversion and LoRA share: a base model, an adapter, the denoising loss, an export."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ldm import dist
+from ldm.adapters.full import FullAdapter, FullConfig
+from ldm.adapters.lora import LoraAdapter, LoraConfig
+from ldm.adapters.tokens import TokensAdapter, TokensConfig
+from ldm.checkpoint import embedding_files, files, lora_files
+from ldm.checkpoint.convert import save_diffusers
+from ldm.checkpoint.schedulers import scheduler_to_diffusers
+from ldm.data.encode import EncodeConfig, encode, finish
+from ldm.data.loader import DataConfig
+from ldm.data.mixture import Data, with_caches
+from ldm.diffusion.weighting import P2, SNR, VLB, MinSNR, Uniform
+from ldm.models.latents import LatentCodec
+from ldm.models.text import TextTower, encode_texts
+from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
+from ldm.objectives.inputs import EncodeText
+from ldm.pipeline import TextToImage
+from ldm.recipes.base import Assembly
+from ldm.recipes.page import write_page
+from ldm.recipes.pictures import prepare
+from ldm.recipes.sources import text_encoder, training_data, weights_hash
+from ldm.recipes.text_to_image import SampleHook, Samples
+from ldm.train.trainer import TrainConfig, Trainer
+from ldm.types import Cond
+
+AnyAdapter = FullAdapter | LoraAdapter | TokensAdapter
+ADAPTER = "adapter.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetuning:
+    """What every fine-tuning has; abstract.
+
+    `base`: the model to start from, as `ldm.load` takes it. `weighting` is of the loss; schedule and prediction are the
+    base's. With `cache`, a folder, pictures are encoded once, and captions too unless the text towers train.
+    """
+
+    base: str = "emoji"
+    weighting: Uniform | MinSNR | SNR | P2 | VLB = field(default_factory=Uniform)
+    options: DenoiseOptions = field(default_factory=lambda: DenoiseOptions(drop=0.0))
+    cache: Path | None = None
+    gradient_checkpointing: bool = False
+    samples: Samples = field(default_factory=Samples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneTask(Finetuning):
+    """Train on captioned pictures. With `images`, a folder, they are written as the shards of `data.path` first."""
+
+    kind: Literal["finetune"] = "finetune"
+    images: Path | None = None
+    adapter: FullConfig | LoraConfig = field(default_factory=LoraConfig)
+
+
+def build(task: FinetuneTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:
+    """The base model with its adapter on captioned pictures."""
+    pipeline = open_base(task)
+    if task.images is not None:
+        source = only_source(data)
+        prepare(task.images, Path(source.path), None, source.size)
+    return assembled(task, make_adapter(task.adapter), pipeline, data, train, seed, workers, task.images)
+
+
+def open_base(task: Finetuning) -> TextToImage:
+    """The base model with the loss's weighting."""
+    pipeline = TextToImage.load(task.base, device=dist.device())
+    pipeline.process = replace(pipeline.process, weighting=task.weighting)
+    return pipeline
+
+
+def make_adapter(config: FullConfig | LoraConfig | TokensConfig) -> AnyAdapter:
+    """The adapter of a config."""
+    if isinstance(config, FullConfig):
+        return FullAdapter(config)
+    return LoraAdapter(config) if isinstance(config, LoraConfig) else TokensAdapter(config)
+
+
+def only_source(data: Data) -> DataConfig:
+    """The data set of a config without a mixture."""
+    if not isinstance(data, DataConfig):
+        raise ValueError("data: expected one data set, got a mixture")
+    return data
+
+
+def assembled(
+    task: Finetuning,
+    adapter: AnyAdapter,
+    pipeline: TextToImage,
+    data: Data,
+    train: TrainConfig,
+    seed: int,
+    workers: int,
+    images: Path | None,
+) -> Assembly:
+    """Caches, adapter, objective, loader, sample pictures and export of a prepared data set."""
+    torch.manual_seed(seed)  # initial weights of the adapter
+    codec, towers, live = pipeline.codec, pipeline.text, adapter.trains_text
+    if isinstance(adapter, TokensAdapter) and train.optim.weight_decay:
+        raise ValueError(
+            f"train.optim.weight_decay: {train.optim.weight_decay} would pull new tokens to zero; write 0 for them"
+        )
+    expect = {"vae": weights_hash(codec.autoencoder)} | ({} if live else {"text": weights_hash(*towers)})
+    if task.cache is not None:
+        data = with_caches(data, task.cache, lambda data, folder: _cached(folder, data, codec, towers, expect))
+    loader = training_data(data, train, seed, workers, expect=expect if data.cached else None)
+    preview, copies = _preview(adapter, pipeline)
+    trained = adapter.attach(pipeline.unet, towers)
+    if task.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+    encode_text = _live(towers) if live else text_encoder(towers)
+    objective = DenoiseObjective(trained, pipeline.process, codec, encode_text, task.options, live=live)
+    objective.to(dist.device())
+
+    def export(weights: dict[str, Tensor], folder: Path) -> None:
+        write_export(task.base, adapter, weights, folder)
+        write_page(folder.parent, images, task.samples.prompts)
+
+    return Assembly(objective, loader, [FinetuneSamples(task.samples, preview, copies)], export)
+
+
+class FinetuneSamples:
+    """Sample pictures of the model as it trains; `copies` of text towers that train are brought up to date first."""
+
+    def __init__(self, config: Samples, pipeline: TextToImage, copies: Sequence[TextTower]) -> None:
+        self.every, self._copies = config.every, copies
+        self._hook = SampleHook(config, pipeline)
+
+    def __call__(self, trainer: Trainer, step: int) -> None:
+        if self._copies and self._hook.config.prompts:
+            weights = trainer.weights()  # ZeRO 3 divides a tower's weights, of which some are read without its hooks
+            for i, tower in enumerate(self._copies):
+                load_tower(tower, weights, i)
+        self._hook(trainer, step)
+
+
+def _preview(adapter: AnyAdapter, pipeline: TextToImage) -> tuple[TextToImage, list[TextTower]]:
+    """What draws the samples: the pipeline itself, or one with copies of the towers if their own weights train."""
+    if not (isinstance(adapter, FullAdapter) and adapter.trains_text):
+        return pipeline, []
+    other = copy.copy(pipeline)
+    other.text = [copy.deepcopy(tower) for tower in pipeline.text]
+    return other, other.text
+
+
+def load_tower(tower: TextTower, weights: dict[str, Tensor], index: int) -> None:
+    """Give a tower the trained weights `text.INDEX.NAME`; those that did not train stay."""
+    prefix = f"text.{index}."
+    own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    tower.model.load_state_dict({**tower.model.state_dict(), **own}, strict=True)
+
+
+def _live(towers: Sequence[TextTower]) -> EncodeText:
+    """Prompts -> Cond with gradients."""
+
+    def encode(prompts: Sequence[str]) -> Cond:
+        return encode_texts(towers, prompts)
+
+    return encode
+
+
+def _cached(
+    folder: Path, data: DataConfig, codec: LatentCodec, towers: Sequence[TextTower], hashes: dict[str, str]
+) -> Path:
+    """Encode pictures, and captions if the hashes name the text, into a folder; all ranks share the work."""
+    config = EncodeConfig(
+        path=data.path, splits=(data.split,), size=data.size, fit=data.fit, crop=data.crop, flip=data.flip,
+        variants=2 if data.flip else 1, template=data.template, dtype="float32", part=16,
+    )  # fmt: skip
+    encode_text = text_encoder(towers)
+    encode(
+        config,
+        folder,
+        moments=codec.moments,
+        text=(lambda texts: dict(encode_text(texts))) if "text" in hashes else None,
+        hashes=hashes,
+        rank=dist.rank(),
+        world=dist.world_size(),
+    )
+    dist.barrier()
+    if dist.rank() == 0:
+        finish(config, folder)
+    dist.barrier()
+    return folder
+
+
+def write_export(base: str, adapter: AnyAdapter, weights: dict[str, Tensor], folder: Path) -> None:
+    """What others load: a diffusers folder for whole weights, else the adapter's files and what they belong to."""
+    fresh = TextToImage.load(base)
+    if isinstance(adapter, FullAdapter):
+        found = adapter.export(weights)
+        unet = {k.removeprefix("unet."): v for k, v in found.items() if k.startswith("unet.")}
+        fresh.unet.load_state_dict(unet, strict=True)
+        for i, tower in enumerate(fresh.text):
+            load_tower(tower, found, i)
+        process = fresh.process
+        scheduler = scheduler_to_diffusers(process.schedule, process.prediction, variance=process.variance)
+        save_diffusers(
+            folder, unet=fresh.unet, autoencoder=fresh.codec.autoencoder, text=fresh.text, scheduler=scheduler
+        )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    names: dict[str, list[str]]
+    if isinstance(adapter, LoraAdapter):
+        lora = adapter.lora(weights)
+        config = fresh.unet.config
+        lora_files.write_lora(folder / lora_files.NAME, lora, config)
+        lora_files.write_lora(folder / "kohya.safetensors", lora, config, form="kohya")
+        names = {"loras": [lora_files.NAME], "embeddings": []}
+    else:
+        names = {"loras": [], "embeddings": _write_tokens(adapter, weights, folder)}
+    files.write_text(folder / ADAPTER, json.dumps({"base": base, **names}, indent=1))
+
+
+def _write_tokens(adapter: TokensAdapter, weights: dict[str, Tensor], folder: Path) -> list[str]:
+    """All tokens in one file of diffusers' form where it can hold them, and each in A1111's."""
+    concepts = adapter.concepts(weights)
+    for token, rows in concepts.items():
+        embedding_files.write_embeddings(folder / "a1111" / f"{plain(token)}.safetensors", {token: rows}, form="a1111")
+    if all(len(rows) == 1 for rows in concepts.values()):
+        embedding_files.write_embeddings(folder / embedding_files.NAME, concepts)
+        return [embedding_files.NAME]
+    return [f"a1111/{plain(token)}.safetensors" for token in concepts]
+
+
+def plain(token: str) -> str:
+    """A token as a file's name."""
+    return "".join(c if c.isalnum() or c in "-_" else "" for c in token) or "token"

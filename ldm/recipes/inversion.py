@@ -1,0 +1,97 @@
+"""Textual inversion: new words for a subject or a style, nothing else trains (Gal 2022, arXiv 2208.01618)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ldm.adapters.tokens import NewToken, TokensAdapter, TokensConfig
+from ldm.data.loader import DataConfig
+from ldm.data.mixture import Data
+from ldm.recipes.base import Assembly
+from ldm.recipes.finetune import Finetuning, assembled, open_base
+from ldm.recipes.pictures import prepare
+from ldm.train.trainer import TrainConfig
+
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "object": (
+        "{}",
+        "a {}",
+        "one {}",
+        "the {} alone",
+        "a picture of {}",
+        "a good picture of a {}",
+        "a small {} in the middle",
+        "a large {}",
+        "a {} seen up close",
+        "a {} on a plain ground",
+        "this is a {}",
+        "my {}",
+    ),
+    "style": (
+        "{}",
+        "in the style of {}",
+        "a picture in {} style",
+        "something drawn in {} style",
+        "a {} painting",
+        "an illustration, {} style",
+        "a scene as {} would show it",
+        "the look of {}",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concept(NewToken):
+    """A new token and its pictures, captioned for an object or a style, or by `templates` with {} for the token."""
+
+    images: Path
+    learn: Literal["object", "style"] = "object"
+    templates: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for template in self.templates:
+            if "{}" not in template:
+                raise ValueError(f"templates: {template!r} has no {{}}, so {self.token} would not be in the caption")
+
+    @property
+    def captions(self) -> list[str]:
+        """Of its pictures, one drawn at a time."""
+        return [t.replace("{}", self.token) for t in self.templates or TEMPLATES[self.learn]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InversionTask(Finetuning):
+    """`data` is one data set for one concept, or a mixture with one source a concept, in their order.
+
+    `max_norm` as in `TokensConfig`.
+    """
+
+    kind: Literal["textual_inversion"] = "textual_inversion"
+    concepts: tuple[Concept, ...]
+    max_norm: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.concepts:
+            raise ValueError("concepts must not be empty")
+        tokens = [c.token for c in self.concepts]
+        for prompt in self.samples.prompts:
+            if not any(t in prompt for t in tokens):
+                raise ValueError(f"samples.prompts: {prompt!r} names none of the new tokens {tokens}")
+
+
+def build(task: InversionTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:
+    """Each concept's pictures as shards under its templates, and the new rows."""
+    sources = [data] if isinstance(data, DataConfig) else [s.data for s in data.sources]
+    if len(sources) != len(task.concepts):
+        raise ValueError(
+            f"data: {len(sources)} source(s) for {len(task.concepts)} concept(s); one each, in their order"
+        )
+    pipeline = open_base(task)
+    for concept, source in zip(task.concepts, sources, strict=True):
+        prepare(concept.images, Path(source.path), concept.captions, source.size)
+    tokens = tuple(NewToken(token=c.token, vectors=c.vectors, initializer=c.initializer) for c in task.concepts)
+    adapter = TokensAdapter(TokensConfig(tokens=tokens, max_norm=task.max_norm))
+    return assembled(task, adapter, pipeline, data, train, seed, workers, task.concepts[0].images)

@@ -1,0 +1,79 @@
+"""Class pictures for prior preservation: made by the base model on all ranks, counted, and used again."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ldm import dist
+from ldm.checkpoint import files
+from ldm.config.load import encode
+from ldm.data.grid import to_pil
+from ldm.data.sources import SUFFIXES
+from ldm.pipeline import Settings, TextToImage
+from ldm.recipes.pictures import on_first
+
+_PREFIX = "class-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prior:
+    """`count` pictures of `prompt` (default: "a NOUN") keep the model's idea of the class (DreamBooth, section 3.2).
+
+    They are drawn with `settings` into `folder` (default: `class` in the run folder); pictures that are there already
+    count, whoever made them.
+    """
+
+    prompt: str | None = None
+    count: int = 100
+    folder: Path | None = None
+    settings: Settings = field(default_factory=lambda: Settings(sampler="dpmpp_2m", steps=25, guidance=3.0))
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count must be at least 1, got {self.count}")
+
+
+def make(prior: Prior, prompt: str, folder: Path, base: str, pipeline: TextToImage) -> None:
+    """Draw the class pictures that are missing; collective. Picture i has noise of its own, whichever rank draws it.
+
+    Raises ValueError when the folder holds pictures of another prompt, model or setting.
+    """
+    record = {"prompt": prompt, "base": base, "settings": encode(prior.settings)}
+    on_first(lambda: _claim(folder, record))
+    missing = _missing(folder, prior.count)
+    mine = missing[dist.rank() :: dist.world_size()]
+    if missing:
+        dist.say(f"class pictures: {prior.count - len(missing)} found, drawing {len(missing)} of {prompt!r}")
+    size = prior.settings.batch
+    dist.barrier()  # so that no rank counts what another has begun to draw
+    for k in tqdm(range(0, len(mine), size), desc="class pictures", disable=dist.rank() != 0 or not mine):
+        chosen = mine[k : k + size]
+        images = pipeline.sample([prompt] * len(chosen), settings=prior.settings, indices=chosen)
+        for i, picture in zip(chosen, to_pil(images), strict=True):
+            beside = folder / f".{_PREFIX}{i:05d}.{os.getpid()}"
+            picture.save(beside, "PNG")
+            os.replace(beside, folder / f"{_PREFIX}{i:05d}.png")
+    dist.barrier()
+
+
+def _missing(folder: Path, count: int) -> list[int]:
+    """Numbers of the pictures to draw so that the folder holds `count`."""
+    there = {p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")}
+    own = {i for i in range(count) if f"{_PREFIX}{i:05d}.png" in there}
+    others = sum(not name.startswith(_PREFIX) for name in there)
+    return [i for i in range(count - others) if i not in own]
+
+
+def _claim(folder: Path, record: dict[str, object]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "class.json"
+    if not note.is_file():
+        files.write_text(note, json.dumps(record, indent=1))
+    elif (old := json.loads(note.read_text(encoding="utf-8"))) != record:
+        odd = sorted(k for k in record if old.get(k) != record[k])
+        raise ValueError(f"{folder}: holds class pictures of other {', '.join(odd)}: {old.get(odd[0])!r}; take another")
