@@ -1,4 +1,4 @@
-"""`ldm show noising IMAGE`: what the forward process does to a picture, for each schedule."""
+"""`ldm show noising IMAGE`: what the forward process does to it; `ldm show run RUN`: a page of a training run."""
 
 from __future__ import annotations
 
@@ -21,12 +21,29 @@ def parser() -> argparse.ArgumentParser:
     n.add_argument("--frames", type=int, default=11, help="times in a strip; animations have three times as many")
     n.add_argument("--size", type=int, default=96, help="the longer side of the pictures, pixels")
     n.add_argument("--seed", type=int, default=0)
+    r = kinds.add_parser("run", help="a run's curves, figures, events and sample pictures as one self-contained page")
+    r.add_argument("run", type=Path, help="a run folder, in training or finished")
+    r.add_argument("--out", type=Path, help="the page to write; RUN/run.html if left out")
+    r.add_argument("--samples", type=int, default=8, help="at most so many sample pictures, evenly spaced (8)")
     return p
+
+
+def _run(args: argparse.Namespace) -> int:
+    from ldm.web import run
+
+    if args.samples < 1:
+        raise ValueError(f"--samples must be at least 1, got {args.samples}")
+    found = run.read(args.run)
+    out = run.page(found, args.samples).write(args.out or args.run / "run.html")
+    print(f"{out}: step {found.rows[-1]['step']}, {len(found.rows)} points, {len(found.samples)} sample pictures")
+    return 0
 
 
 def main(argv: list[str]) -> int:
     """Run the verb; ValueError for users' mistakes."""
     args = parser().parse_args(argv)
+    if args.what == "run":
+        return _run(args)
     from PIL import Image, UnidentifiedImageError
 
     from ldm.web import noising

@@ -5,16 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+BLOCK = 256
+"""Values that share a scale in 8-bit state."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW with linear warm-up and a decay to `final` times the peak rate."""
+    """AdamW, or another, with linear warm-up and a decay to `final` times the peak rate.
 
+    `adamw8bit` keeps its moments in 8 bits (Dettmers et al. 2021) and needs bitsandbytes; `lion` (Chen et al. 2023)
+    keeps one moment; `sgd` takes its momentum from the first of `betas`. `fused` is AdamW's in one kernel.
+    """
+
+    algorithm: Literal["adamw", "adamw8bit", "lion", "sgd"] = "adamw"
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -42,6 +50,12 @@ class Optim:
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
         groups = [g for g in groups if g["params"]]
+        if self.algorithm == "adamw8bit":
+            return _bitsandbytes().optim.AdamW8bit(groups, lr=self.lr, betas=self.betas, eps=self.eps)
+        if self.algorithm == "lion":
+            return Lion(groups, lr=self.lr, betas=self.betas)
+        if self.algorithm == "sgd":
+            return torch.optim.SGD(groups, lr=self.lr, momentum=self.betas[0])
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=self.fused)
 
     def lr_at(self, step: int, steps: int) -> float:
@@ -54,3 +68,72 @@ class Optim:
         if self.decay == "linear":
             return self.lr * (1 - (1 - self.final) * done)
         return self.lr
+
+
+class Lion(torch.optim.Optimizer):
+    """The sign of an interpolated gradient, with decoupled weight decay (Chen et al. 2023, algorithm 2)."""
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            first, second = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                moment = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                direction = torch.lerp(p.grad, moment, first).sign_()
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
+                moment.lerp_(p.grad, 1 - second)
+
+
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes  # pyright: ignore[reportMissingImports] (an extra)
+    except ImportError:
+        raise ValueError(
+            "train.optim.algorithm: 'adamw8bit' needs the package bitsandbytes: pip install 'ldm[bitsandbytes]'"
+        ) from None
+    return bitsandbytes
+
+
+def read_state(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Tensor]:
+    """The state of a parameter that has one value a weight, in float32 where it is kept in 8 bits."""
+    found, held = {}, optimizer.state.get(p, {})
+    for name, value in held.items():
+        if not (isinstance(value, Tensor) and value.ndim and value.shape == p.shape):
+            continue
+        if value.dtype == torch.uint8:
+            number = name.removeprefix("state")
+            scale, code = held[f"absmax{number}"], held[f"qmap{number}"]
+            value = _bitsandbytes().functional.dequantize_blockwise(value, absmax=scale, code=code, blocksize=BLOCK)
+        found[name] = value
+    return found
+
+
+def write_state(optimizer: torch.optim.Optimizer, p: Tensor, values: dict[str, Tensor], step: float | None) -> None:
+    """Undo `read_state`: values shaped like the parameter, and the number of updates."""
+    optimizer.state[p] = {}
+    if not values or "state1" not in values:
+        optimizer.state[p] = dict(values)
+        if step is not None:
+            optimizer.state[p]["step"] = torch.tensor(step, dtype=torch.float32)
+        return
+    eight: Any = optimizer
+    at = [(g, i) for g, group in enumerate(eight.param_groups) for i, q in enumerate(group["params"]) if q is p]
+    eight.init_state(eight.param_groups[at[0][0]], p, *at[0])
+    held = eight.state[p]
+    held["step"] = int(step or 0)
+    for name, value in values.items():
+        if held[name].dtype == torch.uint8:
+            number = name.removeprefix("state")
+            packed, how = _bitsandbytes().functional.quantize_blockwise(
+                value, code=held[f"qmap{number}"], blocksize=BLOCK
+            )
+            held[name].copy_(packed)
+            held[f"absmax{number}"].copy_(how.absmax)
+        else:
+            held[name].copy_(value)

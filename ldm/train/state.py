@@ -21,6 +21,8 @@ from ldm import dist
 from ldm.checkpoint import files
 from ldm.train.ema import Ema
 from ldm.train.engine import Engine, Fragment
+from ldm.train.optim import read_state as read_state_of
+from ldm.train.optim import write_state as write_state_of
 
 
 @dataclass
@@ -36,16 +38,6 @@ class Held:
     def bytes(self) -> int:
         """Of all tensors."""
         return sum(t.numel() * t.element_size() for t in (*self.tensors.values(), *self.objective.values()))
-
-
-def _optimizer_kinds(engine: Engine) -> list[str]:
-    """Names of optimizer state that has one value a weight, the same on all ranks."""
-    kinds: set[str] = set()
-    for master in engine.masters:
-        for name, value in engine.inner.state.get(master, {}).items():
-            if isinstance(value, Tensor) and value.ndim and value.shape == master.shape:
-                kinds.add(name)
-    return sorted(kinds)
 
 
 def _piece(engine: Engine, f: Fragment, value: Tensor) -> Tensor:
@@ -72,20 +64,21 @@ def hold(step: int, engine: Engine, ema: Ema | None, extra: dict[str, Any]) -> H
 
     `extra` is JSON values and, under "tensors", named tensors.
     """
-    kinds, averages = _optimizer_kinds(engine), {} if ema is None else ema.averages
-    masters, state = engine.masters, engine.inner.state
+    averages, masters = {} if ema is None else ema.averages, engine.masters
+    states = [read_state_of(engine.inner, master) for master in masters]
     tensors: dict[str, Tensor] = {}
     for f in _mine(engine):
         where = f"{f.name}@{f.start}"
         tensors[f"w:{where}"] = _piece(engine, f, masters[f.flat])
-        for kind in kinds:
-            tensors[f"s.{kind}:{where}"] = _piece(engine, f, state[masters[f.flat]][kind])
+        for kind, value in states[f.flat].items():
+            tensors[f"s.{kind}:{where}"] = _piece(engine, f, value)
         for kind, shards in averages.items():
             tensors[f"{kind}:{where}"] = _piece(engine, f, shards[f.flat])
     own = extra.pop("tensors", {})
     meta = {
         "step": step,
-        "kinds": kinds,
+        "optimizer": type(engine.inner).__name__,
+        "kinds": sorted({kind for state in states for kind in state}),
         "optimizer_step": _optimizer_step(engine),
         "averages": list(averages),
         "power": [] if ema is None else list(ema.config.power),
@@ -219,20 +212,22 @@ def load(folder: Path, engine: Engine, ema: Ema | None) -> tuple[int, dict[str, 
     if want != meta["shapes"]:
         odd = sorted(n for n in set(want) | set(meta["shapes"]) if want.get(n) != meta["shapes"].get(n))
         raise ValueError(f"checkpoint {folder}: made for another model; {len(odd)} parameters differ, first {odd[:3]}")
-    shards, masters, state = Shards(folder), engine.masters, engine.inner.state
-    for master in masters:
-        state[master] = {kind: torch.zeros_like(master) for kind in meta["kinds"]}
-        if meta["optimizer_step"] is not None:
-            state[master]["step"] = torch.tensor(meta["optimizer_step"], dtype=torch.float32)
+    own = type(engine.inner).__name__
+    if meta.get("optimizer", own) != own:
+        raise ValueError(f"train.optim.algorithm: checkpoint {folder} has the state of {meta['optimizer']}, not {own}")
+    shards, masters = Shards(folder), engine.masters
+    states = [{kind: torch.zeros_like(master) for kind in meta["kinds"]} for master in masters]
     origins = {} if ema is None else {kind: _origin(shards, kind) for kind in ema.averages}
     for f in engine.fragments:
         master = masters[f.flat]
         shards.fill("w", f.name, f.start, _piece(engine, f, master))
-        for kind in meta["kinds"]:
-            shards.fill(f"s.{kind}", f.name, f.start, _piece(engine, f, state[master][kind]))
+        for kind, value in states[f.flat].items():
+            shards.fill(f"s.{kind}", f.name, f.start, _piece(engine, f, value))
         for kind, origin in origins.items():
             assert ema is not None
             shards.fill(origin, f.name, f.start, _piece(engine, f, ema.averages[kind][f.flat]))
+    for master, values in zip(masters, states, strict=True):
+        write_state_of(engine.inner, master, values, meta["optimizer_step"])
     engine.push()
     extra = dict(meta["extra"])
     with safe_open(folder / "objective.safetensors", "pt") as handle:
