@@ -1,0 +1,312 @@
+"""A plan: what a run will need on a cluster, as plain data and as text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm.plan.hardware import GB
+from ldm.plan.memory import STAGES, Activations, Layout, Parts, Sizes, largest_micro_batch, memory
+from ldm.plan.throughput import Cluster, Step, Wire, step_time, wire
+
+DAY = 86400.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frozen:
+    """A network that is not trained: its weights in bytes, and operations an image where it runs in training."""
+
+    name: str
+    bytes: float
+    flops: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is planned. `build(recompute)` makes the trained network on the meta device, `inputs(b)` its arguments.
+
+    `flops` are those of its forward pass for one image. `samples` of the data (None: unknown), each of `sample_bytes`.
+    """
+
+    name: str
+    build: Callable[[bool], nn.Module]
+    inputs: Callable[[int], tuple[Any, ...]]
+    flops: float
+    batch: int
+    steps: int
+    layout: Layout
+    recompute: bool
+    precision: torch.dtype
+    frozen: tuple[Frozen, ...] = ()
+    samples: int | None = None
+    sample_bytes: float = 0.0
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """One way to divide the run: its memory by part, and the most samples of a forward pass that fit."""
+
+    stage: int
+    recompute: bool
+    parts: Parts
+    largest: int
+    fits: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A size of the cluster: time and cost of the whole run. `accumulate` is what it takes to fit."""
+
+    gpus: int
+    micro: int
+    accumulate: int
+    step: Step
+    images_per_second: float
+    days: float
+    cost: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The answer. Sizes in bytes, times in seconds; `point` is the cluster that was asked for."""
+
+    name: str
+    cluster: Cluster
+    weights: int
+    flops_per_image: float
+    frozen_flops_per_image: float
+    batch: int
+    steps: int
+    fits: tuple[Fit, ...]
+    chosen: Fit
+    wire: Wire
+    point: Point | None
+    sweep: tuple[Point, ...]
+    utilisation: float
+    samples: int | None
+    data_bytes: float | None
+    data_rate: float
+    warnings: tuple[str, ...]
+
+    def record(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+class Planner:
+    """Counts a job once, and answers for any cluster."""
+
+    def __init__(self, job: Job, cluster: Cluster, price: float | None = None) -> None:
+        self.job, self.cluster, self.price = job, cluster, price
+        gpu = not cluster.hardware.host
+        modules = {recompute: job.build(recompute) for recompute in (False, True)}
+        self.sizes = Sizes.of(modules[False])
+        self.activations = {
+            recompute: Activations.count(module, job.inputs, precision=job.precision, gpu=gpu)
+            for recompute, module in modules.items()
+        }
+        self.frozen_bytes = sum(f.bytes for f in job.frozen)
+        self.frozen_flops = sum(f.flops for f in job.frozen)
+        self.limit = cluster.hardware.memory * GB * cluster.assumptions.usable
+
+    def plan(self) -> Plan:
+        """Everything for the cluster that was asked for."""
+        job, layout = self.job, replace(self.job.layout, world=self.cluster.world)
+        micro = max(1, job.batch // (layout.world * layout.accumulate))
+        fits = tuple(self.fit(stage, recompute, layout, micro) for recompute in (False, True) for stage in STAGES)
+        chosen = next(f for f in fits if (f.stage, f.recompute) == (layout.stage, job.recompute))
+        point = self.point(self.cluster)
+        forward = job.flops
+        used = point.images_per_second * 3 * forward / self.cluster.world if point else 0.0
+        peak = self.cluster.hardware.matmul if self._half else self.cluster.hardware.matmul_fp32
+        rate = (point.images_per_second if point else 0.0) * job.sample_bytes
+        return Plan(
+            name=job.name,
+            cluster=self.cluster,
+            weights=self.sizes.weights,
+            flops_per_image=3 * forward,
+            frozen_flops_per_image=self.frozen_flops,
+            batch=job.batch,
+            steps=job.steps,
+            fits=fits,
+            chosen=chosen,
+            wire=wire(
+                self.sizes.weights, layout.stage, layout.world,
+                element=2 if layout.half and layout.stage else 4,
+                micro_steps=point.accumulate if point else layout.accumulate,
+            ),
+            point=point,
+            sweep=self.sweep(),
+            utilisation=used / (peak * 1e12),
+            samples=job.samples,
+            data_bytes=None if job.samples is None else job.samples * job.sample_bytes,
+            data_rate=rate,
+            warnings=(*job.warnings, *self._warnings(fits, chosen, micro, point)),
+        )  # fmt: skip
+
+    @property
+    def _half(self) -> bool:
+        return self.job.precision != torch.float32
+
+    def fit(self, stage: int, recompute: bool, layout: Layout, micro: int) -> Fit:
+        """Memory at one stage, with or without checkpointing."""
+        # Options that a stage does not have do not count there.
+        layout = replace(
+            layout, stage=stage,
+            offload_optimizer=layout.offload_optimizer and stage > 0,
+            offload_parameters=layout.offload_parameters and stage == 3,
+        )  # fmt: skip
+        counted = self.activations[recompute]
+        parts = memory(self.sizes, counted, micro, layout, self.frozen_bytes)
+        largest = largest_micro_batch(self.sizes, counted, layout, self.limit, self.frozen_bytes)
+        return Fit(stage=stage, recompute=recompute, parts=parts, largest=largest, fits=parts.total <= self.limit)
+
+    def point(self, cluster: Cluster) -> Point | None:
+        """Time and cost on a cluster with the configured stage; None where the batch does not divide or nothing fits.
+
+        A micro-batch that does not fit is accumulated in more parts.
+        """
+        job, world = self.job, cluster.world
+        layout = replace(job.layout, world=world)
+        if job.batch % world:
+            return None
+        counted = self.activations[job.recompute]
+        each = job.batch // world
+        most = max(
+            largest_micro_batch(self.sizes, counted, replace(layout, accumulate=a), self.limit, self.frozen_bytes)
+            for a in {layout.accumulate, 2}
+        )
+        parts = [a for a in range(layout.accumulate, each + 1) if each % a == 0 and each // a <= most]
+        if not parts:
+            return None
+        accumulate = parts[0]
+        step = step_time(
+            activations=counted, micro=each // accumulate, accumulate=accumulate, weights=self.sizes.weights,
+            stage=layout.stage, cluster=cluster, half=self._half, copies=layout.copies,
+            frozen_flops=self.frozen_flops, element=2 if layout.half and layout.stage else 4,
+        )  # fmt: skip
+        days = job.steps * step.total / DAY
+        return Point(
+            gpus=world,
+            micro=each // accumulate,
+            accumulate=accumulate,
+            step=step,
+            images_per_second=job.batch / step.total,
+            days=days,
+            cost=None if self.price is None else days * 24 * world * self.price,
+        )
+
+    def sweep(self) -> tuple[Point, ...]:
+        """The run on one node, two, four and so on, as far as the batch divides."""
+        found = []
+        for power in range(12):
+            point = self.point(replace(self.cluster, nodes=2**power))
+            if point is not None:
+                found.append(point)
+        return tuple(found)
+
+    def _warnings(self, fits: Sequence[Fit], chosen: Fit, micro: int, point: Point | None) -> list[str]:
+        job, world, accumulate = self.job, self.cluster.world, self.job.layout.accumulate
+        said = []
+        if job.batch % (world * accumulate):
+            parts = world * accumulate
+            near = max(parts, parts * round(job.batch / parts))
+            said.append(
+                f"train.batch: {job.batch} does not divide by {world} GPUs x accumulate {accumulate}; {near} does"
+            )
+        if job.batch < world:
+            said.append(
+                f"train.batch: {job.batch} is smaller than the number of GPUs, {world}: some have nothing to do"
+            )
+        if not chosen.fits:
+            other = next((f for f in fits if f.fits), None)
+            hint = f"; it would with zero_stage {other.stage}{' and gradient_checkpointing' * other.recompute}"
+            most = f"at most {chosen.largest} do" if chosen.largest else "not even 1 does"
+            said.append(f"{micro} images a forward pass do not fit, {most}{hint if other else ''}")
+            if point is not None:
+                said.append(f"times are those of accumulate {point.accumulate} with {point.micro} images")
+        below = next((f for f in fits if f.stage < 3 and f.fits and f.recompute == chosen.recompute), None)
+        if chosen.stage == 3 and below is not None:
+            said.append(
+                f"zero_stage 3 is not worth it: stage {below.stage} fits, and sends 2 psi a step instead of 3 psi"
+            )
+        if job.samples is not None:
+            if job.samples < job.batch:
+                said.append(f"data: {job.samples} samples are fewer than one batch of {job.batch}")
+            elif job.steps * job.batch > 300 * job.samples:
+                epochs = job.steps * job.batch / job.samples
+                said.append(
+                    f"data: {job.samples:,} samples are few for {job.steps:,} steps: each is seen {epochs:,.0f} times"
+                )
+        return said
+
+
+def text(plan: Plan) -> str:
+    """The plan for a terminal."""
+    c, h = plan.cluster, plan.cluster.hardware
+    lines = [f"{plan.name} on {c.nodes} x {c.per_node} {h.name}", ""]
+    lines += [
+        f"trained weights    {plan.weights / 1e6:,.1f} M",
+        f"compute an image   {plan.flops_per_image / 1e9:,.0f} GFLOP forward and backward"
+        + (f", {plan.frozen_flops_per_image / 1e9:,.0f} of frozen networks" if plan.frozen_flops_per_image else ""),
+        f"on the wire        {plan.wire.total / GB:,.2f} GB a step and GPU (ZeRO-{plan.chosen.stage})",
+    ]
+    lines += ["", *_memory(plan), "", *_time(plan)]
+    if plan.warnings:
+        lines += ["", *(f"warning: {w}" for w in plan.warnings)]
+    return "\n".join(lines)
+
+
+COLUMNS = ("weights", "gradients", "optimizer", "ema", "activations", "buffers", "frozen", "host")
+
+
+def _memory(plan: Plan) -> list[str]:
+    limit = plan.cluster.hardware.memory * plan.cluster.assumptions.usable
+    head = "".join(f"{name:>12}" for name in (*COLUMNS, "total", "largest"))
+    lines = [
+        f"memory, GB a GPU ({limit:.1f} are usable); largest: images of a forward pass that fit",
+        f"{'':<20}{head}",
+    ]
+    for fit in plan.fits:
+        label = f"ZeRO-{fit.stage}{', recompute' * fit.recompute}"
+        values = [getattr(fit.parts, name) / GB for name in COLUMNS] + [fit.parts.total / GB]
+        mark = " <" if fit == plan.chosen else ("" if fit.fits else " does not fit")
+        lines.append(f"{label:<20}{''.join(f'{v:12.3f}' for v in values)}{fit.largest:12d}{mark}")
+    return lines
+
+
+def _time(plan: Plan) -> list[str]:
+    if plan.point is None:
+        return ["time               no figure: the batch does not divide or does not fit"]
+    p, s = plan.point, plan.point.step
+    parts = (
+        f"compute {s.compute:.3f}, frozen {s.frozen:.3f}, optimizer {s.optimizer:.4f}, links {s.links:.3f}, "
+        f"slowest rank {s.stragglers:.3f}, other {s.other:.3f}"
+    )
+    lines = [
+        f"a step             {s.total:.3f} s of {plan.batch} images ({p.micro} a GPU x {p.accumulate}): {parts}",
+        f"images a second    {p.images_per_second:,.0f} ({100 * plan.utilisation:.0f} % of the peak rate)",
+        f"the run            {plan.steps:,} steps in {duration(p.days)}"
+        + ("" if p.cost is None else f", cost {p.cost:,.0f}"),
+        f"data               {plan.data_rate / 1e6:,.1f} MB/s"
+        + ("" if plan.data_bytes is None else f", {plan.data_bytes / GB:,.2f} GB of {plan.samples:,} samples"),
+    ]
+    if len(plan.sweep) > 1:
+        lines += ["", f"{'GPUs':>8}{'images/s':>12}{'time':>16}{'cost':>12}"]
+        for q in plan.sweep:
+            cost = "" if q.cost is None else f"{q.cost:,.0f}"
+            lines.append(f"{q.gpus:8d}{q.images_per_second:12,.0f}{duration(q.days):>16}{cost:>12}")
+    return lines
+
+
+def duration(days: float) -> str:
+    """Days, hours or minutes, whichever says most."""
+    if days >= 2:
+        return f"{days:,.1f} days"
+    hours = days * 24
+    return f"{hours:.1f} hours" if hours >= 2 else f"{max(hours * 60, 0.0):.1f} minutes"

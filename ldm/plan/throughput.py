@@ -1,0 +1,140 @@
+"""Seconds of a step: kernels by a roofline, collectives over the links, the optimizer, and waiting for the slowest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ldm.plan.hardware import GB, Assumptions, Hardware
+from ldm.plan.memory import Activations
+from ldm.plan.scale import largest_of_normals
+from ldm.plan.trace import Op
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """`nodes` of `per_node` accelerators."""
+
+    nodes: int
+    per_node: int
+    hardware: Hardware
+    assumptions: Assumptions = field(default_factory=Assumptions)
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "per_node"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def world(self) -> int:
+        """Accelerators in all."""
+        return self.nodes * self.per_node
+
+    def link(self) -> float:
+        """Bytes a second that every rank of a ring over all of them moves; its slowest hop is between nodes."""
+        inside = self.hardware.inside if self.per_node > 1 else float("inf")
+        outside = self.hardware.outside if self.nodes > 1 else float("inf")
+        return self.assumptions.link * min(inside, outside) * GB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wire:
+    """Bytes that a rank sends in a step: what can hide behind the backward pass, and what cannot."""
+
+    hidden: float
+    exposed: float
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.hidden + self.exposed
+
+
+def wire(weights: int, stage: int, world: int, *, element: int = 4, micro_steps: int = 1) -> Wire:
+    """Collectives of a step: 2 psi elements, and 3 psi under stage 3 (a micro-step), times (N-1)/N.
+
+    Stage 0 reduces and gathers gradients, 1 and 2 scatter them and gather the new weights when the optimizer is done,
+    3 gathers weights twice in every micro-step. Gradients of stage 2 and 3 are reduced in each micro-step.
+    """
+    if world == 1:
+        return Wire(hidden=0.0, exposed=0.0)
+    once = weights * element * (world - 1) / world
+    if stage == 0:
+        return Wire(hidden=2 * once, exposed=0.0)
+    if stage == 3:
+        return Wire(hidden=3 * once * micro_steps, exposed=0.0)
+    return Wire(hidden=once * (micro_steps if stage == 2 else 1), exposed=once)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Seconds of one optimizer step by part; what hides behind computing is not in `links`."""
+
+    compute: float
+    frozen: float
+    optimizer: float
+    links: float
+    stragglers: float
+    other: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.compute + self.frozen + self.optimizer + self.links + self.stragglers + self.other
+
+
+def kernels(ops: Sequence[tuple[Op, Op]], batch: float, few: int, more: int, cluster: Cluster, half: bool) -> float:
+    """Seconds of kernels at `batch` samples, from their counts at two others: each bound by products or by memory."""
+    chip, share = cluster.hardware, cluster.assumptions
+    rate = (chip.matmul if half else chip.matmul_fp32) * 1e12 * share.matmul
+    moved = chip.bandwidth * GB * share.memory
+    at = (batch - few) / (more - few)
+    total = 0.0
+    for low, high in ops:
+        flops = low.flops + at * (high.flops - low.flops)
+        size = low.bytes + at * (high.bytes - low.bytes)
+        total += flops / rate + size / moved if chip.host else max(flops / rate, size / moved)
+    return total
+
+
+def compute(activations: Activations, batch: float, cluster: Cluster, half: bool) -> tuple[float, float]:
+    """(forward, backward) seconds of one micro-batch."""
+    few, more = activations.few, activations.more
+    pairs = list(zip(few.ops, more.ops, strict=True))
+    parts = ([p for p in pairs if not p[0].backward], [p for p in pairs if p[0].backward])
+    forward, backward = (kernels(p, batch, few.batch, more.batch, cluster, half) for p in parts)
+    return forward, backward
+
+
+def step_time(
+    *,
+    activations: Activations,
+    micro: float,
+    accumulate: int,
+    weights: int,
+    stage: int,
+    cluster: Cluster,
+    half: bool,
+    copies: int = 1,
+    frozen_flops: float = 0.0,
+    element: int = 4,
+) -> Step:
+    """One optimizer step of `accumulate` micro-batches of `micro` samples a rank."""
+    share, chip = cluster.assumptions, cluster.hardware
+    forward, backward = compute(activations, micro, cluster, half)
+    busy = accumulate * (forward + backward)
+    rate = (chip.matmul if half else chip.matmul_fp32) * 1e12 * share.matmul
+    # Frozen networks are as much bound by memory as the trained one, of which the count knows how much.
+    slower = sum(o.flops for o in activations.more.ops if not o.backward) / activations.more.batch / rate
+    frozen = accumulate * micro * frozen_flops / rate * (forward / micro / slower if slower else 1.0)
+    held = weights / cluster.world if stage else weights
+    optimizer = held * (28 + 12 * copies) / (chip.bandwidth * GB * share.stream)  # bytes of Adam and of averages
+    sent = wire(weights, stage, cluster.world, element=element, micro_steps=accumulate)
+    reducing = sent.hidden / cluster.link()
+    room = (backward if stage < 2 else accumulate * backward) + (accumulate * forward if stage == 3 else 0.0)
+    waiting = reducing - min(share.overlap * reducing, room)
+    links = waiting + sent.exposed / cluster.link()
+    slowest = share.jitter * largest_of_normals(cluster.world) * (busy + frozen)
+    return Step(
+        compute=busy, frozen=frozen, optimizer=optimizer, links=links, stragglers=slowest, other=share.step
+    )  # fmt: skip

@@ -1,0 +1,83 @@
+"""The page of a plan: time and cost against the number of GPUs, memory by stage, what was assumed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from ldm.plan.hardware import GB
+from ldm.plan.report import COLUMNS, Plan, duration
+from ldm.web.chart import Bar, Curve
+from ldm.web.gallery import Fact, Gallery
+
+
+def page(plan: Plan) -> Gallery:
+    """A plan as one page."""
+    cluster = plan.cluster
+    size = f"{cluster.nodes} x {cluster.per_node} {cluster.hardware.name}"
+    gallery = Gallery(f"Plan of {plan.name}", f"What the run needs on {size}, counted without a GPU.", "ldm plan")
+    gallery.facts(_facts(plan))
+    if plan.warnings:
+        section = gallery.section("Warnings")
+        section.table(("what to look at",), [(w,) for w in plan.warnings])
+    if len(plan.sweep) > 1:
+        _sweep(gallery, plan)
+    _memory(gallery, plan)
+    if plan.point is not None:
+        section = gallery.section("A step", f"{plan.point.step.total:.3f} s, by part.")
+        parts = [(name, value) for name, value in asdict(plan.point.step).items() if value > 0]
+        section.bars([Bar(name, 1e3 * value) for name, value in parts], unit="ms")
+    section = gallery.section(
+        "Assumptions",
+        "One set of constants for every accelerator and number of them; `docs/scale.md` says where they come from.",
+    )
+    assumed = {**asdict(cluster.assumptions), **asdict(cluster.hardware)}
+    section.table(("constant", "value"), [(k, v) for k, v in assumed.items() if k not in ("name", "host")])
+    return gallery
+
+
+def _facts(plan: Plan) -> list[Fact]:
+    facts = [
+        Fact(f"{plan.weights / 1e6:,.0f} M", "trained weights", f"{plan.flops_per_image / 1e9:,.0f} GFLOP an image"),
+        Fact(
+            f"{plan.chosen.parts.total / GB:.1f} GB", f"a GPU at ZeRO-{plan.chosen.stage}", "with the configured batch"
+        ),
+        Fact(f"{plan.wire.total / GB:.2f} GB", "sent by a GPU in a step", ""),
+    ]
+    if plan.point is not None:
+        p = plan.point
+        facts.append(Fact(f"{p.images_per_second:,.0f}", "images a second", f"{100 * plan.utilisation:.0f} % of peak"))
+        cost = "" if p.cost is None else f"cost {p.cost:,.0f}"
+        facts.append(Fact(duration(p.days), f"for {plan.steps:,} steps", cost))
+    return facts
+
+
+def _sweep(gallery: Gallery, plan: Plan) -> None:
+    section = gallery.section("GPUs against time and cost", "The same run, the same batch, on more or fewer nodes.")
+    gpus = [float(p.gpus) for p in plan.sweep]
+    section.curve([Curve("days", gpus, [p.days for p in plan.sweep])], "GPUs", "days", log_y=True)
+    costs = [p.cost for p in plan.sweep if p.cost is not None]
+    if costs:
+        section.curve([Curve("cost", gpus, costs)], "GPUs", "cost")
+    else:
+        spent = [p.days * p.gpus for p in plan.sweep]
+        section.curve([Curve("GPU-days", gpus, spent)], "GPUs", "GPU-days")
+    rows = [
+        (p.gpus, f"{p.images_per_second:,.0f}", duration(p.days), f"{p.days * p.gpus:,.2f}",
+         "" if p.cost is None else f"{p.cost:,.0f}")
+        for p in plan.sweep
+    ]  # fmt: skip
+    section.table(("GPUs", "images/s", "time", "GPU-days", "cost"), rows)
+
+
+def _memory(gallery: Gallery, plan: Plan) -> None:
+    usable = plan.cluster.hardware.memory * plan.cluster.assumptions.usable
+    section = gallery.section(
+        "Memory", f"GB on one GPU at the fullest moment of a step; {usable:.1f} GB are usable. The last column is the "
+        "largest number of images of a forward pass that fit.",
+    )  # fmt: skip
+    rows = []
+    for fit in plan.fits:
+        name = f"ZeRO-{fit.stage}{', checkpointing' * fit.recompute}{' (configured)' * (fit == plan.chosen)}"
+        values = [f"{getattr(fit.parts, column) / GB:.3f}" for column in COLUMNS]
+        rows.append((name, *values, f"{fit.parts.total / GB:.3f}", fit.largest))
+    section.table(("", *COLUMNS, "total", "largest"), rows)
