@@ -11,6 +11,7 @@ VERBS = {
     "demo": "train a small model on the embedded data and write the gallery",
     "train": "train from a config; the same command again resumes",
     "distill": "few-step students: latent consistency, progressive, trajectory, distribution matching",
+    "finetune": "DreamBooth, textual inversion or LoRA from a folder of pictures",
     "sample": "pictures from prompts",
     "edit": "change pictures: img2img, inpaint, invert, prompt-to-prompt, attention maps",
     "data": "build, index, encode and inspect data sets",

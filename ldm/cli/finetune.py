@@ -1,0 +1,158 @@
+"""`ldm finetune dreambooth | textual-inversion | lora --images FOLDER`: from a folder of pictures to a tuned model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+_EPILOG = (
+    "The resolved config is written into the run folder. The same command again resumes; several processes: "
+    "python -m launch local --procs 2 -- ldm finetune ..."
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options of the verb; their names are those of diffusers' scripts where they have one."""
+    p = argparse.ArgumentParser(prog="ldm finetune", description="Fine-tune a model on a folder of pictures.")
+    methods = p.add_subparsers(dest="method", required=True)
+    style = argparse.ArgumentDefaultsHelpFormatter
+
+    d = methods.add_parser("dreambooth", help="a subject under a rare word", formatter_class=style, epilog=_EPILOG)
+    _common(d)
+    d.add_argument("--identifier", default="sks", help="the rare word that names the subject")
+    d.add_argument("--class", dest="noun", required=True, metavar="NOUN", help="what the subject is one of: dog")
+    d.add_argument("--instance-prompt", metavar="TEXT", help="caption of the pictures (default: a IDENTIFIER NOUN)")
+    d.add_argument("--class-prompt", metavar="TEXT", help="caption of the class pictures (default: a NOUN)")
+    d.add_argument("--num-class-images", type=int, default=100, help="class pictures for prior preservation")
+    d.add_argument("--class-data-dir", type=Path, metavar="FOLDER", help="where class pictures are, or are put")
+    d.add_argument("--prior-loss-weight", type=float, default=1.0)
+    d.add_argument("--no-prior", action="store_true", help="without prior preservation")
+    d.add_argument("--train-text-encoder", action="store_true", help="train the text towers too")
+    d.add_argument("--lora", action="store_true", help="low-rank corrections instead of all weights")
+    _lora(d)
+
+    t = methods.add_parser("textual-inversion", help="a new word for a subject or style", formatter_class=style,
+                           epilog=_EPILOG)  # fmt: skip
+    _common(t)
+    t.add_argument("--placeholder-token", "--token", dest="token", default="<thing>", help="the new word")
+    t.add_argument("--initializer-token", dest="initializer", nargs="+", default=[], metavar="WORD",
+                   help="words to start from, each one token")  # fmt: skip
+    t.add_argument("--num-vectors", type=int, default=1)
+    t.add_argument("--learnable-property", choices=("object", "style"), default="object")
+    t.add_argument("--template", action="append", default=[], metavar="TEXT", help="caption with {} for the new word")
+    t.add_argument("--max-norm", type=float, default=2.0, help="bound in multiples of the vocabulary's median; 0: none")
+
+    r = methods.add_parser("lora", help="a style or many things, from captioned pictures", formatter_class=style,
+                           epilog=_EPILOG)  # fmt: skip
+    _common(r)
+    r.add_argument("--train-text-encoder", action="store_true", help="adapt the text towers too")
+    _lora(r)
+    return p
+
+
+def _common(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--images", "--instance-data-dir", dest="images", type=Path, required=True, metavar="FOLDER")
+    p.add_argument("--base", default="emoji", help="shipped name, run or diffusers folder, single file or hub id")
+    p.add_argument("--out", type=Path, help="run folder (default: runs/METHOD_FOLDER)")
+    p.add_argument("--steps", "--max-train-steps", dest="steps", type=int, help="optimizer steps")
+    p.add_argument("--batch", "--train-batch-size", dest="batch", type=int, default=2, help="on all processes together")
+    p.add_argument("--accumulate", "--gradient-accumulation-steps", dest="accumulate", type=int, default=1)
+    p.add_argument("--lr", "--learning-rate", dest="lr", type=float, help="learning rate")
+    p.add_argument("--size", "--resolution", dest="size", type=int, help="side in pixels (default: the base's own)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--prompt", action="append", default=[], help="drawn before, after and between; may be repeated")
+    p.add_argument("--samples-every", type=int, default=100, metavar="STEPS")
+    p.add_argument("--zero-stage", type=int, default=1)
+    p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
+    p.add_argument("--no-cache", action="store_true", help="encode pictures and captions anew at every step")
+    p.add_argument("--gradient-checkpointing", action="store_true")
+    p.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    p.add_argument("--set", dest="overrides", action="append", default=[], metavar="key=value",
+                   help="any key of the config, such as train.optim.warmup=20")  # fmt: skip
+
+
+def _lora(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--rank", type=int, default=4)
+    p.add_argument("--alpha", type=float, help="scale is alpha / rank (default: 1)")
+    p.add_argument("--dropout", type=float, default=0.0)
+    p.add_argument("--targets", nargs="+", default=["attention"],
+                   help="attention feed_forward projection convolution time, or ends of layer names")  # fmt: skip
+    p.add_argument("--dora", action="store_true")
+    p.add_argument("--rslora", action="store_true")
+
+
+def tree(args: argparse.Namespace) -> dict[str, Any]:
+    """The run's config as plain data."""
+    from ldm.recipes import folder_runs
+
+    low_rank = args.method == "lora" or (args.method == "dreambooth" and args.lora)
+    method = args.method.replace("-", "_") + ("_lora" if args.method == "dreambooth" and low_rank else "")
+    choices = folder_runs.Choices(
+        method=method, images=args.images, base=args.base, out=args.out, steps=args.steps, batch=args.batch,
+        accumulate=args.accumulate, lr=args.lr, size=args.size, seed=args.seed, prompts=args.prompt,
+        samples=args.samples_every, stage=args.zero_stage, precision=args.precision, cache=not args.no_cache,
+        gradient_checkpointing=args.gradient_checkpointing, adapter=_adapter(args, low_rank),
+        name=None if args.out is None else args.out.name,
+    )  # fmt: skip
+    if args.method == "dreambooth":
+        prior: dict[str, Any] | None = None
+        if not args.no_prior:
+            prior = {"count": args.num_class_images, "prompt": args.class_prompt}
+            prior |= {} if args.class_data_dir is None else {"folder": str(args.class_data_dir)}
+        return folder_runs.dreambooth(
+            choices, identifier=args.identifier, noun=args.noun, prior=prior, weight=args.prior_loss_weight,
+            prompt=args.instance_prompt,
+        )  # fmt: skip
+    if args.method == "lora":
+        return folder_runs.lora(choices)
+    return folder_runs.inversion(
+        choices, token=args.token, max_norm=args.max_norm, vectors=args.num_vectors, initializer=args.initializer,
+        learn=args.learnable_property, templates=args.template,
+    )  # fmt: skip
+
+
+def _adapter(args: argparse.Namespace, low_rank: bool) -> dict[str, Any]:
+    if args.method == "textual-inversion":
+        return {}
+    if not low_rank:
+        return {"kind": "full", "text": args.train_text_encoder}
+    return {
+        "kind": "lora", "rank": args.rank, "alpha": args.alpha, "dropout": args.dropout, "targets": args.targets,
+        "text": args.train_text_encoder, "dora": args.dora, "rslora": args.rslora,
+    }  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; ValueError for users' mistakes."""
+    args = parser().parse_args(argv)
+    import tempfile
+
+    import yaml
+
+    from ldm.config.load import dump
+    from ldm.config.schema import load_run
+
+    if not args.images.is_dir():
+        raise ValueError(f"--images: {str(args.images)!r}: no such folder")
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+        yaml.safe_dump(tree(args), file)
+        file.flush()
+        config = load_run(file.name, args.overrides)
+    resolved = dump(config)
+    if args.print_config:
+        print(resolved, end="")
+        return 0
+
+    from functools import partial
+
+    from ldm.recipes import assemble
+    from ldm.recipes.run import run
+
+    build = partial(assemble, config.task, config.data, config.train, config.seed, config.workers)
+    code = run(build, config.train, config.out, seed=config.seed, resolved=resolved)
+    if code == 0:
+        from ldm import dist
+
+        dist.say(f"page: {config.out / 'page.html'}; pictures: ldm sample PROMPT --model {config.out}")
+    return code

@@ -1,0 +1,123 @@
+"""From a folder of pictures and a few choices to the whole config of a fine-tuning run, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ldm.models.shipped import SHIPPED
+from ldm.pipeline import TextToImage
+
+RATES = {
+    "dreambooth": (5.0e-6, 2.0e-5),
+    "dreambooth_lora": (1.0e-4, 1.0e-3),
+    "lora": (1.0e-4, 1.0e-3),
+    "textual_inversion": (5.0e-3, 2.0e-2),
+}
+"""Learning rate by method: of models of Stable Diffusion's size, and of the small one that the package ships."""
+STEPS = {"dreambooth": 400, "dreambooth_lora": 500, "lora": 1000, "textual_inversion": 500}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What all methods are asked; None is the method's own. `samples`: sample pictures every so many steps."""
+
+    method: str
+    images: Path
+    base: str = "emoji"
+    name: str | None = None
+    out: Path | None = None
+    steps: int | None = None
+    batch: int = 2
+    accumulate: int = 1
+    lr: float | None = None
+    size: int | None = None
+    seed: int = 0
+    prompts: Sequence[str] = ()
+    samples: int = 100
+    stage: int = 1
+    precision: str = "auto"
+    cache: bool = True
+    gradient_checkpointing: bool = False
+    adapter: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.out if self.out is not None else Path("runs") / self.called
+
+    @property
+    def called(self) -> str:
+        """The run's name."""
+        return self.name if self.name is not None else f"{self.method}_{self.images.resolve().name}"
+
+    @property
+    def side(self) -> int:
+        """Of the pictures, in pixels."""
+        if self.size is not None:
+            return self.size
+        pipeline = TextToImage.load(self.base)
+        return pipeline.latent_shape(None)[1] * pipeline.codec.factor
+
+
+def dreambooth(
+    choices: Choices, *, identifier: str, noun: str, prior: dict[str, Any] | None, weight: float = 1.0, **task: Any
+) -> dict[str, Any]:
+    """DreamBooth; `prior` holds the settings of the class pictures, or is None."""
+    prompts = choices.prompts or (f"a {identifier} {noun}", f"a red {identifier} {noun}", f"a {noun}", "a tree")
+    side = choices.side
+    sources: list[dict[str, Any]] = [{"data": _shards(choices, "subject", side)}]
+    if prior is not None:
+        sources.append({"data": _shards(choices, "class", side), "weight": weight})
+    data = {"kind": "mixture", "sources": sources} if prior is not None else sources[0]["data"]
+    own = {"images": str(choices.images), "identifier": identifier, "noun": noun, "prior": prior, **task}
+    return _run(choices, "dreambooth", own | {"adapter": choices.adapter}, data, prompts)
+
+
+def inversion(choices: Choices, *, token: str, max_norm: float, **concept: Any) -> dict[str, Any]:
+    """Textual inversion of one concept."""
+    prompts = choices.prompts or (token, f"a {token}", f"a red {token}", f"a {token} and a tree")
+    own = {"concepts": [{"token": token, "images": str(choices.images), **concept}], "max_norm": max_norm}
+    return _run(choices, "textual_inversion", own, _shards(choices, "subject", choices.side), prompts)
+
+
+def lora(choices: Choices) -> dict[str, Any]:
+    """LoRA on captioned pictures."""
+    own = {"images": str(choices.images), "adapter": choices.adapter}
+    return _run(choices, "finetune", own, _shards(choices, "pictures", choices.side), choices.prompts)
+
+
+def _shards(choices: Choices, name: str, side: int) -> dict[str, Any]:
+    return {"kind": "shards", "path": str(choices.folder / "data" / name), "size": side, "last": "wrap"}
+
+
+def _run(choices: Choices, kind: str, own: dict[str, Any], data: Any, prompts: Sequence[str]) -> dict[str, Any]:
+    large, small = RATES[choices.method]
+    settings = {"sampler": "dpmpp_2m", "steps": 25, "guidance": 3.0 if choices.base in SHIPPED else 7.5}
+    steps = choices.steps if choices.steps is not None else STEPS[choices.method]
+    lr = choices.lr if choices.lr is not None else (small if choices.base in SHIPPED else large)
+    task = {
+        "kind": kind,
+        "base": choices.base,
+        "cache": str(choices.folder / "cache") if choices.cache else None,
+        "gradient_checkpointing": choices.gradient_checkpointing,
+        "samples": {"prompts": list(prompts), "every": choices.samples, "settings": settings},
+    }
+    return {
+        "name": choices.called,
+        "out": str(choices.folder),
+        "seed": choices.seed,
+        "task": task | own,
+        "data": data,
+        "train": {
+            "steps": steps,
+            "batch": choices.batch,
+            "accumulate": choices.accumulate,
+            "optim": {"lr": lr, "weight_decay": 0.0 if kind == "textual_inversion" else 0.01},
+            "engine": {"zero_stage": choices.stage, "precision": choices.precision},
+            "ema": None,
+            "checkpoint": {"every": 100, "keep": 2},
+        },
+    }
