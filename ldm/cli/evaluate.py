@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import evaluate_samplers
+from ldm.cli import evaluate_inversion, evaluate_samplers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     nll.add_argument("--device", help="cpu, cuda, ...; default: a GPU if there is one")
     nll.set_defaults(run=_nll)
     evaluate_samplers.add(verbs)
+    evaluate_inversion.add(verbs)
     return parser
 
 

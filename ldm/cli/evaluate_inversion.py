@@ -1,0 +1,56 @@
+"""`ldm evaluate inversion`: DDIM inversion of real pictures and back, against the autoencoder alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def add(verbs: Any) -> None:
+    """Enter the verb."""
+    p = verbs.add_parser("inversion", help="what DDIM inversion and back loses beside the autoencoder, in dB")
+    p.add_argument("--model", default="emoji", help="shipped model, run, diffusers folder or single file (emoji)")
+    p.add_argument("--data", default="emoji", help="a shipped data set's name, a folder or a manifest (emoji)")
+    p.add_argument("--split", default="heldout", help="as in train, heldout, compositional (heldout)")
+    p.add_argument("--count", type=int, default=16, help="pictures (16)")
+    p.add_argument("--seed", type=int, default=0, help="of the choice (0)")
+    p.add_argument("--steps", type=int, default=250, help="each way (250)")
+    p.add_argument("--refine", type=int, default=0, help="fixed-point rounds a step, one more call each (0)")
+    p.add_argument("--captions", action="store_true", help="under the pictures' captions instead of no prompt")
+    p.add_argument("--batch", type=int, default=16)
+    p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the U-Net (fp32)")
+    p.add_argument("--device", help="cpu, cuda, ...; default: a GPU if there is one")
+    p.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures and the protocol here")
+    p.set_defaults(run=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure and print."""
+    from ldm import __version__, dist
+    from ldm.checkpoint.files import write_text
+    from ldm.pipeline import TextToImage
+    from ldm.recipes import measure
+    from ldm.recipes.roundtrip import round_trip
+
+    drawn = measure.draw(args.data, args.split, args.count, seed=args.seed)
+    pipeline = TextToImage.load(args.model, device=args.device or dist.device(), precision=args.precision)
+    size = pipeline.latent_shape(None)[1] * pipeline.codec.factor
+    images = measure.real_pictures(args.data, args.split, drawn.ids, size)
+    captions = drawn.captions if args.captions else [""] * len(images)
+    found = round_trip(pipeline, images, captions, steps=args.steps, refine=args.refine, batch=args.batch)
+    print(f"{len(images)} pictures of {size} pixels, data {args.data}, split {args.split}: {args.model}")
+    print(f"autoencoder {found['psnr_autoencoder']:.2f} dB, after {args.steps} steps there and back ", end="")
+    print(f"{found['psnr_round_trip']:.2f} dB: {found['lost']['mean']:.3f} lost (worst {found['lost']['worst']:.3f})")
+    if args.out is not None:
+        protocol = {
+            "measure": "inversion", "version": __version__, "data": args.data, "split": args.split,
+            "count": len(images), "seed": args.seed, "size": size, "model": args.model, "steps": args.steps,
+            "refine": args.refine, "captions": args.captions, "sampler": "ddim", "guidance": 1.0,
+            "weights": measure.model_hashes(pipeline), "precision": args.precision,
+        }  # fmt: skip
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(args.out, json.dumps({"protocol": protocol, "result": found}, indent=1, ensure_ascii=False) + "\n")
+        print(f"written: {args.out}")
+    return 0
