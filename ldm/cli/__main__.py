@@ -17,6 +17,7 @@ VERBS = {
     "data": "build, index, encode and inspect data sets",
     "convert": "between model formats",
     "export": "a run's weights as a model folder, also while it trains",
+    "plan": "memory, time and cost of a run before it is queued",
     "evaluate": "measure pictures and models",
     "show": "noising strips and run pages",
     "serve": "a page in the browser: prompt -> pictures",
