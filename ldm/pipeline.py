@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +29,9 @@ from ldm.checkpoint.schedulers import scheduler_from_diffusers
 from ldm.data.grid import to_pil
 from ldm.diffusion.process import Process
 from ldm.dist import compute_dtype
+from ldm.models.attention import sliced
 from ldm.models.latents import LatentCodec
+from ldm.models.prompts import count_chunks, encode_prompts
 from ldm.models.shipped import SHIPPED
 from ldm.models.text import TextTower, encode_texts
 from ldm.models.unet import UNet
@@ -36,7 +40,11 @@ from ldm.sampling import SAMPLERS, lookup
 from ldm.sampling import sample as run_sampler
 from ldm.sampling.guidance import classifier_free, told_guidance
 from ldm.sampling.times import times as spaced
-from ldm.types import Cond, Denoise
+from ldm.types import Cond, Denoise, Net
+
+log = logging.getLogger(__name__)
+KV_BYTES = 1 << 28
+"""Up to this size a batch's keys and values of the text are kept for all steps."""
 
 StepProgress = Callable[[int, Tensor], None]
 """(solver step, x after it)."""
@@ -51,7 +59,13 @@ Progress = Callable[[int, int], object]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How pictures are drawn; None means the sampler's or the model's own. `size` is in pixels, one side or (H, W)."""
+    """How pictures are drawn; None means the sampler's or the model's own. `size` is in pixels, one side or (H, W).
+
+    `weights` reads "(word:1.3)" in prompts, `long` takes prompts beyond the towers' context in chunks. What SDXL is
+    told of a picture, in pixels (H, W): `original` and `target` sizes (None: the size drawn), `crop` its top and left.
+    Less memory: `tile`, pixels a side of the parts in which pictures are decoded; `slices`, one picture decoded at a
+    time; `queries`, how many pixels attend at a time.
+    """
 
     sampler: str = "ddim"
     steps: int = 50
@@ -63,6 +77,14 @@ class Settings:
     seed: int = 0
     size: int | tuple[int, int] | None = None
     batch: int = 16
+    weights: bool = False
+    long: bool = False
+    original: tuple[int, int] | None = None
+    crop: tuple[int, int] = (0, 0)
+    target: tuple[int, int] | None = None
+    tile: int | None = None
+    slices: bool = False
+    queries: int | None = None
 
     def __post_init__(self) -> None:
         lookup(self.sampler)
@@ -72,6 +94,10 @@ class Settings:
             raise ValueError(f"guidance must be at least 0, got {self.guidance}")
         if self.batch < 1:
             raise ValueError(f"batch must be at least 1, got {self.batch}")
+        for name, least in (("tile", 64), ("queries", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 class TextToImage:
@@ -95,6 +121,9 @@ class TextToImage:
         self.unet, self.codec, self.text, self.process = unet, codec, list(text), process
         self.spacing, self.dtype = spacing, compute_dtype(precision)
         self._loras: Loras | None = None
+        self._device = next(unet.parameters()).device
+        self._offload = False
+        self._compiled: Net | None = None
 
     @staticmethod
     def load(source: str | Path, *, device: str | torch.device = "cpu", precision: str = "fp32") -> TextToImage:
@@ -128,8 +157,44 @@ class TextToImage:
 
     def to(self, device: str | torch.device) -> TextToImage:
         """Move all parts; returns itself."""
+        self._device, self._offload = torch.device(device), False
         for module in (self.unet, self.codec.autoencoder, *self.text):
             module.to(device)
+        return self
+
+    def offload(self, device: str | torch.device) -> TextToImage:
+        """Keep all parts in the CPU's memory, and move each to `device` only while `sample` uses it; returns itself."""
+        self.to("cpu")
+        self._device = torch.device(device)
+        self._offload = self._device.type != "cpu"
+        if not self._offload:
+            log.info("offload to the cpu: nothing to do, the model runs there")
+        return self
+
+    @contextmanager
+    def _used(self, *parts: torch.nn.Module) -> Iterator[None]:
+        """The parts on the device inside, where they are offloaded."""
+        for part in parts if self._offload else ():
+            part.to(self._device)
+        try:
+            yield
+        finally:
+            for part in parts if self._offload else ():
+                part.to("cpu")
+
+    def compile(self, mode: str | None = None) -> TextToImage:
+        """Compile the U-Net whole at its first call for each shape (minutes on a CPU); returns itself.
+
+        `mode` is torch.compile's; None takes CUDA graphs ("reduce-overhead") on a GPU, for which small batches wait.
+        """
+        graphs = "reduce-overhead" if self._device.type == "cuda" else "default"
+        compiled = torch.compile(self.unet, fullgraph=True, mode=mode or graphs)
+
+        def call(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+            torch.compiler.cudagraph_mark_step_begin()
+            return compiled(x, t, cond).clone()  # a graph writes its next answer over this one
+
+        self._compiled = call
         return self
 
     def load_lora(self, path: str | Path, weight: float = 1.0, *, name: str | None = None) -> str:
@@ -166,8 +231,8 @@ class TextToImage:
 
     @property
     def device(self) -> torch.device:
-        """Where the U-Net is."""
-        return next(self.unet.parameters()).device
+        """Where the U-Net runs."""
+        return self._device if self._offload else next(self.unet.parameters()).device
 
     def __call__(self, prompt: str | Sequence[str], *, count: int = 1, **settings: Any) -> list[Image.Image]:
         """`count` pictures of each prompt, one prompt after the other; keywords are those of `Settings`.
@@ -202,7 +267,8 @@ class TextToImage:
         if not prompts:
             raise ValueError("expected at least one prompt, got none")
         indices = list(range(len(prompts)) if indices is None else indices)
-        self._warn_long([*prompts, settings.negative])
+        if not settings.long:
+            self._warn_long([*prompts, settings.negative])
         done: list[Tensor] = []
         batches = math.ceil(len(prompts) / settings.batch)
         for k in range(batches):
@@ -212,8 +278,15 @@ class TextToImage:
             batch = list(prompts[chosen])
             wrap = None if guide is None else functools.partial(guide, prompts=batch)
             latents = self.latents(batch, settings, rng, step, wrap=wrap)
-            done.append(self.codec.decode(latents).clamp(-1, 1).float().cpu())
+            done.append(self.decode(latents, settings))
         return torch.cat(done)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, settings: Settings) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1], float32 on the CPU, of scaled latents; see `LatentCodec.draw`."""
+        tile = None if settings.tile is None else settings.tile // self.codec.factor
+        with self._used(self.codec.autoencoder), sliced(settings.queries):
+            return self.codec.draw(latents, tile=tile, slices=settings.slices).clamp(-1, 1).float().cpu()
 
     def latents(
         self,
@@ -226,41 +299,80 @@ class TextToImage:
         start: Tensor | None = None,
         times: Sequence[float] | None = None,
         wrap: Wrap | None = None,
+        given: Cond | None = None,
     ) -> Tensor:
         """Scaled latents (B, Z, h, w) of one batch; `x`, `start` and `times` as in `ldm.sampling.sample`.
 
-        `wrap` changes the guided denoiser.
+        `wrap` changes the guided denoiser; `given` is more that the U-Net is told, such as `inpainting` gives.
         """
         shape = self.latent_shape(settings.size) if x is None else tuple(x.shape[1:])
         device = self.device
-        denoise = self.denoiser(settings)
-        return run_sampler(
-            settings.sampler,
-            denoise if wrap is None else wrap(denoise),
-            rng.normal("start", shape).to(device) if x is None else x,
-            self.encode_text(prompts, settings.size),
-            start=start,
-            times=self._times(settings) if times is None else times,
-            schedule=self.process.schedule,
-            steps=settings.steps,
-            noise=lambda i: rng.normal(f"step {i}", shape).to(device),
-            eta=settings.eta,
-            spacing=settings.spacing,
-            progress=progress,
-            end=self.end if settings.sampler == "ddim" and settings.spacing is None and times is None else None,
-        )
+        denoise = self.denoiser(settings, prompts)
+        cond = self._cond(prompts, settings, prompts) | (given or {})
+        with self._used(self.unet), sliced(settings.queries):
+            return run_sampler(
+                settings.sampler,
+                denoise if wrap is None else wrap(denoise),
+                (rng.normal("start", shape) if x is None else x).to(device),
+                cond,
+                start=start,
+                times=self._times(settings) if times is None else times,
+                schedule=self.process.schedule,
+                steps=settings.steps,
+                noise=lambda i: rng.normal(f"step {i}", shape).to(device),
+                eta=settings.eta,
+                spacing=settings.spacing,
+                progress=progress,
+                end=self.end if settings.sampler == "ddim" and settings.spacing is None and times is None else None,
+            )
 
-    def denoiser(self, settings: Settings) -> Denoise:
-        """The model's estimate of x_0 under guidance: classifier-free, or told to a network that takes its scale."""
+    def denoiser(self, settings: Settings, prompts: Sequence[str] = ()) -> Denoise:
+        """The model's estimate of x_0 under guidance: classifier-free, or told to a network that takes its scale.
+
+        `prompts` are those that it will be asked for, where they and the negative one may be long.
+        """
         denoise = self.process.denoiser(self._net)
         if self.unet.config.time_cond_proj_dim is not None:
             return told_guidance(denoise, settings.guidance)
-        uncond = self.encode_text([settings.negative], settings.size)
+        if settings.guidance == 1:
+            return denoise
+        uncond = self._cond([settings.negative], settings, prompts)
         return classifier_free(denoise, uncond, settings.guidance, settings.rescale)
 
     def _net(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            return self.unet(x, t, cond)
+        with self._autocast():
+            return (self._compiled or self.unet)(x, t, cond)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def _cond(self, prompts: Sequence[str], settings: Settings, together: Sequence[str]) -> Cond:
+        """What the U-Net is given at every step: the text's keys and values are computed here, once.
+
+        As many chunks as the longest of `together`, all prompts of the batch, and the negative prompt needs.
+        """
+        chunks = 1
+        if settings.long:
+            every = [*together, settings.negative]
+            chunks = max(count_chunks(tower.tokenizer, every, weighted=settings.weights) for tower in self.text)
+        with self._used(*self.text):
+            cond = encode_prompts(self.text, prompts, weighted=settings.weights, chunks=chunks)
+        cond |= self._sizes(len(prompts), settings.size, settings)
+        size = 2 * len(together) * cond["text"].shape[1] * self.unet.key_value_width * 4
+        if 0 < size <= KV_BYTES:  # without `together` the other half may come from elsewhere, as text
+            with self._used(self.unet), self._autocast():
+                cond["kv"] = self.unet.keys_values(cond.pop("text"))
+        return cond
+
+    def _sizes(self, count: int, size: int | tuple[int, int] | None, told: Settings | None = None) -> Cond:
+        """SDXL's time_ids (N, 6): height and width before cropping, the crop's top and left, height and width."""
+        if self.unet.config.addition_embed_type != "text_time":
+            return {}
+        height, width = (side * self.codec.factor for side in self.latent_shape(size)[1:])
+        own = (height, width)
+        original, crop, target = (own, (0, 0), own) if told is None else (told.original, told.crop, told.target)
+        ids = torch.tensor([[*(original or own), *crop, *(target or own)]], dtype=torch.float32, device=self.device)
+        return {"time_ids": ids.expand(count, -1)}
 
     def _times(self, settings: Settings) -> list[float] | None:
         """The model's own times for DDIM and DDPM, so that they draw what the published pipelines draw."""
@@ -270,12 +382,24 @@ class TextToImage:
 
     def encode_text(self, prompts: Sequence[str], size: int | tuple[int, int] | None = None) -> Cond:
         """What the U-Net is given for prompts; SDXL's also for pictures of a size in pixels that are not cropped."""
-        cond = encode_texts(self.text, prompts)
-        if self.unet.config.addition_embed_type == "text_time":
-            height, width = (side * self.codec.factor for side in self.latent_shape(size)[1:])
-            ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=self.device)
-            cond["time_ids"] = ids.expand(len(prompts), -1)
-        return cond
+        with self._used(*self.text):
+            return encode_texts(self.text, prompts) | self._sizes(len(prompts), size)
+
+    @torch.no_grad()
+    def inpainting(self, images: Tensor, mask: Tensor) -> Cond:
+        """What a U-Net with 9 channels is told of pictures (B, 3, H, W) in [-1, 1] and a mask (B or 1, 1, H, W).
+
+        The mask is 1 where the picture is drawn anew; then the picture's latents with grey in the mask's place. Raises
+        ValueError for a U-Net with other channels.
+        """
+        z = self.codec.channels
+        if self.unet.config.in_channels != 2 * z + 1:
+            raise ValueError(f"inpainting: needs a U-Net with {2 * z + 1} channels, got {self.unet.config.in_channels}")
+        mask = (mask >= 0.5).to(images)
+        with self._used(self.codec.autoencoder):
+            known = self.codec.encode(images * (1 - mask))
+        small = mask[..., :: self.codec.factor, :: self.codec.factor].expand(len(images), -1, -1, -1)
+        return {"concat": torch.cat([small.to(known), known], dim=1)}
 
     def latent_shape(self, size: int | tuple[int, int] | None) -> tuple[int, int, int]:
         """(Z, h, w) for a size in pixels. Raises ValueError unless it is a multiple of what the model can make."""

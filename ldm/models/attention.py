@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 BACKENDS = ("auto", "xformers", "sdpa", "reference")
 _chosen: dict[str, str] = {}
 _xformers: Any = None
+_slice: int | None = None
 
 
 def choose(device: str | torch.device, backend: str = "auto") -> str:
@@ -54,11 +55,31 @@ def using(device: str | torch.device, backend: str) -> Iterator[None]:
             _chosen[kind] = before
 
 
+@contextmanager
+def sliced(queries: int | None) -> Iterator[None]:
+    """Inside, at most so many queries (pixels) at a time attend: less memory where weights are formed; None is all."""
+    global _slice
+    if queries is not None and queries < 1:
+        raise ValueError(f"attention slices must have at least 1 query, got {queries}")
+    before, _slice = _slice, queries
+    try:
+        yield
+    finally:
+        _slice = before
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for q (B, T, H, D), k and v (B, S, H, D), mask (B or 1, H or 1, T, S) added or bool.
 
     Returns (B, T, H, D). A boolean mask is True where a key is seen.
     """
+    if _slice is not None and q.shape[1] > _slice:
+        masks = [mask] * q.shape[1] if mask is None else mask.split(_slice, dim=2)
+        return torch.cat([_attention(part, k, v, m) for part, m in zip(q.split(_slice, dim=1), masks)], dim=1)
+    return _attention(q, k, v, mask)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     backend = _chosen.get(q.device.type) or choose(q.device)
     if backend == "xformers":
         bias = None if mask is None else _bias(mask, q).expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])

@@ -5,10 +5,15 @@ Legend: B batch, H, W pixels, h, w latent pixels, Z latent channels.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
 from ldm.models.autoencoder import Autoencoder
+from ldm.models.tiles import decode_tiled
+
+log = logging.getLogger(__name__)
 
 
 class LatentCodec:
@@ -57,4 +62,32 @@ class LatentCodec:
         weight = self.autoencoder.decoder.conv_in.weight
         z = latents.to(weight.device, weight.dtype) / self.scale + self.shift
         images = self.autoencoder.decode(z)
+        return images if images.dtype == torch.float64 else images.float()
+
+    @torch.no_grad()
+    def draw(self, latents: Tensor, *, tile: int | None = None, slices: bool = False) -> Tensor:
+        """`decode` for looking at: one picture at a time with `slices`, in tiles of `tile` latent pixels a side.
+
+        An autoencoder of half precision whose pictures are not finite (SDXL's in fp16) goes on in float32, and that is
+        said in the log. Raises ValueError naming the pictures if they are not finite then either.
+        """
+        if slices and len(latents) > 1:
+            return torch.cat([self.draw(z[None], tile=tile) for z in latents])
+        images = self._draw(latents, tile)
+        kind = self.autoencoder.decoder.conv_out.weight.dtype
+        if kind in (torch.float16, torch.bfloat16) and not bool(torch.isfinite(images).all()):
+            log.warning("the autoencoder's pictures are not finite in %s: it goes on in float32", kind)
+            self.autoencoder.float()
+            images = self._draw(latents, tile)
+        bad = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(f"the autoencoder's pictures {bad} of this batch are not finite")
+        return images
+
+    def _draw(self, latents: Tensor, tile: int | None) -> Tensor:
+        if tile is None:
+            return self.decode(latents)
+        weight = self.autoencoder.decoder.conv_in.weight
+        z = latents.to(weight.device, weight.dtype) / self.scale + self.shift
+        images = decode_tiled(self.autoencoder, z, tile)
         return images if images.dtype == torch.float64 else images.float()
