@@ -12,6 +12,7 @@ from pathlib import Path
 
 NAMES = {
     "step": "a training step against a bare PyTorch loop, and what DeepSpeed and the EMA cost",
+    "ranks": "DeepSpeed against DDP on 2 ranks, the pause of a checkpoint, resuming on 1, 2 and 4 ranks",
     "unet": "the U-Net against diffusers' of the same shape: training and guided sampling",
     "encoding": "cached against online encoding, images per second",
     "data": "the data path against reading by hand and webdataset; cached samples, resume, the order at 1e9 samples",
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> int:
         epilog="\n".join(f"{name:<10} {text}" for name, text in NAMES.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", metavar="name", help="step, unet, encoding, data, cli; default: all")
+    parser.add_argument("names", nargs="*", metavar="name", help="default: all of those below")
     parser.add_argument("--quick", action="store_true", help="the smallest size, only to see that it runs")
     parser.add_argument("--threads", type=int, default=1, help="threads, pinned to as many cores (1)")
     parser.add_argument("--rounds", type=int, help="timed rounds instead of each measurement's own number")

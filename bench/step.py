@@ -147,6 +147,19 @@ def with_trainer(config: UNetConfig, size: int, precision: Any, out: Path, ema: 
     return lambda: trainer._one_step(batches, log)
 
 
+def parts_of_a_step(config: UNetConfig, out: Path) -> dict[str, Callable[[], object]]:
+    """The update of the averages, and a row of the log with everything that is gathered for it, alone."""
+    train = TrainConfig(steps=10**9, batch=1, optim=OPTIM, log=LogConfig())
+    trainer = Trainer(train, objective_of(config), cast("Any", None), out, seed=0, settings={})
+    log = Log(train.log, out / "log", start=0, steps=train.steps, settings={})
+    assert trainer.ema is not None
+    ema, sums = trainer.ema, {name: torch.ones(()) for name in ("loss", *"abc")}
+    return {
+        "EMA": lambda: ema.update(trainer.engine.masters, 1000),
+        "log row": lambda: trainer._write_metrics(log, sums, {"lr": 1.0, "grad_norm": 1.0}),
+    }
+
+
 def loss_difference(config: UNetConfig, size: int) -> float:
     """How far the loss by hand is from ours for the same draw, relative."""
     process, g = parts.process(), torch.Generator().manual_seed(2)
@@ -173,16 +186,21 @@ def run(options: Options) -> dict[str, Any]:
             "trainer": with_trainer(config, size, precision, Path(folder) / "a", ema=False),
             "trainer with EMA": with_trainer(config, size, precision, Path(folder) / "b", ema=True),
         }
+        cases |= parts_of_a_step(config, Path(folder) / "c")
         seconds = interleaved(cases, options.times(12), warmup=1 if options.quick else 2)
     title = f"training step, batch {size}, {str(dtype).removeprefix('torch.')}, {options.threads} threads"
     pairs = [
         ("objective", "bare"), ("engine", "objective"), ("trainer", "engine"), ("trainer", "bare"),
-        ("trainer with EMA", "trainer"),
+        ("trainer with EMA", "trainer"), ("EMA", "trainer"), ("log row", "trainer"),
     ]  # fmt: skip
     result = report(title, seconds, pairs)
     overhead = (ratio(seconds, "trainer", "bare").median - 1) * 100
     deepspeed = (ratio(seconds, "engine", "bare").median - ratio(seconds, "objective", "bare").median) * 100
     print(f"  overhead of the framework {overhead:+.1f} % of a bare step, of which DeepSpeed {deepspeed:+.1f} %")
+    ema, row = (ratio(seconds, name, "trainer").median * 100 for name in ("EMA", "log row"))
+    every = LogConfig().every
+    print(f"  EMA {ema:.2f} % of a step; log {row / every:.3f} % (a row every {every} steps, TensorBoard included)")
+    result |= {"ema_percent": ema, "log_percent": row / every}
     result |= {"overhead_percent": overhead, "deepspeed_percent": deepspeed, "loss_difference": difference}
     return result | {"batch": size, "dtype": str(dtype), "parameters": _count(parts.unet(config))}
 

@@ -17,7 +17,8 @@ from ldm.models.presets import UNETS
 
 ROOT = Path(__file__).parents[2]
 RATIOS = {
-    "step": {"result": ["trainer / bare", "engine / objective"]},
+    "step": {"result": ["trainer / bare", "engine / objective", "EMA / trainer", "log row / trainer"]},
+    "ranks": {"result": ["ZeRO 2 / DDP"]},
     "unet": {"training": ["ldm / diffusers"], "sampling": ["ldm sampling / diffusers sampling"]},
     "encoding": {"result": ["online input / cached input", "online step / cached step"]},
     "data": {"result": ["webdataset / loader, 0 workers"]},
