@@ -64,9 +64,9 @@ def teacher() -> Teacher:
     return Teacher(Estimator(exact, Process(schedule=SCHEDULE, prediction=Sample())), EMPTY)
 
 
-def fit(objective: Objective, steps: int, lr: float = 2e-3) -> None:
+def fit(objective: Objective, steps: int, lr: float = 2e-3, beta: float = 0.9) -> None:
     """Adam with the rate going to 0."""
-    adam = torch.optim.Adam(objective.parameters(), lr=lr, betas=(0.9, 0.99))
+    adam = torch.optim.Adam(objective.parameters(), lr=lr, betas=(beta, 0.99))
     objective.after_step(0)
     for step in range(steps):
         adam.param_groups[0]["lr"] = lr * (1 - step / steps)
@@ -129,9 +129,9 @@ def matching(start: Network, steps: int) -> Network:
     """Distribution matching: the student beside its critic, whose data are the student's points."""
     net, critic = copy_of(start), copy_of(start)
     trained = nn.ModuleDict({"student": net, "critic": critic})
-    options = MatchingOptions(w=(W, W), every=5)
+    options = MatchingOptions(w=(W, W), every=2)
     own = MatchingObjective(trained, Estimator(net, STUDENT), Estimator(critic, STUDENT), teacher(), Points(), options)
-    fit(own, steps, lr=5e-4)
+    fit(own, steps, lr=1e-3, beta=0.0)
     return net
 
 
