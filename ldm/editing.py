@@ -6,6 +6,7 @@ pixels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,11 +24,11 @@ from ldm.models.text import ClipConfig, build_tokenizer
 from ldm.pipeline import Guide, Settings, TextToImage
 from ldm.rng import Rng
 from ldm.sampling import prompt_to_prompt as p2p
-from ldm.sampling.editing import img2img_times, keep
+from ldm.sampling.editing import img2img_times, inpaint_cond, keep
 from ldm.sampling.editing import inpaint as inpaint_denoiser
 from ldm.sampling.editing import invert as invert_latents
 from ldm.sampling.guidance import similarity
-from ldm.types import Denoise
+from ldm.types import Cond, Denoise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,12 @@ def encode(pipe: TextToImage, image: Image.Image, size: int | tuple[int, int] | 
     """Latents (1, Z, h, w) of a picture, scaled to the size that the model draws."""
     _, h, w = pipe.latent_shape(size)
     pixels = image.convert("RGB").resize((w * pipe.codec.factor, h * pipe.codec.factor), Image.Resampling.BICUBIC)
-    return pipe.codec.encode(to_float(np.array(pixels, np.uint8)[None])).to(pipe.device)
+    return pipe.codec.encode(_pixels(pixels).to(pipe.device))
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """(1, 3, H, W) in [-1, 1]."""
+    return to_float(np.array(image, np.uint8)[None])
 
 
 def _pictures(pipe: TextToImage, latents: Tensor) -> list[Image.Image]:
@@ -60,50 +66,60 @@ def img2img(
 ) -> list[Image.Image]:
     """A picture drawn again under a prompt from its own noised latents (SDEdit, arXiv 2108.01073).
 
-    Strength 0 gives the picture back (through the autoencoder), 1 ignores it. Raises ValueError outside [0, 1].
+    Raises ValueError unless 0 < strength < 1: at 0 nothing would change, at 1 nothing of the picture would be left.
     """
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength must lie in [0, 1], got {strength}")
+    times = img2img_times(pipe.process.schedule, settings.steps, strength, settings.spacing or "trailing")
     known = encode(pipe, image, settings.size).expand(count, -1, -1, -1)
-    if strength == 0:
-        return _pictures(pipe, known)
     rng = Rng(settings.seed, tuple(range(count)))
     prompts = [prompt] * count
-    if strength == 1:
-        return _pictures(pipe, pipe.latents(prompts, settings, rng))
     x = rng.normal("start", known.shape[1:]).to(known)
-    times = img2img_times(pipe.process.schedule, settings.steps, strength, settings.spacing or "trailing")
     return _pictures(pipe, pipe.latents(prompts, settings, rng, x=x, start=known, times=times))
 
 
 def inpaint(
     pipe: TextToImage, image: Image.Image, mask: Image.Image, prompt: str, *, settings: Settings, count: int = 1
 ) -> list[Image.Image]:
-    """Draw the white of `mask` anew under a prompt, with any base model; the black is the picture, pixel for pixel.
+    """Draw the white of `mask` anew under a prompt; the black is the picture, pixel for pixel.
 
-    Raises ValueError for a mask of another size than the picture.
+    Any base model does: its estimate outside the mask is the picture. A 9-channel inpainting model is told the mask and
+    the picture without its white instead. Raises ValueError for a mask of another size than the picture, and for a
+    U-Net of other channels.
     """
     if mask.size != image.size:
         raise ValueError(
             f"mask: {mask.size[0]} x {mask.size[1]} pixels, the picture has {image.width} x {image.height}"
         )
+    channels = pipe.codec.channels
+    takes = pipe.unet.config.in_channels
+    if takes not in (channels, 2 * channels + 1):
+        raise ValueError(f"inpainting: the U-Net takes {takes} channels, expected {channels} or {2 * channels + 1}")
     known = encode(pipe, image, settings.size).expand(count, -1, -1, -1)
     size = (known.shape[3] * pipe.codec.factor, known.shape[2] * pipe.codec.factor)
     inside = np.asarray(mask.convert("L").resize(size, Image.Resampling.BILINEAR)) > 127
-    pixel_mask = Image.fromarray(inside)
+    base = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     wide = torch.from_numpy(inside.astype(np.float32))[None, None]
     # a latent pixel changes if any of its picture pixels does
     latent_mask = F.max_pool2d(wide, pipe.codec.factor).to(known)
     rng = Rng(settings.seed, tuple(range(count)))
     x = rng.normal("start", known.shape[1:]).to(known)
-
-    def wrap(denoise: Denoise) -> Denoise:
-        return inpaint_denoiser(denoise, known, latent_mask)
-
-    latents = pipe.latents([prompt] * count, settings, rng, x=x, start=known, wrap=wrap)
+    if takes == channels:
+        wrap, start = functools.partial(inpaint_denoiser, known=known, mask=latent_mask), known
+    else:
+        rest = pipe.codec.encode((_pixels(base) * (1 - wide)).to(pipe.device)).expand_as(known)
+        wrap, start = functools.partial(_told, mask=latent_mask, rest=rest), None
+    latents = pipe.latents([prompt] * count, settings, rng, x=x, start=start, wrap=wrap)
     drawn = _pictures(pipe, keep(latents, known, latent_mask))
-    base = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    pixel_mask = Image.fromarray(inside)
     return [Image.composite(picture, base, pixel_mask) for picture in drawn]
+
+
+def _told(denoise: Denoise, *, mask: Tensor, rest: Tensor) -> Denoise:
+    """The denoiser of an inpainting model that is told the mask and the latents of the rest of the picture."""
+
+    def told(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return denoise(x, t, inpaint_cond(cond, mask, rest))
+
+    return told
 
 
 def invert(pipe: TextToImage, image: Image.Image, prompt: str = "", *, settings: Settings, refine: int = 0) -> Tensor:

@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     one = verbs.add_parser("img2img", parents=[common], help="draw a picture again under a prompt")
     one.add_argument("image", type=Path)
     one.add_argument("prompt")
-    one.add_argument("--strength", type=float, default=0.7, help="0 keeps the picture, 1 ignores it")
+    one.add_argument("--strength", type=float, default=0.7, help="between 0 (the picture unchanged) and 1 (ignored)")
     one = verbs.add_parser("inpaint", parents=[common], help="draw the white part of a mask anew")
     one.add_argument("image", type=Path)
     one.add_argument("mask", type=Path)
