@@ -64,8 +64,8 @@ class Assumptions:
     `matmul` and `memory`: shares of the peak rates that the network's kernels reach, its traffic counted once a kernel;
     `stream` that of memory which long element-wise kernels reach (optimizer, averages). `link` is the share that
     collectives reach of the links, `overlap` the share of a collective that can hide behind the backward pass, `jitter`
-    the standard deviation of a rank's step over its mean. `step` are seconds of the framework between steps, `usable`
-    is the share of the memory left by contexts and fragmentation.
+    the standard deviation of a rank's step over its mean. `step` are seconds of the framework between steps, `launch`
+    those that it takes to start a kernel. `usable` is the share of the memory that contexts and fragmentation leave.
     """
 
     matmul: float = 0.66
@@ -75,6 +75,7 @@ class Assumptions:
     overlap: float = 0.5
     jitter: float = 0.01
     step: float = 0.005
+    launch: float = 6e-6
     usable: float = 0.92
 
     def __post_init__(self) -> None:

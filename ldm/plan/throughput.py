@@ -94,7 +94,7 @@ def kernels(ops: Sequence[tuple[Op, Op]], batch: float, few: int, more: int, clu
         flops = low.flops + at * (high.flops - low.flops)
         size = low.bytes + at * (high.bytes - low.bytes)
         total += flops / rate + size / moved if chip.host else max(flops / rate, size / moved)
-    return total
+    return total if chip.host else max(total, len(ops) * share.launch)  # the host runs ahead of the kernels, or behind
 
 
 def compute(activations: Activations, batch: float, cluster: Cluster, half: bool) -> tuple[float, float]:

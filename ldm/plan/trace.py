@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -190,7 +191,10 @@ def trace(
             device.forget()
         del out
         tracker.backward = True
-        loss.backward()
+        # loss.backward() is a function that modes see as one: what is recomputed inside of it would escape them.
+        Variable._execution_engine.run_backward(
+            (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+        )
     for hook in hooks:
         hook.remove()
     return Trace(

@@ -1,4 +1,4 @@
-"""What a real rank allocates: the sum of all that torch's allocator gave out and took back, from the first tensor on."""
+"""What a real rank allocates: all that torch's allocator gave out less what came back, from the first tensor on."""
 
 from __future__ import annotations
 
@@ -47,12 +47,18 @@ class Squares(Objective):
         return (out.float() ** 2).mean(), {}
 
 
+def inputs(config: UNetConfig, batch: int, device: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Arguments of the U-Net, zeros."""
+    side, width = config.sample_size or 0, config.per_level("cross_attention_dim")[0]
+    x = torch.zeros(batch, config.in_channels, side, side, device=device)
+    return x, torch.zeros(batch, device=device), {"text": torch.zeros(batch, TOKENS, width, device=device)}
+
+
 def measured(shape: str, stage: int, micro: int, accumulate: int, recompute: bool) -> tuple[int, int]:
     """(bytes at rest after two steps, highest bytes of the second one) on this rank."""
     from torch.profiler import ProfilerActivity, profile
 
     config = SHAPES[shape]
-    marks = {}
     torch.manual_seed(0)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         unet = UNet(config).train()
@@ -66,15 +72,10 @@ def measured(shape: str, stage: int, micro: int, accumulate: int, recompute: boo
             micro_batch=micro, accumulate=accumulate,
         )  # fmt: skip
         ema = Ema(EmaConfig(), engine.masters)
-        side = config.sample_size or 0
-        batch: Any = {
-            "x": torch.randn(micro, 4, side, side),
-            "t": torch.zeros(micro),
-            "text": torch.randn(micro, TOKENS, config.per_level("cross_attention_dim")[0]),
-        }
+        x, t, cond = inputs(config, micro, "cpu")
+        batch: Any = {"x": x, "t": t, **cond}
         for step in range(2):
             if step == 1:
-                torch.ones(1).exp_()
                 with torch.profiler.record_function("second step"):
                     pass
             for _ in range(accumulate):
@@ -91,5 +92,4 @@ def measured(shape: str, stage: int, micro: int, accumulate: int, recompute: boo
             live += event.nbytes()
             peak = max(peak, live)
     assert began is not None
-    marks["rest"] = live
     return live, peak
