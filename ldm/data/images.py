@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 Fit = Literal["crop", "pad", "stretch"]
 MAX_COVER = 16
@@ -22,31 +23,55 @@ def resize(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:
     What would cover it more than MAX_COVER times along a side loses its ends first: a line of 20,000 pixels would
     take gigabytes.
     """
-    width, height = size
-    if fit == "crop":
-        image = _shortened(image, width / height)
-    if fit == "stretch":
-        return image.resize(size, Image.Resampling.BICUBIC)
-    scales = (width / image.width, height / image.height)
-    scale = max(scales) if fit == "crop" else min(scales)
-    new = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    new = (max(new[0], width), max(new[1], height)) if fit == "crop" else (min(new[0], width), min(new[1], height))
+    box, new = _plan(image.size, size, fit)
+    if box != (0, 0, *image.size):
+        image = image.crop(box)
     resized = image if new == image.size else image.resize(new, Image.Resampling.BICUBIC)
-    if fit == "crop" or new == size:
+    if fit != "pad" or new == size:
         return resized
     ground = Image.new("RGB", size, (255, 255, 255))
-    ground.paste(resized, ((width - new[0]) // 2, (height - new[1]) // 2))
+    ground.paste(resized, ((size[0] - new[0]) // 2, (size[1] - new[1]) // 2))
     return ground
 
 
-def _shortened(image: Image.Image, aspect: float) -> Image.Image:
-    """The middle of a picture that is more than MAX_COVER times longer or wider than the aspect asks for."""
-    width = min(image.width, math.ceil(image.height * aspect * MAX_COVER))
-    height = min(image.height, math.ceil(image.width / aspect * MAX_COVER))
-    if (width, height) == image.size:
-        return image
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+def fit_pixels(values: NDArray[np.uint8], size: tuple[int, int], fit: Fit) -> NDArray[np.uint8]:
+    """`resize` of (H, W, 3) uint8 by torch's kernel, which is faster than PIL's and within two levels of it."""
+    (left, top, right, bottom), new = _plan((values.shape[1], values.shape[0]), size, fit)
+    values = values[top:bottom, left:right]
+    if new != (values.shape[1], values.shape[0]):
+        values = values if values.flags.writeable else values.copy()
+        planes = torch.from_numpy(values).permute(2, 0, 1)[None]
+        planes = functional.interpolate(planes, size=(new[1], new[0]), mode="bicubic", antialias=True)
+        values = planes[0].permute(1, 2, 0).numpy()
+    if fit == "pad" and new != size:
+        ground = np.full((size[1], size[0], 3), 255, np.uint8)
+        left, top = (size[0] - new[0]) // 2, (size[1] - new[1]) // 2
+        ground[top : top + new[1], left : left + new[0]] = values
+        return ground
+    return np.ascontiguousarray(values)
+
+
+def _plan(have: tuple[int, int], size: tuple[int, int], fit: Fit) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
+    """What of a picture (left, top, right, bottom) becomes which (width, height)."""
+    if fit == "stretch":
+        return (0, 0, *have), size
+    width, height = size
+    box = _middle(have, width / height) if fit == "crop" else (0, 0, *have)
+    have = (box[2] - box[0], box[3] - box[1])
+    scales = (width / have[0], height / have[1])
+    scale = max(scales) if fit == "crop" else min(scales)
+    new = (max(1, round(have[0] * scale)), max(1, round(have[1] * scale)))
+    if fit == "crop":
+        return box, (max(new[0], width), max(new[1], height))
+    return box, (min(new[0], width), min(new[1], height))
+
+
+def _middle(have: tuple[int, int], aspect: float) -> tuple[int, int, int, int]:
+    """All of a picture, or its middle if it is more than MAX_COVER times longer than the aspect asks for."""
+    width = min(have[0], math.ceil(have[1] * aspect * MAX_COVER))
+    height = min(have[1], math.ceil(have[0] / aspect * MAX_COVER))
+    left, top = (have[0] - width) // 2, (have[1] - height) // 2
+    return left, top, left + width, top + height
 
 
 def crop_box(have: tuple[int, int], want: tuple[int, int], where: tuple[float, float]) -> tuple[int, int]:

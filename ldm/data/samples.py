@@ -210,11 +210,12 @@ class Samples:
             return known
         shape = self.shape(sample)
         data = decode.image_member(self.shards.read(sample, only=decode.IMAGES)[1])
-        array = images.pixels(images.resize(decode.picture(data, at_least=shape), shape, self._fit))
+        values, (whole_width, whole_height) = decode.upright(data, at_least=shape)
+        array = images.fit_pixels(values, shape, self._fit)
         meta = self.meta(sample)
         width, height = meta.get("original_width"), meta.get("original_height")
         if not isinstance(width, int) or not isinstance(height, int):
-            width, height = decode.upright_size(data)
+            width, height = whole_width, whole_height
         picture = Picture(array, (height, width))
         (self._pictures if self._keep(array.nbytes) else self._recent.pictures)[sample] = picture
         return picture
