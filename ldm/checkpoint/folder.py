@@ -63,6 +63,8 @@ def write_folder(
             save_tokenizer(beside / _numbered("tokenizer", i), build_tokenizer(tower.config))
         (beside / "scheduler").mkdir()
         scheduler = {"_class_name": "DDIMScheduler", **model.scheduler}
+        if _pipeline(model) == LCM and scheduler["_class_name"] == "DDIMScheduler":  # which their pipeline cannot use
+            scheduler["_class_name"] = "LCMScheduler"
         write_json(beside / "scheduler" / "scheduler_config.json", scheduler)
         write_json(beside / "model_index.json", _index(model, scheduler["_class_name"]))
         _replace(beside, folder)
@@ -145,14 +147,8 @@ def _numbered(name: str, index: int) -> str:
 
 def _index(model: Opened, scheduler: str) -> dict[str, Any]:
     """`model_index.json`: the pipeline that fits the U-Net, and the class of each part."""
-    config, two = model.unet_config, len(model.text) > 1
-    if config.time_cond_proj_dim is not None and not two:
-        name = LCM
-    elif config.in_channels == 2 * config.out_channels + 1:
-        name = XL_INPAINT if two else INPAINT
-    else:
-        name = XL if two else SD
-    index: dict[str, Any] = {"_class_name": name, "_diffusers_version": VERSION}
+    two = len(model.text) > 1
+    index: dict[str, Any] = {"_class_name": _pipeline(model), "_diffusers_version": VERSION}
     nothing = ["feature_extractor", "image_encoder"] + ([] if two else ["safety_checker"])
     index |= {key: [None, None] for key in nothing}
     index |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
@@ -167,6 +163,16 @@ def _index(model: Opened, scheduler: str) -> dict[str, Any]:
     else:
         index["requires_safety_checker"] = False
     return index
+
+
+def _pipeline(model: Opened) -> str:
+    """The class of the pipeline that fits."""
+    config, two = model.unet_config, len(model.text) > 1
+    if config.time_cond_proj_dim is not None and not two:
+        return LCM
+    if config.in_channels == 2 * config.out_channels + 1:
+        return XL_INPAINT if two else INPAINT
+    return XL if two else SD
 
 
 def _unet_json(config: UNetConfig) -> dict[str, Any]:

@@ -1,0 +1,131 @@
+"""Our pipeline draws what diffusers' pipelines draw from the same folder and noise, whoever wrote the folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.pipeline import Settings, TextToImage
+from ldm.rng import Rng
+from tests.parity.test_diffusers_folder import make, save
+
+PROMPT, NEGATIVE, BOUND = "a red apple", "a green cross", 1e-3
+STEPS = {"num_inference_steps": 10, "guidance_scale": 5.0, "output_type": "pt", "height": 16, "width": 24}
+
+
+def theirs_of(folder: Path) -> Any:
+    import diffusers
+
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def ours_of(folder: Path, noise: Tensor, *, given: Any = None, prompt: str = PROMPT, **changes: Any) -> Tensor:
+    pipe = TextToImage.load(folder)
+    settings = Settings(**{"steps": 10, "guidance": 5.0, "size": (16, 24), "negative": NEGATIVE} | changes)
+    latents = pipe.latents([prompt], settings, Rng(0, (0,)), x=noise, given=given(pipe) if given else None)
+    return pipe.decode(latents, settings)
+
+
+def compare(folder: Path, expected: Tensor, pipe: Any, noise: Tensor, **how: Any) -> None:
+    """Our picture from our folder, and from the one that their pipeline saves."""
+    assert expected.std() > 0.01
+    assert (ours_of(folder, noise, **how) - expected).abs().max() < BOUND
+    again = folder.with_name("theirs")
+    pipe.save_pretrained(again)
+    assert (ours_of(again, noise, **how) - expected).abs().max() < BOUND
+
+
+@pytest.fixture
+def noise() -> Tensor:
+    return torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("negative", ["", NEGATIVE])
+def test_sdxl(negative: str, noise: Tensor, tmp_path: Path) -> None:
+    """Two towers, the pooled state of the second, sizes and crop in their order; zeros for an empty negative prompt."""
+    parts = make("sdxl")
+    with torch.no_grad():  # sizes are to be seen in the picture
+        for p in parts.unet.add_embedding.parameters():  # type: ignore[union-attr]
+            p *= 10
+    save(parts, tmp_path / "ours")
+    pipe = theirs_of(tmp_path / "ours")
+    assert type(pipe).__name__ == "StableDiffusionXLPipeline"
+    told = {"original_size": (40, 32), "crops_coords_top_left": (3, 5), "target_size": (16, 24)}
+    own = {f"negative_{k}": v for k, v in told.items()} if negative else {}
+    expected = pipe(PROMPT, negative_prompt=negative or None, latents=noise, **told, **own, **STEPS).images * 2 - 1
+    how = {"original": (40, 32), "crop": (3, 5), "target": (16, 24), "negative": negative}
+    compare(tmp_path / "ours", expected, pipe, noise, **how)
+    swapped = ours_of(tmp_path / "ours", noise, **how | {"original": (32, 40)})
+    assert (swapped - expected).abs().max() > BOUND  # the order is seen
+
+
+def test_inpainting(noise: Tensor, tmp_path: Path) -> None:
+    parts = make("inpainting")
+    with torch.no_grad():  # they draw from the posterior of the masked picture: make it one point
+        parts.autoencoder.quant_conv.weight[4:] = 0  # type: ignore[union-attr]
+        parts.autoencoder.quant_conv.bias[4:] = -60  # type: ignore[union-attr,index]
+    save(parts, tmp_path / "ours")
+    pipe = theirs_of(tmp_path / "ours")
+    assert type(pipe).__name__ == "StableDiffusionInpaintPipeline"
+    g = np.random.default_rng(2)
+    colours = g.integers(0, 255, (16, 24, 3), dtype=np.uint8)
+    pixels = torch.from_numpy(colours).permute(2, 0, 1)[None] / 127.5 - 1
+    inside = np.zeros((16, 24), dtype=np.uint8)
+    inside[4:12, 6:20] = 255
+    mask = Image.fromarray(inside)
+    expected = (
+        pipe(PROMPT, Image.fromarray(colours), mask, negative_prompt=NEGATIVE, latents=noise, **STEPS).images * 2 - 1
+    )
+
+    def given(ours: TextToImage) -> Any:
+        return ours.inpainting(pixels, torch.from_numpy(inside / 255.0)[None, None].float())
+
+    compare(tmp_path / "ours", expected, pipe, noise, given=given)
+    with pytest.raises(ValueError, match="takes 9 channels, got 4"):
+        ours_of(tmp_path / "ours", noise)
+
+
+def test_latent_consistency(noise: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guidance told to the U-Net as w, four steps with new noise after each."""
+    import diffusers
+
+    save(make("lcm"), tmp_path / "ours")
+    pipe = theirs_of(tmp_path / "ours")
+    assert type(pipe).__name__ == "LatentConsistencyModelPipeline"
+    rng, step = Rng(0, (0,)), iter(range(10))
+    noises = lambda *_, **__: rng.normal(f"step {next(step)}", (4, 8, 12))  # noqa: E731
+    monkeypatch.setattr(diffusers.schedulers.scheduling_lcm, "randn_tensor", noises)
+    how = STEPS | {"num_inference_steps": 4, "guidance_scale": 7.0}
+    expected = pipe(PROMPT, latents=noise, **how).images * 2 - 1
+    compare(tmp_path / "ours", expected, pipe, noise, sampler="lcm", steps=4, guidance=7.0)
+
+
+def test_long_prompts_are_those_of_their_chunks_joined(tmp_path: Path, noise: Tensor) -> None:
+    """Their pipeline is given the states of both chunks; both negative chunks are empty."""
+    parts = make("sd1")
+    save(parts, tmp_path / "ours")
+    pipe = theirs_of(tmp_path / "ours")
+    words = [f"a red apple number {i}" for i in range(8)]
+    ids = pipe.tokenizer(" ".join(words), add_special_tokens=False).input_ids
+    assert 14 < len(ids) <= 3 * 14
+
+    def states(own: list[int]) -> Tensor:
+        tok = pipe.tokenizer
+        row = [tok.bos_token_id, *own, tok.eos_token_id]
+        return pipe.text_encoder(torch.tensor([row + [tok.pad_token_id] * (16 - len(row))]))[0]
+
+    chunks = -(-len(ids) // 14)
+    with torch.no_grad():
+        long = torch.cat([states(ids[14 * i : 14 * (i + 1)]) for i in range(chunks)], dim=1)
+        empty = torch.cat([states([])] * chunks, dim=1)
+    expected = pipe(prompt_embeds=long, negative_prompt_embeds=empty, latents=noise, **STEPS).images * 2 - 1
+    how = {"prompt": " ".join(words), "negative": "", "long": True}
+    compare(tmp_path / "ours", expected, pipe, noise, **how)
