@@ -136,9 +136,10 @@ class Target:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Undo `tensors`. Raises ValueError when one is missing."""
+        """Undo `tensors`; the next `follow` only takes note of its step. Raises ValueError when one is missing."""
         missing = [name for name in self._weights if f"target.{name}" not in tensors]
         if missing:
             raise ValueError(f"checkpoint has no target weights {missing[:3]}: it is of another kind of run")
         for name, value in self._weights.items():
             value.copy_(tensors[f"target.{name}"])
+        self._done = None

@@ -132,7 +132,7 @@ def test_target_is_the_closed_form_average_and_survives_a_checkpoint() -> None:
     again = Target(dict(other.named_parameters()), 0.9)
     again.load(target.tensors())
     assert torch.equal(other.weight, twin.weight)
-    again.follow(3, iter(net.named_parameters()))
+    again.follow(3, iter(net.named_parameters()))  # the step of the checkpoint: nothing moves
     assert torch.equal(other.weight, twin.weight)
     with pytest.raises(ValueError, match="no target weights"):
         again.load({})
