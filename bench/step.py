@@ -147,11 +147,12 @@ def with_trainer(config: UNetConfig, size: int, precision: Any, out: Path, ema: 
     return lambda: trainer._one_step(batches, log)
 
 
-def parts_of_a_step(config: UNetConfig, out: Path) -> dict[str, Callable[[], object]]:
+def parts_of_a_step(config: UNetConfig, out: Path, stack: ExitStack) -> dict[str, Callable[[], object]]:
     """The update of the averages, and a row of the log with everything that is gathered for it, alone."""
     train = TrainConfig(steps=10**9, batch=1, optim=OPTIM, log=LogConfig())
     trainer = Trainer(train, objective_of(config), cast("Any", None), out, seed=0, settings={})
     log = Log(train.log, out / "log", start=0, steps=train.steps, settings={})
+    stack.callback(log.close)
     assert trainer.ema is not None
     ema, sums = trainer.ema, {name: torch.ones(()) for name in ("loss", *"abc")}
     return {
@@ -178,7 +179,7 @@ def run(options: Options) -> dict[str, Any]:
     difference = loss_difference(config, size)
     if difference > 1e-5:
         raise ValueError(f"the peer's loss is another one: {difference:.1e} apart")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         cases = {
             "bare": bare(config, size, dtype, 1.0),
             "objective": with_objective(config, size, dtype),
@@ -186,7 +187,7 @@ def run(options: Options) -> dict[str, Any]:
             "trainer": with_trainer(config, size, precision, Path(folder) / "a", ema=False),
             "trainer with EMA": with_trainer(config, size, precision, Path(folder) / "b", ema=True),
         }
-        cases |= parts_of_a_step(config, Path(folder) / "c")
+        cases |= parts_of_a_step(config, Path(folder) / "c", stack)
         seconds = interleaved(cases, options.times(12), warmup=1 if options.quick else 2)
     title = f"training step, batch {size}, {str(dtype).removeprefix('torch.')}, {options.threads} threads"
     pairs = [

@@ -298,6 +298,8 @@ class Trainer:
         own, data, held = zip(*self._meter.read(), strict=True)
         row = dict(zip(sums, means, strict=True)) | row
         row |= {"data_seconds": max(data), "memory_gib": max(held)}
+        if isinstance(self.loader, Stream):
+            row |= self.loader.figures()
         if dist.world_size() > 1:
             row |= {"slowest_rank_seconds": max(own), "fastest_rank_seconds": min(own)}
             self._hosts = self._hosts or guards.hosts()

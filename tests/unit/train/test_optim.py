@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 from ldm.train.ema import Ema, EmaConfig
-from ldm.train.optim import Optim
+from ldm.train.optim import Optim, read_state, write_state
 
 
 @pytest.mark.parametrize("decay", ["constant", "cosine", "linear"])
@@ -60,3 +61,47 @@ def test_moving_average_is_the_weighted_sum_of_the_trajectory(warmup: bool) -> N
         expected += (1 - decays[k]) * math.prod(decays[k + 1 :]) * weights.double()
     torch.testing.assert_close(ema.shards[0].double(), expected, rtol=0, atol=3e-7)
     assert ema.shards[0] is not path[0]
+
+
+def test_lion_is_its_algorithm() -> None:
+    """By hand in float64: the sign of b1 m + (1 - b1) g, decoupled decay, m of its own rate."""
+    weights = torch.randn(4, 3)
+    p = nn.Parameter(weights.clone())
+    lion = Optim(algorithm="lion", lr=0.01, betas=(0.9, 0.99), weight_decay=0.1).build([p])
+    w, m = weights.double(), torch.zeros(4, 3, dtype=torch.float64)
+    for _ in range(5):
+        grad = torch.randn(4, 3)
+        p.grad = grad.clone()
+        lion.step()
+        direction = (0.9 * m + 0.1 * grad.double()).sign()
+        w = w - 0.01 * (direction + 0.1 * w)
+        m = 0.99 * m + 0.01 * grad.double()
+    torch.testing.assert_close(p.detach().double(), w, rtol=1e-5, atol=1e-6)
+
+
+def test_8_bit_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ValueError, match=r"'adamw8bit' needs the package bitsandbytes: pip install"):
+        Optim(algorithm="adamw8bit").build([nn.Parameter(torch.zeros(2, 2))])
+
+
+def test_8_bit_state_survives_float32() -> None:
+    """What a checkpoint keeps gives the state back to the rounding of 8 bits, and so the next step."""
+    pytest.importorskip("bitsandbytes")
+    options = Optim(algorithm="adamw8bit", lr=0.01)
+    a = nn.Parameter(torch.randn(64, 128))
+    first = options.build([a])
+    for _ in range(3):
+        a.grad = torch.randn(64, 128)
+        first.step()
+    assert first.state[a]["state1"].dtype == torch.uint8
+    b = nn.Parameter(a.detach().clone())
+    second = options.build([b])
+    write_state(second, b, read_state(first, a), 3)
+    for name, value in read_state(first, a).items():
+        assert float((read_state(second, b)[name] - value).abs().max()) < 0.02 * float(value.abs().max())
+    grad = torch.randn(64, 128)
+    for p, optimizer in ((a, first), (b, second)):
+        p.grad = grad.clone()
+        optimizer.step()
+    assert float((a - b).abs().max()) < 0.1 * options.lr
