@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm import dist
@@ -18,6 +17,7 @@ from ldm.adapters.lora import LoraAdapter, LoraConfig, LoraNet, Low
 from ldm.adapters.sites import unet_sites
 from ldm.checkpoint import files
 from ldm.checkpoint.convert import save_diffusers
+from ldm.checkpoint.lora_files import NAME, write_lora
 from ldm.checkpoint.schedulers import scheduler_to_diffusers
 from ldm.data.mixture import Data, with_caches
 from ldm.diffusion.prediction import PREDICTIONS
@@ -38,7 +38,6 @@ from ldm.train.trainer import TrainConfig
 from ldm.types import Cond
 
 Method = ConsistencyOptions | ProgressiveOptions | TrajectoryOptions | MatchingOptions
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +112,7 @@ def build(task: DistillTask, data: Data, train: TrainConfig, seed: int, workers:
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
         if student.lora is not None:
-            write_lora(folder, student.lora, weights, scheduler)
+            write_student_lora(folder, task.teacher, student.lora, weights, unet, scheduler)
         else:
             whole = UNet(student.unet.config)
             whole.load_state_dict(_of_student(weights, student), strict=True)
@@ -255,14 +254,18 @@ def _of_student(weights: Mapping[str, Tensor], student: Student) -> dict[str, Te
     return {k.removeprefix("student."): v for k, v in weights.items() if k.startswith("student.")}
 
 
-def write_lora(folder: Path, adapter: LoraAdapter, weights: Mapping[str, Tensor], scheduler: Mapping[str, Any]) -> None:
-    """`pytorch_lora_weights.safetensors` in float16 with the scheduler's config beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.half().contiguous() for k, v in adapter.export(weights).items()}
-    beside = folder / f".{LORA_FILE}.tmp"
-    save_file(tensors, beside, metadata={"format": "pt"})
-    beside.replace(folder / LORA_FILE)
+def write_student_lora(
+    folder: Path,
+    base: str,
+    adapter: LoraAdapter,
+    weights: Mapping[str, Tensor],
+    unet: UNet,
+    scheduler: Mapping[str, Any],
+) -> None:
+    """The corrections in float16, the base's name (so that the folder is a model by itself), the sampler's config."""
+    write_lora(folder / NAME, adapter.lora(weights), unet.config, dtype=torch.float16)
     files.write_text(folder / "scheduler_config.json", json.dumps(dict(scheduler), indent=2) + "\n")
+    files.write_text(folder / "adapter.json", json.dumps({"base": base, "loras": [NAME], "embeddings": []}, indent=1))
 
 
 def memory(student: Student, teacher: UNet) -> dict[str, int]:
