@@ -17,6 +17,7 @@ NAMES = {
     "encoding": "cached against online encoding, images per second",
     "data": "the data path against reading by hand and webdataset; cached samples, resume, the order at 1e9 samples",
     "cli": "how long `ldm --help` takes",
+    "scale": "a simulated cluster: step time, stragglers and failures beside their closed forms (measures nothing)",
 }
 
 
