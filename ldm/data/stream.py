@@ -75,6 +75,10 @@ class Stream(ABC, Generic[Config]):
     def bad(self) -> int:
         """How many different bad samples were met and replaced."""
 
+    def figures(self) -> dict[str, float]:
+        """What the log shall tell of this rank's data: memory that decoded samples take, and bad samples replaced."""
+        return {"data_memory_gib": self.kept_bytes / 2**30, "bad_samples": float(self.bad)}
+
     @abstractmethod
     def batch(self, step: int, micro_step: int) -> Batch:
         """One micro-batch, a pure function of its place."""
