@@ -31,8 +31,10 @@ class EngineConfig:
     """How training is divided and computed. `clip` 0 is no gradient clipping; precision `auto` is bf16 where fast.
 
     `offload_optimizer` keeps masters and optimizer state, and `offload_parameters` (stage 3) the weights, in the host's
-    memory. `loss_scale` is fp16's: 0 finds it by itself, beginning at 2^`loss_scale_power`. `compile` is the backend of
-    torch.compile for the trained network: "inductor" is fast and takes minutes at the start.
+    memory. `bucket`: elements that are sent at once. `live`: up to so many weights stay whole between forward and
+    backward at stage 3: with all of them a step sends 2 psi bytes, with 0 3 psi, for the least memory. `loss_scale` is
+    fp16's: 0 finds it by itself, beginning at 2^`loss_scale_power`. `compile` is the backend of torch.compile for the
+    trained network: "inductor" is fast and takes minutes at the start.
     """
 
     zero_stage: int = 1
@@ -41,6 +43,7 @@ class EngineConfig:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     bucket: int = 50_000_000
+    live: int = 1_000_000_000
     loss_scale: float = 0.0
     loss_scale_power: int = 16
     compile: Literal["off", "inductor", "aot_eager"] = "off"
@@ -52,6 +55,8 @@ class EngineConfig:
             raise ValueError(f"clip must be at least 0 (0 is off), got {self.clip}")
         if self.bucket < 1:
             raise ValueError(f"bucket must be at least 1 element, got {self.bucket}")
+        if self.live < 0:
+            raise ValueError(f"live must be at least 0 weights, got {self.live}")
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer: needs zero_stage 1, 2 or 3, got 0")
         if self.offload_parameters and self.zero_stage != 3:
@@ -96,8 +101,8 @@ def deepspeed_config(config: EngineConfig, micro_batch: int, accumulate: int) ->
         zero |= {
             "stage3_prefetch_bucket_size": config.bucket,
             "stage3_param_persistence_threshold": 10_000,
-            "stage3_max_live_parameters": 1_000_000_000,
-            "stage3_max_reuse_distance": 1_000_000_000,
+            "stage3_max_live_parameters": config.live,
+            "stage3_max_reuse_distance": config.live,
             "stage3_gather_16bit_weights_on_model_save": False,
             "offload_param": {"device": "cpu" if config.offload_parameters else "none", "pin_memory": pin},
         }

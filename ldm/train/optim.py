@@ -18,8 +18,9 @@ BLOCK = 256
 class Optim:
     """AdamW, or another, with linear warm-up and a decay to `final` times the peak rate.
 
-    `adamw8bit` keeps its moments in 8 bits (Dettmers et al. 2021) and needs bitsandbytes; it
-    resumes to within their rounding. `lion` (Chen et al. 2023) keeps one moment; `sgd` takes its momentum from the first of `betas`. `fused` is AdamW's in one kernel.
+    `adamw8bit` keeps its moments in 8 bits (Dettmers et al. 2021) and needs bitsandbytes; it resumes to within their
+    rounding. `lion` (Chen et al. 2023) keeps one moment; `sgd` takes its momentum from the first of `betas`. `fused` is
+    AdamW's in one kernel.
     """
 
     algorithm: Literal["adamw", "adamw8bit", "lion", "sgd"] = "adamw"
