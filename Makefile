@@ -1,4 +1,4 @@
-# make demo | test | checks | bench | clean.  PYTHON=python3.12 picks the interpreter, PIP_ARGS adds options to pip.
+# make demo | test | checks | bench | chaos | clean.  PYTHON=python3.12 picks the interpreter, PIP_ARGS adds options to pip.
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
@@ -8,12 +8,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TEST_INSTALLED := $(VENV)/.installed-test
 
-.PHONY: help demo test checks bench clean
+.PHONY: help demo test checks bench chaos clean
 help:
 	@echo "make demo    train a small text-to-image model, sample it and write a gallery page"
 	@echo "make test    style, types, import contracts and tests"
 	@echo "make checks  the first three of these"
 	@echo "make bench   side-by-side measurements against named peers"
+	@echo "make chaos   kill trainings, fill disks and pull cables: the long form of what make test does (with root: a cluster)"
 	@echo "make clean   remove caches and build products (runs/ and $(VENV)/ stay)"
 
 $(BIN)/python:
@@ -46,6 +47,12 @@ test: checks
 
 bench: $(TEST_INSTALLED)
 	$(BIN)/python -m bench
+
+# What is left out of `make test` because it takes minutes. The kills run first; runs/chaos.json has their table.
+chaos: export OMP_NUM_THREADS ?= 1
+chaos: $(TEST_INSTALLED)
+	$(BIN)/python -m tests.chaos --kills $(or $(KILLS),50) --out runs/chaos.json
+	$(BIN)/python -m pytest tests/chaos tests/slurm $(PYTEST_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -99,13 +99,15 @@ class Plan:
 
 
 class Planner:
-    """Counts a job once, and answers for any cluster."""
+    """Counts a job once, without and with recomputation (or one of them alone), and answers for any cluster."""
 
-    def __init__(self, job: Job, cluster: Cluster, price: float | None = None) -> None:
+    def __init__(
+        self, job: Job, cluster: Cluster, price: float | None = None, recomputing: Sequence[bool] = (False, True)
+    ) -> None:
         self.job, self.cluster, self.price = job, cluster, price
         gpu = not cluster.hardware.host
-        modules = {recompute: job.build(recompute) for recompute in (False, True)}
-        self.sizes = Sizes.of(modules[False])
+        modules = {recompute: job.build(recompute) for recompute in recomputing}
+        self.sizes = Sizes.of(next(iter(modules.values())))
         self.activations = {
             recompute: Activations.count(module, job.inputs, precision=job.precision, gpu=gpu)
             for recompute, module in modules.items()
@@ -118,7 +120,7 @@ class Planner:
         """Everything for the cluster that was asked for."""
         job, layout = self.job, replace(self.job.layout, world=self.cluster.world)
         micro = max(1, job.batch // (layout.world * layout.accumulate))
-        fits = tuple(self.fit(stage, recompute, layout, micro) for recompute in (False, True) for stage in STAGES)
+        fits = tuple(self.fit(stage, recompute, layout, micro) for recompute in self.activations for stage in STAGES)
         chosen = next(f for f in fits if (f.stage, f.recompute) == (layout.stage, job.recompute))
         point = self.point(self.cluster)
         forward = job.flops
