@@ -53,9 +53,8 @@ def test_throughput_is_that_of_the_published_table(planners: dict[int, Planner],
     for nodes, published in PUBLISHED[pixels].items():
         point = planners[pixels].point(Cluster(nodes=nodes, per_node=8, hardware=find("a100-80g")))
         assert point is not None
-        print(
-            f"{pixels} px, {8 * nodes} GPUs: {point.images_per_second:.0f} ({point.images_per_second / published - 1:+.1%})"
-        )
+        off = point.images_per_second / published - 1
+        print(f"{pixels} px, {8 * nodes} GPUs: {point.images_per_second:.0f} ({off:+.1%})")
         assert point.images_per_second == pytest.approx(published, rel=0.15)
         assert point.days * 86400 == pytest.approx(550_000 * 2048 / point.images_per_second)
         assert point.cost == pytest.approx(point.days * 24 * 8 * nodes * 2.0)
