@@ -125,7 +125,13 @@ TEMPLATES = {
         disks=("runs",),
         **_PLAIN,
     ),
-    "encode": SlurmJob(command=("ldm", "train", _EMOJI, "task.cache=cache/emoji", "--dry-run"), **_PLAIN),
+    "encode": SlurmJob(
+        command=(
+            *("ldm", "data", "encode", "emoji", "cache/emoji_64"),
+            *("--vae", "emoji", "--text", "emoji", "--size", "64"),
+        ),
+        **_PLAIN,
+    ),
     "sample": SlurmJob(
         command=("ldm", "sample", "--from-file", "prompts/{array}.txt", "--out", "samples/{array}"),
         array="0-7",
@@ -140,7 +146,7 @@ TEMPLATES = {
 }
 _NOTES = {
     "train": "Train on 2 nodes of 8 GPUs; the run goes on by itself after the time limit and after lost nodes.",
-    "encode": "Encode pictures and captions into a cache once, on 8 GPUs; training with the same task.cache reads it.",
+    "encode": "Encode pictures and captions into a cache, once, on 8 GPUs; training with that task.cache reads it.",
     "sample": "Pictures of many prompts: array task N draws the lines of prompts/N.txt on one GPU.",
     "evaluate": "Measure a trained model on one GPU.",
 }

@@ -164,3 +164,28 @@ def test_logs_of_all_ranks_in_the_order_of_time(tmp_path: Path) -> None:
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"no rank-\*\.log"):
         logs.find(tmp_path / "none")
+
+
+def test_templates_name_commands_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    """The options of every template are those of the verb; train's config loads."""
+    from ldm.cli import data, evaluate, sample
+    from ldm.config.schema import load_run
+
+    parsers = {"data": data._parser(), "evaluate": evaluate._parser(), "sample": sample.parser()}
+    for name, made in slurm.TEMPLATES.items():
+        program, verb, *rest = made.command
+        assert program == "ldm"
+        if verb == "train":
+            assert load_run(rest[0], rest[1:]).out == Path("runs/emoji")
+            continue
+        assert vars(parsers[verb].parse_args(rest)), name
+
+
+def test_fewer_nodes_are_not_tied_to_the_first_number_of_tasks() -> None:
+    """SLURM keeps NumTasks over a requeue; a job that may shrink asks for cores instead, and srun lays out the ranks."""
+    script = slurm.render(job(nodes=4, min_nodes=2, gpus_per_node=8, cpus_per_task=6))
+    options = [line for line in script.splitlines() if line.startswith("#SBATCH")]
+    assert "#SBATCH --mincpus=48" in options
+    assert "#SBATCH --gpus-per-node=8" in options
+    assert not [line for line in options if "ntasks" in line or "cpus-per-task" in line]
+    assert "--ntasks=$((nodes * 8)) --ntasks-per-node=8 --cpus-per-task=6" in script
