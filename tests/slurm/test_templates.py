@@ -1,4 +1,4 @@
-"""The commands of the templates beside training, on the cluster: encode by several ranks, sample as an array, evaluate."""
+"""The commands of the templates beside training, on the cluster: encode by several ranks, a sample array, evaluate."""
 
 from __future__ import annotations
 

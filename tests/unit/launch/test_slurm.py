@@ -182,7 +182,7 @@ def test_templates_name_commands_that_exist(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_fewer_nodes_are_not_tied_to_the_first_number_of_tasks() -> None:
-    """SLURM keeps NumTasks over a requeue; a job that may shrink asks for cores instead, and srun lays out the ranks."""
+    """SLURM keeps NumTasks over a requeue; a job that may shrink asks for cores, and srun lays out the ranks."""
     script = slurm.render(job(nodes=4, min_nodes=2, gpus_per_node=8, cpus_per_task=6))
     options = [line for line in script.splitlines() if line.startswith("#SBATCH")]
     assert "#SBATCH --mincpus=48" in options
