@@ -7,8 +7,10 @@ from dataclasses import replace
 
 from PIL import Image, ImageDraw
 
-from ldm.editing import Change, attention_maps, edit, img2img, inpaint, invert, redraw
+from ldm.data.grid import to_pil
+from ldm.editing import Change, attention_maps, clip_guide, edit, img2img, inpaint, invert, redraw
 from ldm.pipeline import Settings, TextToImage
+from ldm.recipes.sources import load_clip
 
 STRENGTHS = (0.3, 0.5, 0.7, 0.9)
 SWAPS = (
@@ -47,7 +49,25 @@ def rows(pipe: TextToImage, settings: Settings, pictures: Sequence[Image.Image])
     for source, target, local in SWAPS:
         before, after = edit(pipe, source, target, change=Change(local=local), settings=ddim)
         found[f"prompt-to-prompt: “{source}” → “{target}”"] = [before, after]
+    weighed = "a smiling face with sunglasses"
+    pairs = [edit(pipe, weighed, weighed, change=Change(weights={"sunglasses": w}), settings=ddim) for w in (0.0, 2.0)]
+    found[f"re-weighting: “{weighed}”, then sunglasses times 0 and 2"] = [pairs[0][0], *(after for _, after in pairs)]
+    local = Change(cross=0.4, own=0.2, local=("sunglasses", "heart-eyes"))
+    found["local blend: only the place of “sunglasses” and “heart-eyes” changes"] = list(
+        edit(pipe, weighed, "a smiling face with heart-eyes", change=local, settings=ddim)
+    )
+    found["CLIP guidance 0, 5, 20 beside no other: “a red heart”"] = _guided(pipe, "a red heart", ddim)
     picture, words = attention_maps(pipe, "woman firefighter, medium-dark skin tone", settings=ddim)
     found["where it looked for: " + ", ".join(words)] = [picture, *list(words.values())[:5]]
     width = max(map(len, found.values()))
     return {name: row + [None] * (width - len(row)) for name, row in found.items()}
+
+
+def _guided(pipe: TextToImage, prompt: str, settings: Settings) -> list[Image.Image | None]:
+    """The same noise, without classifier-free guidance, under more and more of the shipped CLIP's."""
+    clip, config = load_clip("clip_emoji")
+    plain, row = replace(settings, guidance=1.0), []
+    for scale in (0.0, 5.0, 20.0):
+        guide = clip_guide(pipe, clip.to(pipe.device), config, scale) if scale else None
+        row += to_pil(pipe.sample([prompt], settings=plain, guide=guide))
+    return row

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from ldm.diffusion import PREDICTIONS, Discrete, Process
-from ldm.sampling import sample, times
+from ldm.sampling import dynamic_threshold, sample, times
 
 SCALED = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 THEIRS = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
 SHAPE = (2, 4, 4, 4)
+TRAILING = {"timestep_spacing": "trailing"}
 
 
 def network():
@@ -127,12 +128,93 @@ def test_ddim(monkeypatch, eta, one, spacing, steps, prediction):
     close(ours("ddim", prediction, times, eta=eta, end="data" if one else "first"), want)
 
 
-@pytest.mark.parametrize(("name", "cls", "prediction"), [("ddpm", "DDPM", "epsilon"), ("ddim", "DDIM", "v")])
-def test_every_time(monkeypatch, name, cls, prediction):
-    scheduler = make(f"{cls}Scheduler", prediction, clip_sample=False, timestep_spacing="trailing")
-    want, times = theirs(monkeypatch, scheduler, 1000, network())
+FULL = [
+    ("ddpm", "DDPMScheduler", {"clip_sample": False}, "epsilon"),
+    ("ddpm_large", "DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_large"}, "v"),
+    ("ddim", "DDIMScheduler", {"clip_sample": False}, "v"),
+    ("euler", "EulerDiscreteScheduler", {}, "epsilon"),
+    ("euler_ancestral", "EulerAncestralDiscreteScheduler", {}, "epsilon"),
+    ("heun", "HeunDiscreteScheduler", {}, "epsilon"),
+    ("dpmpp_2m", "DPMSolverMultistepScheduler", {}, "epsilon"),
+    ("dpmpp_2m_sde", "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "v"),
+    ("unipc", "UniPCMultistepScheduler", {}, "epsilon"),
+]
+
+
+@pytest.mark.parametrize(("name", "cls", "config", "prediction"), FULL, ids=[row[0] for row in FULL])
+def test_every_time(monkeypatch, name, cls, config, prediction):
+    """T steps of T, the whole process; float32 tables and a thousand steps of rounding on their side."""
+    scheduler = make(cls, prediction, **TRAILING, **config)
+    quiet = 999 if cls == "DDPMScheduler" else None
+    want, times = theirs(monkeypatch, scheduler, 1000, network(), quiet=quiet)
     assert times == [float(t) for t in reversed(range(1000))]
-    close(ours(name, prediction, times), want)
+    scale = float(scheduler.init_noise_sigma)
+    scale *= Discrete().at(999)[0] if scale > 1 else 1
+    close(ours(name, prediction, times, scale=scale), want, 1e-3)
+
+
+BETAS = [
+    (
+        {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+        Discrete(betas="linear", beta_start=1e-4, beta_end=0.02),
+    ),
+    ({"beta_schedule": "squaredcos_cap_v2"}, Discrete(betas="cosine")),
+    ({"num_train_timesteps": 250}, Discrete(steps=250)),
+]
+
+
+@PREDICTION
+@pytest.mark.parametrize("steps", [7, 30])
+@pytest.mark.parametrize(("theirs_config", "schedule"), BETAS, ids=["linear", "cosine", "T250"])
+@pytest.mark.parametrize(
+    ("name", "cls"),
+    [
+        ("euler", "EulerDiscreteScheduler"),
+        ("dpmpp_2m", "DPMSolverMultistepScheduler"),
+        ("dpmpp_2m_sde", "DPMSolverMultistepScheduler"),
+        ("unipc", "UniPCMultistepScheduler"),
+        ("tcd", "TCDScheduler"),
+        ("lcm", "LCMScheduler"),
+    ],
+)
+def test_other_schedules(monkeypatch, name, cls, theirs_config, schedule, steps, prediction):
+    """Other betas and another T, with steps that do not divide it."""
+    config = {"algorithm_type": "sde-dpmsolver++"} if name == "dpmpp_2m_sde" else {}
+    config |= {} if name in ("lcm", "tcd") else TRAILING
+    scheduler = make(cls, prediction, **{**theirs_config, **config})
+    want, times = theirs(monkeypatch, scheduler, steps, network())
+    scale = float(scheduler.init_noise_sigma)
+    scale *= schedule.at(times[0])[0] if scale > 1 else 1
+    close(ours(name, prediction, times, schedule=schedule, scale=scale), want, 1e-3)
+
+
+@pytest.mark.parametrize("steps", [5, 20])
+@pytest.mark.parametrize("spacing", ["karras", "exponential"])
+@pytest.mark.parametrize(("name", "cls"), [("euler", "EulerDiscreteScheduler"), ("heun", "HeunDiscreteScheduler")])
+def test_times_by_noise_level(monkeypatch, name, cls, spacing, steps):
+    """Karras' and exponential times fall between training times; the network is asked at the same fractions."""
+    scheduler = make(cls, "epsilon", **{f"use_{spacing}_sigmas": True})
+    want, path = theirs(monkeypatch, scheduler, steps, network())
+    found = times(Discrete(), steps, spacing)
+    assert found == pytest.approx(path, abs=0.05)
+    close(ours(name, "epsilon", found, scale=float(scheduler.init_noise_sigma) * Discrete().at(999)[0]), want, 2e-3)
+
+
+@PREDICTION
+@pytest.mark.parametrize("steps", [1, 10])
+@pytest.mark.parametrize(("name", "cls"), [("ddpm", "DDPMScheduler"), ("ddim", "DDIMScheduler")])
+def test_thresholds(monkeypatch, name, cls, steps, prediction):
+    """Clipping to [-1, 1], and to a quantile; both only of the estimate of x_0."""
+    for config, clip in (
+        ({"clip_sample": True}, 1.0),
+        ({"clip_sample": False, "thresholding": True, "sample_max_value": 1.5}, dynamic_threshold(0.995, 1.5)),
+    ):
+        scheduler = make(cls, prediction, **TRAILING, **config)
+        if cls == "DDPMScheduler":
+            want, path = theirs(monkeypatch, scheduler, steps, network(), quiet=steps - 1)
+        else:
+            want, path = theirs(monkeypatch, scheduler, steps, network())
+        close(ours(name, prediction, path, clip=clip), want)
 
 
 def test_ddim_takes_the_next_time_of_the_list(monkeypatch):
