@@ -63,7 +63,7 @@ def damage(folder: Path, chance: random.Random) -> str:
 def kill_often(root: Path, kills: int, seed: int = 0, *, damaging: float = 0.25) -> Table:
     """The whole experiment below `root`; AssertionError if a start ends in a way that it should not."""
     began, chance, table = time.monotonic(), random.Random(seed), Table()
-    table.steps = 12 + 4 * kills
+    table.steps = 8 + 3 * kills
     path = config(root, table.steps)
     calm = Training(path, root / "calm", root / "scratch" / "calm")
     calm.start()

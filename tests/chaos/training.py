@@ -19,7 +19,7 @@ from ldm.checkpoint import files
 from tests import miniature
 
 WORLD = 2
-LIMIT = 240.0
+LIMIT = 800.0
 """Seconds that any one wait may take."""
 
 _context = multiprocessing.get_context("forkserver")

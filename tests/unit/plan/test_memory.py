@@ -46,7 +46,8 @@ def test_planned_memory_is_that_of_a_real_run(
 ) -> None:
     layout = Layout(stage=stage, world=world, bucket=work.BUCKET, overlap=False, accumulate=accumulate)
     rest, highest = planned(shape, layout, micro, recompute)
-    for real_rest, real_highest in ranks.run(work.measured, world, shape, stage, micro, accumulate, recompute):
+    case = (shape, stage, micro, accumulate, recompute)
+    for real_rest, real_highest in ranks.run(work.measured, world, *case, timeout=500):
         print(
             f"{shape} stage {stage} x {world}: {highest / real_highest - 1:+.1%}, at rest {rest / real_rest - 1:+.1%}"
         )
