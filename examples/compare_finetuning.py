@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
 
+from ldm.cli.finetune import main as finetune
 from ldm.pipeline import Settings, TextToImage
 from ldm.recipes.subject import Drawn, draw, five_views, load_pictures, score, sheet, spread
 
@@ -56,8 +56,8 @@ def main() -> None:
         print("ldm finetune", *command, flush=True)
         began = time.monotonic()
         done = (out / "done.json").is_file()
-        if subprocess.call([sys.executable, "-m", "ldm.cli", "finetune", *command]):
-            sys.exit(f"{name}: failed")
+        if finetune(command):
+            sys.exit(f"{name}: stopped; the same command goes on")
         seconds = out / "seconds.txt"
         if not done:
             seconds.write_text(str(time.monotonic() - began))

@@ -20,6 +20,7 @@ RATIOS = {
     "step": {"result": ["trainer / bare", "engine / objective", "EMA / trainer", "log row / trainer"]},
     "ranks": {"result": ["ZeRO 2 / DDP"]},
     "unet": {"training": ["ldm / diffusers"], "sampling": ["ldm sampling / diffusers sampling"]},
+    "finetune": {"lora": ["diffusers script / ldm"], "dreambooth": ["diffusers cached / ldm"]},
     "encoding": {"result": ["online input / cached input", "online step / cached step"]},
     "data": {"result": ["webdataset / loader, 0 workers"]},
     "cli": {"result": ["ldm --help / python"]},
