@@ -38,7 +38,7 @@ from ldm.models.unet import UNet
 from ldm.rng import Rng
 from ldm.sampling import SAMPLERS, lookup
 from ldm.sampling import sample as run_sampler
-from ldm.sampling.guidance import classifier_free, told_guidance
+from ldm.sampling.guidance import check_guide, classifier_free, perpendicular, projected, times_of, told_guidance
 from ldm.sampling.times import times as spaced
 from ldm.types import Cond, Denoise, Net
 
@@ -64,12 +64,14 @@ class Settings:
     `weights` reads "(word:1.3)" in prompts, `long` takes prompts beyond the towers' context in chunks. What SDXL is
     told of a picture, in pixels (H, W): `original` and `target` sizes (None: the size drawn), `crop` its top and left.
     Less memory: `tile`, pixels a side of the parts in which pictures are decoded; `slices`, one picture decoded at a
-    time; `queries`, how many pixels attend at a time.
+    time; `queries`, how many pixels attend at a time. `guide`: see `ldm.sampling.guidance`; `interval` in shares of T.
     """
 
     sampler: str = "ddim"
     steps: int = 50
     guidance: float = 7.5
+    guide: Literal["cfg", "projected", "perpendicular"] = "cfg"
+    interval: tuple[float, float] | None = None
     rescale: float = 0.0
     negative: str = ""
     eta: float | None = None
@@ -92,6 +94,7 @@ class Settings:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         if not (math.isfinite(self.guidance) and self.guidance >= 0):
             raise ValueError(f"guidance must be at least 0, got {self.guidance}")
+        check_guide(self.guide, self.rescale, self.interval)
         if self.batch < 1:
             raise ValueError(f"batch must be at least 1, got {self.batch}")
         for name, least in (("tile", 64), ("queries", 1)):
@@ -327,17 +330,19 @@ class TextToImage:
             )
 
     def denoiser(self, settings: Settings, prompts: Sequence[str] = ()) -> Denoise:
-        """The model's estimate of x_0 under guidance: classifier-free, or told to a network that takes its scale.
-
-        `prompts` are those that it will be asked for, where they and the negative one may be long.
-        """
-        denoise = self.process.denoiser(self._net)
+        """The model's estimate of x_0 under guidance; `prompts`: what it will be asked for, where they may be long."""
+        denoise, scale = self.process.denoiser(self._net), settings.guidance
         if self.unet.config.time_cond_proj_dim is not None:
-            return told_guidance(denoise, settings.guidance)
-        if settings.guidance == 1:
+            return told_guidance(denoise, scale)
+        if scale == 1 and settings.guide != "perpendicular":
             return denoise
-        uncond = self._cond([settings.negative], settings, prompts)
-        return classifier_free(denoise, uncond, settings.guidance, settings.rescale)
+        interval = times_of(settings.interval, self.process.schedule.last)
+        negative = self._cond([settings.negative], settings, prompts)
+        if settings.guide == "cfg":
+            return classifier_free(denoise, negative, scale, settings.rescale, interval)
+        if settings.guide == "projected":
+            return projected(denoise, negative, scale, interval=interval)
+        return perpendicular(denoise, self._cond([""], settings, prompts), negative, scale, interval=interval)
 
     def _net(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         with self._autocast():

@@ -34,6 +34,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sampler", default="dpmpp_2m", help="see `ldm sample --list-samplers`")
     p.add_argument("--steps", type=int, default=25)
     p.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance scale; 1 is none")
+    p.add_argument("--guide", default="cfg", help="cfg, projected (APG) or perpendicular (Perp-Neg)")
+    p.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="shares of T that are guided")
     p.add_argument("--rescale", type=float, default=0.0, help="guidance rescale in [0, 1]")
     p.add_argument("--negative", default="", help="negative prompt")
     p.add_argument("--clip-guidance", type=float, default=0.0, metavar="S", help="strength of CLIP guidance; 0 is none")
@@ -76,6 +78,7 @@ def main(argv: list[str]) -> int:
     size = None if args.size is None else (args.size[0], args.size[-1])
     settings = Settings(
         sampler=args.sampler, steps=args.steps, guidance=args.guidance, rescale=args.rescale, negative=args.negative,
+        guide=args.guide, interval=None if args.interval is None else (args.interval[0], args.interval[1]),
         eta=args.eta, spacing=args.spacing, seed=args.seed, size=size, batch=args.batch,
     )  # fmt: skip
     pipeline = TextToImage.load(args.model, device=args.device or dist.device(), precision=args.precision)

@@ -16,6 +16,23 @@ from ldm.diffusion.process import LearnedDenoise
 from ldm.diffusion.schedule import Schedule
 from ldm.types import Cond, Denoise
 
+GUIDES = ("cfg", "projected", "perpendicular")
+
+
+def check_guide(kind: str, rescale: float, interval: tuple[float, float] | None) -> None:
+    """Raise ValueError for an unknown kind, a rescale that it has not, or an interval that is not two shares of T."""
+    if kind not in GUIDES:
+        raise ValueError(f"guide must be one of {list(GUIDES)}, got {kind!r}")
+    if rescale and kind != "cfg":
+        raise ValueError(f"rescale: guide {kind!r} has none, got {rescale}")
+    if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
+        raise ValueError(f"interval must be two shares of T, 0 <= low <= high <= 1, got {interval}")
+
+
+def times_of(shares: tuple[float, float] | None, last: float) -> tuple[float, float] | None:
+    """An interval of times from one of shares of the last time."""
+    return None if shares is None else (shares[0] * last, shares[1] * last)
+
 
 def together(denoise: Denoise, x: Tensor, t: Tensor, conds: list[Cond]) -> list[Tensor]:
     """The estimate under each conditioning from one call of len(conds) times the batch.

@@ -89,6 +89,15 @@ def _span(values: Sequence[float], log: bool, pad: float) -> tuple[float, float]
     return low - extra, high + extra
 
 
+def _log_ticks(low: float, high: float) -> list[float]:
+    """1, 2, 5 times powers of ten between the powers `low` and `high`; powers of ten alone where those are many."""
+    inside = [m * 10.0**k for k in range(math.floor(low), math.ceil(high) + 1) for m in (1, 2, 5)]
+    inside = [v for v in inside if low <= math.log10(v) <= high]
+    if len(inside) > 7:
+        inside = [v for v in inside if math.log10(v).is_integer()]
+    return inside if len(inside) > 1 else [10**tick for tick in ticks(low, high, 4)]
+
+
 def _panel(panel: Panel, labels: Sequence[str]) -> str:
     drawn = {c.label: _points(c, panel) for c in panel.curves}
     every = [p for points in drawn.values() for p in points]
@@ -107,8 +116,7 @@ def _panel(panel: Panel, labels: Sequence[str]) -> str:
 
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
     parts = [f"<text class='title' x='{_LEFT}' y='20'>{escape(panel.title)}</text>"]
-    for tick in ticks(y0, y1, 4):
-        value = 10**tick if panel.log_y else tick
+    for value in _log_ticks(y0, y1) if panel.log_y else ticks(y0, y1, 4):
         parts.append(f"<path class='grid' d='M{_LEFT},{up(value):.1f}H{right}'/>")
         parts.append(f"<text x='{_LEFT - 8}' y='{up(value) + 4:.1f}' text-anchor='end'>{number(value)}</text>")
     own = sorted({x for x, _ in every})

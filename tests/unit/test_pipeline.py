@@ -18,6 +18,8 @@ from ldm.models.text import TextConfig, TextTower
 from ldm.models.unet import UNet, UNetConfig
 from ldm.pipeline import Settings, TextToImage
 from ldm.rng import Rng
+from ldm.sampling import sample
+from ldm.sampling.guidance import projected
 from tests import miniature
 
 PROMPTS = ["a red dot", "", "a blue bar", "a green cross", "white"]
@@ -150,3 +152,45 @@ def test_progress_counts_the_steps_of_all_batches(pipeline: TextToImage) -> None
 def test_a_long_prompt_is_said(pipeline: TextToImage) -> None:
     with pytest.warns(UserWarning, match=r"longer than 10.*blue"):
         draw(pipeline, ["red " * 10 + "blue"], steps=1)
+
+
+def test_perpendicular_guidance_is_the_plain_one_where_the_negative_says_nothing_else(pipeline: TextToImage) -> None:
+    """No negative prompt, or the prompt itself: nothing is left beside it to push away."""
+    plain = draw(pipeline, ["a red dot"], guidance=3.0)
+    for negative in ("", "a red dot"):
+        found = draw(pipeline, ["a red dot"], guidance=3.0, guide="perpendicular", negative=negative)
+        torch.testing.assert_close(found, plain, rtol=0, atol=1e-4)
+    assert (
+        draw(pipeline, ["a red dot"], guidance=3.0, guide="perpendicular", negative="blue") - plain
+    ).abs().max() > 1e-3
+
+
+def test_projected_guidance_is_that_of_the_function(pipeline: TextToImage) -> None:
+    settings = Settings(steps=3, guidance=3.0, guide="projected")
+    rng, denoise = Rng(0, (0,)), pipeline.process.denoiser(pipeline.unet)
+    guided = projected(denoise, pipeline.encode_text([""]), 3.0)
+    x, cond = rng.normal("start", pipeline.latent_shape(None)), pipeline.encode_text(["a red dot"])
+    with torch.no_grad():
+        wanted = sample("ddim", guided, x, cond, schedule=Discrete(), steps=3, noise=lambda i: x)
+    torch.testing.assert_close(pipeline.latents(["a red dot"], settings, rng), wanted, rtol=0, atol=1e-4)
+
+
+def test_outside_the_interval_nothing_guides(pipeline: TextToImage) -> None:
+    free, guided = draw(pipeline, guidance=1.0), draw(pipeline, guidance=3.0)
+    torch.testing.assert_close(draw(pipeline, guidance=3.0, interval=(0.0, 0.0)), free, rtol=0, atol=1e-4)
+    torch.testing.assert_close(draw(pipeline, guidance=3.0, interval=(0.0, 1.0)), guided, rtol=0, atol=1e-4)
+    some = draw(pipeline, guidance=3.0, interval=(0.5, 1.0))
+    assert min(float((some - other).abs().max()) for other in (free, guided)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"guide": "odd"}, r"guide must be one of \['cfg', 'projected', 'perpendicular'\], got 'odd'"),
+        ({"guide": "projected", "rescale": 0.5}, "rescale: guide 'projected' has none, got 0.5"),
+        ({"interval": (0.6, 0.5)}, r"interval must be two shares of T, 0 <= low <= high <= 1, got \(0.6, 0.5\)"),
+    ],
+)
+def test_guidance_that_does_not_exist_is_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Settings(**settings)

@@ -194,5 +194,9 @@ def test_the_figure_puts_points_where_they_belong() -> None:
     assert y1 - y0 == pytest.approx(y2 - y1, abs=0.2)
     assert y1 > y0, "down is larger in a drawing"
     assert re.search(r"a &amp; b", drawn)
+    texts = {e.text for e in root.iter() if e.tag.endswith("text")}
+    assert {"0.01", "0.1", "1", "10", "100"} <= texts, "round ticks"
+    _, _, wide, high = map(float, root.attrib["viewBox"].split())
+    assert all(0 < float(c.attrib["cx"]) < wide and 0 < float(c.attrib["cy"]) < high for c in circles)
     with pytest.raises(ValueError, match="no finite point"):
         svg([Panel("title", [Curve("a", [1], [float("nan")])], "x")])
