@@ -13,6 +13,7 @@ from ldm.checkpoint.lock import RunLock, RunLocked
 from ldm.recipes.base import Assembly
 from ldm.train import engine
 from ldm.train.trainer import TrainConfig, Trainer
+from ldm.train.writer import on_first
 
 
 def run(build: Callable[[], Assembly], train: TrainConfig, out: Path, *, seed: int, resolved: str) -> int:
@@ -62,12 +63,14 @@ def _train(
     code = trainer.run(assembly.hooks)
     if code == 0:
         weights = trainer.weights()
-        if dist.rank() == 0:
+
+        def finish() -> None:
             guard()
             assembly.export(weights, out / "export")
             files.write_text(out / "done.json", json.dumps({"step": trainer.step, "skipped": trainer.skipped}))
-            dist.say(f"finished {trainer.step} steps; exported to {out / 'export'}")
-        dist.barrier()
+
+        on_first(finish)
+        dist.say(f"finished {trainer.step} steps; exported to {out / 'export'}")
     return code
 
 

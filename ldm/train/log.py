@@ -25,13 +25,13 @@ class LogConfig:
 
     `price` of one GPU (or process) for an hour, in whatever currency, adds the cost so far. `peak` in TFLOP/s is what
     utilisation is told against; 0 measures a matrix product at the start. `wandb` needs the extra ldm[wandb]; its mode
-    "offline" writes to the log folder, for `wandb sync` later.
+    "offline" writes to the log folder, for `wandb sync` later; None is what WANDB_MODE says.
     """
 
     every: int = 10
     tensorboard: bool = True
     wandb: bool = False
-    wandb_mode: Literal["online", "offline"] = "online"
+    wandb_mode: Literal["online", "offline"] | None = None
     price: float = 0.0
     peak: float = 0.0
 

@@ -162,8 +162,18 @@ class Trainer:
         self.engine.load_scale(extra.pop("scale", {}))
         self.objective.load_state(extra)
 
-    def save(self) -> None:
-        """Begin a checkpoint of this step; collective. It is published beside the steps that follow."""
+    def save(self, now: bool = True) -> None:
+        """Begin what is due at this step, a checkpoint if `now`; collective. It is published beside the steps after."""
+        jobs, ema = [], self.ema
+        if now or self.step % self.config.checkpoint.every == 0:
+            keep = self.config.checkpoint
+            jobs.append(Job(self.checkpoints, self._held(), keep.keep, keep.keep_every))
+        if ema is not None and ema.powers and (not self.step % ema.config.snapshot if ema.config.snapshot else jobs):
+            jobs.append(Job(self.out / "ema", state.hold_snapshot(self.step, self.engine, ema)))
+        if jobs:
+            self.writer.put(jobs)
+
+    def _held(self) -> state.Held:
         own = {
             "skipped": self.skipped,
             "ahead": self.ahead,
@@ -172,28 +182,7 @@ class Trainer:
             "spikes": self._spikes.state(),
             "scale": self.engine.scale(),
         }
-        held = state.hold(self.step, self.engine, self.ema, self.objective.state() | own)
-        keep = self.config.checkpoint
-        jobs = [Job(self.checkpoints, held, keep.keep, keep.keep_every)]
-        if self.ema is not None and self.ema.powers and not self.ema.config.snapshot:
-            jobs.append(self._snapshot(self.ema))
-        self.writer.put(jobs)
-
-    def _snapshot(self, ema: Ema) -> Job:
-        return Job(self.out / "ema", state.hold_snapshot(self.step, self.engine, ema))
-
-    def _save_what_is_due(self, now: bool) -> bool:
-        """Whether a checkpoint was begun; `now`: whatever the step, and finish it."""
-        due = now or self.step % self.config.checkpoint.every == 0
-        if due:
-            self.save()
-        ema = self.ema
-        if ema is not None and ema.powers and ema.config.snapshot and (self.step % ema.config.snapshot == 0 or now):
-            self.writer.put([self._snapshot(ema)])
-        if now:
-            self.writer.finish()
-        self.watchdog.beat(self.step)
-        return due
+        return state.hold(self.step, self.engine, self.ema, self.objective.state() | own)
 
     # --- the loop ---------------------------------------------------------------------------------------------------
     def run(self, hooks: list[Hook]) -> int:
@@ -211,6 +200,8 @@ class Trainer:
             settings=self.settings,
             before=self._seconds,
         )
+        if dist.rank() == 0:  # before the step's own memory is taken
+            self._peak = self.config.log.peak * 1e12 or peak(self.engine.device, self.engine.dtype)
         stop = Stop()
         restore = stop.listen()
         try:
@@ -233,7 +224,10 @@ class Trainer:
                 batches = self.loader.batches(self.step + self.ahead)
                 continue
             last = self.step == self.config.steps
-            self._save_what_is_due(last or stopping)
+            self.save(last or stopping)
+            if last or stopping:
+                self.writer.finish()
+            self.watchdog.beat(self.step)
             if stopping and not last:
                 dist.say(f"asked to stop: saved step {self.step}; run the same command again to go on")
                 return AGAIN
@@ -311,10 +305,7 @@ class Trainer:
 
     def _ideal_seconds(self) -> float:
         """Of a step at the peak rate of every rank; 0 where operations were not counted."""
-        if not self._flops.total or dist.rank():
-            return 0.0
-        self._peak = self._peak or self.config.log.peak * 1e12 or peak(self.engine.device, self.engine.dtype)
-        return self._flops.total * self.config.accumulate / self._peak
+        return self._flops.total * self.config.accumulate / self._peak if self._peak else 0.0
 
     # --- guards -----------------------------------------------------------------------------------------------------
     def _count(self, stepped: bool) -> None:
