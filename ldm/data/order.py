@@ -170,6 +170,17 @@ class Order:
         return known
 
 
+def clumping(order: Order, steps: Sequence[int]) -> float:
+    """How badly an order mixes: the variance of batches' mean sample id over that of independent uniform draws.
+
+    1 is a perfect shuffle, below 1 each batch spreads more evenly than chance, and the batch size is no shuffle.
+    """
+    everything = np.arange(order.batch)
+    means = np.array([order.ids(step, everything).mean() for step in steps])
+    middle = (order.total - 1) / 2
+    return float(((means - middle) ** 2).mean() / (order.total**2 / 12 / order.batch))
+
+
 def slots(batch: int, *, rank: int, world: int, accumulate: int, micro_step: int) -> Ints:
     """A micro-batch's slots: ranks take contiguous parts of the global batch, micro-batches parts of those."""
     parts = world * accumulate

@@ -140,7 +140,7 @@ def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, work
     check_channels(unet, task.process, codec)
     encode_text = text_encoder(towers)
     objective = DenoiseObjective(unet, task.process, codec, encode_text, task.options).to(device)
-    if task.cache is not None:
+    if task.cache is not None and not data.cached:
         data = with_caches(data, task.cache, lambda data, folder: cached(folder, data, codec, towers))
     expect = hashes(autoencoder, towers) if data.cached else None
     loader = training_data(data, train, seed, workers, expect=expect)

@@ -20,6 +20,7 @@ from ldm.data.indexing import index
 from ldm.data.loader import DataConfig, Loader
 from ldm.data.manifest import Manifest
 from ldm.data.shards import Shards
+from ldm.data.write import ShardWriter
 from tests.unit.data.pictures import png
 
 
@@ -86,6 +87,24 @@ def test_workers_change_nothing(folder: Path, tmp_path: Path) -> None:
     for _, members in Shards(one, "train"):
         fields = metadata(members)
         assert min(fields["width"], fields["height"]) == min(24, fields["original_height"], fields["original_width"])
+
+
+def test_wrong_extensions_are_told_by_content(tmp_path: Path) -> None:
+    """A PNG called jpg and a JPEG called webp are stored under their own names; foreign tars with them are read too."""
+    root = tmp_path / "wrong"
+    root.mkdir()
+    (root / "a.jpg").write_bytes(png((9, 8, 7), (6, 6)))
+    (root / "b.webp").write_bytes(noise(6, 6))
+    for name in "ab":
+        (root / f"{name}.txt").write_text(name)
+    samples = dict(Shards(build(root, tmp_path / "out", BuildConfig()).manifest, "train"))
+    assert "png" in samples["a"]
+    assert "jpg" in samples["b"]
+    with ShardWriter(tmp_path / "tar", "train") as writer:
+        writer.add("c", {"jpg": png((9, 8, 7), (6, 6)), "txt": b"c"})
+    Manifest(name="x", shards=tuple(writer.shards), folder=tmp_path / "tar").write()
+    batch = Loader(DataConfig(path=str(tmp_path / "tar"), size=6), seed=0, micro_batch=1).batch(0, 0)
+    assert ((batch["image"][0, :, 3, 3] + 1) * 127.5).round().int().tolist() == [9, 8, 7]
 
 
 def test_metadata_jsonl(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm.data.order import Order, mix, permute, slots
+from ldm.data.order import Order, clumping, mix, permute, slots
 
 SIZES = st.lists(st.integers(0, 25), min_size=1, max_size=6).filter(lambda s: sum(s) > 0)
 
@@ -88,6 +88,29 @@ def test_a_batch_mixes_far_apart_places_while_windows_stay_local() -> None:
     touched = [np.unique(order.ids(s, np.arange(batch)) // size) for s in range(50)]
     assert np.mean([len(t) for t in touched]) > 50  # nearly every sample of a batch comes from another shard
     assert len(np.unique(np.concatenate(touched))) < 220  # yet 50 steps open few of them: reading stays sequential
+
+
+def test_shuffle_quality() -> None:
+    """On 400 shards: ours with a small window against no shuffle, and against a buffer over the stream of shards."""
+    size, batch = (1000,) * 400, 64
+    steps = list(range(0, 6250, 25))
+    assert clumping(Order(sizes=size, batch=batch, window=2000), steps) < 1.3
+    none = clumping(Order(sizes=size, batch=batch, shuffle=False), steps)
+    assert none == pytest.approx(batch, rel=0.1)
+
+    # What streams do: shards in random order, then a buffer of 1,000 from which samples are drawn.
+    rng = np.random.default_rng(0)
+    stream = np.concatenate([np.arange(1000) + 1000 * s for s in rng.permutation(400)])
+    buffer, means = list(stream[:1000]), []
+    for first in range(1000, 120_000, batch):
+        drawn = []
+        for value in stream[first : first + batch]:
+            slot = int(rng.integers(1000))
+            drawn.append(buffer[slot])
+            buffer[slot] = value
+        means.append(np.mean(drawn))
+    buffered = float(((np.array(means) - 200_000) ** 2).mean() / (400_000**2 / 12 / batch))
+    assert buffered > 15
 
 
 def test_a_billion_samples_cost_memory_of_the_shards_only() -> None:
