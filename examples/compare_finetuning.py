@@ -48,7 +48,7 @@ def main() -> None:
     drawn: list[tuple[str, Drawn]] = [("base model", base)]
     for name in args.only or ROWS:
         out = args.out / name.replace(",", "").replace(" ", "_")
-        command = [*ROWS[name], "--images", str(images), "--out", str(out)]
+        command = [*ROWS[name], "--images", str(images), "--out", str(out), "--batch", "4"]
         command += ["--steps", str(args.steps or 4)] if args.steps or args.quick else []
         if "dreambooth" in command and "--no-prior" not in command:
             few = ["--num-class-images", "4"] if args.quick else []
