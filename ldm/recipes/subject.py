@@ -86,7 +86,7 @@ def score(drawn: Drawn, before: Drawn, pictures: Tensor, noun: str) -> Scores:
     own = network(pictures)
 
     def drift(a: Tensor, b: Tensor) -> float:
-        return 1 - float(functional.cosine_similarity(network(a).double(), network(b).double()).mean())
+        return max(0.0, 1 - float(functional.cosine_similarity(network(a).double(), network(b).double()).mean()))
 
     return Scores(
         subject=float(similarity(network(drawn.subject), own).mean()),
@@ -156,7 +156,7 @@ def sheet(rows: Sequence[tuple[str, Drawn]], pictures: Tensor, path: Path, side:
     brush = ImageDraw.Draw(image)
     for column, text in heads.items():
         brush.text((left + column * (side + 2), 5), text, fill="black")
-    lines = [("its five pictures", to_pil(pictures)[:5])]
+    lines = [("its own pictures", to_pil(pictures)[:4])]
     for name, drawn in rows:
         each = max(1, len(drawn.colors) // len(COLORS))
         chosen = [*drawn.subject[:4], drawn.colors[0], drawn.colors[each], *drawn.noun[:2], drawn.others[0]]
