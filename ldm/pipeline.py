@@ -287,9 +287,8 @@ class TextToImage:
     @torch.no_grad()
     def decode(self, latents: Tensor, settings: Settings) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1], float32 on the CPU, of scaled latents; see `LatentCodec.draw`."""
-        tile = None if settings.tile is None else settings.tile // self.codec.factor
         with self._used(self.codec.autoencoder), sliced(settings.queries):
-            return self.codec.draw(latents, tile=tile, slices=settings.slices).clamp(-1, 1).float().cpu()
+            return self.codec.draw(latents, tile=settings.tile, slices=settings.slices).clamp(-1, 1).float().cpu()
 
     def latents(
         self,

@@ -66,7 +66,7 @@ class LatentCodec:
 
     @torch.no_grad()
     def draw(self, latents: Tensor, *, tile: int | None = None, slices: bool = False) -> Tensor:
-        """`decode` for looking at: one picture at a time with `slices`, in tiles of `tile` latent pixels a side.
+        """`decode` for looking at: one picture at a time with `slices`, in bands of `tile` x `tile` pixels.
 
         An autoencoder of half precision whose pictures are not finite (SDXL's in fp16) goes on in float32, and that is
         said in the log. Raises ValueError naming the pictures if they are not finite then either.

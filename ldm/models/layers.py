@@ -18,18 +18,15 @@ from ldm.models.frugal import norm_silu
 class GroupNorm(nn.GroupNorm):
     """Group norm of contiguous memory on the CPU, where torch's is up to 20 times slower on channels_last."""
 
-    given: tuple[Tensor, Tensor] | None = None
-    """Mean and variance (B, groups) to use instead of the input's own, where it is a part of something larger."""
-
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous() if x.device.type == "cpu" else x
-        return super().forward(x) if self.given is None else self._with(x, *self.given)
+        return super().forward(x.contiguous() if x.device.type == "cpu" else x)
 
-    def _with(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    def of_part(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        """The norm of a part (B, C, H, W) of a picture whose whole has this mean and variance (B, groups)."""
         each = self.num_channels // self.num_groups
         scale = (variance + self.eps).rsqrt().repeat_interleave(each, dim=1) * self.weight
         shift = self.bias - mean.repeat_interleave(each, dim=1) * scale
-        return torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None]).to(x.dtype)
+        return torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None])
 
 
 class NormSiLU(GroupNorm):
@@ -44,7 +41,7 @@ class NormSiLU(GroupNorm):
 
     def _kept_small(self, x: Tensor) -> bool:
         """Not when compiled (the compiler chooses what to keep), nor where the CPU computes in half precision."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self.given is not None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return False
         return x.dtype == self.weight.dtype or x.device.type != "cpu"
 

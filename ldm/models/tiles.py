@@ -1,133 +1,94 @@
-"""Decoding in overlapping tiles: the memory of a tile instead of the picture's, and no seams.
+"""Decoding in bands: on a GPU the memory of a band instead of the picture's, and exactly the picture.
 
-What joins distant pixels is not cut: convolutions at latent resolution and the attention run on the whole picture, and
-the norms of all tiles share the statistics of the whole, gathered in a first pass over the tiles. What is left to the
-tiles is local, and overlaps wider than its reach agree, so nothing has to be blended away.
+A tile decoded by itself has norms of its own, and so colours of its own. Here all bands go through one layer before any
+goes through the next: a norm then has the statistics of the whole picture, and a convolution sees the rows next to its
+band, so that the bands meet without overlap, blending or seam. Between layers the features wait in the CPU's memory.
+What works at latent resolution (attention over the whole picture) is small and is not cut.
 
-Legend: B batch, Z latent channels, h, w latent pixels, K groups.
+Legend: B batch, C channels, H, W rows and columns at some resolution, h, w latent pixels, Z latent channels, K groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from typing import cast
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from ldm.models.autoencoder import Autoencoder
-from ldm.models.layers import GroupNorm
-
-OVERLAP = 8
-"""Latent pixels that a tile sees beyond what it draws, on each side."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """One side of a tile: it draws [start, end), and sees [low, high)."""
-
-    start: int
-    end: int
-    low: int
-    high: int
-
-
-def spans(size: int, tile: int, overlap: int = OVERLAP) -> list[Span]:
-    """Tiles of equal length, up to one, that draw [0, size) without a gap."""
-    count = -(-size // tile)
-    edges = [round(i * size / count) for i in range(count + 1)]
-    return [Span(a, b, max(0, a - overlap), min(size, b + overlap)) for a, b in pairwise(edges)]
+from ldm.models.autoencoder import Autoencoder, Level
+from ldm.models.layers import GroupNorm, ResnetBlock, Upsample
 
 
 @torch.no_grad()
-def decode_tiled(model: Autoencoder, z: Tensor, tile: int, overlap: int = OVERLAP) -> Tensor:
-    """Unscaled latents (B, Z, h, w) -> images as `Autoencoder.decode`, in tiles of about `tile` latent pixels a side.
+def decode_tiled(model: Autoencoder, z: Tensor, tile: int) -> Tensor:
+    """Unscaled latents (B, Z, h, w) -> images as `Autoencoder.decode`, in bands of `tile` x `tile` pixels' area.
 
-    Costs twice the time, and the memory of (tile + 2 overlap)^2. Raises ValueError for a tile under 1.
+    The images are in the CPU's memory. Raises ValueError for a tile under 1.
     """
     if tile < 1:
-        raise ValueError(f"tile must be at least 1 latent pixel, got {tile}")
-    rows, columns = spans(z.shape[2], tile, overlap), spans(z.shape[3], tile, overlap)
-    if len(rows) * len(columns) == 1:
-        return model.decode(z)
-    decoder = model.decoder
-    h = decoder.mid_block(decoder.conv_in(z if model.post_quant_conv is None else model.post_quant_conv(z)))
-    norms = [
-        m for part in (decoder.up_blocks, decoder.conv_norm_out) for m in part.modules() if isinstance(m, GroupNorm)
-    ]
-    with _Statistics(norms) as statistics:
-        for part, inside in _parts(h, rows, columns):
-            statistics.look_at(part.shape[2], inside)
-            _finish(model, part)
-    try:
-        for norm in norms:
-            norm.given = statistics.of(norm)
-        return _drawn(model, h, rows, columns)
-    finally:
-        for norm in norms:
-            norm.given = None
+        raise ValueError(f"tile must be at least 1 pixel, got {tile}")
+    decoder, area = model.decoder, tile * tile
+    x = decoder.mid_block(decoder.conv_in(z if model.post_quant_conv is None else model.post_quant_conv(z))).cpu()
+    for block in cast("list[Level]", decoder.up_blocks):
+        for resnet in cast("list[ResnetBlock]", block.resnets):
+            x = _resnet(resnet, x, area)
+        if block.upsamplers is not None:
+            x = _upsample(cast("Upsample", block.upsamplers[0]).conv, x, area)
+    return _norm_conv(decoder.conv_norm_out, decoder.conv_out, x, area)
 
 
-def _finish(model: Autoencoder, h: Tensor) -> Tensor:
-    for block in model.decoder.up_blocks:
-        h = block(h)
-    return model.decoder.conv_out(model.decoder.conv_norm_out(h))
+def bands(height: int, width: int, area: int) -> Iterator[tuple[int, int, int, int]]:
+    """(first row, end, first row seen, end of those seen) of bands of at most `area` pixels, and at least a row."""
+    rows = max(1, area // width)
+    for a in range(0, height, rows):
+        b = min(a + rows, height)
+        yield a, b, max(0, a - 1), min(height, b + 1)
 
 
-def _drawn(model: Autoencoder, h: Tensor, rows: list[Span], columns: list[Span]) -> Tensor:
-    f = model.factor
-    parts = iter(_parts(h, rows, columns))
-    lines = []
-    for _ in rows:
-        line = []
-        for _ in columns:
-            part, (top, left, height, width) = next(parts)
-            line.append(_finish(model, part)[..., top * f : (top + height) * f, left * f : (left + width) * f])
-        lines.append(torch.cat(line, dim=3))
-    return torch.cat(lines, dim=2)
+def _resnet(block: ResnetBlock, x: Tensor, area: int) -> Tensor:
+    h = _norm_conv(block.norm2, block.conv2, _norm_conv(block.norm1, block.conv1, x, area), area)
+    device = block.conv1.weight.device
+    for a, b, _, _ in bands(x.shape[2], x.shape[3], area):
+        part = x[:, :, a:b]
+        h[:, :, a:b] += part if block.conv_shortcut is None else block.conv_shortcut(part.to(device)).to(h.device)
+    return h
 
 
-def _parts(h: Tensor, rows: list[Span], columns: list[Span]) -> Iterator[tuple[Tensor, tuple[int, int, int, int]]]:
-    """What each tile sees, and where in it lies what it draws: (top, left, height, width)."""
-    for r in rows:
-        for c in columns:
-            inside = (r.start - r.low, c.start - c.low, r.end - r.start, c.end - c.start)
-            yield h[..., r.low : r.high, c.low : c.high], inside
+def _norm_conv(norm: GroupNorm, conv: nn.Conv2d, x: Tensor, area: int) -> Tensor:
+    """conv(silu(norm(x)))."""
+    mean, variance = _statistics(norm, x, area)
+    out = x.new_empty(x.shape[0], conv.out_channels, *x.shape[2:])
+    for a, b, low, high in bands(x.shape[2], x.shape[3], area):
+        part = norm.of_part(x[:, :, low:high].to(conv.weight.device), mean, variance)
+        out[:, :, a:b] = _conv(conv, F.silu(part, inplace=True), top=low == a, bottom=high == b)
+    return out
 
 
-class _Statistics:
-    """Sums over what the tiles draw of each norm's input, by hooks while a `with` block lasts."""
+def _upsample(conv: nn.Conv2d, x: Tensor, area: int) -> Tensor:
+    """conv of nearest neighbours at twice the size."""
+    height, width = x.shape[2:]
+    out = x.new_empty(x.shape[0], conv.out_channels, 2 * height, 2 * width)
+    for first, end, low, high in bands(height, width, max(area // 4, 1)):
+        part = F.interpolate(x[:, :, low:high].to(conv.weight.device), scale_factor=2.0)
+        part = part[:, :, first - low : part.shape[2] - (high - end)]  # one row beyond the band on each side, not two
+        out[:, :, 2 * first : 2 * end] = _conv(conv, part, top=low == first, bottom=high == end)
+    return out
 
-    def __init__(self, norms: list[GroupNorm]) -> None:
-        self.norms, self._height, self._inside = norms, 1, (0, 0, 0, 0)
-        self._sums: dict[GroupNorm, list[Any]] = {norm: [0.0, 0.0, 0] for norm in norms}
-        self._hooks: list[Any] = []
 
-    def __enter__(self) -> _Statistics:
-        self._hooks = [norm.register_forward_pre_hook(self._see) for norm in self.norms]
-        return self
+def _conv(conv: nn.Conv2d, x: Tensor, *, top: bool, bottom: bool) -> Tensor:
+    """A 3x3 convolution with zeros beyond the picture's own edges only."""
+    return F.conv2d(F.pad(x, (1, 1, int(top), int(bottom))), conv.weight, conv.bias)
 
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
 
-    def look_at(self, height: int, inside: tuple[int, int, int, int]) -> None:
-        """The next tile: its latent height, and where in it lies what it draws."""
-        self._height, self._inside = height, inside
-
-    def _see(self, norm: Any, inputs: tuple[Tensor]) -> None:
-        x = inputs[0]
-        scale = x.shape[2] // self._height
-        top, left, height, width = (v * scale for v in self._inside)
-        seen = x[..., top : top + height, left : left + width].unflatten(1, (norm.num_groups, -1)).flatten(2).double()
-        sums = self._sums[norm]
-        sums[0], sums[1], sums[2] = sums[0] + seen.sum(2), sums[1] + seen.square().sum(2), sums[2] + seen.shape[2]
-
-    def of(self, norm: GroupNorm) -> tuple[Tensor, Tensor]:
-        """Mean and variance (B, K)."""
-        total, squares, count = self._sums[norm]
-        mean = total / count
-        kind = norm.weight.dtype
-        return mean.to(kind), (squares / count - mean.square()).clamp(min=0).to(kind)
+def _statistics(norm: GroupNorm, x: Tensor, area: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance (B, K) of x (B, C, H, W), summed in float64."""
+    device = norm.weight.device
+    total, squares = torch.zeros(2, x.shape[0], norm.num_groups, dtype=torch.float64, device=device)
+    for a, b, _, _ in bands(x.shape[2], x.shape[3], area):
+        part = x[:, :, a:b].to(device).unflatten(1, (norm.num_groups, -1)).flatten(2).double()
+        total, squares = total + part.sum(2), squares + part.square().sum(2)
+    count = x[0].numel() // norm.num_groups
+    mean = total / count
+    return mean.to(norm.weight.dtype), (squares / count - mean.square()).clamp(min=0).to(norm.weight.dtype)
