@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,43 @@ def test_the_verb_gives_the_bound(model: Path, tmp_path: Path, capsys: pytest.Ca
     assert found[0]["bits_per_dim"]["mean"] == pytest.approx(want, rel=1e-3)
     assert found[0]["prior"] == pytest.approx(0, abs=1e-6)
     assert found[0]["dimensions"] == size
+
+
+def test_learned_variance(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A new U-Net of twice the channels answers 0: each variance is the geometric mean of its two ends."""
+    torch.manual_seed(2)
+    save_diffusers(
+        tmp_path / "learned",
+        unet=UNet(replace(UNETS["tiny"], out_channels=2 * UNETS["tiny"].out_channels)),
+        autoencoder=Autoencoder(AUTOENCODERS["tiny"]),
+        text=[TextTower(TEXTS["tiny"][0])],
+        scheduler=scheduler_to_diffusers(Discrete(zero_terminal_snr=True), V(), variance="learned"),
+    )
+    out = tmp_path / "figures.json"
+    argv = ["evaluate", "nll", "--count", "2", "--steps", "4", "--variance", "learned", "--out", str(out)]
+    assert main([*argv, "--model", str(tmp_path / "learned")]) == 0
+    found = json.loads(out.read_text())
+    assert found["protocol"]["variance"] == "learned"
+    pipeline = TextToImage.load(tmp_path / "learned")
+    drawn = measure.draw("emoji", "heldout", 2)
+    with torch.no_grad():
+        x0 = pipeline.codec.encode(measure.real_pictures("emoji", "heldout", drawn.ids, 8 * pipeline.codec.factor))
+    schedule, times = Discrete(zero_terminal_snr=True), [0, 333, 666, 999]
+    total = x0.new_zeros(2)
+    for i, t in enumerate(times):
+        alpha, sigma = schedule.at(t)
+        x = alpha * x0 + sigma * Rng(0, (0, 1)).normal(f"time {i}", x0.shape[1:])
+        q = posterior(alpha, sigma, *(schedule.at(times[i - 1]) if i else (1.0, 0.0)))
+        small = q.small if i else posterior(*schedule.at(333), *schedule.at(0)).small
+        variance = math.sqrt(small * q.large)
+        error = (q.on_x0 * (alpha * x - x0)).square()
+        rest = small / variance - 1 - math.log(small) if i else math.log(2 * math.pi)
+        total += 0.5 * (error / variance + math.log(variance) + rest).flatten(1).sum(1)
+    want = float(total.mean()) / x0[0].numel() / math.log(2)
+    assert found["result"]["bits_per_dim"]["mean"] == pytest.approx(want, rel=1e-3)
+    capsys.readouterr()
+    assert main([*argv, "--model", str(model)]) == 2
+    assert "variance 'learned' needs" in capsys.readouterr().err
 
 
 def test_refused(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
