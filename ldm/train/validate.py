@@ -50,12 +50,13 @@ class LossOnHeldOut:
         self.last = math.nan
 
     def __call__(self, trainer: Trainer, step: int) -> None:
-        with trainer.averaged(), torch.no_grad():
+        with trainer.averaged():
             self.last = self.loss(trainer)
         if trainer.log is not None:
             trainer.log.write(step, {"validation_loss": self.last})
         dist.say(f"step {step}: validation loss {self.last:.5f}")
 
+    @torch.no_grad()
     def loss(self, trainer: Trainer) -> float:
         """Of the network as it is; collective."""
         count, micro = len(self._batch["key"]), trainer.config.micro_batch(dist.world_size())

@@ -75,7 +75,7 @@ def test_every_average_is_the_same_at_every_stage(tmp_path: Path, world: int, st
     """Against plain PyTorch's weights of every step, averaged by their closed forms in float64."""
     oracle = tiny.plain(tiny.STEPS)
     trajectory = [{n: w.double() for n, w in step.items()} for step in oracle.weights]
-    ranks.run(averages, world, stages, str(tmp_path), timeout=240)
+    ranks.run(averages, world, stages, str(tmp_path), timeout=400)
     for stage in stages:
         out = tmp_path / f"stage-{stage}"
         assert files.steps(out / "ema") == [2, 4, 6, 8, 10]
@@ -128,7 +128,7 @@ def fails_on(kind: str, folder: str) -> tuple[str, list[int]]:
 
 @pytest.mark.parametrize(("kind", "rank", "own"), [("disk", 1, "No space left"), ("lock", 0, "taken over by another")])
 def test_a_save_that_fails_on_one_rank_fails_on_all(tmp_path: Path, kind: str, rank: int, own: str) -> None:
-    found = ranks.run(fails_on, 2, kind, str(tmp_path))
+    found = ranks.run(fails_on, 2, kind, str(tmp_path), timeout=300)
     for r, (said, steps) in enumerate(found):
         assert said.startswith("SaveFailed" if kind == "disk" else "LockLost")
         assert (own if r == rank else "another rank tells why") in said
@@ -175,9 +175,8 @@ def validated(folder: str, stage: int) -> list[float]:
     batch = tiny.rows(50, list(range(7)))
     hook = LossOnHeldOut(ValidateConfig(samples=7, every=1), batch, seed=0)
     run.run([hook])
-    again = hook.last
-    hook(run, 2)
-    assert hook.last == again
+    with run.averaged():
+        assert hook.loss(run) == hook.last
     return [hook.last, hook.loss(run)]
 
 
@@ -194,7 +193,7 @@ def test_validation_is_the_same_for_any_number_of_ranks(tmp_path: Path) -> None:
         losses = [objective(_one(batch, i), tiny.Rng.of(1, [i]))[0].item() for i in range(7)]
     assert one[1] == pytest.approx(sum(losses) / 7, rel=1e-5)
     logged = [json.loads(line) for line in (tmp_path / "one" / "log" / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in logged if "validation_loss" in r] == [0, 1, 2, 2]
+    assert [r["step"] for r in logged if "validation_loss" in r] == [0, 1, 2]
 
 
 def _one(batch: Batch, i: int) -> Batch:
