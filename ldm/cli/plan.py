@@ -112,8 +112,9 @@ def _text_to_image(config: RunConfig, task: Any, world: int, gpu: bool) -> Job:
     vae, factor, channels = _vae(task.vae, said)
     towers, context, width, pooled = _text(task.text, said)
     unet = task.unet
-    side = config.data.size // factor if _plain(config) else unet.sample_size or 64
-    cached = task.cache is not None or (_plain(config) and config.data.cached)
+    pixels = _pixels(config, (unet.sample_size or 64) * factor)
+    side = pixels // factor
+    cached = task.cache is not None or _cached(config)
     if task.cache is not None and not (Path(task.cache) / "manifest.json").is_file():
         said.append(f"task.cache: nothing in {str(task.cache)!r} yet: the run encodes everything first, once")
     if not cached:
@@ -138,7 +139,7 @@ def _text_to_image(config: RunConfig, task: Any, world: int, gpu: bool) -> Job:
             cond,
         )
 
-    frozen = _frozen(vae, towers, config.data.size if _plain(config) else side * factor, context, cached)
+    frozen = _frozen(vae, towers, pixels, context, cached)
     samples, size = _data(config, 2.0 * (2 * channels * side * side + context * width + pooled), cached, said)
     return Job(
         name=config.name,
@@ -231,10 +232,17 @@ def _json(source: str, names: tuple[str, ...]) -> dict[str, Any] | None:
     return None
 
 
-def _plain(config: RunConfig) -> bool:
+def _pixels(config: RunConfig, otherwise: int) -> int:
+    """The side of the pictures."""
     from ldm.data.loader import DataConfig
 
-    return isinstance(config.data, DataConfig)
+    return config.data.size if isinstance(config.data, DataConfig) else otherwise
+
+
+def _cached(config: RunConfig) -> bool:
+    from ldm.data.loader import DataConfig
+
+    return isinstance(config.data, DataConfig) and config.data.cached
 
 
 def _data(config: RunConfig, encoded: float, cached: bool, said: list[str]) -> tuple[int | None, float]:
@@ -276,7 +284,7 @@ def _autoencoder(config: RunConfig, task: Any, world: int, gpu: bool) -> Job:
             return self.autoencoder.decode(mean)
 
     said = ["the discriminator and the perceptual network are not counted", "checkpointing is not counted"]
-    size = config.data.size if _plain(config) else task.model.sample_size
+    size = _pixels(config, task.model.sample_size)
 
     def build(recompute: bool) -> nn.Module:
         with torch.device("meta"):

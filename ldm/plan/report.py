@@ -227,9 +227,11 @@ class Planner:
             )
         if not chosen.fits:
             other = next((f for f in fits if f.fits), None)
-            hint = f"; it would with zero_stage {other.stage}{' and gradient_checkpointing' * other.recompute}"
+            hint = ""
+            if other is not None:
+                hint = f"; it would with zero_stage {other.stage}{' and gradient_checkpointing' * other.recompute}"
             most = f"at most {chosen.largest} do" if chosen.largest else "not even 1 does"
-            said.append(f"{micro} images a forward pass do not fit, {most}{hint if other else ''}")
+            said.append(f"{micro} images a forward pass do not fit, {most}{hint}")
             if point is not None:
                 said.append(f"times are those of accumulate {point.accumulate} with {point.micro} images")
         below = next((f for f in fits if f.stage < 3 and f.fits and f.recompute == chosen.recompute), None)
