@@ -145,6 +145,7 @@ def test_bad_samples_are_replaced_alike_and_listed(make_set: Make, tmp_path: Pat
     assert not {"s00004", "s00020"} & {k for b in batches for k in b["key"]}
     entries = [json.loads(line) for line in listed.read_text().splitlines()]
     assert sorted(e["key"] for e in entries) == ["s00004", "s00020"]
+    assert loader.figures()["bad_samples"] == 2
     assert {e["reason"] for e in entries} == {"unknown_format"}
     keys = [k for b in batches for k in b["key"]]
     split = [
@@ -171,7 +172,9 @@ def test_memory_bound_changes_nothing_but_cost(make_set: Make, memory: int) -> N
     for a, b in zip(take(loader, 0, 12), take(other, 0, 12), strict=True):
         assert torch.equal(a["image"], b["image"])
     pictures = sum(p.pixels.nbytes for p in loader.samples._pictures.values())
-    assert pictures + 2048 * len(loader.samples._records) <= memory
+    kept = pictures + 2048 * len(loader.samples._records)
+    assert kept <= memory
+    assert loader.figures() == {"data_memory_gib": kept / 2**30, "bad_samples": 0.0}
 
 
 def test_memory_does_not_grow_over_epochs(make_set: Make) -> None:
