@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import evaluate_inversion, evaluate_samplers
+from ldm.cli import evaluate_inversion, evaluate_prompts, evaluate_samplers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,13 @@ def _parser() -> argparse.ArgumentParser:
     features.add_argument("--pictures", type=Path, help="measure the pictures of this folder instead of a model's")
     features.add_argument("--network", default="efficientnet_lite0", help="or inception (efficientnet_lite0)")
     features.add_argument("--weights", type=Path, help="file of inception's weights, where there is no network")
+    features.add_argument("--cache", type=Path, help="folder that keeps the features of real pictures")
     features.set_defaults(run=_features)
+
+    prompts = verbs.add_parser("prompts", help="CLIP score, retrieval and diversity prompt by prompt, and CMMD")
+    _data(prompts, split="compositional")
+    _drawing(prompts)
+    evaluate_prompts.add(prompts, _draw, _protocol)
 
     nll = verbs.add_parser("nll", help="bound on the negative log-likelihood of real pictures' latents")
     _data(nll, split="heldout")
@@ -139,8 +145,10 @@ def _reconstruction(args: argparse.Namespace) -> int:
 
 
 def _features(args: argparse.Namespace) -> int:
-    from ldm.evaluate.features import load_network
+    from ldm.evaluate import fid
+    from ldm.evaluate.features import extract, in_batches, load_network
     from ldm.recipes import measure
+    from ldm.recipes.statistics import real_features
 
     network = load_network(args.network, args.weights)
     drawn = measure.draw(args.data, args.split, args.count, seed=args.seed)
@@ -151,8 +159,10 @@ def _features(args: argparse.Namespace) -> int:
     else:
         images, how = _draw(args, drawn.captions)
         protocol |= how | {"pictures": "drawn"}
-    real = measure.real_pictures(args.data, args.split, drawn.ids, images.shape[-1])
-    found = measure.features_of(network, real, images, seed=args.seed)
+    size = images.shape[-1]
+    real = real_features(network, args.data, args.split, drawn.ids, size, args.cache)
+    found = fid.compare(real, extract(network, in_batches(images)), network=network.name, seed=args.seed)
+    protocol |= {"size": size, "network": network.name}
     print(f"{len(images)} pictures against the captions' {len(real)} real ones, data {args.data}, split {args.split}")
     for name, value in found.items():
         shown = f"{value['mean']:.6g} (std {value['std']:.2g})" if isinstance(value, dict) else value

@@ -1,0 +1,39 @@
+"""Features of real pictures, computed once and kept: named by all that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ldm.data.manifest import Manifest, resolve
+from ldm.evaluate.features import FeatureNetwork, extract, in_batches
+from ldm.recipes.measure import real_pictures
+
+
+def real_features(
+    network: FeatureNetwork, data: str, split: str, ids: Sequence[int], size: int, cache: Path | None
+) -> Tensor:
+    """Features (N, D) float64 of a split's pictures; with `cache`, a folder, read from there or left there.
+
+    The file's name holds the network with its resize, the shards' hashes, the samples and their size.
+    """
+    if cache is None:
+        return extract(network, in_batches(real_pictures(data, split, ids, size)))
+    shards = [shard.sha256 for shard in Manifest.read(resolve(data)).shards if shard.split == split]
+    told = {"network": network.name, "shards": shards, "split": split, "ids": list(ids), "size": size}
+    key = hashlib.blake2b(json.dumps(told).encode(), digest_size=12).hexdigest()
+    path = cache / f"features-{key}.safetensors"
+    if path.is_file():
+        return load_file(path)["features"]
+    found = extract(network, in_batches(real_pictures(data, split, ids, size)))
+    cache.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")  # processes may do the same work; none reads half a file
+    save_file({"features": found.contiguous()}, beside, metadata={"network": network.name, "split": split})
+    os.replace(beside, path)
+    return found
