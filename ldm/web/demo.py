@@ -37,12 +37,12 @@ from ldm.web.demo_page import DemoResults, RetrievalFigure, write_demo_page
 from ldm.web.gallery import Fact, Picture
 
 PROMPTS = (
-    "a red apple", "a smiling face with sunglasses", "cat", "a pizza", "a red heart", "police car", "banana", "a tree",
+    "a red apple", "a smiling face with sunglasses", "cat", "a pizza", "a red heart", "police car", "banana", "an owl",
 )  # fmt: skip
 HERO = (
     *PROMPTS,
-    "a rocket", "woman firefighter, medium-dark skin tone", "an owl", "man artist, light skin tone",
-    "a snowman", "blue book", "person in lotus position, dark skin tone", "green apple",
+    "hamburger", "woman firefighter, medium-dark skin tone", "guitar", "man artist, light skin tone",
+    "a snowman", "airplane", "person in lotus position, dark skin tone", "sunflower",
 )  # fmt: skip
 STEP_COUNTS = (1, 2, 4, 8, 16, 50, 250, 1000)
 ROWS = {"ddpm": 1000, "ddim": 1000, "dpmpp_2m": 250, "unipc": 50, "euler": 50, "heun": 50}
