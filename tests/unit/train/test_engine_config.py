@@ -1,0 +1,60 @@
+"""DeepSpeed's configuration: every key that we write is one that it knows and takes; bad values are named."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from ldm.train.engine import EngineConfig, _deepspeed, deepspeed_config
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_key_of_zero_is_known_and_taken(stage: int) -> None:
+    _deepspeed()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    written = deepspeed_config(EngineConfig(zero_stage=stage, bucket=1234, live=77), 2, 3)["zero_optimization"]
+    fields = DeepSpeedZeroConfig.model_fields
+    names = {field.alias or name: name for name, field in fields.items()}
+    assert set(written) <= set(names)
+    taken = DeepSpeedZeroConfig(**written)
+    for key, value in written.items():
+        if not isinstance(value, dict):
+            assert getattr(taken, names[key]) == value, key
+    if stage == 3:
+        assert (taken.max_live_parameters, taken.max_reuse_distance) == (77, 77)
+
+
+def test_what_would_default_to_something_else_is_written() -> None:
+    whole = deepspeed_config(EngineConfig(zero_stage=2, clip=0.0), 2, 3)
+    assert whole["gradient_clipping"] == 0.0  # 1.0 without the key
+    assert whole["zero_force_ds_cpu_optimizer"] is False  # which would compile C++
+    assert whole["zero_optimization"]["round_robin_gradients"] is False
+    assert (whole["train_micro_batch_size_per_gpu"], whole["gradient_accumulation_steps"]) == (2, 3)
+    json.dumps(whole)  # as --print-config shows it
+
+
+def test_the_loss_scale_of_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    written = deepspeed_config(EngineConfig(precision="fp16", loss_scale=128.0, loss_scale_power=9), 1, 1)["fp16"]
+    assert (written["enabled"], written["loss_scale"], written["initial_scale_power"]) == (True, 128.0, 9)
+    assert deepspeed_config(EngineConfig(precision="fp16"), 1, 1)["fp16"]["loss_scale"] == 0.0  # found by itself
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"offload_parameters": True}, "offload_parameters: needs zero_stage 3, got 1"),
+        ({"offload_optimizer": True, "zero_stage": 0}, "offload_optimizer: needs zero_stage 1, 2 or 3"),
+        ({"live": -1}, "live must be at least 0"),
+        ({"bucket": 0}, "bucket must be at least 1"),
+        ({"loss_scale": -1.0}, "loss_scale must be at least 0"),
+        ({"loss_scale_power": 64}, "loss_scale_power must be in"),
+    ],
+)
+def test_bad_values_are_refused_by_name(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        EngineConfig(**options)
