@@ -70,7 +70,7 @@ def averages(stages: list[int], folder: str) -> dict[int, Any]:
     return found
 
 
-@pytest.mark.parametrize(("world", "stages"), [(1, [0]), (2, [1, 3])])
+@pytest.mark.parametrize(("world", "stages"), [(1, [0, 3]), (2, [2])])
 def test_every_average_is_the_same_at_every_stage(tmp_path: Path, world: int, stages: list[int]) -> None:
     """Against plain PyTorch's weights of every step, averaged by their closed forms in float64."""
     oracle = tiny.plain(tiny.STEPS)
