@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--count", type=int, default=1, help="pictures of each prompt")
     p.add_argument("--size", type=int, nargs="+", metavar="PIXELS", help="side, or height and width (the model's own)")
     p.add_argument("--batch", type=int, default=16, help="pictures at a time")
+    p.add_argument("--prompt-weights", action="store_true", help='read "(word:1.3)" in prompts')
+    p.add_argument("--long-prompts", action="store_true", help="take prompts beyond the text tower's context in chunks")
+    p.add_argument("--original-size", type=int, nargs=2, metavar=("H", "W"), help="what SDXL is told of the picture")
+    p.add_argument("--crop", type=int, nargs=2, default=(0, 0), metavar=("TOP", "LEFT"), help="the same: its crop")
+    p.add_argument("--target-size", type=int, nargs=2, metavar=("H", "W"), help="the same: its size after cropping")
+    p.add_argument("--vae-tile", type=int, metavar="PIXELS", help="decode in bands of so many pixels squared")
+    p.add_argument("--vae-slices", action="store_true", help="decode one picture at a time")
+    p.add_argument("--attention-slice", type=int, metavar="N", help="let so many pixels attend at a time")
+    p.add_argument("--offload", action="store_true", help="keep the model in the CPU's memory but for the part at work")
+    p.add_argument("--compile", action="store_true", help="compile the U-Net first (minutes on a CPU)")
     p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the U-Net")
     p.add_argument("--device", default=None, help="cpu, cuda, ...; default: a GPU if there is one")
     p.add_argument("--out", type=Path, default=Path("samples"), help="folder for the pictures")
@@ -80,9 +91,16 @@ def main(argv: list[str]) -> int:
         sampler=args.sampler, steps=args.steps, guidance=args.guidance, rescale=args.rescale, negative=args.negative,
         guide=args.guide, interval=None if args.interval is None else (args.interval[0], args.interval[1]),
         eta=args.eta, spacing=args.spacing, seed=args.seed, size=size, batch=args.batch,
+        weights=args.prompt_weights, long=args.long_prompts, original=_pair(args.original_size),
+        crop=_pair(args.crop) or (0, 0), target=_pair(args.target_size), tile=args.vae_tile, slices=args.vae_slices,
+        queries=args.attention_slice,
     )  # fmt: skip
     pipeline = TextToImage.load(args.model, device=args.device or dist.device(), precision=args.precision)
     _adapt(pipeline, args.lora, args.embedding)
+    if args.offload:
+        pipeline.offload(args.device or dist.device())
+    if args.compile:
+        pipeline.compile()
     each = [p for p in prompts for _ in range(args.count)]
     meter = tqdm(unit="step", desc="sampling", leave=False, disable=None)  # disable=None: no bar where no terminal is
     with warnings.catch_warnings(record=True) as caught, meter as bar:
@@ -103,6 +121,10 @@ def main(argv: list[str]) -> int:
     sheet(pictures, columns).save(grid, pnginfo=_info({**record, "prompts": prompts}))
     print("\n".join(map(str, [*paths, grid])))
     return 0
+
+
+def _pair(values: Sequence[int] | None) -> tuple[int, int] | None:
+    return None if values is None else (values[0], values[1])
 
 
 def _adapt(pipeline: TextToImage, loras: list[str], embeddings: list[str]) -> None:

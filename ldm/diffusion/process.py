@@ -159,7 +159,7 @@ class Process:
         return LearnedDenoise(both)
 
     def _estimate(self, out: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = self.schedule.alpha_sigma(t, _wide(x))
+        alpha, sigma = self.schedule.alpha_sigma(t, _wide(x), check=False)
         return self.prediction.x0(out.to(alpha.dtype), x, alpha, sigma).to(x.dtype)
 
 

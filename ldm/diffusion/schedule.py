@@ -39,7 +39,9 @@ class Schedule(Protocol):
         """True if training times are the integers 0 .. T-1."""
         ...
 
-    def alpha_sigma(self, t: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]: ...
+    def alpha_sigma(
+        self, t: Tensor, dtype: torch.dtype = torch.float32, *, check: bool = True
+    ) -> tuple[Tensor, Tensor]: ...
 
     def at(self, t: float) -> tuple[float, float]: ...
 
@@ -100,12 +102,14 @@ class Discrete:
         bar = _alpha_bar(self)
         return 1 - bar / torch.cat([bar.new_ones(1), bar[:-1]])
 
-    def alpha_sigma(self, t: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    def alpha_sigma(
+        self, t: Tensor, dtype: torch.dtype = torch.float32, *, check: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """(alpha, sigma), each shaped as t; t integer or fractional in [0, T-1].
 
-        Raises ValueError for times out of range (on the CPU; elsewhere the check would stall the device).
+        With `check`, raises ValueError for times out of range (on the CPU; elsewhere that would stall the device).
         """
-        if t.device.type == "cpu" and t.numel() and (float(t.min()) < 0 or float(t.max()) > self.last):
+        if check and t.device.type == "cpu" and t.numel() and (float(t.min()) < 0 or float(t.max()) > self.last):
             raise ValueError(f"t must lie in [0, {self.steps - 1}], got [{float(t.min())}, {float(t.max())}]")
         alpha, sigma, lam = _tables(self, t.device)
         if not t.is_floating_point():
@@ -179,9 +183,11 @@ class Flow:
     def discrete(self) -> bool:
         return False
 
-    def alpha_sigma(self, t: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    def alpha_sigma(
+        self, t: Tensor, dtype: torch.dtype = torch.float32, *, check: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """(alpha, sigma), each shaped as t in [0, T]."""
-        if t.device.type == "cpu" and t.numel() and (float(t.min()) < 0 or float(t.max()) > self.last):
+        if check and t.device.type == "cpu" and t.numel() and (float(t.min()) < 0 or float(t.max()) > self.last):
             raise ValueError(f"t must lie in [0, {self.steps}], got [{float(t.min())}, {float(t.max())}]")
         sigma = t.to(_wide(t.device)) / self.steps
         return (1 - sigma).to(dtype), sigma.to(dtype)
