@@ -88,7 +88,7 @@ def cached(folder: Path, data: DataConfig, codec: LatentCodec, towers: Sequence[
     """Encode pictures and captions into a folder if they are not there yet; all ranks share the work."""
     config = EncodeConfig(
         path=data.path, splits=(data.split,), size=data.size, buckets=data.buckets, fit=data.fit, crop=data.crop,
-        flip=data.flip, variants=2 if data.flip else 1, template=data.template, part=512,
+        flip=data.flip, variants=2 if data.flip or data.crop == "random" else 1, template=data.template, part=512,
     )  # fmt: skip
     encode_text = text_encoder(towers)
     bar = tqdm(desc="encoding", unit="img", disable=dist.rank() != 0, mininterval=2)

@@ -23,6 +23,8 @@ from ldm.data.indexing import index
 from ldm.data.loader import DataConfig, Loader
 from ldm.data.manifest import Manifest
 from ldm.data.write import ShardWriter
+from ldm.recipes.sources import load_autoencoder
+from tests import miniature
 
 
 def test_sdxl_shapes() -> None:
@@ -165,6 +167,24 @@ def test_caches_of_buckets_hold_what_online_gives(
         Loader(replace(data, buckets=False), seed=0, micro_batch=4)
     with pytest.raises(ValueError, match="made with flip=False, this run has True"):
         Loader(replace(data, flip=True), seed=0, micro_batch=4)
+
+
+def test_the_command_encodes_buckets(
+    bucketed: tuple[Path, dict[str, tuple[int, int]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, sizes = bucketed
+    model = miniature.vae(tmp_path / "model")
+    command = ["encode", str(folder), str(tmp_path / "cache"), "--buckets", "--vae", str(model), "--batch", "8"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert f"{len(sizes)} samples, " in said
+    assert "bucket 128x128: " in said
+    assert "relative error of storing as float16: moments " in said
+    data = DataConfig(path=str(tmp_path / "cache"), cached=True, buckets=True, last="wrap")
+    batch = Loader(data, seed=0, micro_batch=4).batch(0, 0)
+    height, width = batch["target_size"][0].int().tolist()
+    factor = load_autoencoder(str(model)).factor
+    assert tuple(batch["moments"].shape[2:]) == (height // factor, width // factor)
 
 
 def test_existing_tars_get_buckets_by_indexing(
