@@ -109,7 +109,7 @@ from pathlib import Path
 from ldm.train.guards import Watchdog
 
 def stuck_in_a_collective():
-    time.sleep(60)
+    time.sleep(3600)
 
 with Watchdog(0.5, Path(sys.argv[1])) as dog:
     dog.beat(41)
@@ -118,13 +118,11 @@ with Watchdog(0.5, Path(sys.argv[1])) as dog:
 
 
 def test_a_hang_writes_every_stack_and_ends_with_its_code(tmp_path: Path) -> None:
-    began = time.monotonic()
     env = os.environ | {"RANK": "3", "WORLD_SIZE": "8"}
     done = subprocess.run(
         [sys.executable, "-c", HANG, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, env=env
     )
     assert done.returncode == guards.HUNG == 70
-    assert time.monotonic() - began < 60
     for text in (done.stderr, (tmp_path / "stacks-3.txt").read_text()):
         assert "rank 3 on " in text
         assert "no step for 0.5 s after step 41" in text
