@@ -15,6 +15,7 @@ from ldm.recipes.base import Assembly
 from ldm.recipes.finetune import Finetuning, assembled, make_adapter, open_base
 from ldm.recipes.pictures import prepare
 from ldm.recipes.prior import Prior
+from ldm.recipes.sources import weights_hash
 from ldm.train.trainer import TrainConfig
 
 
@@ -58,7 +59,8 @@ def build(task: DreamboothTask, data: Data, train: TrainConfig, seed: int, worke
     if task.prior is not None:
         shards = Path(sources[1].path)
         folder = task.prior.folder or shards.parent / "class_pictures"
-        class_pictures.make(task.prior, task.class_prompt, folder, task.base, pipeline)
+        base = f"{task.base} {weights_hash(pipeline.unet, *pipeline.text)}"
+        class_pictures.make(task.prior, task.class_prompt, folder, base, pipeline)
         prepare(folder, shards, [task.class_prompt], sources[1].size)
     return assembled(task, make_adapter(task.adapter), pipeline, data, train, seed, workers, task.images)
 
