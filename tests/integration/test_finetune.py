@@ -121,7 +121,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW_CASES = ("dreambooth full, text", "lora, text")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW_CASES else c for c in CASES])
 def test_two_processes_stage_3_and_resume(case: str, project: Path) -> None:
     """ZeRO 3 on two ranks, stopped and resumed, gives what one process gives under ZeRO 1; the export draws."""
     task, prior = CASES[case](project)
