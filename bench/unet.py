@@ -1,13 +1,19 @@
 """Our U-Net against diffusers' UNet2DConditionModel: same shape, same weights, same optimizer, float32.
 
-Training is forward, backward and AdamW, with PyTorch's own choice of attention kernel and with the plain one, which our
-engine takes on CPUs. Sampling is 20 guided DDIM steps: our sampler on our network, their scheduler in their loop.
+Forward; forward, backward and AdamW, with PyTorch's own choice of attention kernel and with the plain one, which our
+engine takes on CPUs; and 20 guided DDIM steps: our sampler on our network, their scheduler in their loop. For each of
+three shapes, with the share of a matrix product's rate that was measured in the same rounds, and the peak memory of a
+process that only trains. torch.compile runs for the smallest shape (minutes of compilation).
 """
 
 from __future__ import annotations
 
 import contextlib
+import resource
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,16 +21,44 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import parts
-from bench.timing import Options, interleaved, report
+from bench.timing import Options, Spread, interleaved, report
 from ldm.config.load import encode
 from ldm.diffusion.prediction import Epsilon
 from ldm.diffusion.process import Process
 from ldm.diffusion.schedule import Discrete
+from ldm.models.presets import UNETS
 from ldm.models.unet import UNet, UNetConfig
+from ldm.plan.flops import count_flops
 from ldm.sampling import sample
 from ldm.sampling.guidance import classifier_free
+from ldm.types import Net
 
 GUIDANCE = 3.0
+MATRIX = 1024
+"""Side of the matrices whose product sets the rate."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A network, its latents' side and text, and batches: of a training step, of drawn pictures."""
+
+    config: UNetConfig
+    side: int
+    tokens: int
+    batch: int
+    drawn: int
+    rounds: int
+
+
+_THREE = replace(
+    UNETS["emoji"], sample_size=32, block_out_channels=(64, 128, 256), layers_per_block=2, attention_head_dim=(2, 4, 8)
+)
+SHAPES = {
+    "emoji": Shape(UNETS["emoji"], 16, 32, 32, 8, 12),
+    "three levels of 64": Shape(_THREE, 32, 77, 8, 4, 8),
+    "sd15": Shape(UNETS["sd15"], 32, 77, 1, 1, 4),
+}
+QUICK = {"tiny": Shape(UNETS["tiny"], 8, 7, 2, 1, 2)}
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x, t, text states) -> output."""
 
@@ -72,15 +106,16 @@ def under(
     return inside
 
 
-def our_sampling(ours: UNet, x: Tensor, text: Tensor, steps: int) -> Callable[[], Tensor]:
-    """Guided DDIM, trailing times."""
+def our_sampling(ours: UNet, call: Net, x: Tensor, text: Tensor, steps: int) -> Callable[[], Tensor]:
+    """Guided DDIM, trailing times, as our pipeline runs it: keys and values of the text once."""
     process = Process(schedule=Discrete(), prediction=Epsilon())
 
     @torch.no_grad()
     def draw() -> Tensor:
-        denoise = classifier_free(process.denoiser(ours), {"text": torch.zeros_like(text[:1])}, GUIDANCE)
+        empty = {"kv": ours.keys_values(torch.zeros_like(text[:1]))}
+        denoise = classifier_free(process.denoiser(call), empty, GUIDANCE)
         return sample(
-            "ddim", denoise, x, {"text": text}, schedule=process.schedule, steps=steps,
+            "ddim", denoise, x, {"kv": ours.keys_values(text)}, schedule=process.schedule, steps=steps,
             noise=lambda i: torch.zeros_like(x), eta=0.0, spacing="trailing",
         )  # fmt: skip
 
@@ -115,50 +150,167 @@ def deviation(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def run(options: Options) -> dict[str, Any]:
-    """Measure on the CPU."""
-    config = parts.unet_config(options.quick)
-    size, drawn, steps = (2, 1, 4) if options.quick else (32, 8, 20)
-    ours, theirs = both(config)
-    g, side = torch.Generator().manual_seed(4), config.sample_size or 16
-    x = torch.randn(size, config.in_channels, side, side, generator=g)
-    text = torch.randn(size, parts.TOKENS, parts.text_states(config), generator=g)
-    t = torch.randint(0, 1000, (size,), generator=g)
+def inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """x, t and text states of a training step."""
+    g = torch.Generator().manual_seed(4)
+    x = torch.randn(shape.batch, shape.config.in_channels, shape.side, shape.side, generator=g)
+    text = torch.randn(shape.batch, shape.tokens, parts.text_states(shape.config), generator=g)
+    return x, torch.randint(0, 1000, (shape.batch,), generator=g), text
 
-    def call_theirs(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        return theirs(x, t, encoder_hidden_states=text, return_dict=False)[0]
 
-    def call_ours(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        return ours(x, t, {"text": text})
+def call_of(network: nn.Module) -> Network:
+    """One way to call either network."""
+    if isinstance(network, UNet):
+        return lambda x, t, text: network(x, t, {"text": text})
+    return lambda x, t, text: network(x, t, encoder_hidden_states=text, return_dict=False)[0]
 
+
+def quiet(call: Network, *given: Tensor) -> Callable[[], object]:
+    """The forward pass alone."""
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return call(*given)
+
+    return forward
+
+
+def peak(shape: str, which: str, quick: bool) -> float:
+    """Peak memory in MB of two training steps in a process of its own, beyond what its imports and weights took."""
+    argv = [sys.executable, "-m", "bench.unet", shape, which, str(int(quick))]
+    return float(subprocess.run(argv, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def one_peak(name: str, which: str, quick: bool) -> float:
+    """What `peak` starts; the optimizer's state and the gradients are there before, so that activations remain."""
+    torch.set_num_threads(1)
+    shape = (QUICK if quick else SHAPES)[name]
+    network = dict(zip(("ldm", "diffusers"), both(shape.config), strict=True))[which]
+    x, t, text = inputs(shape)
+    step = training(network, call_of(network), x[:1], t[:1], text[:1])
+    step()
+    before = _rss()
+    step = training(network, call_of(network), x, t, text)
+    step()
+    step()
+    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before, 0.0)
+
+
+def _rss() -> float:
+    import psutil
+
+    return psutil.Process().memory_info().rss / 2**20
+
+
+def kept(call: Network, *given: Tensor) -> float:
+    """MB that a forward pass keeps for its backward pass, each storage once: the network's own part of the peak."""
+    storages: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = call(*given)
+    del out
+    return sum(storages.values()) / 2**20
+
+
+def matrix() -> tuple[Callable[[], object], float]:
+    """A matrix product and its operations."""
+    a = torch.randn(MATRIX, MATRIX)
+    return lambda: a @ a, 2.0 * MATRIX**3
+
+
+def share(seconds: dict[str, list[float]], name: str, flops: float, matrix_flops: float) -> Spread:
+    """The rate of a case over the matrix product's of the same round."""
+    rounds = zip(seconds[name], seconds["matrix product"], strict=True)
+    return Spread.of([(flops / a) / (matrix_flops / b) for a, b in rounds])
+
+
+def one_shape(name: str, shape: Shape, options: Options, steps: int) -> dict[str, Any]:
+    """All measurements of one shape in eager mode."""
+    ours, theirs = both(shape.config)
+    x, t, text = inputs(shape)
+    calls = {"ldm": call_of(ours), "diffusers": call_of(theirs)}
+    drawn = x[: shape.drawn], text[: shape.drawn]
     draws = {
-        "ldm sampling": our_sampling(ours, x[:drawn], text[:drawn], steps),
-        "diffusers sampling": their_sampling(theirs, x[:drawn], text[:drawn], steps),
+        "ldm sampling": our_sampling(ours, ours, *drawn, steps),
+        "diffusers sampling": their_sampling(theirs, *drawn, steps),
     }
     with torch.no_grad():
-        apart = deviation(call_ours(x, t, text), call_theirs(x, t, text))
+        apart = deviation(*(call(x, t, text) for call in calls.values()))
     drawn_apart = deviation(*(draw() for draw in draws.values()))
-    print(f"outputs differ by {apart:.1e}, drawn latents by {drawn_apart:.1e} (relative)")
+    print(f"== {name}: outputs differ by {apart:.1e}, drawn latents by {drawn_apart:.1e} (relative)")
     if not (apart < 1e-3 and drawn_apart < 1e-3):
         raise ValueError("the two networks do not compute the same: nothing to compare")
-    seconds = interleaved(draws, options.times(8), warmup=1)
-    result = {"sampling": report(f"{steps} guided steps, {drawn} pictures", seconds, [tuple(draws)])}  # type: ignore[list-item]
-    steps_of = {
-        "ldm": training(ours, call_ours, x, t, text),
-        "diffusers": training(theirs, call_theirs, x, t, text),
-    }
-    cases = steps_of | {f"{name}, plain attention": under(plain, step) for name, step in steps_of.items()}
-    seconds = interleaved(cases, options.times(12), warmup=1 if options.quick else 2)
+    rounds = options.times(shape.rounds)
+    product, matrix_flops = matrix()
+    cases = {f"{k} forward": quiet(call, x, t, text) for k, call in calls.items()} | {"matrix product": product}
+    seconds = interleaved(cases, rounds, warmup=1)
+    result = {"forward": report(f"forward, batch {shape.batch}", seconds, [("ldm forward", "diffusers forward")])}
+    flops = float(count_flops(ours, x, t, {"text": text}))
+    for k in calls:
+        s = share(seconds, f"{k} forward", flops, matrix_flops)
+        print(f"  {k} forward: {s.median:.2f} of the matrix product's rate ({s.low:.2f} .. {s.high:.2f})")
+        result["forward"][f"{k} share of the matrix rate"] = s.record()
+    seconds = interleaved(draws, rounds, warmup=1)
+    result["sampling"] = report(f"{steps} guided steps, {shape.drawn} pictures", seconds, [tuple(draws)])  # type: ignore[list-item]
+    result["training"] = train_both({"ldm": ours, "diffusers": theirs}, (x, t, text), rounds, flops)
+    result["kept_mb"] = {k: kept(call, x, t, text) for k, call in calls.items()}
+    print(f"  kept for the backward pass: {result['kept_mb']} MB")
+    return result | {"outputs_apart": apart, "drawn_apart": drawn_apart, "gflop_forward": flops / 1e9}
+
+
+def train_both(networks: dict[str, nn.Module], given: tuple[Tensor, ...], rounds: int, flops: float) -> dict[str, Any]:
+    """Steps of both, with either attention kernel."""
+    steps = {k: training(network, call_of(network), *given) for k, network in networks.items()}
+    product, matrix_flops = matrix()
+    cases = steps | {f"{k}, plain attention": under(plain, step) for k, step in steps.items()}
+    seconds = interleaved(cases | {"matrix product": product}, rounds, warmup=1)
     pairs = [
         ("ldm", "diffusers"),
         ("ldm, plain attention", "diffusers, plain attention"),
         ("ldm, plain attention", "ldm"),
     ]
-    result["training"] = report(f"forward, backward, AdamW, batch {size}, float32", seconds, pairs)
-    return result | {
-        "batch": size,
-        "pictures": drawn,
-        "steps": steps,
-        "outputs_apart": apart,
-        "drawn_apart": drawn_apart,
-    }
+    result = report(f"forward, backward, AdamW, batch {len(given[0])}, float32", seconds, pairs)
+    for k in networks:
+        s = share(seconds, k, 3 * flops, matrix_flops)
+        print(f"  {k} training: {s.median:.2f} of the matrix product's rate ({s.low:.2f} .. {s.high:.2f})")
+        result[f"{k} share of the matrix rate"] = s.record()
+    return result
+
+
+def compiled(shape: Shape, options: Options) -> dict[str, Any]:
+    """torch.compile of both: forward and training steps."""
+    ours, theirs = both(shape.config)
+    given = inputs(shape)
+    cases: dict[str, Callable[[], object]] = {}
+    for name, network in (("ldm", ours), ("diffusers", theirs)):
+        call: Network = torch.compile(call_of(network), fullgraph=name == "ldm")
+        cases[f"{name} compiled forward"] = quiet(call, *given)
+        cases[f"{name} compiled step"] = training(network, call, *given)
+    pairs = [(f"ldm compiled {k}", f"diffusers compiled {k}") for k in ("forward", "step")]
+    return report("compiled", interleaved(cases, options.times(shape.rounds), warmup=2), pairs)
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Measure on the CPU: every shape, the compiled smallest one, and the memory of training."""
+    shapes = QUICK if options.quick else SHAPES
+    result: dict[str, Any] = {}
+    for name, shape in shapes.items():
+        result[name] = one_shape(name, shape, options, 4 if options.quick else 20)
+    smallest = next(iter(shapes))
+    result |= {k: result[smallest][k] for k in ("training", "sampling", "forward")}
+    if not options.quick:
+        result["compiled"] = compiled(shapes[smallest], options)
+    measure = one_peak if options.quick else peak  # a figure only in a process of its own
+    result["peak_mb"] = {n: {k: measure(n, k, options.quick) for k in ("ldm", "diffusers")} for n in shapes}
+    for name, found in result["peak_mb"].items():
+        part = found["ldm"] / max(found["diffusers"], 1e-9)
+        print(f"peak memory of a step beyond weights, gradients and moments, {name}: {found} MB, ratio {part:.2f}")
+    return result
+
+
+if __name__ == "__main__":
+    print(one_peak(sys.argv[1], sys.argv[2], sys.argv[3] == "1"))
