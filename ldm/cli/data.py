@@ -97,8 +97,9 @@ def _buckets(args: argparse.Namespace) -> BucketConfig | None:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from ldm.data.build import BuildConfig, build
+    from ldm.data.build import BuildConfig, build, quiet
 
+    quiet()
     config = BuildConfig(
         size=args.size,
         format=args.format,

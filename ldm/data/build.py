@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import multiprocessing
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -200,7 +201,12 @@ def _prepare_all(chunks: list[list[_Job]], config: BuildConfig) -> Iterator[_Don
 def _pool(workers: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    return ProcessPoolExecutor(workers, mp_context=context)
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=quiet)
+
+
+def quiet() -> None:
+    """Let PIL not warn, in this process, of pictures whose size is checked here anyway."""
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def _alone(job: _Job, config: BuildConfig) -> _Done:
