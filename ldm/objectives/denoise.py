@@ -74,6 +74,7 @@ class DenoiseObjective(Objective):
 
     def forward(self, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
         """Mean over the micro-batch of weight x error; randomness belongs to each sample's global position."""
+        torch.manual_seed(key(rng.seed, rng.positions[0], "dropout"))  # torch's dropout takes no generator
         latents = self.latents(batch, rng)
         cond = self.cond(batch, rng)
         t, importance = self._times(rng.uniform("time"))
@@ -82,7 +83,6 @@ class DenoiseObjective(Objective):
         noised = self.process.add_noise(latents, added, t)
         if torch.is_autocast_enabled(noised.device.type):  # faster in half precision, slower in float32 (docs/log.md)
             noised = noised.contiguous(memory_format=torch.channels_last)
-        torch.manual_seed(key(rng.seed, rng.positions[0], "dropout"))  # torch's dropout takes no generator
         out = self.trained(noised, t, cond)
         if self.process.variance == "learned":
             weight = self.options.bound_weight

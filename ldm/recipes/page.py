@@ -28,7 +28,8 @@ def write_page(out: Path, images: Path | None, prompts: Sequence[str]) -> Path:
     if grids:
         steps = [int(p.stem.rpartition("-")[2]) for p in grids]
         parts.append("<h2>The same prompts and noise</h2>")
-        parts.append(_figure(f"samples/{grids[0].name}", "before" if steps[0] == 0 else f"after {steps[0]} steps"))
+        if len(grids) > 1:
+            parts.append(_figure(f"samples/{grids[0].name}", "before" if steps[0] == 0 else f"after {steps[0]} steps"))
         parts.append(_figure(f"samples/{grids[-1].name}", f"after {steps[-1]} steps"))
         parts.append("<ol>" + "".join(f"<li>{html.escape(p) or '(empty)'}</li>" for p in prompts) + "</ol>")
         between = "".join(
