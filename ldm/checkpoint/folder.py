@@ -168,7 +168,9 @@ def _index(model: Opened, scheduler: str) -> dict[str, Any]:
 def _pipeline(model: Opened) -> str:
     """The class of the pipeline that fits."""
     config, two = model.unet_config, len(model.text) > 1
-    if config.time_cond_proj_dim is not None and not two:
+    scheduler = model.scheduler.get("_class_name", "DDIMScheduler"), model.scheduler.get("timestep_spacing")
+    progressive = scheduler == ("DDIMScheduler", "trailing")  # a student that is told its guidance and drawn by DDIM
+    if config.time_cond_proj_dim is not None and not two and not progressive:
         return LCM
     if config.in_channels == 2 * config.out_channels + 1:
         return XL_INPAINT if two else INPAINT
