@@ -9,7 +9,7 @@ import pytest
 from tests.chaos.disks import full, read_only
 from tests.chaos.kills import kill_often
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="module")
