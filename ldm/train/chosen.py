@@ -75,6 +75,6 @@ def _kind(folder: Path, ema: str) -> tuple[str, float | None]:
         if shards.has(kind):
             return kind, None
     if value > posthoc.WIDEST:
-        kept = [k for k in shards.kinds() if k.startswith("ema.")]
+        kept = [k.split(".", 2)[2] for k in shards.kinds() if k.startswith("ema.")]
         raise ValueError(f"ema: no average of decay {value} was kept in {folder}; it has {['raw', 'ema', *kept]}")
     return "", value

@@ -144,7 +144,7 @@ def by_hand() -> list[float]:
 
 @pytest.fixture(scope="module", params=[1, 2, 3, 4])
 def story(request: pytest.FixtureRequest) -> tuple[int, list[dict[int, dict[str, Any]]]]:
-    return request.param, ranks.run(each_stage, request.param, timeout=300)
+    return request.param, ranks.run(each_stage, request.param, timeout=500)
 
 
 def test_losses_are_those_of_plain_pytorch(story: Any) -> None:
