@@ -35,7 +35,8 @@ def resize(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:
 
 
 def fit_pixels(values: NDArray[np.uint8], size: tuple[int, int], fit: Fit) -> NDArray[np.uint8]:
-    """`resize` of (H, W, 3) uint8 by torch's kernel, which is faster than PIL's and within two levels of it."""
+    """`resize` of (H, W, 3) uint8 by torch's kernel, which is faster than PIL's and less than half a level
+    from it on average."""
     (left, top, right, bottom), new = _plan((values.shape[1], values.shape[0]), size, fit)
     values = values[top:bottom, left:right]
     if new != (values.shape[1], values.shape[0]):
