@@ -74,7 +74,12 @@ class Loras:
         return {name: weight for name, (_, weight) in self._loaded.items()}
 
     def add(self, name: str, lora: Lora, weight: float = 1.0) -> None:
-        """Merge under a name. Raises ValueError for layers that the model lacks or has in another shape."""
+        """Merge under a name.
+
+        Raises ValueError for layers that the model lacks or has in another shape, and for a name that is taken.
+        """
+        if name in self._loaded:
+            raise ValueError(f"LoRA {name!r}: a LoRA of this name is loaded; give this one another name")
         self._check(name, lora)
         self._loaded[name] = (dict(lora), weight)
         self._refresh(set(lora))

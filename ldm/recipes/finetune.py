@@ -177,7 +177,7 @@ def _cached(
     """Encode pictures, and captions if the hashes name the text, into a folder; all ranks share the work."""
     config = EncodeConfig(
         path=data.path, splits=(data.split,), size=data.size, fit=data.fit, crop=data.crop, flip=data.flip,
-        variants=2 if data.flip else 1, template=data.template, dtype="float32", part=16,
+        variants=2 if data.flip else 1, template=data.template, dtype="float32", part=16, buckets=data.buckets,
     )  # fmt: skip
     encode_text = text_encoder(towers)
     encode(

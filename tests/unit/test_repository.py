@@ -16,7 +16,7 @@ MAX_FILE, MAX_FUNCTION = 450, 60
 EXEMPT: set[str] = set()
 """Visible debt: "path" for a file, "path:function" for a function."""
 
-MACHINE_PATH = re.compile(r"(?<![\w/.])/(?:home|Users|root|work|tmp/[a-z]|scratch|data\d*|mnt)/[\w.-]+")
+MACHINE_PATH = re.compile(r"(?<![\w/.}])/(?:home|Users|root|work|tmp/[a-z]|scratch|data\d*|mnt)/[\w.-]+")
 TEXT = {".py", ".md", ".yaml", ".yml", ".toml", ".cfg", ".sh", ".sbatch", ".json", ".txt", ""}
 
 
