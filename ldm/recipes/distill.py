@@ -97,6 +97,10 @@ def build(task: DistillTask, data: Data, train: TrainConfig, seed: int, workers:
     torch.manual_seed(seed)  # initial weights
     device = dist.device()
     source = TextToImage.load(task.teacher, device=device)
+    if source.process.variance == "learned":
+        raise ValueError(
+            f"task.teacher: {task.teacher!r} learns its variance, which a student has no use for; give one without"
+        )
     towers, codec, unet = source.text, source.codec, source.unet
     student = make_student(task, unet, source.process)
     objective = make_objective(

@@ -34,7 +34,8 @@ class EngineConfig:
     memory. `bucket`: elements that are sent at once. `live`: up to so many weights stay whole between forward and
     backward at stage 3: with all of them a step sends 2 psi bytes, with 0 3 psi, for the least memory. `loss_scale` is
     fp16's: 0 finds it by itself, beginning at 2^`loss_scale_power`. `compile` is the backend of torch.compile for the
-    trained network: "inductor" is fast and takes minutes at the start.
+    trained network: "inductor" is fast and takes minutes at the start. `tf32`: a GPU's float32 products and
+    convolutions with 10-bit mantissas.
     """
 
     zero_stage: int = 1
@@ -47,6 +48,7 @@ class EngineConfig:
     loss_scale: float = 0.0
     loss_scale_power: int = 16
     compile: Literal["off", "inductor", "aot_eager"] = "off"
+    tf32: bool = True
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
@@ -205,6 +207,8 @@ class Engine:
         self.config, self.accumulate = config, accumulate
         self.dtype = config.dtype()
         self.device = dist.device()
+        if self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
         settings = deepspeed_config(config, micro_batch, accumulate)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
