@@ -24,6 +24,7 @@ RATIOS = {
     "encoding": {"result": ["online input / cached input", "online step / cached step"]},
     "data": {"result": ["webdataset / loader, 0 workers"]},
     "cli": {"result": ["ldm --help / python"]},
+    "scale": {},  # simulates, measures nothing
 }
 
 
@@ -31,7 +32,10 @@ def test_all_are_covered() -> None:
     assert set(RATIOS) == set(NAMES)
 
 
-@pytest.mark.parametrize("name", list(NAMES))
+SLOW = {"ranks", "finetune", "data"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NAMES])
 def test_runs_quickly(name: str, tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     argv = [sys.executable, "-m", "bench", name, "--quick", "--rounds", "1", "--out", str(tmp_path)]
