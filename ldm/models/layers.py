@@ -53,8 +53,10 @@ class Conv3x3(nn.Conv2d):
     the products themselves (docs/log.md).
     """
 
-    def __init__(self, cin: int, cout: int) -> None:
-        super().__init__(cin, cout, 3, padding=1)
+    @staticmethod
+    def of(cin: int, cout: int) -> Conv3x3:
+        """One from `cin` to `cout` channels. The constructor is Conv2d's, as PEFT expects of a layer's class."""
+        return Conv3x3(cin, cout, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._product(x) if self._few_pixels(x) else super().forward(x)
@@ -63,6 +65,8 @@ class Conv3x3(nn.Conv2d):
         if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
             return False
         if torch.is_autocast_enabled("cpu"):
+            return False
+        if self.kernel_size != (3, 3) or self.padding != (1, 1) or self.stride != (1, 1) or self.bias is None:
             return False
         return self.in_channels >= 256 and 4 * x.shape[0] * x.shape[2] * x.shape[3] <= self.in_channels
 
@@ -95,11 +99,11 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.scale_shift, self.dropout = scale_shift, dropout
         self.norm1 = NormSiLU(groups, cin, eps=eps)
-        self.conv1 = Conv3x3(cin, cout)
+        self.conv1 = Conv3x3.of(cin, cout)
         if time is not None:
             self.time_emb_proj = nn.Linear(time, 2 * cout if scale_shift else cout)
         self.norm2 = GroupNorm(groups, cout, eps=eps) if scale_shift else NormSiLU(groups, cout, eps=eps)
-        self.conv2 = Conv3x3(cout, cout)
+        self.conv2 = Conv3x3.of(cout, cout)
         self.conv_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else None
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
@@ -133,7 +137,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = Conv3x3(channels, channels)
+        self.conv = Conv3x3.of(channels, channels)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         x = F.interpolate(x, scale_factor=2.0) if size is None else F.interpolate(x, size=size)

@@ -30,7 +30,9 @@ def test_what_survives_kills_and_damage_is_the_undisturbed_run(root: Path) -> No
     assert table.damaged_skipped == table.truncated + table.flipped - table.harmless
 
 
-@pytest.mark.parametrize("disk", [full, pytest.param(read_only, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "disk", [pytest.param(full, marks=pytest.mark.slow), pytest.param(read_only, marks=pytest.mark.slow)]
+)
 def test_a_disk_that_fails_costs_no_older_checkpoint(root: Path, disk: object) -> None:
     found = (full if disk is full else read_only)(root)
     if found.skipped:

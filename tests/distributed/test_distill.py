@@ -130,7 +130,7 @@ def plain(name: str) -> tuple[list[float], dict[str, Tensor]]:
     return losses, weights | _target(objective)
 
 
-QUICK = {("lcm", 1), ("lcm", 3), ("lora", 2), ("lora", 3)}
+QUICK = {("lcm", 1), ("lora", 3)}
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,10 @@ def by_hand() -> list[float]:
     return losses
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3, 4])
+@pytest.fixture(
+    scope="module",
+    params=[1, 2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)],
+)
 def story(request: pytest.FixtureRequest) -> tuple[int, list[dict[int, dict[str, Any]]]]:
     return request.param, ranks.run(each_stage, request.param, timeout=500)
 

@@ -121,7 +121,7 @@ CASES = {
 }
 
 
-SLOW_CASES = ("dreambooth full, text", "lora, text")
+SLOW_CASES = ("dreambooth full, text", "lora, text", "textual inversion")
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW_CASES else c for c in CASES])

@@ -53,7 +53,14 @@ def test_converting_takes_less_than_the_largest_file(to: str, tmp_path: Path) ->
            "attention_head_dim": 8, "down_block_types": list(WIDE.down_block_types),
            "up_block_types": list(WIDE.up_block_types)}  # fmt: skip
     config.write_text(json.dumps(json.loads(config.read_text()) | own))
-    argv = [sys.executable, "-c", PROGRAM, str(tmp_path / "in"), str(tmp_path / "out"), to]
+    argv = [
+        sys.executable,
+        "-c",
+        PROGRAM,
+        str(tmp_path / "in"),
+        str(tmp_path / ("out.safetensors" if to == "compvis" else "out")),
+        to,
+    ]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=Path(__file__).parents[3])
     assert done.returncode == 0, done.stderr
     grown, size = int(done.stdout.split()[-1]), file.stat().st_size

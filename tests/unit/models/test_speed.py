@@ -77,7 +77,7 @@ def test_a_norm_keeps_its_input_alone() -> None:
 
 @pytest.mark.parametrize(("batch", "side"), [(1, 4), (2, 5), (1, 8)])
 def test_a_convolution_with_few_pixels_is_a_product(batch: int, side: int) -> None:
-    layer, x = Conv3x3(256, 24), torch.randn(batch, 256, side, side + 1)[..., :side].requires_grad_()
+    layer, x = Conv3x3.of(256, 24), torch.randn(batch, 256, side, side + 1)[..., :side].requires_grad_()
     assert layer._few_pixels(x)
     weight = torch.randn(batch, 24, side, side)
     exact = F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)  # type: ignore[union-attr]
@@ -91,10 +91,10 @@ def test_a_convolution_with_few_pixels_is_a_product(batch: int, side: int) -> No
 
 
 def test_a_convolution_with_many_pixels_stays_one() -> None:
-    layer = Conv3x3(256, 8)
+    layer = Conv3x3.of(256, 8)
     assert not layer._few_pixels(torch.empty(1, 256, 8, 9))
     assert not layer._few_pixels(torch.empty(1, 256, 4, 4, dtype=torch.float64))
-    assert not Conv3x3(128, 8)._few_pixels(torch.empty(1, 128, 2, 2))
+    assert not Conv3x3.of(128, 8)._few_pixels(torch.empty(1, 128, 2, 2))
 
 
 def tiny(**changes: object) -> tuple[UNet, Tensor, Tensor, Tensor]:
