@@ -1,7 +1,5 @@
 """Put the shipped models together from finished runs: python ldm/assets/assemble.py [--unet RUN] (not imported by ldm).
 
-`--student EXPORT` only puts the few-step student, a LoRA of the model `emoji`, in its place.
-
 Without --unet the U-Net is random: the frozen parts must be in place, as stored in half precision, before the run that
 trains on them. The CLIP stores only what the text encoder of the pipeline's folder does not hold.
 """
@@ -10,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -33,11 +30,7 @@ def main() -> None:
     parser.add_argument("--clip", default="runs/clip_emoji/export")
     parser.add_argument("--unet", type=Path, help="export of a text-to-image run")
     parser.add_argument("--config", default="configs/train/text_to_image_emoji.yaml")
-    parser.add_argument("--student", type=Path, help="export of a distillation of `emoji` as a LoRA")
     args = parser.parse_args()
-    if args.student is not None:
-        student(args.student)
-        return
     task = load_run(args.config).task
     assert isinstance(task, TextToImageTask)
     unet = UNet(task.unet) if args.unet is None else load_unet(args.unet / "unet")
@@ -57,18 +50,6 @@ def main() -> None:
     save_diffusers(folder, unet=unet, autoencoder=autoencoder, text=[tower], scheduler=scheduler, dtype=torch.float16)
     sizes = {str(p.relative_to(ASSETS)): p.stat().st_size for p in sorted(ASSETS.rglob("*.safetensors"))}
     sys.stdout.write(json.dumps({**sizes, "all": sum(sizes.values())}, indent=1) + "\n")
-
-
-def student(export: Path) -> None:
-    """Copy what a model by itself needs into `ldm/assets/emoji_lcm`."""
-    told = json.loads((export / "adapter.json").read_text(encoding="utf-8"))
-    if told["base"] != "emoji":
-        raise ValueError(f"{export}: base {told['base']!r} is not the shipped model 'emoji'")
-    folder = ASSETS / "emoji_lcm"
-    folder.mkdir(exist_ok=True)
-    for name in ("adapter.json", "scheduler_config.json", *told["loras"]):
-        shutil.copyfile(export / name, folder / name)
-    sys.stdout.write(f"{folder}: {sum(p.stat().st_size for p in folder.iterdir()):,} bytes\n")
 
 
 if __name__ == "__main__":

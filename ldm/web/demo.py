@@ -24,7 +24,6 @@ from ldm.data.mixture import main_source
 from ldm.diffusion import Discrete, Flow
 from ldm.evaluate.clip_score import nearest
 from ldm.evaluate.retrieval import Retrieval
-from ldm.models.shipped import SHIPPED
 from ldm.models.unet import UNet
 from ldm.pipeline import Settings, TextToImage
 from ldm.recipes import measure
@@ -206,13 +205,6 @@ def samplers(demo: Demo, trained: TextToImage) -> None:
     for name, most in ROWS.items():
         rows[name] = [
             demo.draw(demo.shipped, [PROMPTS[1]], sampler=name, steps=n)[0] if n <= most else None for n in STEP_COUNTS
-        ]
-    if SHIPPED["emoji_lcm"].is_dir():  # the distilled student; guidance is inside it
-        student = TextToImage.load("emoji_lcm")
-        student.dtype = demo.shipped.dtype
-        rows["lcm, few-step student"] = [
-            demo.draw(student, [PROMPTS[1]], sampler="lcm", steps=n, guidance=1.0)[0] if n <= 8 else None
-            for n in STEP_COUNTS
         ]
     demo.results.sampler_steps, demo.results.samplers = STEP_COUNTS, rows
     demo.results.sampler_text = (
