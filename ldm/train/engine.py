@@ -142,6 +142,8 @@ def deepspeed_config(config: EngineConfig, micro_batch: int, accumulate: int) ->
 def start() -> None:
     """Join the process group (also for one process). Raises nothing new; a second call does nothing."""
     deepspeed = _deepspeed()
+    # DeepSpeed calls collectives by their older names; its users can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if dist.initialized():
         return
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
