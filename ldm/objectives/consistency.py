@@ -22,6 +22,7 @@ from ldm.objectives.teacher import (
     check_range,
     guidance_of,
     place,
+    solver_stride,
     solver_times,
 )
 from ldm.rng import Rng
@@ -33,13 +34,16 @@ class ConsistencyOptions:
     """`w`: range of the teacher's guidance strength, drawn uniformly for each sample; [0, 0] is no guidance.
 
     `solver_steps` is the number of DDIM steps that the teacher's whole path has; samplers visit a subset of them.
-    `decay` 0 makes the student itself the target. `huber` is the Huber loss' width; `scaling` and `data_std` shape the
-    boundary condition and must be those of the sampler (10 and 0.5).
+    `reach` is how many of them lie between both ends of a pair: 1 in the paper; with more, answers travel from the data
+    to the noise in fewer hops, at two teacher calls a step; from `solver_steps` on, the goal is the end of the teacher's
+    path itself and no target network is asked. `decay` 0 makes the student itself the target. `huber` is the Huber loss'
+    width; `scaling` and `data_std` shape the boundary condition and must be those of the sampler (10 and 0.5).
     """
 
     kind: Literal["lcm"] = "lcm"
     w: tuple[float, float] = (2.0, 14.0)
     solver_steps: int = 50
+    reach: int = 1
     decay: float = 0.95
     loss: Literal["huber", "l2"] = "huber"
     huber: float = 0.001
@@ -50,6 +54,8 @@ class ConsistencyOptions:
         check_range("w", self.w)
         if self.solver_steps < 1:
             raise ValueError(f"solver_steps must be at least 1, got {self.solver_steps}")
+        if self.reach < 1:
+            raise ValueError(f"reach must be at least 1, got {self.reach}")
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {self.decay}")
         for name in ("huber", "scaling", "data_std"):
@@ -80,20 +86,41 @@ class ConsistencyObjective(Objective):
         options, schedule = self.options, self._student.process.schedule
         x0 = self._feed.latents(batch, rng, self.device)
         cond = self._feed.cond(batch, rng, self.device)
-        late, near = (t.to(x0.device) for t in solver_times(schedule, options.solver_steps, rng.uniform("time")))
+        late, near = solver_times(schedule, options.solver_steps, rng.uniform("time"))
         w = guidance_of(rng, options.w, x0.device)
         noise = rng.normal("noise", x0.shape[1:]).to(x0)
-        x = self._student.process.add_noise(x0, noise, late)
-        answer = self.consistent(self._student, x, late, self._student.seen(cond, w))
+        level = late.to(x0.device) / schedule.last
+        x = self._student.process.add_noise(x0, noise, late.to(x0.device))
+        answer = self.consistent(self._student, x, late.to(x0.device), self._student.seen(cond, w))
         with torch.no_grad():
-            clean, implied = self._teacher.both(x, late, cond, w)
-            moved = place(schedule, clean, implied, near).to(x.dtype)
-            goal = self.consistent(self._goal, moved, near, self._goal.seen(cond, w))
+            clean, goal, near = self._moved(x, late, near, cond, w)
+            if options.reach < options.solver_steps:  # not per batch: all ranks must ask, or none
+                goal = self.consistent(self._goal, goal, near.to(x0.device), self._goal.seen(cond, w))
         losses = distance(answer, goal, options.loss, options.huber)
         gap = (answer.detach() - clean).square().flatten(1).mean(1)
-        level = late / schedule.last
         metrics = by_noise(losses.detach(), level) | by_noise(gap, level, "gap")
         return (losses * batch["weight"].to(losses)).mean(), metrics
+
+    def _moved(self, x: Tensor, late: Tensor, near: Tensor, cond: Cond, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(the teacher's x_0 at `late`, where its `reach` DDIM steps arrive, when); times (B,) on the CPU.
+
+        What has come to t = 0 takes no further step.
+        """
+        schedule = self._student.process.schedule
+        stride = solver_stride(schedule, self.options.solver_steps)
+        clean, implied = self._teacher.both(x, late.to(x.device), cond, w)
+        moved = place(schedule, clean, implied, near.to(x.device)).to(x.dtype)
+        for _ in range(self.options.reach - 1):
+            rows = near.nonzero().flatten()
+            if not len(rows):
+                break
+            now, here = near[rows], rows.to(x.device)
+            near = near.index_put((rows,), (now - stride).clamp(min=0))
+            part = {name: value[here] for name, value in cond.items()}
+            known, noise = self._teacher.both(moved[here], now.to(x.device), part, w[here])
+            step = place(schedule, known, noise, near[rows].to(x.device)).to(x.dtype)
+            moved = moved.index_put((here,), step)
+        return clean, moved, near
 
     def consistent(self, estimator: Estimator, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """f(x, t), float32; x itself at t = 0."""

@@ -87,13 +87,16 @@ def solver_times(schedule: Schedule, steps: int, u: Tensor) -> tuple[Tensor, Ten
     k = T // steps, t_{n+k} in {k - 1, 2k - 1, ...}, t_n = max(t_{n+k} - k, 0) (arXiv 2310.04378, section 4.3). A flow's
     times are real and start at k.
     """
-    index = (u.double() * steps).long().clamp(max=steps - 1)
+    index, stride = (u.double() * steps).long().clamp(max=steps - 1), solver_stride(schedule, steps)
     if schedule.discrete:
-        stride = schedule.steps // steps
-        late = (index + 1) * stride - 1
-        return late, (late - stride).clamp(min=0)
-    stride = schedule.last / steps
+        late = (index + 1) * int(stride) - 1
+        return late, (late - int(stride)).clamp(min=0)
     return ((index + 1) * stride).float(), (index * stride).float()
+
+
+def solver_stride(schedule: Schedule, steps: int) -> int | float:
+    """k: time between neighbours of a solver of `steps` steps."""
+    return schedule.steps // steps if schedule.discrete else schedule.last / steps
 
 
 def check_range(name: str, value: tuple[float, float]) -> None:

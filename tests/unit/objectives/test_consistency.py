@@ -71,10 +71,10 @@ def test_the_teachers_step_is_diffusers_ddim(schedule: Discrete, prediction: Any
 
 
 @pytest.mark.parametrize("loss", ["huber", "l2"])
-@pytest.mark.parametrize("conditioned", [False, True])
-def test_loss_is_algorithm_1_in_float64(loss: Any, conditioned: bool) -> None:
+@pytest.mark.parametrize(("conditioned", "reach"), [(False, 1), (True, 1), (True, 3), (False, 50)])
+def test_loss_is_algorithm_1_in_float64(loss: Any, conditioned: bool, reach: int) -> None:
     process = Process(schedule=ZERO, prediction=V())
-    options = ConsistencyOptions(w=(1.0, 5.0), loss=loss, huber=0.05)
+    options = ConsistencyOptions(w=(1.0, 5.0), loss=loss, huber=0.05, reach=reach)
     student, goal, teacher = toys.Probe(0.4), toys.Probe(0.3), toys.Probe(-0.2)
     own = Estimator(student, process, conditioned)
     objective = ConsistencyObjective(
@@ -91,9 +91,8 @@ def test_loss_is_algorithm_1_in_float64(loss: Any, conditioned: bool) -> None:
     losses = []
     for i in range(12):
         t = 20 * int(50 * float(rng.uniform("time")[i])) + 19
-        n, w = max(t - 20, 0), 1 + 4 * float(rng.uniform("guidance")[i])
-        (a, s), (b, r) = ((bar[k] ** 0.5, (1 - bar[k]) ** 0.5) for k in (t, n))
-        x, told = a * x0[i] + s * noise[i], 0.1 * w * conditioned
+        w = 1 + 4 * float(rng.uniform("guidance")[i])
+        x, told = bar[t] ** 0.5 * x0[i] + (1 - bar[t]) ** 0.5 * noise[i], 0.1 * w * conditioned
 
         def f(scale: float, x: Any, t: int, text: float = text[i], told: float = told) -> Any:
             alpha, sigma = bar[t] ** 0.5, (1 - bar[t]) ** 0.5
@@ -101,9 +100,13 @@ def test_loss_is_algorithm_1_in_float64(loss: Any, conditioned: bool) -> None:
             skip = 0.25 / ((10 * t) ** 2 + 0.25)
             return skip * x + 10 * t / ((10 * t) ** 2 + 0.25) ** 0.5 * clean
 
-        v = (1 + w) * (-0.2 * x + 1e-3 * t + text[i]) - w * (-0.2 * x + 1e-3 * t + 0.25)
-        moved = b * (a * x - s * v) + r * (s * x + a * v)
-        gap = (f(0.4, x, t) - f(0.3, moved, n)) ** 2
+        moved, n = x, t
+        for _ in range(reach):
+            if n > 0:
+                v = (1 + w) * (-0.2 * moved + 1e-3 * n + text[i]) - w * (-0.2 * moved + 1e-3 * n + 0.25)
+                (a, s), (b, r) = ((bar[k] ** 0.5, (1 - bar[k]) ** 0.5) for k in (n, max(n - 20, 0)))
+                moved, n = b * (a * moved - s * v) + r * (s * moved + a * v), max(n - 20, 0)
+        gap = (f(0.4, x, t) - (moved if reach == 50 else f(0.3, moved, n))) ** 2
         losses.append((gap if loss == "l2" else np.sqrt(gap + 0.05**2) - 0.05).mean())
     assert found.item() == pytest.approx(float(np.mean(weight.double().numpy() * losses)), rel=1e-5)
     assert metrics["loss_low_noise"] > 0
