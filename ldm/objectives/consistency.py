@@ -34,10 +34,10 @@ class ConsistencyOptions:
     """`w`: range of the teacher's guidance strength, drawn uniformly for each sample; [0, 0] is no guidance.
 
     `solver_steps` is the number of DDIM steps that the teacher's whole path has; samplers visit a subset of them.
-    `reach` is how many of them lie between both ends of a pair: 1 in the paper; with more, answers travel from the data
-    to the noise in fewer hops, at two teacher calls a step; from `solver_steps` on, the goal is the end of the teacher's
-    path itself and no target network is asked. `decay` 0 makes the student itself the target. `huber` is the Huber loss'
-    width; `scaling` and `data_std` shape the boundary condition and must be those of the sampler (10 and 0.5).
+    `reach` is how many of them lie between both ends of a pair: 1 in the paper; with more, answers travel from the
+    data to the noise in fewer hops, at two teacher calls a step; from `solver_steps` on, the goal is the end of the
+    teacher's path itself and no target network is asked. `decay` 0 makes the student itself the target. `huber` is the
+    Huber loss' width; `scaling` and `data_std` shape the boundary condition and must be those of the sampler (10, 0.5).
     """
 
     kind: Literal["lcm"] = "lcm"
