@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +16,14 @@ COMPARED = ("loss", "grad_norm", "lr")
 
 @dataclass
 class Table:
-    """What happened. `lost` are steps trained twice; `harmless` bits flipped where nothing depends on them."""
+    """What happened. `lost` are steps trained twice; `harmless` bits flipped where nothing depends on them.
+
+    Each kill counts once: while a checkpoint was being written, else before the first step of a start, else in a step.
+    """
 
     kills: int = 0
     while_writing: int = 0
+    in_a_step: int = 0
     while_starting: int = 0
     one_rank: int = 0
     all_ranks: int = 0
@@ -77,13 +82,18 @@ def kill_often(root: Path, kills: int, seed: int = 0, *, damaging: float = 0.25)
         _wait_for(run, moment, before, chance)
         if run.ended():
             raise AssertionError(f"ended by itself: {run.wait()}\n{run.said()[-3000:]}")
-        table.while_writing += run.writing()
+        at = "writing" if run.writing() else "starting" if "resuming from" not in run.said() else "step"
+        at = "step" if at == "starting" and run.step() > before else at
         victims = chance.choice(((0,), (1,), (0, 1)))
         table.peers_that_hung += not run.kill(victims)
         table.kills += 1
         table.one_rank += len(victims) == 1
         table.all_ranks += len(victims) == 2
-        table.while_starting += moment == "starting"
+        table.while_writing += at == "writing"
+        table.in_a_step += at == "step"
+        table.while_starting += at == "starting"
+        print(f"kill {table.kills}: {at}, rank {victims}, step {run.step()}, after {time.monotonic() - began:.0f} s",
+              file=sys.stderr, flush=True)  # fmt: skip
         _account(run, table, before, damaged, expected)
         before, damaged, expected = run.step(), 0, (run.whole() or [0])[-1]
         if chance.random() < damaging and len(run.whole()) > 1:

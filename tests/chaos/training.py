@@ -121,9 +121,17 @@ class Training:
         return found
 
     def step(self) -> int:
-        """The last one in the log."""
-        rows = self.rows()
-        return int(rows[-1]["step"]) if rows else 0
+        """The last one in the log; only its end is read, as this is asked while the ranks compute."""
+        path = self.out / "log" / "metrics.jsonl"
+        if not path.exists():
+            return 0
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 16384))
+            for line in reversed(file.read().decode(errors="replace").splitlines()):
+                with contextlib.suppress(ValueError):
+                    if isinstance(row := json.loads(line), dict):
+                        return int(row["step"])
+        return 0
 
     @property
     def checkpoints(self) -> Path:
