@@ -6,12 +6,15 @@ import contextlib
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.chaos.training import LIMIT, Training, config
+
+Fault = Callable[[Path, int], contextlib.AbstractContextManager[None]]
+"""Breaks a disk while it is entered, given the size of a checkpoint."""
 
 
 @dataclass
@@ -59,49 +62,50 @@ def _calm(root: Path, path: Path) -> list[float]:
 
 def full(root: Path, steps: int = 10) -> Disk:
     """A disk that is full when a checkpoint is written."""
-    found, disk = Disk("full"), root / "small"
-    path = config(root, steps)
-    losses = _calm(root, path)
-    with tmpfs(disk, "64m") as reason:
-        if reason:
-            found.skipped = reason
-            return found
-        run = Training(path, disk / "run", root / "scratch" / "full")
-        before = _some_steps(run)
-        ballast = disk / "ballast"
-        _fill(disk, ballast, leave=_size(run.checkpoints / f"step-{before[-1]}") // 2)
-        run.start()
-        found.codes = tuple(run.wait())
-        found.whole = len(run.whole())
-        found.lost_checkpoints = len(set(before) - set(run.whole()))
-        ballast.unlink()
-        run.start()
-        assert run.wait() == [0, 0], run.said()
-        found.curve_equal = [r["loss"] for r in run.rows()] == losses
-    return found
+    return _failing("full", root, steps, _filled)
 
 
 def read_only(root: Path, steps: int = 10) -> Disk:
     """A disk that turned read-only, as a file system with errors does."""
-    found, disk = Disk("read-only"), root / "frozen"
-    path = config(root, steps)
+    return _failing("read-only", root, steps, _frozen)
+
+
+def _failing(kind: str, root: Path, steps: int, fault: Fault) -> Disk:
+    """Some steps, a start while `fault` lasts, and a start after it."""
+    found, disk, path = Disk(kind), root / f"disk-{kind}", config(root, steps)
     losses = _calm(root, path)
     with tmpfs(disk, "64m") as reason:
         if reason:
             found.skipped = reason
             return found
-        run = Training(path, disk / "run", root / "scratch" / "read-only")
+        run = Training(path, disk / "run", root / "scratch" / kind)
         before = _some_steps(run)
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        run.start()
-        found.codes = tuple(run.wait())
-        found.whole = len(run.whole())
-        found.lost_checkpoints = len(set(before) - set(run.whole()))
-        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        with fault(disk, _size(run.checkpoints / f"step-{before[-1]}")):
+            run.start()
+            found.codes = tuple(run.wait())
+            found.whole = len(run.whole())
+            found.lost_checkpoints = len(set(before) - set(run.whole()))
         run.start()
         assert run.wait() == [0, 0], run.said()
         found.curve_equal = [r["loss"] for r in run.rows()] == losses
     return found
+
+
+@contextlib.contextmanager
+def _filled(disk: Path, checkpoint: int) -> Iterator[None]:
+    """Half a checkpoint's room is left."""
+    ballast, space = disk / "ballast", os.statvfs(disk)
+    with ballast.open("wb") as file:
+        file.write(b"\0" * max(0, space.f_bavail * space.f_frsize - checkpoint // 2))
+    yield
+    ballast.unlink()
+
+
+@contextlib.contextmanager
+def _frozen(disk: Path, checkpoint: int) -> Iterator[None]:
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    yield
+    subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
 
 
 def _some_steps(run: Training) -> list[int]:
@@ -116,9 +120,3 @@ def _some_steps(run: Training) -> list[int]:
 
 def _size(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.iterdir())
-
-
-def _fill(disk: Path, ballast: Path, leave: int) -> None:
-    space = os.statvfs(disk)
-    with ballast.open("wb") as file:
-        file.write(b"\0" * max(0, space.f_bavail * space.f_frsize - leave))
