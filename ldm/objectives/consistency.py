@@ -7,24 +7,15 @@ neighbouring times of the skipping DDIM solver.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.diffusion.prediction import broadcast
-from ldm.objectives.base import Objective, by_noise
-from ldm.objectives.inputs import Feed
-from ldm.objectives.teacher import (
-    Estimator,
-    Target,
-    Teacher,
-    check_range,
-    guidance_of,
-    place,
-    solver_stride,
-    solver_times,
-)
+from ldm.objectives.base import by_noise
+from ldm.objectives.pairs import PairObjective
+from ldm.objectives.teacher import Estimator, check_range, guidance_of, place, solver_stride, solver_times
 from ldm.rng import Rng
 from ldm.types import Batch, Cond, Metrics
 
@@ -63,23 +54,8 @@ class ConsistencyOptions:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
 
-class ConsistencyObjective(Objective):
+class ConsistencyObjective(PairObjective[ConsistencyOptions]):
     """Distance of f at t_{n+k} to the target network's f where one guided DDIM step of the teacher arrives, t_n."""
-
-    def __init__(
-        self,
-        trained: nn.Module,
-        student: Estimator,
-        goal: Estimator,
-        teacher: Teacher,
-        feed: Feed,
-        options: ConsistencyOptions,
-        target: Target | None,
-    ) -> None:
-        """`goal` is the target network; with `target` None it is the student itself, without gradients."""
-        super().__init__(trained)
-        self.options, self._target = options, target
-        self._student, self._goal, self._teacher, self._feed = student, goal, teacher, feed
 
     def forward(self, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
         """Mean over the micro-batch; randomness belongs to each sample's global position."""
@@ -127,17 +103,6 @@ class ConsistencyObjective(Objective):
         skip, out = boundary(t, self.options.scaling, self.options.data_std)
         x0, _ = estimator.both(x, t, cond)
         return broadcast(skip, x).to(x0) * x.to(x0) + broadcast(out, x).to(x0) * x0
-
-    def after_step(self, step: int) -> None:
-        if self._target is not None:
-            self._target.follow(step, self.whole())
-
-    def state(self) -> dict[str, Any]:
-        return {} if self._target is None else {"tensors": self._target.tensors()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        if self._target is not None:
-            self._target.load(state.get("tensors", {}))
 
 
 def boundary(t: Tensor, scaling: float = 10.0, data_std: float = 0.5) -> tuple[Tensor, Tensor]:

@@ -8,15 +8,15 @@ sampler (`tcd`) relies on its own noise, `eta`, to forgive it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldm.objectives.base import Objective, by_noise
+from ldm.objectives.base import by_noise
 from ldm.objectives.consistency import distance
-from ldm.objectives.inputs import Feed
-from ldm.objectives.teacher import Estimator, Target, Teacher, check_range, guidance_of, place, solver_times
+from ldm.objectives.pairs import PairObjective
+from ldm.objectives.teacher import check_range, guidance_of, place, solver_times
 from ldm.rng import Rng
 from ldm.types import Batch, Metrics
 
@@ -42,23 +42,8 @@ class TrajectoryOptions:
             raise ValueError(f"huber must be above 0, got {self.huber}")
 
 
-class TrajectoryObjective(Objective):
+class TrajectoryObjective(PairObjective[TrajectoryOptions]):
     """Distance of the student's jump t_{n+k} -> s to the target's jump t_n -> s after a guided step of the teacher."""
-
-    def __init__(
-        self,
-        trained: nn.Module,
-        student: Estimator,
-        goal: Estimator,
-        teacher: Teacher,
-        feed: Feed,
-        options: TrajectoryOptions,
-        target: Target | None,
-    ) -> None:
-        """`goal` is the target network; with `target` None it is the student itself, without gradients."""
-        super().__init__(trained)
-        self.options, self._target = options, target
-        self._student, self._goal, self._teacher, self._feed = student, goal, teacher, feed
 
     def forward(self, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
         """Mean over the micro-batch; randomness belongs to each sample's global position."""
@@ -79,14 +64,3 @@ class TrajectoryObjective(Objective):
         losses = distance(answer, goal, options.loss, options.huber)
         loss = (losses * batch["weight"].to(losses)).mean()
         return loss, by_noise(losses.detach(), late / schedule.last)
-
-    def after_step(self, step: int) -> None:
-        if self._target is not None:
-            self._target.follow(step, self.whole())
-
-    def state(self) -> dict[str, Any]:
-        return {} if self._target is None else {"tensors": self._target.tensors()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        if self._target is not None:
-            self._target.load(state.get("tensors", {}))
