@@ -40,10 +40,13 @@ checks: $(TEST_INSTALLED)
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# One thread a process: tests that start several ranks would otherwise fight over the cores.
+# One thread a process: tests that start several ranks would otherwise fight over the cores. What starts no processes of
+# its own runs on two workers first.
+ALONE := tests/unit/ tests/parity/
 test: export OMP_NUM_THREADS ?= 1
 test: checks
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(PYTEST_ARGS) $(ALONE)
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS) $(filter-out $(ALONE) tests/__pycache__/,$(wildcard tests/*/))
 
 bench: $(TEST_INSTALLED)
 	$(BIN)/python -m bench
