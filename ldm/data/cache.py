@@ -1,24 +1,29 @@
-"""Reads cached tensors from memory-mapped shards."""
+"""Reads cached tensors straight into batches; a damaged member is a BadSample as a damaged picture is."""
 
 from __future__ import annotations
 
 import json
+import math
 import struct
+import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from ldm.data.decode import BadSample
 from ldm.data.manifest import Manifest
-from ldm.data.shards import Shards
+from ldm.data.shards import ShardReader, Shards
 
 MEMBER = "cache.safetensors"
 PER_VARIANT = ("moments", "original_size", "crop_top_left")
 _DTYPES = {"F16": np.float16, "F32": np.float32, "BF16": np.uint16}
-_VIEW_BYTES = 1024  # assumed size of a kept view
+_KEPT_BYTES = 128  # of a kept reference to a layout, which samples of one form share
+_HEAD = 1024  # most headers are shorter
+_LAYOUTS = 4096
 
 
 def check(manifest: Manifest, *, cached: bool, buckets: bool = False, expect: Mapping[str, Any] | None) -> None:
@@ -39,60 +44,181 @@ def check(manifest: Manifest, *, cached: bool, buckets: bool = False, expect: Ma
             )
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a member: its first byte there, type as numpy's, and shape (rows, ...)."""
+
+    start: int
+    dtype: Any
+    shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
+
+    def like(self, other: Entry) -> bool:
+        """Whether rows are of one form."""
+        return self.shape[1:] == other.shape[1:] and self.dtype == other.dtype
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tensors of a member are; `texts` is for how many captions it has states, None without any."""
+
+    entries: dict[str, Entry]
+    texts: int | None
+
+
+class _Recent(threading.local):
+    """Layouts of one thread's current batch that there was no room to keep."""
+
+    def __init__(self) -> None:
+        self.layouts: dict[int, Layout] = {}
+
+
 class CachedReader:
-    """Gathers cached tensors by sample id."""
+    """Gathers cached tensors by sample id. Keeps what it knows of where they are, up to `memory` bytes."""
 
     def __init__(self, shards: Shards, memory: int = 100 << 20) -> None:
         self._shards = shards
-        self._limit = memory // _VIEW_BYTES
-        self._views: dict[int, dict[str, NDArray[Any]]] = {}
+        self._limit = memory // _KEPT_BYTES
+        self._kept: dict[int, Layout] = {}
+        self._recent = _Recent()
+        self._layouts: dict[tuple[bytes, int], Layout] = {}
+        made = shards.manifest.cached or {}
+        self._variants: int | None = made.get("variants")
+        self._needed = ["moments"] * bool(made.get("moments")) + ["text"] * bool(made.get("text_states"))
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of kept views."""
-        return len(self._views) * _VIEW_BYTES
+        """Bytes of what is kept."""
+        return len(self._kept) * _KEPT_BYTES
 
-    def views(self, sample: int) -> dict[str, NDArray[Any]]:
-        """The tensors of a sample without a copy; bfloat16 as its uint16 bits."""
-        known = self._views.get(sample)
-        if known is None:
-            shard, index = self._shards.locate(sample)
-            known = parse(self._shards.reader(shard).view(index, MEMBER))
-            if len(self._views) < self._limit:
-                self._views[sample] = known
-        return known
+    def begin(self) -> None:
+        """Start a batch on this thread: forget what the one before read beyond the bound."""
+        self._recent.layouts.clear()
 
-    def gather(self, ids: Sequence[int], picks: Sequence[int], variants: Sequence[float]) -> dict[str, Tensor]:
+    def check(self, sample: int, captions: int) -> None:
+        """BadSample if the sample's member is absent or damaged, or lacks states of so many captions."""
+        if sample in self._kept:
+            return
+        layout = self._read(*self._place(sample))
+        if layout.texts is not None and layout.texts < captions:
+            raise BadSample("damaged", f"{MEMBER}: text states of {layout.texts} captions, there are {captions}")
+        (self._kept if len(self._kept) < self._limit else self._recent.layouts)[sample] = layout
+
+    def gather(
+        self, ids: Sequence[int], picks: Sequence[int], variants: Sequence[float]
+    ) -> tuple[dict[str, Tensor], dict[int, BadSample]]:
         """`moments` (B, 2Z, h, w) of a variant drawn by [0, 1) and the text tensors (B, ...) of a pick, in float32.
 
-        With the moments come `original_size` and `crop_top_left`, (B, 2) each, as in `samples.Crops`.
+        Of checked samples. With the moments come `original_size` and `crop_top_left`, (B, 2) each, as in
+        `samples.Crops`. The second value has the rows that are not finite, which no encoder stored. Raises ValueError
+        for samples that differ in shape.
         """
-        rows = [self.views(i) for i in ids]
+        places = [self._place(i) for i in ids]
+        recent = self._recent.layouts
+        layouts = [self._kept.get(i) or recent[i] for i in ids]
+        first = layouts[0].entries
         out: dict[str, Tensor] = {}
-        for name in rows[0]:
-            if name in PER_VARIANT:
-                parts = [r[name][int(v * len(r[name]))] for r, v in zip(rows, variants, strict=True)]
-            else:
-                parts = [r[name][p] for r, p in zip(rows, picks, strict=True)]
-            stacked = np.stack(parts)
-            if stacked.dtype == np.uint16:
-                out[name] = torch.from_numpy(stacked.view(np.int16)).view(torch.bfloat16).float()
-            else:
-                out[name] = torch.from_numpy(stacked).float()
-        return out
+        bad: dict[int, BadSample] = {}
+        for name, entry in first.items():
+            size = entry.row_bytes
+            values = np.empty((len(ids), *entry.shape[1:]), entry.dtype)
+            target = values.reshape(-1).view(np.uint8).data
+            for row, ((reader, index, column), layout) in enumerate(zip(places, layouts, strict=True)):
+                here = layout.entries.get(name)
+                if here is None or (here is not entry and not here.like(entry)):
+                    raise ValueError(self._differ(ids[0], ids[row], name, entry, here))
+                which = int(variants[row] * here.shape[0]) if name in PER_VARIANT else picks[row]
+                reader.fill(index, column, here.start + which * size, target[row * size : (row + 1) * size])
+            out[name] = _float(values)
+            for row in _not_finite(out[name]):
+                bad[row] = BadSample("damaged", f"{MEMBER}: {name} is not finite")
+        return out, bad
+
+    def _place(self, sample: int) -> tuple[ShardReader, int, int]:
+        """The shard, the sample's number in it, and the member's column."""
+        shard, index = self._shards.locate(sample)
+        reader = self._shards.reader(shard)
+        column = reader.column(MEMBER)
+        if column is None or not reader.has(index, column):
+            raise BadSample("no_cache", f"no member {MEMBER}")
+        return reader, index, column
+
+    def _read(self, reader: ShardReader, index: int, column: int) -> Layout:
+        size = reader.size(index, column)
+        head = bytearray(min(size, _HEAD))
+        reader.fill(index, column, 0, memoryview(head))
+        if len(head) < 8:
+            raise BadSample("damaged", f"{MEMBER}: {size} bytes")
+        (length,) = struct.unpack_from("<Q", head)
+        if length > size - 8:
+            raise BadSample("damaged", f"{MEMBER}: a header of {length} in {size} bytes")
+        if length > len(head) - 8:
+            head = bytearray(8 + length)
+            reader.fill(index, column, 0, memoryview(head))
+        header = bytes(head[8 : 8 + length])
+        known = self._layouts.get((header, size))
+        if known is None:
+            known = self._checked(parse(header, size))
+            if len(self._layouts) >= _LAYOUTS:
+                self._layouts.clear()
+            self._layouts[header, size] = known
+        return known
+
+    def _checked(self, layout: Layout) -> Layout:
+        """BadSample if what the manifest says is cached is not there."""
+        for name in self._needed:
+            if name not in layout.entries:
+                raise BadSample("damaged", f"{MEMBER}: no {name}; has {sorted(layout.entries)}")
+        for name in PER_VARIANT:
+            if self._variants and name in layout.entries and layout.entries[name].shape[0] != self._variants:
+                have = layout.entries[name].shape[0]
+                raise BadSample("damaged", f"{MEMBER}: {have} variants of {name}, the manifest says {self._variants}")
+        return layout
+
+    def _differ(self, a: int, b: int, name: str, entry: Entry, other: Entry | None) -> str:
+        shapes = [None if e is None else (e.shape[1:], np.dtype(e.dtype).name) for e in (entry, other)]
+        keys = [self._shards.key(i) for i in (a, b)]
+        return f"data: cached {name} of sample {keys[0]!r} is {shapes[0]}, of {keys[1]!r} {shapes[1]}; they must agree"
 
 
-def parse(data: memoryview) -> dict[str, NDArray[Any]]:
-    """The tensors of a safetensors member as views into it; ValueError if it is damaged."""
+def parse(header: bytes, size: int) -> Layout:
+    """The layout that the json header of a safetensors member of `size` bytes tells; BadSample if it cannot be."""
     try:
-        (length,) = struct.unpack_from("<Q", data)
-        header = json.loads(bytes(data[8 : 8 + length]))
-        out = {}
-        for name, entry in header.items():
-            if name != "__metadata__":
-                start, end = entry["data_offsets"]
-                raw = data[8 + length + start : 8 + length + end]
-                out[name] = np.frombuffer(raw, _DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        return out
-    except (struct.error, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"cached member is damaged: {error}") from error
+        tree = json.loads(header)
+        first = 8 + len(header)
+        entries = {}
+        for name, told in tree.items():
+            if name == "__metadata__":
+                continue
+            start, end = told["data_offsets"]
+            entry = Entry(first + start, _DTYPES[told["dtype"]], tuple(told["shape"]))
+            if not (entry.shape and min(entry.shape) > 0 and start >= 0 and first + end <= size):
+                raise ValueError(f"{name} of shape {entry.shape} at {start} to {end} of {size} bytes")
+            if entry.shape[0] * entry.row_bytes != end - start:
+                raise ValueError(f"{name} of shape {entry.shape} in {end - start} bytes")
+            entries[name] = entry
+        if not entries:
+            raise ValueError("no tensors")
+        texts = [e.shape[0] for name, e in entries.items() if name not in PER_VARIANT]
+        return Layout(entries, min(texts) if texts else None)
+    except (AttributeError, ValueError, KeyError, TypeError) as error:  # whatever spoiled json may hold
+        raise BadSample("damaged", f"{MEMBER}: {type(error).__name__}: {error}") from error
+
+
+def _float(values: Any) -> Tensor:
+    """float32; uint16 are the bits of bfloat16."""
+    if values.dtype == np.uint16:
+        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16).float()
+    return torch.from_numpy(values).float()
+
+
+def _not_finite(values: Tensor) -> list[int]:
+    """Rows that hold something not finite; a sum tells first whether to look closer."""
+    flat = values.reshape(len(values), -1)
+    if bool(flat.sum().isfinite()):
+        return []
+    return (~flat.isfinite().all(1)).nonzero().flatten().tolist()

@@ -125,7 +125,7 @@ def metadata(members: dict[str, bytes]) -> dict[str, Any]:
     if "json" not in members:
         return {}
     try:
-        tree = json.loads(members["json"])
+        tree = json.loads(str(members["json"], "utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise BadSample("bad_json", str(error)) from error
     if not isinstance(tree, dict):

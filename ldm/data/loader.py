@@ -115,6 +115,15 @@ class Quarantine:
                 )
 
 
+class _Chosen:
+    """A batch's samples by row, and how many candidates each position has used up."""
+
+    def __init__(self, ids: list[int], positions: list[int]) -> None:
+        self.ids = ids
+        self.positions = positions
+        self.attempts = [0] * len(ids)
+
+
 class Loader(Stream[DataConfig]):
     """The stream of one data set."""
 
@@ -165,22 +174,23 @@ class Loader(Stream[DataConfig]):
     def assemble(self, ids: list[int], positions: list[int]) -> Batch:
         """The batch of samples at global positions; bad ones are replaced."""
         self.samples.begin(ids)
-        ids = self._replace_bad(ids, positions)
+        chosen = _Chosen(list(ids), positions)
+        self.quarantine.seen += len(ids)
+        self._replace_bad(chosen)
+        tensors, picks = self._cached(chosen) if self.config.cached else ({}, self._picks(chosen.ids, positions))
+        ids = chosen.ids
         batch: Batch = {
             "key": [self.samples.key(i) for i in ids],
             "position": torch.tensor(positions, dtype=torch.int64),
             "weight": torch.ones(len(ids), dtype=torch.float32),
             "source": [self.manifest.name] * len(ids),
+            **tensors,
         }
-        picks = self._picks(ids, positions)
         texts = [self.samples.captions(i).texts[p] for i, p in zip(ids, picks, strict=True)]
         if self.config.tags is not None and not self.config.cached:
             texts = [self.config.tags.apply(t, self._seed, p) for t, p in zip(texts, positions, strict=True)]
         batch["caption"] = [self.config.template.replace("{}", text) for text in texts]
-        if self.config.cached:
-            variants = [uniform(self._seed, p, "variant") for p in positions]
-            batch.update(self.samples.cached(ids, picks, variants))
-        else:
+        if not self.config.cached:
             crops = self.samples.crop(ids, self._crops(positions), self._flips(positions))
             batch["image"] = to_float(crops.pixels)
             batch["original_size"] = torch.from_numpy(crops.original_size)
@@ -197,8 +207,9 @@ class Loader(Stream[DataConfig]):
     def _picks(self, ids: Sequence[int], positions: Sequence[int]) -> list[int]:
         if self.config.captions == "first":
             return [0] * len(ids)
-        pairs = zip(ids, positions, strict=True)
-        return [self.samples.captions(i).pick(uniform(self._seed, p, "caption")) for i, p in pairs]
+        known = [self.samples.captions(i) for i in ids]
+        pairs = zip(known, positions, strict=True)
+        return [0 if len(c.texts) == 1 else c.pick(uniform(self._seed, p, "caption")) for c, p in pairs]
 
     def _crops(self, positions: Sequence[int]) -> list[tuple[float, float]] | None:
         if self.config.crop == "center":
@@ -208,21 +219,39 @@ class Loader(Stream[DataConfig]):
     def _flips(self, positions: Sequence[int]) -> list[bool] | None:
         return [uniform(self._seed, p, "flip") < 0.5 for p in positions] if self.config.flip else None
 
-    def _replace_bad(self, ids: Sequence[int], positions: Sequence[int]) -> list[int]:
-        """Each id, or the first good one of a sequence that belongs to its position; touches (decodes) each sample."""
-        good = []
-        for sample, position in zip(ids, positions, strict=True):
-            self.quarantine.seen += 1
-            attempt = 0
-            while (error := self.samples.touch(sample)) is not None:
-                shard = self.samples.shards.shards[self.samples.shards.locate(sample)[0]].file
-                self.quarantine.add(sample, self.samples.key(sample), shard, error)
-                attempt += 1
-                if attempt > 1000:
-                    raise ValueError(f"data: 1000 samples in a row are bad; the last is {error}")
-                sample = self._other(ids[0], int(mix(self._seed, position, attempt)[0] >> 1))
-            good.append(sample)
-        return good
+    def _cached(self, chosen: _Chosen) -> tuple[Batch, list[int]]:
+        """Cached tensors and the captions' numbers; a sample whose values turn out damaged is replaced here alone.
+
+        It may be whole in another variant or caption, so that to refuse it elsewhere would depend on who met it first.
+        """
+        one = (self.manifest.cached or {}).get("variants") == 1
+        variants = [0.0 if one else uniform(self._seed, p, "variant") for p in chosen.positions]
+        while True:
+            picks = self._picks(chosen.ids, chosen.positions)
+            tensors, bad = self.samples.cached(chosen.ids, picks, variants)
+            if not bad:
+                return dict(tensors), picks
+            for row, error in bad.items():
+                self._reject(chosen, row, error)
+            self._replace_bad(chosen)
+
+    def _replace_bad(self, chosen: _Chosen) -> None:
+        """Put the first good one of a sequence that belongs to its position for each bad sample; touches (decodes)
+        each sample."""
+        for row in range(len(chosen.ids)):
+            while (error := self.samples.touch(chosen.ids[row])) is not None:
+                self._reject(chosen, row, error)
+
+    def _reject(self, chosen: _Chosen, row: int, error: BadSample) -> None:
+        """Put the next candidate for a row's position."""
+        sample = chosen.ids[row]
+        shard = self.samples.shards.shards[self.samples.shards.locate(sample)[0]].file
+        self.quarantine.add(sample, self.samples.key(sample), shard, error)
+        chosen.attempts[row] += 1
+        if chosen.attempts[row] > 1000:
+            raise ValueError(f"data: 1000 samples in a row are bad; the last is {error}")
+        draw = int(mix(self._seed, chosen.positions[row], chosen.attempts[row])[0] >> 1)
+        chosen.ids[row] = self._other(sample, draw)
 
     def _other(self, near: int, draw: int) -> int:
         """A sample by a number, of the same shape as another."""

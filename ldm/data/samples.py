@@ -109,6 +109,8 @@ class Samples:
         self._recent.pictures.clear()
         self._recent.records.clear()
         self._recent.arrays.clear()
+        if self._cache is not None:
+            self._cache.begin()
         self.shards.prefetch([s for s in samples if s not in self._pictures and s not in self._bad])
 
     def captions(self, sample: int) -> Captions:
@@ -129,9 +131,11 @@ class Samples:
         if sample in self._bad:
             return self._bad[sample]
         try:
-            self._record(sample)
+            captions, _ = self._record(sample)
             if self._cache is None:
                 self._picture(sample)
+            else:
+                self._cache.check(sample, len(captions.texts))
             if self._arrays:
                 self.arrays(sample)
         except BadSample as error:
@@ -182,8 +186,13 @@ class Samples:
             self._recent.arrays[sample] = known
         return known
 
-    def cached(self, ids: Sequence[int], picks: Sequence[int], variants: Sequence[float]) -> dict[str, Tensor]:
-        """The cached tensors of samples: caption number `picks`, and a variant of the picture drawn by [0, 1)."""
+    def cached(
+        self, ids: Sequence[int], picks: Sequence[int], variants: Sequence[float]
+    ) -> tuple[dict[str, Tensor], dict[int, BadSample]]:
+        """The cached tensors of samples: caption number `picks`, and a variant of the picture drawn by [0, 1).
+
+        The second value has the rows whose values are damaged.
+        """
         assert self._cache is not None
         return self._cache.gather(ids, picks, variants)
 

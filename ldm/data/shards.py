@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
-import mmap
 import os
 import struct
 import tarfile
@@ -125,6 +126,7 @@ class ShardReader(ABC):
     def __init__(self, name: str, index: Index) -> None:
         self.name = name
         self.index = index
+        self._columns = {extension: column for column, extension in enumerate(index.extensions)}
 
     def __len__(self) -> int:
         return len(self.index)
@@ -139,9 +141,21 @@ class ShardReader(ABC):
             and (only is None or extension in only)
         }
 
-    def view(self, sample: int, extension: str) -> memoryview:
-        """A member, without a copy where the shard is local."""
-        return memoryview(self.member(sample, self.index.extensions.index(extension)))
+    def column(self, extension: str) -> int | None:
+        """An extension's number, None if no sample has it."""
+        return self._columns.get(extension)
+
+    def has(self, sample: int, column: int) -> bool:
+        """Whether a sample has a member."""
+        return self.index.offsets.item(sample, column) != ABSENT
+
+    def size(self, sample: int, column: int) -> int:
+        """Bytes of a sample's member."""
+        return self.index.sizes.item(sample, column)
+
+    def fill(self, sample: int, column: int, start: int, out: memoryview) -> None:
+        """Put a member's bytes from `start` on into `out`."""
+        out[:] = memoryview(self.member(sample, column))[start : start + len(out)]
 
     @abstractmethod
     def member(self, sample: int, column: int) -> bytes:
@@ -157,8 +171,6 @@ class LocalReader(ShardReader):
     def __init__(self, name: str, index: Index, descriptor: int) -> None:
         super().__init__(name, index)
         self._file = descriptor
-        self._map: mmap.mmap | None = None
-        self._lock = threading.Lock()
 
     def member(self, sample: int, column: int) -> bytes:
         """OSError if the file ends before."""
@@ -168,14 +180,11 @@ class LocalReader(ShardReader):
             raise OSError(f"{self.name}: {len(data)} of {size} bytes at offset {offset}")
         return data
 
-    def view(self, sample: int, extension: str) -> memoryview:
-        """From a memory map."""
-        with self._lock:
-            if self._map is None:
-                self._map = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)
-        column = self.index.extensions.index(extension)
-        offset, size = int(self.index.offsets[sample, column]), int(self.index.sizes[sample, column])
-        return memoryview(self._map)[offset : offset + size]
+    def fill(self, sample: int, column: int, start: int, out: memoryview) -> None:
+        """Read there without a copy. Not a memory map, which would end the process where a disk fails."""
+        place = self.index.offsets.item(sample, column) + start
+        if os.preadv(self._file, [out], place) != len(out):
+            raise OSError(f"{self.name}: not {len(out)} bytes at offset {place}")
 
     def __del__(self) -> None:
         os.close(self._file)
@@ -243,7 +252,7 @@ class Shards:
         self.manifest = manifest
         self.shards = manifest.split(split)
         self.sizes = tuple(s.samples for s in self.shards)
-        self._ends = np.cumsum(self.sizes)
+        self._ends = list(itertools.accumulate(self.sizes))
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
         self._lock = threading.Lock()
         self._opening: dict[int, threading.Lock] = {}
@@ -255,12 +264,12 @@ class Shards:
         self._pool = ThreadPoolExecutor(_CONNECTIONS, "ldm-fetch") if far else None
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard number, index in the shard)."""
-        shard = int(np.searchsorted(self._ends, sample, side="right"))
-        return shard, sample - int(self._ends[shard]) + self.sizes[shard]
+        shard = bisect.bisect_right(self._ends, sample)
+        return shard, sample - self._ends[shard] + self.sizes[shard]
 
     def reader(self, shard: int) -> ShardReader:
         """The open reader of a shard."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
+import psutil
 from torch import Tensor
 
 from ldm.data.order import Ints, slots
@@ -76,8 +77,16 @@ class Stream(ABC, Generic[Config]):
         """How many different bad samples were met and replaced."""
 
     def figures(self) -> dict[str, float]:
-        """What the log shall tell of this rank's data: memory that decoded samples take, and bad samples replaced."""
-        return {"data_memory_gib": self.kept_bytes / 2**30, "bad_samples": float(self.bad)}
+        """What the log shall tell of this rank's data: memory that decoded samples take, and bad samples replaced.
+
+        With it goes the process's resident memory, which would show what grows beside them, also where a GPU trains.
+        """
+        resident = psutil.Process().memory_info().rss
+        return {
+            "data_memory_gib": self.kept_bytes / 2**30,
+            "host_memory_gib": resident / 2**30,
+            "bad_samples": float(self.bad),
+        }
 
     @abstractmethod
     def batch(self, step: int, micro_step: int) -> Batch:

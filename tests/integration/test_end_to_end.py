@@ -98,6 +98,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(runs: tuple[Path, Path
         assert sorted(p.name for p in (run / "checkpoints").glob("step-*")) == ["step-10", "step-8"]
     assert len({r["loss"] for r in a}) == 10
     assert all(r["data_memory_gib"] > 0 and r["bad_samples"] == 0 for r in a)
+    assert all(0.05 < r["host_memory_gib"] < 100 for r in a)
 
 
 def test_sample_grids_are_the_same_too(runs: tuple[Path, Path, str]) -> None:

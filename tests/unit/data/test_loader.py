@@ -174,7 +174,11 @@ def test_memory_bound_changes_nothing_but_cost(make_set: Make, memory: int) -> N
     pictures = sum(p.pixels.nbytes for p in loader.samples._pictures.values())
     kept = pictures + 2048 * len(loader.samples._records)
     assert kept <= memory
-    assert loader.figures() == {"data_memory_gib": kept / 2**30, "bad_samples": 0.0}
+    figures = loader.figures()
+    assert figures["data_memory_gib"] == kept / 2**30
+    assert figures["bad_samples"] == 0.0
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS")]
+    assert figures["host_memory_gib"] == pytest.approx(int(line.split()[1]) / 2**20, rel=0.1)
 
 
 def test_memory_does_not_grow_over_epochs(make_set: Make) -> None:
