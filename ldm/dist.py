@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as torch_dist
@@ -52,6 +53,28 @@ def compute_dtype(precision: str) -> torch.dtype:
 def initialized() -> bool:
     """Whether a process group exists."""
     return torch_dist.is_available() and torch_dist.is_initialized()
+
+
+@contextmanager
+def group() -> Iterator[None]:
+    """A process group for work without an engine, where a launcher has started several processes; nothing for one.
+
+    On the CPU each process takes its share of the cores, unless OMP_NUM_THREADS says how many.
+    """
+    if world_size() == 1 or initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    elif "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // _env("LOCAL_WORLD_SIZE", world_size())))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch_dist.init_process_group(backend, rank=rank(), world_size=world_size())
+    try:
+        yield
+    finally:
+        torch_dist.destroy_process_group()
 
 
 def barrier() -> None:
@@ -103,6 +126,19 @@ def gather(value: Tensor) -> Tensor:
     parts = [torch.empty_like(value) for _ in range(world_size())]
     torch_dist.all_gather(parts, value.contiguous())
     return torch.cat(parts)
+
+
+def gather_rows(value: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """The ranks' rows, rank r's `counts[r]` of its tensor (at least so many, ...), by rank, on every rank's CPU.
+
+    All ranks' tensors agree in type and in all but the first axis.
+    """
+    if not initialized() or world_size() == 1:
+        return [value[: counts[0]].cpu()]
+    padded = value.new_zeros((max(counts), *value.shape[1:]))
+    padded[: counts[rank()]] = value[: counts[rank()]]
+    parts = gather(padded.to(device())).cpu().chunk(world_size())
+    return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
 
 def say(message: str) -> None:

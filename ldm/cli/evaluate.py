@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +13,25 @@ from ldm.cli import evaluate_inversion, evaluate_prompts, evaluate_samplers
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ldm.pipeline import Settings, TextToImage
+    from ldm.recipes.divided import Parts, Rows
 
 
 def main(argv: list[str]) -> int:
-    """Run one of the subcommands; ValueError for users' mistakes."""
+    """Run one of the subcommands; ValueError for users' mistakes.
+
+    Several processes divide the pictures of what draws them; of another measure, rank 0 does all.
+    """
     args = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = args.run
-    return run(args)
+
+    from ldm import dist
+
+    if run in (_reconstruction, _nll, evaluate_inversion.main):
+        if dist.world_size() > 1:
+            dist.say("ldm evaluate: this measure is not divided; rank 0 does all")
+        return run(args) if dist.rank() == 0 else 0
+    with dist.group():
+        return run(args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     prompts = verbs.add_parser("prompts", help="CLIP score, retrieval and diversity prompt by prompt, and CMMD")
     _data(prompts, split="compositional")
     _drawing(prompts)
-    evaluate_prompts.add(prompts, _draw, _protocol)
+    evaluate_prompts.add(prompts, _drawn, _protocol)
 
     nll = verbs.add_parser("nll", help="bound on the negative log-likelihood of real pictures' latents")
     _data(nll, split="heldout")
@@ -84,18 +95,23 @@ def _data(parser: argparse.ArgumentParser, split: str) -> None:
 
 def _drawing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="emoji", help="shipped model, run, diffusers folder or single file (emoji)")
-    parser.add_argument("--sampler", default="dpmpp_2m")
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--sampler", help="(dpmpp_2m; of a few-step student its own)")
+    parser.add_argument("--steps", type=int, help="(25; of a few-step student 4)")
+    parser.add_argument("--guidance", type=float, help="(3; of a few-step student that has it inside 1)")
     parser.add_argument("--batch", type=int, default=32, help="pictures drawn at once (32)")
     parser.add_argument(
         "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the U-Net (fp32)"
     )
     parser.add_argument("--device", help="that draws: cpu, cuda, ...; default: a GPU if there is one")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FOLDER", help="leave the pictures and finished parts here, each named by split, "
+        "index and settings; a stopped evaluation then goes on (several nodes need it to be shared)"
+    )  # fmt: skip
 
 
 def _retrieval(args: argparse.Namespace) -> int:
-    from ldm.recipes import measure
+    from ldm import dist
+    from ldm.recipes import divided, measure
     from ldm.recipes.sources import load_clip, weights_hash
 
     drawn = measure.draw(args.data, args.split, args.count, seed=args.seed)
@@ -106,17 +122,29 @@ def _retrieval(args: argparse.Namespace) -> int:
         )
     clip, config = load_clip(measure.exported(args.clip))
     protocol = _protocol(args, "retrieval", len(drawn.captions))
+    judge = {"clip": args.clip, "clip_weights": weights_hash(clip), "clip_size": config.image_size}
+
+    def describe(images: Tensor, part: range) -> Rows:
+        return {"clip": measure.clip_features(images, clip, config)}
+
     if args.real:
-        images = measure.real_pictures(args.data, args.split, drawn.ids, config.image_size)
+
+        def real(part: range) -> Rows:
+            ids = [drawn.ids[i] for i in part]
+            return describe(measure.real_pictures(args.data, args.split, ids, config.image_size), part)
+
+        rows = divided.described(len(drawn.ids), args.batch, real)
         what = "real pictures"
     else:
-        images, how = _draw(args, drawn.captions)
+        rows, how, _ = _drawn(args, drawn.captions, describe, judge)
         protocol |= how
         what = f"pictures of {args.model} ({args.sampler}, {args.steps} steps, guidance {args.guidance:g})"
-    found = measure.retrieval_of(
-        images, drawn.captions, drawn.pool, clip, config, candidates=args.candidates, seed=args.seed
+    if dist.rank():
+        return 0
+    found = measure.retrieval_of_features(
+        rows["clip"], drawn.captions, drawn.pool, clip, config, candidates=args.candidates, seed=args.seed
     )
-    protocol |= {"pictures": "real" if args.real else "drawn", "clip": args.clip, "clip_weights": weights_hash(clip)}
+    protocol |= judge | {"pictures": "real" if args.real else "drawn"}
     print(f"{found.images} {what}, data {args.data}, split {args.split}: own caption among {found.candidates}")
     print(f"{'':6}{'rate':>8}{'95 % interval':>18}{'chance':>9}{'x chance':>10}")
     for r in found.recalls:
@@ -145,29 +173,37 @@ def _reconstruction(args: argparse.Namespace) -> int:
 
 
 def _features(args: argparse.Namespace) -> int:
+    from ldm import dist
     from ldm.evaluate import fid
     from ldm.evaluate.features import extract, in_batches, load_network
-    from ldm.recipes import measure
+    from ldm.recipes import divided, measure
     from ldm.recipes.statistics import real_features
 
     network = load_network(args.network, args.weights)
     drawn = measure.draw(args.data, args.split, args.count, seed=args.seed)
     protocol = _protocol(args, "features", len(drawn.captions))
+
+    def describe(images: Tensor, part: range) -> Rows:
+        return {"features": extract(network, in_batches(images))}
+
     if args.pictures is not None:
         images = measure.folder_pictures(args.pictures)
-        protocol |= {"pictures": "folder"}
+        rows = divided.described(len(images), 64, lambda part: describe(images[part.start : part.stop], part))
+        protocol |= {"pictures": "folder", "size": images.shape[-1]}
     else:
-        images, how = _draw(args, drawn.captions)
+        rows, how, _ = _drawn(args, drawn.captions, describe, {"network": network.name})
         protocol |= how | {"pictures": "drawn"}
-    size = images.shape[-1]
-    real = real_features(network, args.data, args.split, drawn.ids, size, args.cache)
-    found = fid.compare(real, extract(network, in_batches(images)), network=network.name, seed=args.seed)
-    protocol |= {"size": size, "network": network.name}
-    print(f"{len(images)} pictures against the captions' {len(real)} real ones, data {args.data}, split {args.split}")
+    real = real_features(network, args.data, args.split, drawn.ids, protocol["size"], args.cache)
+    if dist.rank():
+        return 0
+    found = fid.compare(real, rows["features"], network=network.name, seed=args.seed)
+    count = len(rows["features"])
+    protocol |= {"network": network.name}
+    print(f"{count} pictures against the captions' {len(real)} real ones, data {args.data}, split {args.split}")
     for name, value in found.items():
         shown = f"{value['mean']:.6g} (std {value['std']:.2g})" if isinstance(value, dict) else value
         print(f"{name}: {shown:.6g}" if isinstance(shown, float) else f"{name}: {shown}")
-    if min(len(images), len(real)) < 2048:
+    if min(count, len(real)) < 2048:
         print("few pictures: compare at equal counts only, and rather by the kernel distance")
     _write(args.out, protocol, found)
     return 0
@@ -194,37 +230,61 @@ def _nll(args: argparse.Namespace) -> int:
     return 0
 
 
-def _draw(args: argparse.Namespace, captions: tuple[str, ...]) -> tuple[Tensor, dict[str, Any]]:
-    """The model's pictures of the captions, and the part of the protocol that says how they came about."""
-    from ldm import dist
-    from ldm.pipeline import Settings, TextToImage
-    from ldm.recipes.measure import model_hashes
+def _drawn(
+    args: argparse.Namespace,
+    captions: tuple[str, ...],
+    describe: Callable[[Tensor, range], Rows],
+    judge: Mapping[str, Any],
+    *,
+    each: int = 1,
+    pictures: Path | None = None,
+) -> tuple[Rows, dict[str, Any], Parts | None]:
+    """What `describe` says of the model's pictures of the captions, how they came about, and where their files are.
 
+    The ranks divide them, `each` neighbours never apart. `judge` is what the rows depend on beside the pictures;
+    `pictures` a folder that gets them as files, --keep if None.
+    """
+    from ldm import dist
+    from ldm.checkpoint.students import choose
+    from ldm.data.grid import to_pil
+    from ldm.pipeline import Settings, TextToImage
+    from ldm.recipes import divided, measure
+
+    pipeline = TextToImage.load(args.model, device=args.device or dist.device(), precision=args.precision)
+    args.sampler, args.steps, args.guidance = choose(pipeline.student, args.sampler, args.steps, args.guidance)
     settings = Settings(
         sampler=args.sampler, steps=args.steps, guidance=args.guidance, seed=args.seed, batch=args.batch
     )
-    pipeline = TextToImage.load(args.model, device=args.device or dist.device(), precision=args.precision)
     how = {
-        "model": args.model,
-        "weights": model_hashes(pipeline),
-        "sampler": args.sampler,
-        "steps": args.steps,
-        "guidance": args.guidance,
-        "precision": args.precision,
-    }
-    return _sampled(pipeline, captions, settings), how
+        "model": args.model, "weights": measure.model_hashes(pipeline), "sampler": args.sampler, "steps": args.steps,
+        "guidance": args.guidance, "precision": args.precision, "size": measure.side_of(pipeline),
+    }  # fmt: skip
+    told = {**how, **judge, "data": args.data, "seed": args.seed, "captions": captions}
+    folder = args.keep or pictures
+    parts = None if folder is None else divided.Parts(folder, args.split, told)
+    size = max(each, args.batch // each * each)
+    with _bar(len(divided.split(len(captions), size)) * args.steps) as bar:
+
+        def part(indices: range) -> Rows:
+            texts = [captions[i] for i in indices]
+            images = pipeline.sample(texts, settings=settings, indices=indices, progress=lambda *_: bar.update())
+            if parts is not None:
+                parts.folder.mkdir(parents=True, exist_ok=True)
+                for i, picture in zip(indices, to_pil(images), strict=True):
+                    picture.save(parts.picture(i))
+            return describe(images, indices)
+
+        return divided.described(len(captions), size, part, parts), how, parts
 
 
-def _sampled(pipeline: TextToImage, captions: tuple[str, ...], settings: Settings) -> Tensor:
+def _bar(total: int) -> Any:
+    """Steps of all batches, on rank 0; the ranks advance alike."""
     from tqdm import tqdm
 
-    with tqdm(unit=" step", desc="drawing", disable=None) as bar:
+    from ldm import dist
 
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        return pipeline.sample(list(captions), settings=settings, progress=progress)
+    total = -(-total // dist.world_size())
+    return tqdm(unit=" step", desc="drawing", total=total, disable=True if dist.rank() else None)
 
 
 def _protocol(args: argparse.Namespace, what: str, count: int) -> dict[str, Any]:

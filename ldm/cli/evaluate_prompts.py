@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-Draw = Callable[[argparse.Namespace, tuple[str, ...]], "tuple[Tensor, dict[str, Any]]"]
+    from ldm.recipes.divided import Parts, Rows
+
+Draw = Callable[..., "tuple[Rows, dict[str, Any], Parts | None]"]
+"""(options, captions, describe, judge, *, each, pictures) -> rows of all pictures, how they were drawn, their files."""
 
 
 def add(parser: argparse.ArgumentParser, draw: Draw, protocol: Callable[..., dict[str, Any]]) -> None:
@@ -29,20 +32,38 @@ def main(args: argparse.Namespace, draw: Draw, protocol: Callable[..., dict[str,
     if args.each < 1:
         raise ValueError(f"each: must be at least 1, got {args.each}")
 
+    from ldm import dist
     from ldm.checkpoint.files import write_text
-    from ldm.data.grid import sheet, to_pil
+    from ldm.data import decode
+    from ldm.data.grid import sheet
     from ldm.evaluate.features import EfficientNetLite0
-    from ldm.recipes import measure, prompts
+    from ldm.recipes import divided, measure, prompts
     from ldm.recipes.sources import load_clip, weights_hash
 
     drawn = measure.draw(args.data, args.split, args.count, seed=args.seed)
     clip, config = load_clip(measure.exported(args.clip))
     network = None if args.no_diversity or args.each < 2 else EfficientNetLite0()
-    images, how = draw(args, tuple(c for c in drawn.captions for _ in range(args.each)))
-    real = measure.real_pictures(args.data, args.split, drawn.ids, images.shape[-1])
     maps = None if network is None else network.perceptual_features
-    rows = prompts.by_prompt(images, drawn.captions, args.each, clip, config, maps)
-    found = prompts.summary(rows, images, real, clip, config)
+    judge = {"clip": args.clip, "clip_weights": weights_hash(clip), "clip_size": config.image_size, "each": args.each}
+    judge |= {"diversity": network is not None}
+    shown = None if args.sheet is None else args.sheet.with_suffix(".parts")
+    captions = tuple(c for c in drawn.captions for _ in range(args.each))
+
+    def describe(images: Tensor, part: range) -> Rows:
+        return prompts.described(images, args.each, clip, config, maps)
+
+    found_rows, how, parts = draw(args, captions, describe, judge, each=args.each, pictures=shown)
+    size = how["size"]
+
+    def real(part: range) -> Rows:
+        pictures = measure.real_pictures(args.data, args.split, [drawn.ids[i] for i in part], size)
+        return {"clip": measure.clip_features(pictures, clip, config)}
+
+    real_rows = divided.described(len(drawn.ids), 64, real)
+    if dist.rank():
+        return 0
+    rows = prompts.figures(found_rows, drawn.captions, args.each, clip, config)
+    found = prompts.summary(rows, found_rows["clip"], real_rows["clip"])
     print(f"{len(rows)} prompts, {args.each} pictures each, data {args.data}, split {args.split}, by {args.clip}")
     for name, value in found.items():
         if value is not None:
@@ -50,14 +71,15 @@ def main(args: argparse.Namespace, draw: Draw, protocol: Callable[..., dict[str,
     order = sorted(range(len(rows)), key=lambda i: rows[i].clip_score)
     print("fit worst: " + "; ".join(rows[i].prompt for i in order[:5]))
     _write(args.table, prompts.table(rows), write_text)
-    if args.sheet is not None:
+    if args.sheet is not None and parts is not None:
         args.sheet.parent.mkdir(parents=True, exist_ok=True)
-        shown = [j for i in order for j in range(i * args.each, (i + 1) * args.each)]
-        sheet(to_pil(images[shown]), args.each).save(args.sheet)
+        chosen = [j for i in order for j in range(i * args.each, (i + 1) * args.each)]
+        sheet([decode.picture(parts.picture(j).read_bytes()) for j in chosen], args.each).save(args.sheet)
         print(f"written: {args.sheet}")
-    told = protocol(args, "prompts", len(rows)) | how | {"each": args.each, "clip": args.clip}
-    told |= {"clip_weights": weights_hash(clip), "clip_size": config.image_size}
-    told |= {"diversity_network": None if network is None else f"efficientnet_lite0@{images.shape[-1]}"}
+        if args.keep is None:
+            parts.remove(len(captions), max(args.each, args.batch // args.each * args.each))
+    told = protocol(args, "prompts", len(rows)) | how | {k: v for k, v in judge.items() if k != "diversity"}
+    told |= {"diversity_network": None if network is None else f"efficientnet_lite0@{size}"}
     result = found | {"prompts": [vars(row) for row in rows]}
     _write(args.out, json.dumps({"protocol": told, "result": result}, indent=1, ensure_ascii=False) + "\n", write_text)
     return 0

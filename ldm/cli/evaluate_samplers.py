@@ -83,13 +83,17 @@ def main(args: argparse.Namespace) -> int:
         return TextToImage.load(source, device=device, precision=args.precision)
 
     table = quality.Table(args.out, judge, load, batch=args.batch, precision=args.precision)
-    with tqdm(unit=" step", desc="drawing", disable=None, leave=False) as bar:
+    with tqdm(unit=" step", desc="drawing", disable=True if dist.rank() else None, leave=False) as bar:
 
-        def progress(done: int, total: int) -> None:
+        def progress(done: int, total: int) -> None:  # of one batch
+            if done < bar.n:
+                bar.reset()
             bar.total = total
             bar.update(done - bar.n)
 
         rows = table.run(plan, tqdm.write, progress)
+    if dist.rank():
+        return 0
     write_text(args.out / TABLE, quality.markdown(rows))
     write_text(args.out / FIGURE, figure(rows))
     print(quality.markdown(rows), end="")

@@ -104,7 +104,6 @@ def _captions(samples: Samples) -> dict[str, int]:
     return found
 
 
-@torch.no_grad()
 def retrieval_of(
     images: Tensor,
     captions: Sequence[str],
@@ -120,20 +119,34 @@ def retrieval_of(
 
     Pictures (N, 3, H, W) in [-1, 1] are resized to what the CLIP sees.
     """
+    features = clip_features(images, clip, config, batch)
+    return retrieval_of_features(features, captions, pool, clip, config, candidates=candidates, seed=seed, batch=batch)
+
+
+@torch.no_grad()
+def retrieval_of_features(
+    features: Tensor,
+    captions: Sequence[str],
+    pool: Sequence[str],
+    clip: nn.Module,
+    config: ClipConfig,
+    *,
+    candidates: int = 64,
+    seed: int = 0,
+    batch: int = 64,
+) -> Retrieval:
+    """`retrieval_of` of pictures whose `clip_features` (N, D) are known."""
     model: Any = clip
     tokenize = build_tokenizer(config)
     device = next(clip.parameters()).device
-
-    def encode_images(part: Tensor) -> Tensor:
-        return model.encode_image(resized(part, config.image_size).to(device), normalize=True).float().cpu()
 
     def encode_texts(texts: list[str]) -> Tensor:
         return model.encode_text(tokenize(texts).to(device), normalize=True).float().cpu()
 
     return retrieval.measure(
-        encode_images,
+        lambda part: part,
         encode_texts,
-        images,
+        features,
         captions,
         pool,
         candidates=candidates,
@@ -141,6 +154,15 @@ def retrieval_of(
         seed=seed,
         batch=batch,
     )
+
+
+@torch.no_grad()
+def clip_features(images: Tensor, clip: nn.Module, config: ClipConfig, batch: int = 64) -> Tensor:
+    """Unit features (N, D) on the CPU of pictures (N, 3, H, W) in [-1, 1], resized to what the CLIP sees."""
+    model: Any = clip
+    device = next(clip.parameters()).device
+    parts = resized(images, config.image_size).split(batch)
+    return torch.cat([model.encode_image(part.to(device), normalize=True).float().cpu() for part in parts])
 
 
 def resized(images: Tensor, size: int) -> Tensor:
@@ -213,6 +235,11 @@ def nll_of(
         "dimensions": parts[0].dimensions,
         **{name: float(value.double().mean()) / unit for name, value in terms.items()},
     }
+
+
+def side_of(pipeline: TextToImage) -> int:
+    """Pixels of a side of the model's own pictures."""
+    return pipeline.latent_shape(None)[1] * pipeline.codec.factor
 
 
 def model_hashes(pipeline: TextToImage) -> dict[str, str]:

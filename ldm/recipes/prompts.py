@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,7 +16,8 @@ from ldm.evaluate.clip_score import clip_score, similarity
 from ldm.evaluate.cmmd import cmmd
 from ldm.evaluate.diversity import Maps, diversity
 from ldm.models.text import ClipConfig, build_tokenizer
-from ldm.recipes.measure import resized
+from ldm.recipes.divided import Rows
+from ldm.recipes.measure import clip_features
 
 
 @dataclass(frozen=True)
@@ -28,43 +30,51 @@ class PromptFigures:
     diversity: float | None
 
 
+def described(images: Tensor, each: int, clip: nn.Module, config: ClipConfig, maps: Maps | None) -> Rows:
+    """What `figures` needs of the pictures of whole prompts, `each` of one and then of the next."""
+    spreads = [
+        diversity(own, maps) if maps is not None and each > 1 else float("nan") for own in images.split(each)
+    ]  # fmt: skip
+    return {
+        "clip": clip_features(images, clip, config),
+        "diversity": torch.tensor(spreads, dtype=torch.float64).repeat_interleave(each)[: len(images)],
+    }
+
+
 @torch.no_grad()
-def clip_features(images: Tensor, clip: nn.Module, config: ClipConfig, batch: int = 64) -> Tensor:
-    """Unit features (N, D) of pictures (N, 3, H, W) in [-1, 1]."""
+def figures(rows: Rows, prompts: Sequence[str], each: int, clip: nn.Module, config: ClipConfig) -> list[PromptFigures]:
+    """A row a prompt, from what `described` gave of the pictures of all."""
     model: Any = clip
-    parts = resized(images, config.image_size).split(batch)
-    return torch.cat([model.encode_image(part, normalize=True).float() for part in parts])
+    tokens = build_tokenizer(config)(list(prompts)).to(next(clip.parameters()).device)
+    texts = model.encode_text(tokens, normalize=True).float().cpu()
+    features, spreads = rows["clip"], rows["diversity"].view(-1, each)[:, 0].tolist()
+    scores = clip_score(features, texts.repeat_interleave(each, 0)).view(-1, each)
+    found = similarity(features, texts).argmax(1).view(-1, each)
+    made = []
+    for i, prompt in enumerate(prompts):
+        share = float((found[i] == i).double().mean())
+        spread = None if math.isnan(spreads[i]) else spreads[i]
+        made.append(PromptFigures(prompt, float(scores[i].mean()), share, spread))
+    return made
 
 
-@torch.no_grad()
 def by_prompt(
     images: Tensor, prompts: Sequence[str], each: int, clip: nn.Module, config: ClipConfig, maps: Maps | None
 ) -> list[PromptFigures]:
     """A row a prompt; `images` holds `each` pictures of the first prompt, then of the second, and so on."""
     if len(images) != each * len(prompts):
         raise ValueError(f"expected {each} pictures of each of {len(prompts)} prompts, got {len(images)}")
-    model: Any = clip
-    texts = model.encode_text(build_tokenizer(config)(list(prompts)), normalize=True).float()
-    features = clip_features(images, clip, config)
-    scores = clip_score(features, texts.repeat_interleave(each, 0)).view(-1, each)
-    found = similarity(features, texts).argmax(1).view(-1, each)
-    rows = []
-    for i, prompt in enumerate(prompts):
-        own = images[i * each : (i + 1) * each]
-        spread = diversity(own, maps) if maps is not None and each > 1 else None
-        share = float((found[i] == i).double().mean())
-        rows.append(PromptFigures(prompt, float(scores[i].mean()), share, spread))
-    return rows
+    return figures(described(images, each, clip, config, maps), prompts, each, clip, config)
 
 
-def summary(rows: Sequence[PromptFigures], images: Tensor, real: Tensor, clip: nn.Module, config: ClipConfig) -> Any:
-    """Means over prompts, and CMMD of all pictures to real ones."""
+def summary(rows: Sequence[PromptFigures], features: Tensor, real: Tensor) -> dict[str, Any]:
+    """Means over prompts, and CMMD of the pictures' CLIP features (N, D) to those of real ones (M, D)."""
     spreads = [r.diversity for r in rows if r.diversity is not None]
     return {
         "clip_score": sum(r.clip_score for r in rows) / len(rows),
         "retrieved": sum(r.retrieved for r in rows) / len(rows),
         "diversity": sum(spreads) / len(spreads) if spreads else None,
-        "cmmd": cmmd(clip_features(real, clip, config), clip_features(images, clip, config)),
+        "cmmd": cmmd(real, features),
     }
 
 

@@ -6,6 +6,7 @@ runs add rows. A row says how it was measured; one that was measured otherwise i
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ldm import __version__
+from ldm import __version__, dist
 from ldm.checkpoint import files
 from ldm.data.manifest import Manifest, resolve
 from ldm.data.samples import Samples
@@ -28,11 +29,17 @@ from ldm.evaluate import fid
 from ldm.evaluate.features import FeatureNetwork, extract, in_batches
 from ldm.models.text import ClipConfig
 from ldm.pipeline import Progress, Settings, TextToImage
-from ldm.recipes import measure
+from ldm.recipes import divided, measure
+from ldm.recipes.divided import Rows
 from ldm.recipes.sources import weights_hash
+from ldm.rng import Rng
+from ldm.types import Denoise
 
 BOUNDS = ("real", "autoencoder")
 """Rows without a sampler: the captions' own pictures, as they are and through the autoencoder."""
+SPENT = ("loop_seconds", "text_seconds", "decode_seconds", "network_rows")
+"""What a picture costs: its share of its batch's sampling loop (network, solver and noise), of encoding the prompts, of
+decoding; how often the U-Net saw it. Seconds of one process; what measures the pictures is in none of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +159,18 @@ class Judge:
             "clip": self.clip_name, "clip_weights": weights_hash(self.clip), "clip_size": self.clip_config.image_size,
         }  # fmt: skip
 
-    def figures(self, images: Tensor, captions: Sequence[str], pool: Sequence[str], real: Tensor) -> dict[str, Any]:
+    def describe(self, images: Tensor) -> Rows:
+        """What `figures` needs of pictures."""
+        features = extract(self.network, in_batches(images))
+        return {"features": features, "clip": measure.clip_features(images, self.clip, self.clip_config)}
+
+    def figures(self, rows: Rows, captions: Sequence[str], pool: Sequence[str], real: Tensor) -> dict[str, Any]:
         """Kernel distance to the features `real` and retrieval of the captions among those of `pool`."""
-        own = extract(self.network, in_batches(images))
+        own = rows["features"]
         half = min(len(own), len(real)) // 2  # halves, so that subsets differ and their spread says something
         kid = fid.kernel_distance(real, own, subsets=20, size=max(2, half), seed=self.seed)
-        found = measure.retrieval_of(
-            images, captions, pool, self.clip, self.clip_config, candidates=self.candidates, seed=self.seed
+        found = measure.retrieval_of_features(
+            rows["clip"], captions, pool, self.clip, self.clip_config, candidates=self.candidates, seed=self.seed
         )
         return {"kernel_distance": {"mean": kid.mean, "std": kid.std, "subset": max(2, half)}, **found.record()}
 
@@ -198,28 +210,34 @@ class Table:
         (folder / "rows").mkdir(parents=True, exist_ok=True)
 
     def run(self, plan: Plan, say: Callable[[str], None], progress: Progress | None = None) -> list[dict[str, Any]]:
-        """Measure what is not there yet; all rows of the folder, also those of earlier runs."""
+        """Measure what is not there yet; all rows of the folder, also those of earlier runs. Collective.
+
+        The ranks divide each row's pictures, rank 0 writes it.
+        """
         cases = list(plan.cases())
         for number, case in enumerate(cases, 1):
             path = self.folder / "rows" / f"{case.name}.json"
             protocol = self.protocol(case)
-            if path.is_file():
-                same(path, json.loads(path.read_text(encoding="utf-8"))["protocol"], protocol)
+            if divided.on_first_told(functools.partial(_there, path, protocol)):
                 continue
-            result = self.measure(case, progress)
-            row = {"protocol": protocol, "result": result}
-            files.write_text(path, json.dumps(row, indent=1, ensure_ascii=False) + "\n")
-            say(f"{number}/{len(cases)} {line(row)}")
+            result = self.measure(case, protocol, progress)
+            if dist.rank() == 0:
+                row = {"protocol": protocol, "result": result}
+                files.write_text(path, json.dumps(row, indent=1, ensure_ascii=False) + "\n")
+                self._parts(case, protocol).remove(case.count, self.batch)
+                say(f"{number}/{len(cases)} {line(row)}")
         rows = read(self.folder)
-        files.write_text(self.folder / "results.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+        if dist.rank() == 0:
+            files.write_text(self.folder / "results.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
         return rows
 
     def protocol(self, case: Case) -> dict[str, Any]:
         """Everything that the row's figures depend on."""
         pipeline, weights = self.model(case.source)
-        size = pipeline.latent_shape(None)[1] * pipeline.codec.factor
+        size = measure.side_of(pipeline)
         truth = self.truth(case.split, size)
-        return {
+        own = {} if pipeline.student is None else {"student_times": pipeline.student.original}
+        return own | {
             "measure": "samplers", "version": __version__, **self.judge.protocol(),
             "split": case.split, "count": case.count, "captions": min(case.count, len(truth.captions)),
             "reference": len(truth.reference), "shared": len({*truth.of(case.count)[1]} & {*truth.reference}),
@@ -228,24 +246,40 @@ class Table:
             "clip_guidance": case.clip_guidance, "spacing": case.spacing, "precision": self.precision,
         }  # fmt: skip
 
-    def measure(self, case: Case, progress: Progress | None = None) -> dict[str, Any]:
-        """The row's figures, with the seconds and the network's rows that each picture took."""
+    def measure(self, case: Case, protocol: dict[str, Any], progress: Progress | None = None) -> dict[str, Any]:
+        """The row's figures, with the seconds and the network's rows that each picture took; none but on rank 0."""
         pipeline, _ = self.model(case.source)
-        size = pipeline.latent_shape(None)[1] * pipeline.codec.factor
+        size = measure.side_of(pipeline)
         truth = self.truth(case.split, size)
         captions, ids = truth.of(case.count)
-        cost: dict[str, Any] = {}
-        if case.sampler in BOUNDS:
-            images = measure.real_pictures(self.judge.data, case.split, ids, size)
-            if case.sampler == "autoencoder":
-                images = _through(pipeline, images, self.batch)
-        else:
-            images, cost = self._draw(pipeline, case, captions, progress)
-        return cost | self.judge.figures(images, captions, truth.pool, truth.features)
+
+        def describe(part: range) -> Rows:
+            if case.sampler in BOUNDS:
+                images = measure.real_pictures(self.judge.data, case.split, [ids[i] for i in part], size)
+                if case.sampler == "autoencoder":
+                    images = _through(pipeline, images, self.batch)
+                return self.judge.describe(images)
+            images, spent = self._draw(pipeline, case, [captions[i] for i in part], part, progress)
+            return self.judge.describe(images) | spent
+
+        rows = divided.described(case.count, self.batch, describe, self._parts(case, protocol))
+        if dist.rank():
+            return {}
+        cost: dict[str, Any] = {f"{name}_per_picture": rows[name].mean().item() for name in SPENT if name in rows}
+        if cost:
+            cost |= {
+                "batch": self.batch, "device": str(pipeline.device), "threads": torch.get_num_threads(),
+                "processes": dist.world_size(),
+            }  # fmt: skip
+        return cost | self.judge.figures(rows, captions, truth.pool, truth.features)
+
+    def _parts(self, case: Case, protocol: dict[str, Any]) -> divided.Parts:
+        return divided.Parts(self.folder / "parts", case.split, protocol | {"batch": self.batch})
 
     def _draw(
-        self, pipeline: TextToImage, case: Case, captions: list[str], progress: Progress | None
-    ) -> tuple[Tensor, dict[str, Any]]:
+        self, pipeline: TextToImage, case: Case, captions: list[str], part: range, progress: Progress | None
+    ) -> tuple[Tensor, Rows]:
+        """One batch: picture i's noise belongs to its global index; what it cost, the same for each of the batch."""
         settings = Settings(
             sampler=case.sampler, steps=case.steps, guidance=case.guidance, spacing=case.spacing,
             seed=self.judge.seed, batch=self.batch,
@@ -254,23 +288,31 @@ class Table:
         if case.clip_guidance:
             clip = self.judge.clip.to(pipeline.device)
             guide = clip_guide(pipeline, clip, self.judge.clip_config, case.clip_guidance)
-        rows = [0]
+        calls, clock = 0, [_now(pipeline)]
 
         def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            rows[0] += len(inputs[0])
+            nonlocal calls
+            calls += len(inputs[0])
+
+        def started(denoise: Denoise) -> Denoise:  # the text is encoded, the sampler's loop begins
+            clock.append(_now(pipeline))
+            return denoise if guide is None else guide(denoise, prompts=captions)
+
+        def step(i: int, _: Tensor) -> None:
+            if progress is not None:
+                progress(i + 1, case.steps)
 
         hook = pipeline.unet.register_forward_pre_hook(count)
         try:
-            start = time.perf_counter()
-            images = pipeline.sample(captions, settings=settings, guide=guide, progress=progress)
-            seconds = time.perf_counter() - start
+            latents = pipeline.latents(captions, settings, Rng(settings.seed, tuple(part)), step, wrap=started)
+            clock.append(_now(pipeline))
+            images = pipeline.decode(latents, settings)
+            clock.append(_now(pipeline))
         finally:
             hook.remove()
-        cost = {
-            "seconds_per_picture": seconds / len(images), "network_rows_per_picture": rows[0] / len(images),
-            "batch": self.batch, "device": str(pipeline.device), "threads": torch.get_num_threads(),
-        }  # fmt: skip
-        return images, cost
+        text, loop, decode = (b - a for a, b in itertools.pairwise(clock))
+        spent = dict(zip(SPENT, (loop, text, decode, calls), strict=True))
+        return images, {k: torch.full((len(part),), v / len(part), dtype=torch.float64) for k, v in spent.items()}
 
     def model(self, source: str) -> tuple[TextToImage, dict[str, str]]:
         """The model and its weights' hashes; the last one stays loaded, after one picture of one step to warm up."""
@@ -295,12 +337,32 @@ class Table:
         samples = Samples(Manifest.read(resolve(self.judge.data)), split, size=size)
         said = json.dumps([self.judge.network.name, size, [samples.key(i) for i in ids]])
         path = self.folder / f"reference-{hashlib.sha256(said.encode()).hexdigest()[:16]}.safetensors"
-        if not path.is_file():
-            images = measure.real_pictures(self.judge.data, split, ids, size)
-            beside = path.with_suffix(".part")
-            save_file({"features": extract(self.judge.network, in_batches(images))}, beside)
-            beside.replace(path)
-        return load_file(path)["features"]
+        if not dist.from_first(int(path.is_file())):
+
+            def describe(part: range) -> Rows:
+                images = measure.real_pictures(self.judge.data, split, [ids[i] for i in part], size)
+                return {"features": extract(self.judge.network, in_batches(images))}
+
+            found = divided.described(len(ids), 64, describe)
+            if dist.rank() == 0:
+                beside = path.with_suffix(".part")
+                save_file(found, beside)
+                beside.replace(path)
+        return load_file(path)["features"] if dist.rank() == 0 else torch.empty(0, 0)
+
+
+def _there(path: Path, protocol: dict[str, Any]) -> bool:
+    """Whether a row is measured already. Raises ValueError if it was in another way."""
+    if not path.is_file():
+        return False
+    same(path, json.loads(path.read_text(encoding="utf-8"))["protocol"], protocol)
+    return True
+
+
+def _now(pipeline: TextToImage) -> float:
+    if pipeline.device.type == "cuda":
+        torch.cuda.synchronize(pipeline.device)
+    return time.perf_counter()
 
 
 @torch.no_grad()
@@ -339,7 +401,7 @@ def line(row: dict[str, Any]) -> str:
     if p["sampler"] not in BOUNDS:
         how += f" {p['steps']} steps, guidance {p['guidance']:g}"
         how += f", CLIP guidance {p['clip_guidance']:g}" if p["clip_guidance"] else ""
-    cost = f", {r['seconds_per_picture']:.3g} s a picture" if "seconds_per_picture" in r else ""
+    cost = f", {r['loop_seconds_per_picture']:.3g} s a picture" if "loop_seconds_per_picture" in r else ""
     found = f"{p['split']}: KID {1000 * r['kernel_distance']['mean']:.2f}e-3, R@1 {r['R@1']['rate']:.3f}"
     return f"{how}, {found} ({p['count']} pictures{cost})"
 
@@ -363,15 +425,20 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         bound = sampler in BOUNDS
         cells = [model, sampler, "" if bound else str(steps), "" if bound else f"{guidance:g}"]
         cells += [f"{clip:g}"] if "CLIP guidance" in head else []
-        costs = [row["result"] for row in found.values() if "seconds_per_picture" in row["result"]]
-        pictures = [row["protocol"]["count"] for row in found.values()]
-        for name, form in (("seconds_per_picture", ".3g"), ("network_rows_per_picture", ".4g")):
-            total = sum(cost[name] * n for cost, n in zip(costs, pictures))
-            cells.append(format(total / sum(pictures), form) if costs else "")
+        for name, form in (("loop_seconds_per_picture", ".3g"), ("network_rows_per_picture", ".4g")):
+            costs = [(r["result"][name], r["protocol"]["count"]) for r in found.values() if name in r["result"]]
+            pictures = sum(n for _, n in costs)
+            cells.append(format(sum(cost * n for cost, n in costs) / pictures, form) if costs else "")
         for split in splits:
             cells += _cells(found.get(split))
         out.append("| " + " | ".join(cells) + " |")
-    return "\n".join(out) + "\n"
+    return "\n".join([*out, "", NOTE]) + "\n"
+
+
+NOTE = (
+    "s / picture: the sampling loop of one process (network, solver, noise), divided by its batch; encoding prompts, "
+    "decoding and what measures the pictures are not in it. rows / picture: how often the network saw it."
+)
 
 
 def _cells(row: dict[str, Any] | None) -> list[str]:

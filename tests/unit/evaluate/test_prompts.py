@@ -18,7 +18,8 @@ from ldm.evaluate.cmmd import cmmd
 from ldm.evaluate.diversity import diversity
 from ldm.evaluate.features import Encoder
 from ldm.recipes import statistics
-from ldm.recipes.prompts import by_prompt, clip_features
+from ldm.recipes.measure import clip_features
+from ldm.recipes.prompts import by_prompt
 from ldm.recipes.sources import load_clip
 from tests import miniature
 

@@ -102,20 +102,46 @@ def test_calls_of_the_network_are_counted(models: Path, tmp_path: Path) -> None:
     for (sampler, guidance), result in counted.items():
         calls = 3 if sampler == "ddim" else 4  # out of pure noise and into the data there is no second call
         assert result["network_rows_per_picture"] == calls * guidance
-        assert result["seconds_per_picture"] > 0
+        assert all(result[f"{name}_seconds_per_picture"] > 0 for name in ("loop", "text", "decode"))
+
+
+def test_the_time_of_a_picture_is_that_of_the_sampling_loop(models: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """By a clock that each part of the work moves on: only the network's calls are in the loop's time."""
+    clock = [0.0]
+
+    def takes(owner: Any, name: str, seconds: float) -> None:
+        original = getattr(owner, name)
+
+        def call(*args: Any, **rest: Any) -> Any:
+            clock[0] += seconds
+            return original(*args, **rest)
+
+        monkeypatch.setattr(owner, name, call)
+
+    takes(TextToImage, "_cond", 1.0)
+    takes(TextToImage, "_net", 10.0)
+    takes(TextToImage, "decode", 100.0)
+    takes(quality.Judge, "describe", 1000.0)
+    monkeypatch.setattr(quality.time, "perf_counter", lambda: clock[0])
+    rows = command(models, tmp_path, "--samplers", "ddim", "--steps", 3, "--guidance", 2, "--no-bounds")
+    result = rows[0]["result"]
+    assert result["loop_seconds_per_picture"] == 3 * 10 / 4
+    assert result["text_seconds_per_picture"] == 2 * 1 / 4, "the negative prompt's, and the prompts'"
+    assert result["decode_seconds_per_picture"] == 100 / 4
+    assert "sampling loop" in (tmp_path / "table.md").read_text()
 
 
 def test_a_second_run_measures_only_what_is_missing(models: Path, tmp_path: Path, monkeypatch: Any) -> None:
     options = ("--samplers", "ddim", "--steps", "1,2", "--no-bounds")
     before = command(models, tmp_path, *options)
     drawn: list[tuple[int, int]] = []
-    original = TextToImage.sample
+    original = TextToImage.latents
 
-    def sample(self: TextToImage, prompts: Any, *, settings: Any, **rest: Any) -> torch.Tensor:
+    def latents(self: TextToImage, prompts: Any, settings: Any, *rest: Any, **more: Any) -> torch.Tensor:
         drawn.append((settings.steps, len(prompts)))
-        return original(self, prompts, settings=settings, **rest)
+        return original(self, prompts, settings, *rest, **more)
 
-    monkeypatch.setattr(TextToImage, "sample", sample)
+    monkeypatch.setattr(TextToImage, "latents", latents)
     assert command(models, tmp_path, *options) == before
     assert drawn == [(1, 1)], "nothing but the picture that warms up"
     (tmp_path / "rows" / "teacher-ddim-0002-g3-heldout.json").unlink()
@@ -129,11 +155,34 @@ def test_a_second_run_measures_only_what_is_missing(models: Path, tmp_path: Path
     row = find(more, model="four")["protocol"]
     assert (row["sampler"], row["steps"], row["guidance"], row["count"]) == ("lcm", 4, 1.0, 4)
     assert row["weights"]["unet"] != find(more, model="teacher", steps=1)["protocol"]["weights"]["unet"]
-    page = (tmp_path / "table.md").read_text().splitlines()
+    page = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("|")]
     assert len(page) == 2 + 3
     assert all(line.count("|") == page[0].count("|") for line in page)
     texts = {e.text for e in xml.parse(tmp_path / "figure.svg").iter() if e.tag.endswith("text")}
     assert {"four lcm", "teacher ddim", "heldout: KID · 10³", "heldout: R@1", "steps"} <= texts
+
+
+def test_a_row_that_was_stopped_goes_on_with_the_batches_that_are_missing(
+    models: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    options = ("--samplers", "ddim", "--steps", "2", "--no-bounds", "--batch", 2)
+    whole = command(models, tmp_path / "whole", *options)
+    original, calls = TextToImage.decode, [0]
+
+    def decode(self: TextToImage, latents: Any, settings: Any) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == 4:  # the first is the picture that warms up
+            raise KeyboardInterrupt
+        return original(self, latents, settings)
+
+    monkeypatch.setattr(TextToImage, "decode", decode)
+    with pytest.raises(KeyboardInterrupt):
+        command(models, tmp_path / "stopped", *options)
+    assert len(list((tmp_path / "stopped" / "parts").iterdir())) == 2
+    resumed = command(models, tmp_path / "stopped", *options)
+    assert calls[0] == 4 + 1 + 1, "one to warm up, and the third batch"
+    assert resumed[0]["result"]["kernel_distance"] == whole[0]["result"]["kernel_distance"]
+    assert not (tmp_path / "stopped" / "parts").exists()
 
 
 def test_rows_measured_otherwise_are_not_mixed_in(models: Path, tmp_path: Path) -> None:
