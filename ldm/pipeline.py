@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ldm.adapters.low_rank import Loras
 from ldm.adapters.tokens import add_concept
+from ldm.checkpoint import students
 from ldm.checkpoint.convert import load_model
 from ldm.checkpoint.embedding_files import read_embeddings
 from ldm.checkpoint.lora_files import read_lora
@@ -123,6 +124,7 @@ class TextToImage:
         self.end: Literal["data", "first"] | None = end
         self.unet, self.codec, self.text, self.process = unet, codec, list(text), process
         self.spacing, self.dtype = spacing, compute_dtype(precision)
+        self.student: students.FewSteps | None = None
         self._loras: Loras | None = None
         self._device = next(unet.parameters()).device
         self._offload = False
@@ -147,15 +149,10 @@ class TextToImage:
         unet = parts.unet.eval().requires_grad_(False)
         parts.codec.autoencoder.eval().requires_grad_(False)
         pipeline = TextToImage(
-            unet,
-            parts.codec,
-            parts.text,
-            process,
-            spacing=how.spacing,
-            offset=how.offset,
-            end="data" if how.last_alpha_one else "first",
-            precision=precision,
-        )
+            unet, parts.codec, parts.text, process, spacing=how.spacing, offset=how.offset,
+            end="data" if how.last_alpha_one else "first", precision=precision,
+        )  # fmt: skip
+        pipeline.student = students.few_steps(parts.scheduler, guided=unet.config.time_cond_proj_dim is None)
         return pipeline.to(device)
 
     def to(self, device: str | torch.device) -> TextToImage:
@@ -379,7 +376,9 @@ class TextToImage:
         return {"time_ids": ids.expand(count, -1)}
 
     def _times(self, settings: Settings) -> list[float] | None:
-        """The model's own times for DDIM and DDPM, so that they draw what the published pipelines draw."""
+        """The model's own times for DDIM and DDPM, and a student's: those of the published pipelines."""
+        if self.student is not None and settings.spacing is None and settings.sampler == self.student.sampler:
+            return self.student.times(self.process.schedule, settings.steps)
         if self.spacing is None or settings.spacing is not None or settings.sampler not in ("ddim", "ddpm"):
             return None
         return spaced(self.process.schedule, settings.steps, self.spacing, offset=self.offset)
@@ -433,6 +432,7 @@ def _adapted(folder: Path, device: str | torch.device, precision: str) -> TextTo
         pipeline.load_lora(folder / name)
     for name in told["embeddings"]:
         pipeline.load_embedding(folder / name)
+    pipeline.student = students.beside(folder)
     return pipeline
 
 

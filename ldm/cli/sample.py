@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    from ldm.pipeline import Guide, TextToImage
+    from ldm.checkpoint.students import FewSteps
+    from ldm.pipeline import Guide, Settings, TextToImage
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,9 +33,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--embedding", action="append", default=[], metavar="PATH", help="textual inversion; may be repeated"
     )
-    p.add_argument("--sampler", default="dpmpp_2m", help="see `ldm sample --list-samplers`")
-    p.add_argument("--steps", type=int, default=25)
-    p.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance scale; 1 is none")
+    own = "; of a few-step student its own, {}"
+    p.add_argument("--sampler", help="see `ldm sample --list-samplers` (dpmpp_2m" + own.format("such as lcm") + ")")
+    p.add_argument("--steps", type=int, help="(25" + own.format("4") + ")")
+    p.add_argument(
+        "--guidance", type=float, help="guidance scale, 1 is none (3" + own.format("1 where it is inside") + ")"
+    )
     p.add_argument("--guide", default="cfg", help="cfg, projected (APG) or perpendicular (Perp-Neg)")
     p.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="shares of T that are guided")
     p.add_argument("--rescale", type=float, default=0.0, help="guidance rescale in [0, 1]")
@@ -84,18 +88,12 @@ def main(argv: list[str]) -> int:
 
     from ldm import dist
     from ldm.data.grid import sheet, to_pil
-    from ldm.pipeline import Settings, TextToImage
+    from ldm.pipeline import TextToImage
 
-    size = None if args.size is None else (args.size[0], args.size[-1])
-    settings = Settings(
-        sampler=args.sampler, steps=args.steps, guidance=args.guidance, rescale=args.rescale, negative=args.negative,
-        guide=args.guide, interval=None if args.interval is None else (args.interval[0], args.interval[1]),
-        eta=args.eta, spacing=args.spacing, seed=args.seed, size=size, batch=args.batch,
-        weights=args.prompt_weights, long=args.long_prompts, original=_pair(args.original_size),
-        crop=_pair(args.crop) or (0, 0), target=_pair(args.target_size), tile=args.vae_tile, slices=args.vae_slices,
-        queries=args.attention_slice,
-    )  # fmt: skip
+    settings = _settings(args, None)  # refuses before anything is loaded
     pipeline = TextToImage.load(args.model, device=args.device or dist.device(), precision=args.precision)
+    settings = _settings(args, pipeline.student)
+    args.sampler, args.steps, args.guidance = settings.sampler, settings.steps, settings.guidance
     _adapt(pipeline, args.lora, args.embedding)
     if args.offload:
         pipeline.offload(args.device or dist.device())
@@ -121,6 +119,23 @@ def main(argv: list[str]) -> int:
     sheet(pictures, columns).save(grid, pnginfo=_info({**record, "prompts": prompts}))
     print("\n".join(map(str, [*paths, grid])))
     return 0
+
+
+def _settings(args: argparse.Namespace, student: FewSteps | None) -> Settings:
+    """What is asked for; a student says what is not."""
+    from ldm.checkpoint.students import choose
+    from ldm.pipeline import Settings
+
+    sampler, steps, guidance = choose(student, args.sampler, args.steps, args.guidance)
+    return Settings(
+        sampler=sampler, steps=steps, guidance=guidance, rescale=args.rescale, negative=args.negative,
+        guide=args.guide, interval=None if args.interval is None else (args.interval[0], args.interval[1]),
+        eta=args.eta, spacing=args.spacing, seed=args.seed, batch=args.batch,
+        size=None if args.size is None else (args.size[0], args.size[-1]),
+        weights=args.prompt_weights, long=args.long_prompts, original=_pair(args.original_size),
+        crop=_pair(args.crop) or (0, 0), target=_pair(args.target_size), tile=args.vae_tile, slices=args.vae_slices,
+        queries=args.attention_slice,
+    )  # fmt: skip
 
 
 def _pair(values: Sequence[int] | None) -> tuple[int, int] | None:

@@ -19,6 +19,7 @@ from ldm.checkpoint import files
 from ldm.checkpoint.convert import save_diffusers
 from ldm.checkpoint.lora_files import NAME, write_lora
 from ldm.checkpoint.schedulers import scheduler_to_diffusers
+from ldm.checkpoint.students import few_steps
 from ldm.data.mixture import Data, with_caches
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.process import Process
@@ -113,6 +114,7 @@ def build(task: DistillTask, data: Data, train: TrainConfig, seed: int, workers:
     loader = training_data(data, train, seed, workers, expect=expect)
     scheduler = student_scheduler(task.method, student.own.process)
     pipeline = TextToImage(student.unet, codec, towers, student.own.process, **_spacing(task.method))
+    pipeline.student = few_steps(scheduler, guided=not student.own.conditioned)
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
         if student.lora is not None:

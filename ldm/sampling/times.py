@@ -103,8 +103,21 @@ def _quadratic(total: int, steps: int, offset: int) -> list[float]:
     return [float(v) for v in reversed(values)]
 
 
+def subset(schedule: Schedule, steps: int, original: int) -> list[float]:
+    """`steps` of the times that a solver of `original` steps visits, as evenly as they go, the noisiest first.
+
+    Raises ValueError unless 1 <= steps <= original <= T.
+    """
+    if not 1 <= steps <= original <= schedule.steps:
+        raise ValueError(f"steps must lie in [1, {original}], the student's own times, got {steps}")
+    return check_times(schedule, _subset(schedule.steps, steps, original))
+
+
 def _lcm(total: int, steps: int, offset: int) -> list[float]:
-    original = max(50, steps) if total >= 50 else total
+    return _subset(total, steps, max(50, steps) if total >= 50 else total)
+
+
+def _subset(total: int, steps: int, original: int) -> list[float]:
     stride = total // original
     grid = [(i + 1) * stride - 1 for i in reversed(range(original))]
     return [float(grid[i * original // steps]) for i in range(steps)]

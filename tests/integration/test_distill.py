@@ -122,7 +122,8 @@ def test_a_lora_is_a_model_by_itself_and_stacks_in_diffusers_with_peft(
 ) -> None:
     lora = {"kind": "lora", "rank": 3, "targets": ["attention", "convolution", "time"]}
     task = {"guidance_embedding": None, "lora": lora}
-    paths = [config(root, n, {"kind": "lcm", "w": [2.0, 2.0]}, steps=s, **task) for n, s in (("one", 3), ("two", 5))]
+    method = {"kind": "lcm", "w": [2.0, 2.0], "solver_steps": 6}  # trained at 6 times, three of which are asked at
+    paths = [config(root, n, method, steps=s, **task) for n, s in (("one", 3), ("two", 5))]
     for path in paths:
         assert main(["distill", "lcm", str(path), "train.optim.lr=0.05"]) == 0
     settings = Settings(sampler="lcm", steps=3, guidance=1.0, seed=SEED)
@@ -141,6 +142,21 @@ def test_a_lora_is_a_model_by_itself_and_stacks_in_diffusers_with_peft(
         pipe.load_lora_weights(file, adapter_name=f"lora{i}")
         pipe.set_adapters([f"lora{j}" for j in range(i + 1)])
         assert worst(want, theirs(pipe, monkeypatch, "scheduling_lcm", settings, 1.0)) < 1e-3
+
+
+def test_the_command_draws_with_a_lora_as_it_was_trained_unless_told_otherwise(root: Path, tmp_path: Path) -> None:
+    """Sampler, steps, guidance and times of the student by itself; what is given is taken."""
+    from PIL import Image
+
+    task = {"guidance_embedding": None, "lora": {"kind": "lora", "rank": 2, "targets": ["attention"]}}
+    path = config(root, "plain", {"kind": "lcm", "w": [2.0, 2.0], "solver_steps": 8}, steps=2, **task)
+    assert main(["distill", "lcm", str(path)]) == 0
+    for name, options in (("own", []), ("given", ["--sampler", "ddim", "--steps", "3", "--guidance", "2"])):
+        argv = ["sample", "a red dot", "--model", str(root / "plain"), "--out", str(tmp_path / name), *options]
+        assert main(argv) == 0
+    told = {n: json.loads(Image.open(tmp_path / n / "grid.png").text["ldm"]) for n in ("own", "given")}  # type: ignore[attr-defined]
+    chosen = {n: (t["sampler"], t["steps"], t["guidance"]) for n, t in told.items()}
+    assert chosen == {"own": ("lcm", 4, 1.0), "given": ("ddim", 3, 2.0)}
 
 
 def test_the_command_line_draws_with_a_student(root: Path, tmp_path: Path) -> None:

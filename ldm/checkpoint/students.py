@@ -1,0 +1,58 @@
+"""How a few-step student is drawn with, as its scheduler's config says: the sampler, and the times it knows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm.diffusion.schedule import Schedule
+from ldm.sampling.times import subset
+
+SAMPLERS = {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}
+PLAIN = ("dpmpp_2m", 25, 3.0)
+"""Sampler, steps and guidance of a model that is no few-step student, where nothing else is asked for."""
+
+
+@dataclass(frozen=True)
+class FewSteps:
+    """A student's sampler and the number of solver steps whose times it was trained at; `guided`: guidance is inside.
+
+    Read from the keys of diffusers' schedulers.
+    """
+
+    sampler: str
+    original: int
+    guided: bool
+
+    def times(self, schedule: Schedule, steps: int) -> list[float] | None:
+        """The times of `steps` steps, a subset of those trained at; None for more steps, or where times are real."""
+        if steps > self.original or not schedule.discrete:
+            return None
+        return subset(schedule, steps, self.original)
+
+
+def few_steps(config: Mapping[str, Any], guided: bool) -> FewSteps | None:
+    """From a scheduler's config; None when it is not of a few-step sampler."""
+    sampler = SAMPLERS.get(str(config.get("_class_name")))
+    return None if sampler is None else FewSteps(sampler, int(config.get("original_inference_steps", 50)), guided)
+
+
+def beside(folder: Path) -> FewSteps | None:
+    """Of a LoRA's folder, by the scheduler's config in it; None without one."""
+    path = folder / "scheduler_config.json"
+    return few_steps(json.loads(path.read_text(encoding="utf-8")), guided=True) if path.is_file() else None
+
+
+def choose(
+    own: FewSteps | None, sampler: str | None, steps: int | None, guidance: float | None
+) -> tuple[str, int, float]:
+    """How to draw where some of it is left open (None): 4 steps of a student's sampler; guidance 1 if it is inside."""
+    plain = PLAIN if own is None else (own.sampler, 4, 1.0 if own.guided else PLAIN[2])
+    return (
+        plain[0] if sampler is None else sampler,
+        plain[1] if steps is None else steps,
+        plain[2] if guidance is None else guidance,
+    )
