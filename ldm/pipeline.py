@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm import allocator
 from ldm.adapters.low_rank import Loras
 from ldm.adapters.tokens import add_concept
 from ldm.checkpoint import students
@@ -327,6 +328,7 @@ class TextToImage:
 
     def denoiser(self, settings: Settings, prompts: Sequence[str] = ()) -> Denoise:
         """The model's estimate of x_0 under guidance; `prompts`: what it will be asked for, where they may be long."""
+        allocator.keep_freed_memory(self.device.type)
         denoise, scale = self.process.denoiser(self._net), settings.guidance
         if self.unet.config.time_cond_proj_dim is not None:
             return told_guidance(denoise, scale)

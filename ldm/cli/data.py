@@ -172,6 +172,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _encode(args: argparse.Namespace) -> int:
     from ldm import dist
+    from ldm.allocator import keep_freed_memory
     from ldm.data.encode import EncodeConfig, encode, finish, missing
     from ldm.models.latents import LatentCodec
     from ldm.recipes.sources import load_autoencoder, load_towers, text_encoder, weights_hash
@@ -191,6 +192,7 @@ def _encode(args: argparse.Namespace) -> int:
         batch=args.batch,
     )
     device = dist.device()
+    keep_freed_memory(device.type)
     hashes, moments, text = {}, None, None
     if args.vae is not None:
         autoencoder = load_autoencoder(args.vae).to(device)

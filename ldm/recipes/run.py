@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ldm import dist
+from ldm import allocator, dist
 from ldm.checkpoint import files
 from ldm.checkpoint.lock import RunLock, RunLocked
 from ldm.recipes.base import Assembly
@@ -22,6 +22,7 @@ def run(build: Callable[[], Assembly], train: TrainConfig, out: Path, *, seed: i
     `resolved` is the whole config as YAML. Raises ValueError when the folder holds a run with another model or data,
     or another process runs in it.
     """
+    allocator.keep_freed_memory(dist.device().type)  # here, as caches are encoded before there is an engine
     engine.start()
     if dist.from_first(int(_finished(out, train.steps, resolved))):
         dist.say(f"{out}: already finished {train.steps} steps; exported to {out / 'export'}")

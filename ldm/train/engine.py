@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ldm import dist
+from ldm import allocator, dist
 from ldm.objectives.base import Objective
 from ldm.rng import Rng
 from ldm.types import Batch, Metrics
@@ -209,6 +209,7 @@ class Engine:
         self.config, self.accumulate = config, accumulate
         self.dtype = config.dtype()
         self.device = dist.device()
+        allocator.keep_freed_memory(self.device.type)
         if self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
         settings = deepspeed_config(config, micro_batch, accumulate)
