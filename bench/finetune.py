@@ -2,7 +2,8 @@
 
 "diffusers script" encodes pictures and captions at every step, as its training scripts do; "diffusers cached" is given
 latents and text states, as ours is after its cache is made. Peak memory is of a process that runs nothing else, above
-what it held before its first step. Also how far merged weights are from the LoRA that trained.
+what it held before its first step; the same process counts how often steps call a text tower. Also how far the weights
+with the exported file merged into them are from the LoRA that trained.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +24,7 @@ from torch import Tensor
 from bench.timing import Options, interleaved, ratio, report
 from ldm.adapters.full import FullAdapter, FullConfig
 from ldm.adapters.lora import LoraAdapter, LoraConfig
-from ldm.adapters.low_rank import Loras
+from ldm.checkpoint import lora_files
 from ldm.models.shipped import locate
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.pipeline import TextToImage
@@ -35,6 +37,9 @@ RANK, SIDE = 4, 64
 OPTIM = Optim(lr=1e-4, weight_decay=0.01)
 KINDS = ("lora", "dreambooth")
 CAPTIONS = ("a sks dog", "a dog")
+TOWERS = ("TextTower", "CLIPTextModel")
+ALONE = 3
+"""Steps of a process that runs nothing else."""
 Step = Callable[[], object]
 
 
@@ -74,7 +79,7 @@ def theirs(kind: str, batch: int, precision: str, cached: bool) -> Step:
     import diffusers
     from peft import LoraConfig as PeftConfig
 
-    pipe: Any = diffusers.StableDiffusionPipeline.from_pretrained(locate("emoji"))
+    pipe: Any = diffusers.StableDiffusionPipeline.from_pretrained(locate("emoji"), torch_dtype=torch.float32)
     noising = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
     unet = pipe.unet
     for module in (unet, pipe.vae, pipe.text_encoder):
@@ -135,14 +140,14 @@ CASES: dict[str, Callable[[str, int, str], Step]] = {
 }
 
 
-def peak(case: str, kind: str, batch: int, options: Options) -> float:
-    """MiB that steps need above what the process held before, in a process of its own."""
+def alone(case: str, kind: str, batch: int, options: Options) -> dict[str, float]:
+    """`mib` that steps need above what the process held before, and their `text_calls`, in a process of its own."""
     arguments = ["--case", case, "--kind", kind, "--batch", str(batch), "--precision", options.precision]
     command = [sys.executable, "-m", "bench.finetune", *arguments, "--threads", str(options.threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{case}: {done.stderr[-500:]}")
-    return float(json.loads(done.stdout.splitlines()[-1])["mib"])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def memory(name: str) -> float:
@@ -152,7 +157,7 @@ def memory(name: str) -> float:
 
 
 def merged_difference() -> float:
-    """The largest difference of the U-Net's answer, LoRA attached and merged, over the largest answer."""
+    """The largest difference of the U-Net's answer, LoRA attached and its file merged, over the largest answer."""
     pipeline = TextToImage.load("emoji")
     adapter = LoraAdapter(LoraConfig(rank=RANK))
     net = adapter.attach(pipeline.unet, pipeline.text)
@@ -164,8 +169,10 @@ def merged_difference() -> float:
         cond = pipeline.encode_text(list(CAPTIONS))
         attached = net(x, t, cond)
         net.detach()
-        loras = Loras(pipeline.unet, pipeline.text)
-        loras.add("bench", adapter.lora(dict(net.named_parameters())))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / lora_files.NAME
+            lora_files.write_lora(path, adapter.lora(dict(net.named_parameters())), pipeline.unet.config)
+            pipeline.load_lora(path)
         return float((pipeline.unet(x, t, cond) - attached).abs().max() / attached.abs().max())
 
 
@@ -178,18 +185,23 @@ def run(options: Options) -> dict[str, Any]:
         seconds = interleaved(cases, options.times(20), warmup=1 if options.quick else 3)
         pairs = [("diffusers script", "ldm"), ("diffusers cached", "ldm")]
         result = report(f"{kind} step, batch {batch}, {options.precision}", seconds, pairs)
-        mib = {name: peak(name, kind, batch, options) for name in CASES}
-        print("  peak memory of steps, MiB: " + ", ".join(f"{n} {v:.0f}" for n, v in mib.items()))
-        result["peak_mib"] = mib
+        own = {name: alone(name, kind, batch, options) for name in CASES}
+        mib = {name: found["mib"] for name, found in own.items()}
+        calls = {name: found["text_calls"] for name, found in own.items()}
+        share = mib["ldm"] / mib["diffusers script"]
+        told = ", ".join(f"{n} {v:.0f}" for n, v in mib.items())
+        print(f"  peak memory of steps, MiB: {told}; ldm / diffusers script {share:.3f}")
+        print(f"  calls of the text tower in {ALONE} steps: " + ", ".join(f"{n} {v}" for n, v in calls.items()))
+        result |= {"peak_mib": mib, "peak_share": share, "text_calls": calls}
         result["speedup"] = ratio(seconds, "diffusers script", "ldm").median
         results[kind] = result
     results["merged_difference"] = merged_difference()
-    print(f"merged weights against the LoRA that trained: {results['merged_difference']:.1e}")
+    print(f"exported and merged weights against the LoRA that trained: {results['merged_difference']:.1e}")
     return results
 
 
 def main() -> None:
-    """One case's peak memory, as one line of JSON."""
+    """One case's peak memory and calls of text towers, as one line of JSON."""
     p = argparse.ArgumentParser()
     p.add_argument("--case", choices=list(CASES), required=True)
     p.add_argument("--kind", choices=KINDS, required=True)
@@ -201,9 +213,16 @@ def main() -> None:
     step = CASES[args.case](args.kind, args.batch, args.precision)
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts anew
-    for _ in range(3):
+    calls = 0
+
+    def count(module: torch.nn.Module, *_: Any) -> None:
+        nonlocal calls
+        calls += type(module).__name__ in TOWERS
+
+    torch.nn.modules.module.register_module_forward_hook(count)
+    for _ in range(ALONE):
         step()
-    print(json.dumps({"mib": memory("VmHWM") - before}))
+    print(json.dumps({"mib": memory("VmHWM") - before, "text_calls": calls}))
 
 
 if __name__ == "__main__":

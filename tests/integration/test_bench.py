@@ -45,11 +45,21 @@ def test_runs_quickly(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / f"{name}.json").read_text())
     assert written["machine"]["threads"] == 1
+    if name == "unet":
+        for case in ("forward", "sampling", "training"):
+            own = written["result"]["as they come"][case]
+            assert 0 < own["ratios"]["processor, ldm / diffusers"]["median"] < math.inf
+            assert set(own["faults"]) == {"ldm", "diffusers"}
     for part, names in RATIOS[name].items():
         measured = written["result"] if part == "result" else written["result"][part]
         for ratio in names:
             assert ratio in done.stdout
             assert 0 < measured["ratios"][ratio]["median"] < math.inf
+    if name == "finetune":
+        assert written["result"]["merged_difference"] < 1e-6
+        for kind in ("lora", "dreambooth"):
+            calls = written["result"][kind]["text_calls"]
+            assert calls == {"ldm": 0, "diffusers script": 3, "diffusers cached": 0}
 
 
 def test_the_peer_of_a_step_has_our_loss() -> None:
