@@ -1,4 +1,4 @@
-"""Reading over real sockets: an HTTP server with ranges that also fails, stalls and cuts short, and an S3 server."""
+"""Reading over real sockets: an HTTP server with ranges that also fails, stalls and cuts short."""
 
 import itertools
 import os
@@ -11,20 +11,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
 
+import fsspec
 import pytest
-import torch
-from fsspec.implementations.memory import MemoryFileSystem
 
-from ldm.data.loader import DataConfig, Loader
 from ldm.data.manifest import Manifest
 from ldm.data.remote import Remote, RemoteConfig, RemoteError, ShardCache
 from ldm.data.shards import Shards
+from tests.unit.data.remote import QUICK, batches, same
 
 pytest.importorskip("aiohttp")
 Make = Callable[..., Path]
-QUICK = RemoteConfig(retries=8, timeout=3.0, backoff=0.01)
 
 
 class Server(ThreadingHTTPServer):
@@ -94,16 +91,6 @@ def served(make_set: Make) -> Iterator[tuple[Server, Path]]:
     server.release.set()
     server.shutdown()
     server.server_close()
-
-
-def batches(path: str, remote: RemoteConfig, workers: int = 0) -> list[tuple[list[str], torch.Tensor]]:
-    config = DataConfig(path=path, size=8, remote=remote)
-    stream = Loader(config, seed=0, micro_batch=10, workers=workers).batches(0)
-    return [(b["key"], b["image"]) for b in itertools.islice(stream, 3)]
-
-
-def same(a: list[tuple[list[str], torch.Tensor]], b: list[tuple[list[str], torch.Tensor]]) -> bool:
-    return all(x[0] == y[0] and torch.equal(x[1], y[1]) for x, y in zip(a, b, strict=True))
 
 
 def test_http_ranges_give_what_the_disk_gives(served: tuple[Server, Path]) -> None:
@@ -185,31 +172,31 @@ def test_a_disk_that_is_really_full(served: tuple[Server, Path], tmp_path: Path)
         subprocess.run(["umount", str(cache)], check=True)
 
 
-class Bucket(MemoryFileSystem):
-    """Stands in for Google's: the same interface under its scheme."""
-
-    protocol = "gs"
-    store: ClassVar[dict[str, Any]] = {}
-    pseudo_dirs: ClassVar[list[str]] = [""]
-
-    @classmethod
-    def _strip_protocol(cls, path: str) -> str:
-        return "/" + path.removeprefix("gs://").strip("/")
-
-
-def test_google_storage(make_set: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_file_system_that_fsspec_knows(make_set: Make) -> None:
     folder = make_set(30, shard_samples=12)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "gcsfs", None)
-        with pytest.raises(ValueError, match=r"fsspec cannot open gs://: .*pip install 'ldm\[gcs\]'"):
-            Manifest.read("gs://pictures/set", QUICK)
-    monkeypatch.setitem(vars(sys.modules["fsspec.registry"])["_registry"], "gs", Bucket)
-    system = Bucket()
-    for path in folder.iterdir():
-        system.pipe_file(f"gs://pictures/set/{path.name}", path.read_bytes())
-    assert same(batches("gs://pictures/set", QUICK), batches(str(folder), QUICK))
-    with pytest.raises(RemoteError, match=r"gs://pictures/none/manifest.json: FileNotFoundError"):
-        Manifest.read("gs://pictures/none", QUICK)
+    system = fsspec.filesystem("memory")
+    try:
+        for path in folder.iterdir():
+            system.pipe_file(f"memory://pictures/set/{path.name}", path.read_bytes())
+        assert same(batches("memory://pictures/set", QUICK), batches(str(folder), QUICK))
+        with pytest.raises(RemoteError, match=r"memory://pictures/none/manifest.json: FileNotFoundError"):
+            Manifest.read("memory://pictures/none", QUICK)
+    finally:
+        system.rm("/pictures", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "module", "extra"), [("gs", "gcsfs", "gcs"), ("s3", "s3fs", "remote"), ("https", "aiohttp", "remote")]
+)
+def test_a_client_that_is_not_installed_is_named(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, module: str, extra: str
+) -> None:
+    for name in [n for n in sys.modules if n == module or n.startswith("fsspec.implementations.http")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(vars(sys.modules["fsspec.registry"])["_registry"], scheme, raising=False)
+    with pytest.raises(ValueError, match=rf"fsspec cannot open {scheme}://: .*pip install 'ldm\[{extra}\]'"):
+        Manifest.read(f"{scheme}://pictures/set", QUICK)
 
 
 def test_a_spoiled_download_is_refused(served: tuple[Server, Path], tmp_path: Path) -> None:
@@ -237,33 +224,3 @@ def test_commands_run_only_when_allowed(make_set: Make, tmp_path: Path) -> None:
         RemoteConfig(pipe=True)
     allowed = Shards(piped, "train", RemoteConfig(cache=cache, pipe=True))
     assert allowed.read(3) == Shards(manifest, "train").read(3)
-
-
-def test_s3(make_set: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("s3fs")
-    server_module = pytest.importorskip("moto.server")
-    folder = make_set(20, shard_samples=9)
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    try:
-        _, port = server.get_host_and_port()
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():
-            monkeypatch.setenv(name, value)
-        import s3fs
-
-        system = s3fs.S3FileSystem(skip_instance_cache=True)
-        system.mkdir("pictures")
-        system.put(str(folder), "pictures/set", recursive=True)
-        assert same(batches("s3://pictures/set", QUICK)[:2], batches(str(folder), QUICK)[:2])
-        remote = Shards(Manifest.read("s3://pictures/set", QUICK), "train", QUICK)
-        local = Shards(Manifest.read(folder), "train")
-        assert [remote.read(i) for i in range(20)] == [local.read(i) for i in range(20)]
-        with pytest.raises(RemoteError, match="FileNotFoundError"):
-            Manifest.read("s3://pictures/other", QUICK)
-    finally:
-        server.stop()
