@@ -28,6 +28,13 @@ RATIOS = {
 }
 
 
+FIGURES = {
+    "step": ("overhead_percent", "ema_percent", "log_percent"),
+    "ranks": ("deepspeed_over_ddp_percent", "pause 1", "resume 1", "resume 2", "resume 4"),
+}
+"""What a measurement tells beside its ratios."""
+
+
 def test_all_are_covered() -> None:
     assert set(RATIOS) == set(NAMES)
 
@@ -55,6 +62,8 @@ def test_runs_quickly(name: str, tmp_path: Path) -> None:
         for ratio in names:
             assert ratio in done.stdout
             assert 0 < measured["ratios"][ratio]["median"] < math.inf
+    for figure in FIGURES.get(name, ()):
+        assert figure in written["result"]
     if name == "finetune":
         assert written["result"]["merged_difference"] < 1e-6
         for kind in ("lora", "dreambooth"):

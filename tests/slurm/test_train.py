@@ -14,8 +14,8 @@ from conftest import Run
 from ldm.cli.__main__ import main
 from tests import miniature
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
-STEPS = 100
+pytestmark = pytest.mark.timeout(900)
+STEPS = 60
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
