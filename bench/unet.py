@@ -4,11 +4,16 @@ Forward; forward, backward and AdamW, with PyTorch's own choice of attention ker
 engine takes on CPUs; and 20 guided DDIM steps: our sampler on our network, their scheduler in their loop. For each of
 three shapes, with the share of a matrix product's rate that was measured in the same rounds, and the peak memory of a
 process that only trains. torch.compile runs for the smallest shape (minutes of compilation).
+
+In these rows both networks share a process and its allocator as Python starts it. In the rows "as they come" each has a
+process of its own: ours keeps freed memory and trains with the plain attention kernel, as our programs do on CPUs;
+theirs is a script around diffusers as one writes it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import subprocess
 import sys
@@ -21,7 +26,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import parts
+from bench.apart import Worker, compare, serve
 from bench.timing import Options, Spread, interleaved, report
+from ldm.allocator import keep_freed_memory
 from ldm.config.load import encode
 from ldm.diffusion.prediction import Epsilon
 from ldm.diffusion.process import Process
@@ -294,14 +301,44 @@ def compiled(shape: Shape, options: Options) -> dict[str, Any]:
     return report("compiled", interleaved(cases, options.times(shape.rounds), warmup=2), pairs)
 
 
+def alone(name: str, which: str, quick: bool) -> dict[str, Callable[[], object]]:
+    """What a process that only has one of the networks is asked for."""
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    shape = (QUICK if quick else SHAPES)[name]
+    ours, theirs = both(shape.config)
+    x, t, text = inputs(shape)
+    drawn = x[: shape.drawn], text[: shape.drawn]
+    steps = 4 if quick else 20
+    network = {"ldm": ours, "diffusers": theirs}[which]
+    call = call_of(network)
+    step = training(network, call, x, t, text)
+    if which == "ldm":
+        keep_freed_memory()
+        del theirs
+        draw = our_sampling(ours, ours, *drawn, steps)
+        return {"forward": quiet(call, x, t, text), "training": under(plain, step), "sampling": draw}
+    draw = their_sampling(theirs, *drawn, steps)
+    return {"forward": quiet(call, x, t, text), "training": step, "sampling": draw}
+
+
+def as_they_come(name: str, shape: Shape, options: Options) -> dict[str, Any]:
+    """Both as programs: sampling first, as a process that has trained holds more memory."""
+    argv = ["-m", "bench.unet", "serve", name]
+    quick = str(int(options.quick))
+    with Worker([*argv, "ldm", quick]) as ours, Worker([*argv, "diffusers", quick]) as theirs:
+        cases = ("forward", "sampling", "training")
+        return {case: compare(name, ours, theirs, case, options.times(shape.rounds)) for case in cases}
+
+
 def run(options: Options) -> dict[str, Any]:
     """Measure on the CPU: every shape, the compiled smallest one, and the memory of training."""
     shapes = QUICK if options.quick else SHAPES
     result: dict[str, Any] = {}
     for name, shape in shapes.items():
         result[name] = one_shape(name, shape, options, 4 if options.quick else 20)
+        result[name]["as they come"] = as_they_come(name, shape, options)
     smallest = next(iter(shapes))
-    result |= {k: result[smallest][k] for k in ("training", "sampling", "forward")}
+    result |= {k: result[smallest][k] for k in ("training", "sampling", "forward", "as they come")}
     if not options.quick:
         result["compiled"] = compiled(shapes[smallest], options)
     measure = one_peak if options.quick else peak  # a figure only in a process of its own
@@ -313,4 +350,7 @@ def run(options: Options) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(one_peak(sys.argv[1], sys.argv[2], sys.argv[3] == "1"))
+    if sys.argv[1] == "serve":
+        serve(alone(sys.argv[2], sys.argv[3], sys.argv[4] == "1"))
+    else:
+        print(one_peak(sys.argv[1], sys.argv[2], sys.argv[3] == "1"))
