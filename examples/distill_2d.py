@@ -135,6 +135,24 @@ def matching(start: Network, steps: int) -> Network:
     return net
 
 
+def adversarial(start: Network, steps: int) -> Network:
+    """Distribution matching with a head on the critic's hidden layer that tells the student's points from real ones.
+
+    The teacher is guided, the real points are not: where the two disagree, the head pulls to the data.
+    """
+    net, critic, head = copy_of(start), copy_of(start), nn.Sequential(nn.SiLU(), nn.Linear(128, 1))
+    nn.init.zeros_(head[1].weight)  # type: ignore[arg-type]
+    trained = nn.ModuleDict({"student": net, "critic": critic, "head": head})
+    options = MatchingOptions(w=(W, W), every=2, adversarial=0.003, head=0.03)
+
+    def logits(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return head(critic.hidden(x, t, cond))[:, 0]
+
+    estimators = Estimator(net, STUDENT), Estimator(critic, STUDENT)
+    fit(MatchingObjective(trained, *estimators, teacher(), Points(), options, logits), steps, lr=1e-3, beta=0.0)
+    return net
+
+
 def draw(denoise: Denoise, sampler: str, steps: int, count: int, seed: int = 3) -> Tensor:
     """Points (B, 2) of class 1."""
     g = torch.Generator().manual_seed(seed)
@@ -155,6 +173,7 @@ STUDENTS: dict[str, tuple[Callable[[Network, int], Network], str]] = {
     "trajectory": (trajectory, "tcd"),
     "progressive": (progressive, "ddim"),
     "matching": (matching, "lcm"),
+    "matching, adversarial": (adversarial, "lcm"),
 }
 
 

@@ -75,6 +75,10 @@ class Network(nn.Module):
         self.register_buffer("rates", torch.exp(torch.linspace(0, 5, 16)), persistent=False)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return self.out(self.hidden(x, t, cond))[:, :, None, None]
+
+    def hidden(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """What the answer is read from, (B, width)."""
         phase = t[:, None].float() / SCHEDULE.steps * self.rates
         point = x[:, :, 0, 0]
         waves = torch.cat([point * 2.0**k for k in range(4)], 1)
@@ -83,7 +87,7 @@ class Network(nn.Module):
             + self.time(torch.cat([phase.sin(), phase.cos()], 1))
             + self.label(cond["class"])
         )
-        return self.out(h + self.body(h))[:, :, None, None]
+        return h + self.body(h)
 
 
 def train(steps: int, batch: int = 256) -> Network:

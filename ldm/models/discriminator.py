@@ -1,4 +1,4 @@
-"""A patch discriminator (Isola et al. 2017) with group norm in place of batch norm."""
+"""A patch discriminator (Isola et al. 2017) with group norm in place of batch norm, and a head on a U-Net's middle."""
 
 from __future__ import annotations
 
@@ -33,3 +33,18 @@ class Discriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, 1, H / 2**levels, W / 2**levels)."""
         return self.layers(images)
+
+
+class MiddleHead(nn.Module):
+    """A U-Net's middle features (B, C, h, w) -> logits (B,), higher is more real (arXiv 2405.14867, 4.3)."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.out = nn.Linear(channels, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits (B,)."""
+        x = nn.functional.silu(self.conv(nn.functional.silu(self.norm(features))))
+        return self.out(x.mean((2, 3)))[:, 0]

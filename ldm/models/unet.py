@@ -5,7 +5,7 @@ Legend: B batch, C channels, H, W latent pixels, T tokens, D width of the text, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -297,6 +297,25 @@ class UNet(nn.Module):
         "class" (B,) or (B, P); "pooled" (B, P) with "time_ids" (B, 6); "guidance" (B,), the w of w-conditioned models,
         which is the guidance scale - 1.
         """
+        x, skips, time, text, known = self._halfway(x, t, cond)
+        for stage in cast("Iterable[Stage]", self.up_blocks):
+            for i in range(len(stage.resnets)):
+                kv = None if stage.attentions is None else next(known)
+                x = self._run(stage.step, i, torch.cat([x, skips.pop()], dim=1), time, text, kv)
+            if stage.upsamplers is not None:
+                h, w = skips[-1].shape[2:]
+                even = (h, w) == (2 * x.shape[2], 2 * x.shape[3])
+                x = stage.upsamplers[0](x, None if even else (h, w))
+        return self.conv_out(self.conv_norm_out(x))
+
+    def middle(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """What `forward` has in its middle, (B, C, h, w): features for a classifier; the second half does not run."""
+        return self._halfway(x, t, cond)[0]
+
+    def _halfway(
+        self, x: Tensor, t: Tensor, cond: Cond
+    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Iterator[Tensor | None]]:
+        """(middle features, skips, activated time embedding, text, what is known of the rest's keys and values)."""
         if "concat" in cond:
             x = torch.cat([x, cond["concat"].to(x.dtype)], dim=1)
         if x.shape[1] != self.config.in_channels:
@@ -314,15 +333,7 @@ class UNet(nn.Module):
                 x = stage.downsamplers[0](x)
                 skips.append(x)
         x = self._run(self.mid_block, x, time, text, next(known) if len(self.mid_block.attentions) else None)
-        for stage in cast("Iterable[Stage]", self.up_blocks):
-            for i in range(len(stage.resnets)):
-                kv = None if stage.attentions is None else next(known)
-                x = self._run(stage.step, i, torch.cat([x, skips.pop()], dim=1), time, text, kv)
-            if stage.upsamplers is not None:
-                h, w = skips[-1].shape[2:]
-                even = (h, w) == (2 * x.shape[2], 2 * x.shape[3])
-                x = stage.upsamplers[0](x, None if even else (h, w))
-        return self.conv_out(self.conv_norm_out(x))
+        return x, skips, time, text, known
 
     def transformers(self) -> list[Transformer2D]:
         """In the order in which they run."""

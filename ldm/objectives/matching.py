@@ -1,18 +1,22 @@
-"""Distribution matching distillation (Yin et al. 2024, arXiv 2405.14867, DMD2 without its adversarial term).
+"""Distribution matching distillation (Yin et al. 2024, arXiv 2405.14867: DMD2).
 
 The student's pictures are moved along the difference of two scores: the teacher's, and that of a critic that learns to
-denoise the student's own pictures. Both trained networks are in one engine: the gradient enters at the pictures, which
-the critic sees detached, so no weight is detached or swapped. What the one engine does not carry: two learning rates,
-and a critic that steps alone; between the student's steps (`every`) its loss is 0, while Adam's momentum goes on.
+denoise the student's own pictures; and, if so configured, away from what a head on the critic's middle features tells
+from real ones (section 4.3). All trained networks are in one engine: the gradient enters at the pictures, which the
+critic sees detached or, for the head, through `turned`, so no weight is detached or swapped and one backward pass does.
+What the one engine does not carry: two learning rates, and a critic that steps alone; between the student's steps
+(`every`) its loss is 0, while Adam's momentum goes on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ldm.diffusion.prediction import broadcast
 from ldm.objectives.base import Objective
@@ -28,7 +32,8 @@ from ldm.types import Batch, Cond, Metrics
 class MatchingOptions:
     """A student of `steps` steps at LCM's times; it learns in every `every`-th optimizer step, the critic in each.
 
-    `span`: the part of the time range in which scores are compared; `critic`: weight of the critic's loss.
+    `span`: the part of the time range in which scores are compared; `critic`: weight of the critic's loss;
+    `adversarial`: weight of the student's adversarial term (0: none, and no head); `head`: that of the head's own loss.
     """
 
     kind: Literal["dmd"] = "dmd"
@@ -37,6 +42,8 @@ class MatchingOptions:
     every: int = 5
     critic: float = 1.0
     span: tuple[float, float] = (0.02, 0.98)
+    adversarial: float = 0.0
+    head: float = 0.01
 
     def __post_init__(self) -> None:
         check_range("w", self.w)
@@ -45,12 +52,20 @@ class MatchingOptions:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.critic > 0:
             raise ValueError(f"critic must be above 0, got {self.critic}")
+        if self.adversarial < 0:
+            raise ValueError(f"adversarial must be at least 0 (0 is off), got {self.adversarial}")
+        if not self.head > 0:
+            raise ValueError(f"head must be above 0, got {self.head}")
         if not 0 <= self.span[0] < self.span[1] <= 1:
             raise ValueError(f"span must be [low, high] within [0, 1], got {list(self.span)}")
 
 
+Logits = Callable[[Tensor, Tensor, Cond], Tensor]
+"""(noised pictures, t (B,), conditioning) -> logits (B,) of being real, by a head on the critic's middle features."""
+
+
 class MatchingObjective(Objective):
-    """The student's and the critic's terms in one backward pass."""
+    """The student's, the critic's and the head's terms in one backward pass."""
 
     def __init__(
         self,
@@ -60,9 +75,16 @@ class MatchingObjective(Objective):
         teacher: Teacher,
         feed: Feed,
         options: MatchingOptions,
+        logits: Logits | None = None,
     ) -> None:
-        """`trained` holds both networks. Raises ValueError when the schedule has no `steps` times."""
+        """`trained` holds both networks, and the head of `logits`, which the adversarial term needs.
+
+        Raises ValueError when the schedule has no `steps` times.
+        """
         super().__init__(trained)
+        if (logits is None) != (options.adversarial == 0):
+            raise ValueError(f"adversarial: weight {options.adversarial} and a head belong together")
+        self._logits = logits
         self.options = options
         self._student, self._critic, self._teacher, self._feed = student, critic, teacher, feed
         schedule = student.process.schedule
@@ -72,7 +94,8 @@ class MatchingObjective(Objective):
 
     def forward(self, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
         """Mean over the micro-batch; all ranks make the same number of calls, as ZeRO 3 needs."""
-        shape = self._feed.latents(batch, rng, self.device).shape[1:]
+        real = self._feed.latents(batch, rng, self.device)
+        shape = real.shape[1:]
         cond = self._feed.cond(batch, rng, self.device)
         w = guidance_of(rng, self.options.w, self.device)
         x, t = self._starts(shape, self._student.seen(cond, w), rng)
@@ -86,9 +109,32 @@ class MatchingObjective(Objective):
         critic = process.loss(out, fake.detach(), noise, late)
         on = float(self._step % self.options.every == 0)
         weight = batch["weight"].to(critic)
-        loss = (weight * (on * matching + self.options.critic * critic)).mean()
-        size = direction.square().flatten(1).mean(1).sqrt().mean()
-        return loss, {"critic": critic.detach().mean(), "direction": size}
+        total = on * matching + self.options.critic * critic
+        metrics = {"critic": critic.detach().mean()}
+        metrics["direction"] = direction.square().flatten(1).mean(1).sqrt().mean()
+        if self._logits is not None:
+            told, right = self._judged(real, fake, cond, rng, on)
+            total, metrics["head_right"] = total + self.options.head * told, right
+        return (weight * total).mean(), metrics
+
+    def _judged(self, real: Tensor, fake: Tensor, cond: Cond, rng: Rng, on: float) -> tuple[Tensor, Tensor]:
+        """(the head's loss (B,), its share of right answers); the student's gradient comes by `turned`.
+
+        The head learns softplus(-l) of real and softplus(l) of generated latents l at one noise level; the student
+        softplus(-l) of its own (section 4.3, the loss of arXiv 1406.2661 that does not saturate).
+        """
+        process, shape = self._student.process, fake.shape[1:]
+        t = self._noising(process.times(rng.uniform("head time")))
+        given, turn = turned(fake)
+        pair = [(real, "head noise, real"), (given, "head noise, generated")]
+        assert self._logits is not None
+        noised = [process.add_noise(x.to(fake), rng.normal(name, shape).to(fake), t) for x, name in pair]
+        both = {k: torch.cat([v, v]) for k, v in cond.items()}
+        logits = self._logits(torch.cat(noised), torch.cat([t, t]), both).float()
+        own, made = logits.chunk(2)
+        turn(-on * self.options.adversarial / self.options.head * (-made.detach()).clamp(max=20).exp())
+        right = torch.cat([own > 0, made < 0]).float().mean()
+        return functional.softplus(-own) + functional.softplus(made), right
 
     def after_step(self, step: int) -> None:
         """Remember where the run is, for the student's turns."""
@@ -132,3 +178,16 @@ class MatchingObjective(Objective):
 
     def _full(self, t: float, x: Tensor) -> Tensor:
         return torch.full((len(x),), t, dtype=self._dtype, device=x.device)
+
+
+def turned(x: Tensor) -> tuple[Tensor, Callable[[Tensor], None]]:
+    """(x, a function to give factors (B,) to): the gradient that comes back through this x is multiplied by them.
+
+    d softplus(-l) = -exp(-l) d softplus(l): one backward pass through a classifier serves its own loss on what was
+    generated, and, turned where it enters the pictures, the loss of who generated them.
+    """
+    factors: list[Tensor] = []
+    given = x.view_as(x)
+    if given.requires_grad:
+        given.register_hook(lambda gradient: gradient * broadcast(factors[0], gradient).to(gradient))
+    return given, factors.append

@@ -23,11 +23,12 @@ from ldm.checkpoint.students import few_steps
 from ldm.data.mixture import Data, with_caches
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.process import Process
+from ldm.models.discriminator import MiddleHead
 from ldm.models.unet import UNet
 from ldm.objectives import Objective
 from ldm.objectives.consistency import ConsistencyObjective, ConsistencyOptions
 from ldm.objectives.inputs import Feed, LatentFeed
-from ldm.objectives.matching import MatchingObjective, MatchingOptions
+from ldm.objectives.matching import Logits, MatchingObjective, MatchingOptions
 from ldm.objectives.progressive import ProgressiveObjective, ProgressiveOptions
 from ldm.objectives.teacher import Estimator, Target, Teacher
 from ldm.objectives.trajectory import TrajectoryObjective, TrajectoryOptions
@@ -90,6 +91,7 @@ class Student:
     goal: Estimator
     target: Target | None
     critic: Estimator | None = None
+    logits: Logits | None = None
     lora: LoraAdapter | None = None
 
 
@@ -152,7 +154,13 @@ def make_student(task: DistillTask, teacher: UNet, process: Process) -> Student:
     if isinstance(method, MatchingOptions):
         critic = with_guidance_embedding(teacher, teacher.config.time_cond_proj_dim).train()
         both = nn.ModuleDict({"student": unet, "critic": critic})
-        return Student(both, unet, own, own, None, Estimator(critic, own_process))
+        if method.adversarial == 0:
+            return Student(both, unet, own, own, None, Estimator(critic, own_process))
+        head = MiddleHead(unet.config.block_out_channels[-1], unet.config.norm_num_groups).to(next(unet.parameters()))
+        both["head"] = head
+        middle = critic.middle
+        logits: Logits = lambda x, t, cond: head(middle(x, t, cond))  # noqa: E731
+        return Student(both, unet, own, own, None, Estimator(critic, own_process), logits=logits)
     if decay == 0:
         return Student(unet, unet, own, own, None)
     twin = copy.deepcopy(unet).requires_grad_(False).eval()
@@ -215,7 +223,7 @@ def make_objective(task: DistillTask, student: Student, unet: UNet, process: Pro
         return TrajectoryObjective(trained, student.own, student.goal, teacher, feed, method, student.target)
     if isinstance(method, MatchingOptions):
         assert student.critic is not None
-        return MatchingObjective(trained, student.own, student.critic, teacher, feed, method)
+        return MatchingObjective(trained, student.own, student.critic, teacher, feed, method, student.logits)
     return ProgressiveObjective(trained, student.own, teacher, feed, method)
 
 

@@ -40,6 +40,7 @@ METHODS: dict[str, tuple[Method, LoraConfig | None, int | None]] = {
     "tcd": (TrajectoryOptions(decay=0.7), None, None),
     "progressive": (ProgressiveOptions(steps=4), None, 16),
     "dmd": (MatchingOptions(steps=2, every=2), None, None),
+    "gan": (MatchingOptions(steps=2, every=2, adversarial=0.1, head=0.3), None, None),
 }
 STEPS = 3
 
@@ -130,7 +131,7 @@ def plain(name: str) -> tuple[list[float], dict[str, Tensor]]:
     return losses, weights | _target(objective)
 
 
-QUICK = {("lcm", 1), ("lora", 3)}
+QUICK = {("lcm", 1), ("lora", 3), ("gan", 2)}
 
 
 @pytest.mark.parametrize(

@@ -89,3 +89,87 @@ def _critic_loss(built: MatchingObjective, critic: Critic, rng: Any) -> Tensor:
     noise = rng.normal("critic noise", (1, 1, 1)).double()
     alpha, sigma = (v.view(-1, 1, 1, 1) for v in toys.SCHEDULE.alpha_sigma(t, torch.float64))
     return (critic(alpha * fake + sigma * noise, t, {}) - fake).square().mean()
+
+
+class Head(nn.Module):
+    """A logit that is not linear in the pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.7, -0.4], dtype=torch.float64))
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        x = x.flatten(1).mean(1)
+        return self.weight[0] * x.square() + self.weight[1] * (x + 1e-2 * t)
+
+
+def judged(gains: Tensor, **options: Any) -> tuple[MatchingObjective, toys.Linear, Head]:
+    """A one-step student of these gains, its critic, and a head."""
+    net, critic, head = toys.Linear(gains), Critic(0.9), Head()
+    trained = nn.ModuleDict({"student": net, "critic": critic, "head": head})
+    own, other = Estimator(net, toys.PROCESS), Estimator(critic, toys.PROCESS)
+    given = MatchingOptions(w=(0.0, 0.0), steps=1, adversarial=0.5, head=0.2, **options)
+    return MatchingObjective(trained, own, other, toys.TEACHER, toys.Normals(), given, head), net, head
+
+
+def _generated(gains: Tensor, rng: Any) -> Tensor:
+    skip, out = (float(v) for v in boundary(torch.tensor([99.0])))
+    start = rng.normal("start", (1, 1, 1))
+    return (skip + out * gains[99]) * start.double()
+
+
+def _noised(built: MatchingObjective, x: Tensor, purpose: str, rng: Any) -> tuple[Tensor, Tensor]:
+    t = built._noising(toys.PROCESS.times(rng.uniform("head time")))
+    alpha, sigma = (v.view(-1, 1, 1, 1) for v in toys.SCHEDULE.alpha_sigma(t, torch.float64))
+    return alpha * x + sigma * rng.normal(purpose, (1, 1, 1)).double(), t
+
+
+@torch.no_grad()
+def _students_loss(built: MatchingObjective, head: Head, gains: Tensor, rng: Any) -> float:
+    made = _noised(built, _generated(gains, rng), "head noise, generated", rng)
+    return 0.5 * float(nn.functional.softplus(-head(*made, {})).mean())
+
+
+def test_the_adversarial_gradients_are_those_of_the_two_losses_written_out() -> None:
+    """In one backward pass: the head's of its own loss; the student's of softplus(-logit), by finite differences."""
+    gains = torch.full((100,), 0.8, dtype=torch.float64)
+    batch, rng = toys.batch(24)
+    built, net, head = judged(gains)
+    built(batch, rng)[0].backward()
+    plain, alone, _ = objective(1.0)
+    alone.gains.data.copy_(gains)
+    plain._critic.net.spread = 0.9  # type: ignore[attr-defined]
+    plain(batch, rng)[0].backward()
+    assert net.gains.grad is not None
+    assert alone.gains.grad is not None
+    assert head.weight.grad is not None
+
+    expected = (_students_loss(built, head, gains + 1e-5, rng) - _students_loss(built, head, gains - 1e-5, rng)) / 2e-5
+    assert abs(expected) > 1e-3
+    assert float(net.gains.grad[99] - alone.gains.grad[99]) == pytest.approx(expected, rel=1e-4)
+    real = toys.Normals().latents(batch, rng, torch.device("cpu"))
+    made = _generated(gains, rng)
+    own, other = (
+        head(*_noised(built, x, f"head noise, {n}", rng), {}) for x, n in ((real, "real"), (made, "generated"))
+    )
+    loss = 0.2 * (nn.functional.softplus(-own) + nn.functional.softplus(other)).mean()
+    assert torch.allclose(head.weight.grad, torch.autograd.grad(loss, head.weight)[0], rtol=1e-5)
+
+
+def test_between_its_turns_the_student_is_not_pulled_and_the_head_still_learns() -> None:
+    built, net, head = judged(torch.full((100,), 0.8, dtype=torch.float64), every=3)
+    built.after_step(1)
+    loss, metrics = built(*toys.batch(16))
+    loss.backward()
+    assert net.gains.grad is not None
+    assert head.weight.grad is not None
+    assert net.gains.grad.abs().max() == 0
+    assert head.weight.grad.abs().max() > 0
+    assert 0 <= metrics["head_right"] <= 1
+
+
+def test_a_weight_and_a_head_belong_together() -> None:
+    with pytest.raises(ValueError, match="belong together"):
+        objective(1.0, adversarial=0.1)
+    with pytest.raises(ValueError, match="adversarial must be at least 0"):
+        MatchingOptions(adversarial=-1.0)
