@@ -139,16 +139,19 @@ TEMPLATES = {
         **_PLAIN | {"gpus_per_node": 1, "time": "1:00:00"},
     ),
     "evaluate": SlurmJob(
-        command=("ldm", "evaluate", "features", "--model", "runs/emoji", "--out", "runs/emoji/features.json"),
+        command=(
+            *("ldm", "evaluate", "features", "--model", "runs/emoji", "--count", "1000"),
+            *("--keep", "runs/emoji/features", "--out", "runs/emoji/features.json"),
+        ),
         preflight=False,
-        **_PLAIN | {"gpus_per_node": 1, "time": "1:00:00"},
+        **_PLAIN | {"time": "1:00:00"},
     ),
 }
 _NOTES = {
     "train": "Train on 2 nodes of 8 GPUs; the run goes on by itself after the time limit and after lost nodes.",
     "encode": "Encode pictures and captions into a cache, once, on 8 GPUs; training with that task.cache reads it.",
     "sample": "Pictures of many prompts: array task N draws the lines of prompts/N.txt on one GPU.",
-    "evaluate": "Measure a trained model on one GPU.",
+    "evaluate": "Measure a trained model: 8 GPUs divide the pictures, and a requeued job goes on where it was.",
 }
 
 _MADE = "# Made by `python -m launch slurm`: plain bash, to be read, edited and given to sbatch."
