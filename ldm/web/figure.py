@@ -59,7 +59,7 @@ def _legend(labels: Sequence[str], width: int) -> tuple[int, str, int]:
     """(width, drawing, height) of the names, as many in a row as fit."""
     parts, x, y = [], 16.0, 22
     for i, label in enumerate(labels):
-        step = 46 + 7.2 * len(label)
+        step = 48 + 8.2 * len(label)
         if x > 16 and x + step > width:
             x, y = 16.0, y + 22
         parts.append(f"<path class='line' {_look(i)} d='M{x:.0f},{y - 4}h24'/>")
