@@ -126,7 +126,8 @@ def assembled(
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
         write_export(task.base, adapter, weights, folder)
-        write_page(folder.parent, images, task.samples.prompts)
+        if folder.name == "export":  # `ldm export` writes elsewhere, where there is no run to show
+            write_page(folder.parent, images, task.samples.prompts)
 
     return Assembly(objective, loader, [FinetuneSamples(task.samples, preview, copies)], export)
 

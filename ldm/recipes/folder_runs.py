@@ -54,6 +54,11 @@ class Choices:
         return self.name if self.name is not None else f"{self.method}_{self.images.resolve().name}"
 
     @property
+    def drawing(self) -> dict[str, Any]:
+        """How samples and class pictures are drawn."""
+        return {"sampler": "dpmpp_2m", "steps": 25, "guidance": 3.0 if self.base in SHIPPED else 7.5}
+
+    @property
     def side(self) -> int:
         """Of the pictures, in pixels."""
         if self.size is not None:
@@ -71,6 +76,7 @@ def dreambooth(
     sources: list[dict[str, Any]] = [{"data": _shards(choices, "subject", side)}]
     if prior is not None:
         sources.append({"data": _shards(choices, "class", side), "weight": weight})
+        prior = prior | {"settings": choices.drawing}
     data = {"kind": "mixture", "sources": sources} if prior is not None else sources[0]["data"]
     own = {"images": str(choices.images), "identifier": identifier, "noun": noun, "prior": prior, **task}
     return _run(choices, "dreambooth", own | {"adapter": choices.adapter}, data, prompts)
@@ -95,7 +101,6 @@ def _shards(choices: Choices, name: str, side: int) -> dict[str, Any]:
 
 def _run(choices: Choices, kind: str, own: dict[str, Any], data: Any, prompts: Sequence[str]) -> dict[str, Any]:
     large, small = RATES[choices.method]
-    settings = {"sampler": "dpmpp_2m", "steps": 25, "guidance": 3.0 if choices.base in SHIPPED else 7.5}
     steps = choices.steps if choices.steps is not None else STEPS[choices.method]
     lr = choices.lr if choices.lr is not None else (small if choices.base in SHIPPED else large)
     task = {
@@ -103,7 +108,7 @@ def _run(choices: Choices, kind: str, own: dict[str, Any], data: Any, prompts: S
         "base": choices.base,
         "cache": str(choices.folder / "cache") if choices.cache else None,
         "gradient_checkpointing": choices.gradient_checkpointing,
-        "samples": {"prompts": list(prompts), "every": choices.samples, "settings": settings},
+        "samples": {"prompts": list(prompts), "every": choices.samples, "settings": choices.drawing},
     }
     return {
         "name": choices.called,

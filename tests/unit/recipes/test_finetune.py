@@ -14,6 +14,7 @@ from ldm.cli.finetune import parser, tree
 from ldm.config.load import decode, encode
 from ldm.config.schema import RunConfig, load_run
 from ldm.data.loader import DataConfig, Loader
+from ldm.data.mixture import MixtureConfig
 from ldm.diffusion.prediction import Epsilon
 from ldm.diffusion.process import Process
 from ldm.diffusion.weighting import MinSNR
@@ -22,6 +23,7 @@ from ldm.models.latents import LatentCodec
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.pipeline import Settings
 from ldm.recipes import pictures, prior
+from ldm.recipes.dreambooth import DreamboothTask, _sources
 from ldm.recipes.inversion import Concept, InversionTask
 from ldm.recipes.prior import Prior
 from ldm.recipes.text_to_image import Samples
@@ -159,6 +161,41 @@ def test_the_command_writes_what_the_config_says(name: str) -> None:
     words = [w.replace("_", " ") if w.startswith("a_") else w for w in COMMANDS[name].split()]
     args = parser().parse_args([*words, "--images", images, "--out", f"runs/{name}", "--size", "64"])
     assert encode(decode(RunConfig, tree(args))) == encode(load_run(ROOT / "configs" / "finetune" / f"{name}.yaml"))
+
+
+def test_what_is_wrong_is_said_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = folder(tmp_path / "source", "cross", "cross")
+    (source / "0.png").write_bytes((source / "1.png").read_bytes())
+    pictures.prepare(source, tmp_path / "out", ["a sks cross"], 64)
+    said = "".join(capsys.readouterr())
+    for words in ("smaller than 64 pixels", "only 2 picture(s)", "1.png looks the same as 0.png"):
+        assert words in said
+
+
+@pytest.mark.parametrize(("base", "guidance"), [("emoji", 3.0), ("models/stable-diffusion", 7.5)])
+def test_class_pictures_are_drawn_as_the_base_needs(base: str, guidance: float) -> None:
+    argv = ["dreambooth", "--class", "dog", "--images", "x", "--base", base, "--size", "64", "--class-prompt", "my dog"]
+    task = decode(RunConfig, tree(parser().parse_args(argv))).task
+    assert isinstance(task, DreamboothTask)
+    assert task.prior is not None
+    assert task.prior.settings.guidance == task.samples.settings.guidance == guidance
+    assert task.class_prompt == "my dog"
+    none = decode(RunConfig, tree(parser().parse_args([*argv, "--no-prior"]))).task
+    assert isinstance(none, DreamboothTask)
+    assert none.prior is None
+
+
+def test_dreambooth_s_mistakes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"identifier ' ' and noun 'dog' must not be empty"):
+        DreamboothTask(images=tmp_path, identifier=" ", noun="dog")
+    with pytest.raises(ValueError, match="count must be at least 1"):
+        Prior(count=0)
+    one = DataConfig(path="x", size=16)
+    with pytest.raises(ValueError, match=r"1 source\(s\), expected 2: the subject and, with task\.prior, the class"):
+        _sources(DreamboothTask(images=tmp_path, noun="dog"), one)
+    two = decode(MixtureConfig, {"kind": "mixture", "sources": [{"data": {"path": "x", "size": 16}}] * 2})
+    with pytest.raises(ValueError, match=r"2 source\(s\), expected 1: the subject, since task\.prior is null"):
+        _sources(DreamboothTask(images=tmp_path, noun="dog", prior=None), two)
 
 
 def test_inversion_s_mistakes_are_named() -> None:
