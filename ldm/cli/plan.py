@@ -104,14 +104,15 @@ def _text_to_image(config: RunConfig, task: Any, world: int, gpu: bool) -> Job:
     import torch
     from torch import nn
 
-    from ldm.models.unet import UNet
+    from ldm.models.unet import UNet, granularity
     from ldm.plan.flops import count_flops
     from ldm.plan.report import Job
 
     said: list[str] = []
     vae, factor, channels = _vae(task.vae, said)
     towers, context, width, pooled = _text(task.text, said)
-    unet = task.unet
+    unet, chosen = task.unet, granularity(task.gradient_checkpointing)
+    how = "block" if chosen == "none" else chosen  # what a plan that recomputes would have
     pixels = _pixels(config, (unet.sample_size or 64) * factor)
     side = pixels // factor
     cached = task.cache is not None or _cached(config)
@@ -123,7 +124,7 @@ def _text_to_image(config: RunConfig, task: Any, world: int, gpu: bool) -> Job:
     def build(recompute: bool) -> nn.Module:
         with torch.device("meta"):
             module = UNet(unet).train()
-        module.enable_gradient_checkpointing(recompute)
+        module.enable_gradient_checkpointing(how if recompute else "none")
         return module
 
     def inputs(batch: int) -> tuple[Any, ...]:
@@ -149,7 +150,7 @@ def _text_to_image(config: RunConfig, task: Any, world: int, gpu: bool) -> Job:
         batch=config.train.batch,
         steps=config.train.steps,
         layout=_layout(config, world, gpu),
-        recompute=task.gradient_checkpointing,
+        recompute=chosen != "none",
         precision=_precision(config, gpu),
         frozen=tuple(frozen),
         samples=samples,

@@ -382,8 +382,7 @@ class UNet(nn.Module):
         "block" (True): each resnet with its transformer, the least memory; "transformer": each transformer block, whose
         tokens weigh most at fine levels; "none" (False). Raises ValueError for another name.
         """
-        chosen = {True: "block", False: "none"}[on] if isinstance(on, bool) else on
-        _check_member("gradient_checkpointing", chosen, get_args(Granularity))
+        chosen = granularity(on)
         self.recompute = chosen == "block"
         for layer in self.transformers():
             layer.recompute = chosen == "transformer"
@@ -395,6 +394,13 @@ class UNet(nn.Module):
         if self.recompute and self.training and torch.is_grad_enabled():
             return checkpoint(step, *args, use_reentrant=False)  # type: ignore[return-value]
         return step(*args)
+
+
+def granularity(on: bool | Granularity) -> Granularity:
+    """A setting of gradient checkpointing by its name. Raises ValueError for another name."""
+    chosen = {True: "block", False: "none"}[on] if isinstance(on, bool) else on
+    _check_member("gradient_checkpointing", chosen, get_args(Granularity))
+    return cast("Granularity", chosen)
 
 
 def _class_embedding(config: UNetConfig) -> nn.Module | None:

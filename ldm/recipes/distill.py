@@ -24,7 +24,7 @@ from ldm.data.mixture import Data, with_caches
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.process import Process
 from ldm.models.discriminator import MiddleHead
-from ldm.models.unet import UNet
+from ldm.models.unet import Granularity, UNet
 from ldm.objectives import Objective
 from ldm.objectives.consistency import ConsistencyObjective, ConsistencyOptions
 from ldm.objectives.inputs import Feed, LatentFeed
@@ -60,7 +60,7 @@ class DistillTask:
     prediction: Literal["teacher", "v", "sample"] = "teacher"
     drop: float = 0.0
     cache: Path | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Granularity = False
     samples: Samples = field(default_factory=Samples)
 
     def __post_init__(self) -> None:
@@ -141,6 +141,7 @@ def make_student(task: DistillTask, teacher: UNet, process: Process) -> Student:
     method = task.method
     decay = method.decay if isinstance(method, (ConsistencyOptions, TrajectoryOptions)) else 0.0
     if task.lora is not None:
+        teacher.enable_gradient_checkpointing(task.gradient_checkpointing)
         return _lora_student(task.lora, teacher, own_process, decay)
     if isinstance(method, ProgressiveOptions) and own_process.prediction.kind == "epsilon":
         raise ValueError(
@@ -148,8 +149,7 @@ def make_student(task: DistillTask, teacher: UNet, process: Process) -> Student:
         )
     width = task.guidance_embedding or teacher.config.time_cond_proj_dim
     unet = with_guidance_embedding(teacher, width).train()
-    if task.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+    unet.enable_gradient_checkpointing(task.gradient_checkpointing)
     own = Estimator(unet, own_process, width is not None)
     if isinstance(method, MatchingOptions):
         critic = with_guidance_embedding(teacher, teacher.config.time_cond_proj_dim).train()

@@ -25,6 +25,7 @@ from ldm.data.mixture import Data, with_caches
 from ldm.diffusion.weighting import P2, SNR, VLB, MinSNR, Uniform
 from ldm.models.latents import LatentCodec
 from ldm.models.text import TextTower, encode_texts
+from ldm.models.unet import Granularity
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.objectives.inputs import EncodeText
 from ldm.pipeline import TextToImage
@@ -52,7 +53,7 @@ class Finetuning:
     weighting: Uniform | MinSNR | SNR | P2 | VLB = field(default_factory=Uniform)
     options: DenoiseOptions = field(default_factory=lambda: DenoiseOptions(drop=0.0))
     cache: Path | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Granularity = False
     samples: Samples = field(default_factory=Samples)
 
 
@@ -118,8 +119,7 @@ def assembled(
     loader = training_data(data, train, seed, workers, expect=expect if data.cached else None)
     preview, copies = _preview(adapter, pipeline)
     trained = adapter.attach(pipeline.unet, towers)
-    if task.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
+    pipeline.unet.enable_gradient_checkpointing(task.gradient_checkpointing)
     encode_text = _live(towers) if live else text_encoder(towers)
     objective = DenoiseObjective(trained, pipeline.process, codec, encode_text, task.options, live=live)
     objective.to(dist.device())

@@ -40,7 +40,7 @@ class Choices:
     stage: int = 1
     precision: str = "auto"
     cache: bool = True
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | str = False
     adapter: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -26,7 +26,7 @@ from ldm.models.autoencoder import Autoencoder
 from ldm.models.latents import LatentCodec
 from ldm.models.shipped import locate
 from ldm.models.text import TextTower
-from ldm.models.unet import UNet, UNetConfig
+from ldm.models.unet import Granularity, UNet, UNetConfig
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.pipeline import Settings, TextToImage
 from ldm.recipes.base import Assembly
@@ -49,7 +49,7 @@ class TextToImageTask:
 
     `start` names a model whose U-Net is trained further; otherwise weights are random. With `cache`, a folder, pictures
     and captions are encoded once before training; without it at every step. `gradient_checkpointing` trades a second
-    forward for memory.
+    forward for memory: of each "block" (true), each "transformer" block alone, or "none" (false).
     """
 
     kind: Literal["text_to_image"] = "text_to_image"
@@ -60,7 +60,7 @@ class TextToImageTask:
     process: Process = field(default_factory=Process)
     options: DenoiseOptions = field(default_factory=DenoiseOptions)
     cache: Path | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Granularity = False
     samples: Samples = field(default_factory=Samples)
 
 
@@ -135,8 +135,7 @@ def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, work
     towers = [t.to(device) for t in load_towers(task.text)]
     codec = LatentCodec.of(autoencoder)
     unet = UNet(task.unet) if task.start is None else load_unet(locate(task.start) / "unet")
-    if task.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+    unet.enable_gradient_checkpointing(task.gradient_checkpointing)
     check_channels(unet, task.process, codec)
     encode_text = text_encoder(towers)
     objective = DenoiseObjective(unet, task.process, codec, encode_text, task.options).to(device)
