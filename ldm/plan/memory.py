@@ -7,7 +7,7 @@ before averages (Rajbhandari et al. 2020, arXiv 1910.02054, section 3, has the s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,11 @@ class Layout:
             raise ValueError(f"stage: {self.stage} is not one of {list(STAGES)}")
         if self.world < 1:
             raise ValueError(f"world must be at least 1, got {self.world}")
+
+    def effective(self) -> Layout:
+        """As the engine runs it: on one process stage 0, unless offloading or half-precision weights need another."""
+        needed = self.offload_optimizer or self.offload_parameters or self.half
+        return self if self.world > 1 or needed else replace(self, stage=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +119,7 @@ class Activations:
 
 def memory(sizes: Sizes, activations: Activations, micro: float, layout: Layout, frozen: float = 0) -> Parts:
     """The fullest moment of a step with `micro` samples: the end of the forward pass, or the optimizer's step."""
+    layout = layout.effective()
     states = _states(sizes, layout)
     kept, peak = activations.kept(micro), activations.peak(micro)
     whole, share = 4.0 * sizes.weights, 4.0 * sizes.weights / layout.world

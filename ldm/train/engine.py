@@ -13,7 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -36,6 +36,9 @@ class EngineConfig:
     fp16's: 0 finds it by itself, beginning at 2^`loss_scale_power`. `compile` is the backend of torch.compile for the
     trained network: "inductor" is fast and takes minutes at the start. `tf32`: a GPU's float32 products and
     convolutions with 10-bit mantissas.
+
+    On one process there is nothing to divide: every stage computes as stage 0 does, which copies least; but offloading
+    and fp16 are as configured.
     """
 
     zero_stage: int = 1
@@ -75,6 +78,11 @@ class EngineConfig:
     def dtype(self) -> torch.dtype:
         """What the forward computes in."""
         return dist.compute_dtype(self.precision)
+
+    def effective(self, world: int) -> EngineConfig:
+        """What is run on so many processes: on one, stage 0 wherever a stage would only add copies."""
+        needed = self.offload_optimizer or self.offload_parameters or self.precision == "fp16"
+        return self if world > 1 or needed else replace(self, zero_stage=0)
 
 
 def deepspeed_config(config: EngineConfig, micro_batch: int, accumulate: int) -> dict[str, Any]:
@@ -180,6 +188,20 @@ def _attention(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return sdpa_kernel(SDPBackend.MATH)
 
 
+def _norm(gradients: list[Tensor], params: list[Any], norm_type: float = 2) -> Tensor:
+    """The norm of float32 gradients over all ranks, -1 if it is not finite, for DeepSpeed's stages 1 and 2.
+
+    Theirs first copies every gradient to float64, which takes longer than Adam's update on a CPU.
+    """
+    own = [g for g in gradients if not getattr(g, "_zero_padding", False)]  # their mark, which others lack
+    total = torch.zeros((), device=dist.device())
+    if own:
+        total = torch.stack(torch._foreach_norm(own)).double().square().sum().float()
+    if dist.world_size() > 1:
+        torch.distributed.all_reduce(total)
+    return torch.where(total.isfinite(), total.sqrt(), -1.0)
+
+
 @dataclass(frozen=True)
 class Fragment:
     """The piece `[start, start + length)` of a flattened parameter whose master is `masters[flat][offset:]` here."""
@@ -206,6 +228,7 @@ class Engine:
     ) -> None:
         deepspeed = _deepspeed()
         start()
+        config = config.effective(dist.world_size())
         self.config, self.accumulate = config, accumulate
         self.dtype = config.dtype()
         self.device = dist.device()
@@ -216,6 +239,10 @@ class Engine:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._engine: Any = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)[0]
+        if config.zero_stage == 0 and dist.world_size() == 1:
+            self._engine.enable_backward_allreduce = False  # three copies of the gradients for nothing
+        if config.zero_stage in (1, 2) and config.precision != "fp16":  # whose gradients are in half precision
+            self._engine.optimizer.get_grad_norm_direct = _norm
         self._fragments = self._find_fragments()
         if config.compile != "off":
             self.module.trained.compile(backend=config.compile)

@@ -129,6 +129,14 @@ def test_clip_zero_is_off(stage: int) -> None:
     assert tiny.worst(found["first"], expected.first[1]) < 1e-4
 
 
+@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 2)])
+def test_bf16_computes_in_half_and_keeps_float32(oracle: tiny.Plain, world: int, stage: int) -> None:
+    found = ranks.run(work.train_in_bf16, world, stage, 3)[0]
+    assert found["dtypes"] == {torch.float32}
+    assert found["losses"] == pytest.approx(oracle.losses[:3], rel=2e-2)
+    assert found["losses"] != pytest.approx(oracle.losses[:3], rel=1e-6)  # it is another arithmetic
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_nan_on_one_rank_updates_nothing_anywhere(oracle: tiny.Plain, stage: int) -> None:
     """In the first of two micro-batches on the second of two ranks: the step leaves no trace, the next is exact."""

@@ -23,9 +23,11 @@ HALF = 3
 class Training:
     """An engine with EMA and the tiny objective; steps as the trainer does."""
 
-    def __init__(self, stage: int, accumulate: int = 1, clip: float = tiny.CLIP, seed: int = 1) -> None:
+    def __init__(
+        self, stage: int, accumulate: int = 1, clip: float = tiny.CLIP, seed: int = 1, precision: Any = "fp32"
+    ) -> None:
         self.objective, self.accumulate = tiny.build(seed), accumulate
-        config = EngineConfig(zero_stage=stage, precision="fp32", clip=clip)
+        config = EngineConfig(zero_stage=stage, precision=precision, clip=clip)
         micro = tiny.BATCH // (dist.world_size() * accumulate)
         optimizer = tiny.OPTIM.build(self.objective.parameters())
         self.engine = Engine(self.objective, optimizer, config, micro_batch=micro, accumulate=accumulate)
@@ -89,6 +91,15 @@ def train(stage: int, steps: int, accumulate: int = 1, clip: float = tiny.CLIP) 
     training = Training(stage, accumulate, clip)
     losses = [training.step(i) for i in range(steps)]
     return {"losses": losses, "norms": training.norms, "weights": training.read(), "first": training.moment("exp_avg")}
+
+
+def train_in_bf16(stage: int, steps: int) -> dict[str, Any]:
+    """Losses, and the dtypes of masters, moments, averages and weights."""
+    training = Training(stage, precision="bf16")
+    losses = [training.step(i) for i in range(steps)]
+    held = [*training.engine.masters, *training.ema.shards, *training.objective.parameters()]
+    held += [training.engine.inner.state[m]["exp_avg"] for m in training.engine.masters]
+    return {"losses": losses, "dtypes": {t.dtype for t in held}, "weights": training.full()}
 
 
 def skip(stage: int, accumulate: int) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -42,6 +45,47 @@ def test_the_loss_scale_of_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
     written = deepspeed_config(EngineConfig(precision="fp16", loss_scale=128.0, loss_scale_power=9), 1, 1)["fp16"]
     assert (written["enabled"], written["loss_scale"], written["initial_scale_power"]) == (True, 128.0, 9)
     assert deepspeed_config(EngineConfig(precision="fp16"), 1, 1)["fp16"]["loss_scale"] == 0.0  # found by itself
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_on_one_process_nothing_is_divided(stage: int) -> None:
+    assert EngineConfig(zero_stage=stage).effective(1) == EngineConfig(zero_stage=0)
+    assert EngineConfig(zero_stage=stage).effective(2).zero_stage == stage
+    assert EngineConfig(zero_stage=stage, offload_optimizer=True).effective(1).zero_stage == stage
+
+
+STARTS = """
+import sys
+import torch.utils.cpp_extension as extension
+
+def refuse(*args, **kwargs):
+    sys.exit("C++ is compiled")
+
+extension.load = extension.load_inline = extension._jit_compile = refuse
+import torch
+from ldm.objectives import Objective
+from ldm.train.engine import Engine, EngineConfig
+from ldm.train.optim import Optim
+
+class Square(Objective):
+    def forward(self, batch, rng):
+        return self.trained(batch["x"]).square().mean(), {}
+
+for offload in (False, True):
+    objective = Square(torch.nn.Linear(4, 4))
+    config = EngineConfig(zero_stage=2, precision="fp32", offload_optimizer=offload)
+    engine = Engine(objective, Optim().build(objective.parameters()), config, micro_batch=2, accumulate=1)
+    loss, _ = engine.forward({"x": torch.ones(2, 4)}, None)
+    assert engine.backward_step(loss)
+print("stepped")
+"""
+
+
+def test_nothing_is_compiled_at_the_start() -> None:
+    """In a process of its own, where whoever compiles C++ ends it; offloading included."""
+    env = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", STARTS], capture_output=True, text=True, env=env, timeout=300)
+    assert done.stdout.strip().endswith("stepped"), done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
