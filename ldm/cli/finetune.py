@@ -67,7 +67,7 @@ def _common(p: argparse.ArgumentParser) -> None:
     p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
     p.add_argument("--no-cache", action="store_true", help="encode pictures and captions anew at every step")
     p.add_argument("--gradient-checkpointing", nargs="?", const="block", default="none",
-                   choices=("none", "transformer", "block"), help="compute again instead of keeping (alone: block)")  # fmt: skip
+                   choices=("none", "transformer", "block"), help="compute again, keep less")  # fmt: skip
     p.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     p.add_argument("--set", dest="overrides", action="append", default=[], metavar="key=value",
                    help="any key of the config, such as train.optim.warmup=20")  # fmt: skip
