@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import io
+import tarfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch.utils.data import DataLoader
 from webdataset.compat import WebDataset
 
 from ldm.data import decode, jpeg
@@ -80,48 +85,79 @@ def _pyvips(size: int) -> Callable[[bytes], Pixels]:
     return run
 
 
-def by_hand(shards: Path, size: int) -> int:
+def by_hand(shards: Path, size: int, threads: int = 1) -> int:
     """The limit: each tar from start to end, decoded and resized the quickest way, to float; nothing else."""
+    paths = sorted(shards.glob("*.tar"))
+    if threads == 1:
+        return sum(_tar_by_hand(path, size) for path in paths)
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(lambda path: _tar_by_hand(path, size), paths))
+
+
+def _tar_by_hand(path: Path, size: int) -> int:
     done = 0
-    for path in sorted(shards.glob("*.tar")):
-        for sample in WebDataset(str(path), shardshuffle=False):
-            values, _ = decode.upright(sample["jpg"], at_least=(size, size))
-            _float(_cropped(fit_pixels(values, (size, size), "crop"), size))
-            done += 1
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            file = tar.extractfile(member) if member.name.endswith(".jpg") else None
+            if file is not None:
+                values, _ = decode.upright(file.read(), at_least=(size, size))
+                _float(_cropped(fit_pixels(values, (size, size), "crop"), size))
+                done += 1
     return done
 
 
-def by_webdataset(shards: Path, size: int) -> int:
-    """webdataset's own pipeline: its PIL decoding, resize, crop, to float, batches."""
+def by_webdataset(shards: Path, size: int, workers: int = 0) -> Callable[[], int]:
+    """One epoch of webdataset's own pipeline: its PIL decoding, resize, crop, to float, batches.
+
+    Worker processes start with the first epoch and stay, so that their start is not counted.
+    """
     urls = [str(p) for p in sorted(shards.glob("*.tar"))]
     data = WebDataset(urls, shardshuffle=False).shuffle(256).decode("pilrgb").to_tuple("jpg", "txt")
-    batches = data.map_tuple(lambda image: _transform(image, size), None).batched(16)
-    return sum(len(batch[1]) for batch in batches)
+    data = data.map_tuple(partial(_transform, size=size), None).batched(16)
+    batches = _loading(data, workers) if workers else data
+    return lambda: sum(len(batch[1]) for batch in batches)
 
 
-def write_streaming(shards: Path, folder: Path) -> bool:
-    """The same pictures as MosaicML streaming's shards; False if the package is not there."""
+def _loading(data: Any, workers: int) -> DataLoader[Any]:
+    return DataLoader(data, batch_size=None, num_workers=workers, persistent_workers=True)
+
+
+def streaming_problem() -> str | None:
+    """Why MosaicML streaming cannot be imported; None if it can."""
     try:
-        from streaming import MDSWriter
-    except ImportError:
-        return False
+        importlib.import_module("streaming")
+    except Exception as error:  # whatever its import meets: it needs packages that it does not always bring
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def write_streaming(shards: Path, folder: Path) -> None:
+    """The same pictures as MosaicML streaming's shards."""
+    from streaming import MDSWriter
+
     with MDSWriter(out=str(folder), columns={"jpg": "bytes", "txt": "str"}) as writer:
         for path in sorted(shards.glob("*.tar")):
             for sample in WebDataset(str(path), shardshuffle=False):
                 writer.write({"jpg": sample["jpg"], "txt": sample["txt"].decode()})
-    return True
 
 
-def by_streaming(folder: Path, size: int) -> int:
-    """MosaicML streaming's data set, with PIL decoding as its own vision sets do."""
+def by_streaming(folder: Path, size: int, workers: int = 0) -> Callable[[], int]:
+    """One epoch of MosaicML streaming's data set, with PIL decoding as its own vision sets do."""
     from streaming import StreamingDataset
+    from streaming.base.util import clean_stale_shared_memory
 
+    clean_stale_shared_memory()
     data: Any = StreamingDataset(local=str(folder), shuffle=True, batch_size=16)
-    done = 0
-    for batch in _in_batches(data, 16):
-        torch.stack([_transform(Image.open(io.BytesIO(s["jpg"])).convert("RGB"), size) for s in batch])
-        done += len(batch)
-    return done
+    if not workers:
+        return lambda: sum(len(_collate(batch, size)) for batch in _in_batches(data, 16))
+    loader: Any = DataLoader(
+        data, batch_size=16, num_workers=workers, persistent_workers=True, collate_fn=partial(_collate, size=size)
+    )
+    return lambda: sum(len(batch) for batch in loader)
+
+
+def _collate(samples: list[Any], size: int) -> torch.Tensor:
+    return torch.stack([_transform(Image.open(io.BytesIO(s["jpg"])).convert("RGB"), size) for s in samples])
 
 
 def _in_batches(samples: Any, size: int) -> Iterator[list[Any]]:
@@ -145,4 +181,5 @@ def _cropped(values: Pixels, size: int) -> Pixels:
 
 
 def _float(values: Pixels) -> torch.Tensor:
-    return torch.from_numpy(values.copy()).permute(2, 0, 1).float().mul_(2 / 255).sub_(1)
+    planes = np.ascontiguousarray(values.transpose(2, 0, 1))
+    return torch.from_numpy(planes).float().mul_(2 / 255).sub_(1)

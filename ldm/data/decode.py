@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 from typing import Any
@@ -125,7 +126,7 @@ def metadata(members: dict[str, bytes]) -> dict[str, Any]:
     if "json" not in members:
         return {}
     try:
-        tree = json.loads(str(members["json"], "utf-8-sig"))
+        tree = json.loads(str(members["json"].removeprefix(codecs.BOM_UTF8), "utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise BadSample("bad_json", str(error)) from error
     if not isinstance(tree, dict):

@@ -163,7 +163,8 @@ class Samples:
         A flipped picture's left edge is the one it has in the flipped resized picture. Raises BadSample if one is bad.
         """
         width, height = self.shape(ids[0]) if ids else (self._size, self._size)
-        out = np.empty((len(ids), height, width, 3), np.uint8)
+        # Planes, as resizing leaves them and as tensors want them: nothing is transposed on the way.
+        out = np.empty((len(ids), 3, height, width), np.uint8).transpose(0, 2, 3, 1)
         original = np.empty((len(ids), 2), np.float32)
         corner = np.empty((len(ids), 2), np.float32)
         for row, sample in enumerate(ids):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -92,15 +93,17 @@ class Stream(ABC, Generic[Config]):
     def batch(self, step: int, micro_step: int) -> Batch:
         """One micro-batch, a pure function of its place."""
 
-    def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """Micro-batches from an optimizer step on, forever; each step is `accumulate` of them."""
-        micro = start_step * self._accumulate
+    def batches(self, start_step: int = 0, steps: int | None = None) -> Iterator[Batch]:
+        """Micro-batches from an optimizer step on, `accumulate` a step; forever, or of so many steps and no more."""
+        numbers = itertools.count(start_step * self._accumulate)
+        if steps is not None:
+            numbers = itertools.islice(numbers, steps * self._accumulate)
+        make = lambda micro: self.batch(*divmod(micro, self._accumulate))  # noqa: E731
         if self._workers == 0:
-            while True:
-                yield self.batch(*divmod(micro, self._accumulate))
-                micro += 1
+            yield from map(make, numbers)
+            return
         with ThreadPoolExecutor(self._workers, "ldm-data") as pool:
-            yield from _ahead(pool, self._workers * 2, micro, lambda m: self.batch(*divmod(m, self._accumulate)))
+            yield from _ahead(pool, self._workers * 2, numbers, make)
 
     def _slots(self, micro_step: int) -> Ints:
         """This rank's places in the global batch."""
@@ -109,14 +112,16 @@ class Stream(ABC, Generic[Config]):
         )
 
 
-def _ahead(pool: ThreadPoolExecutor, depth: int, start: int, make: Callable[[int], Batch]) -> Iterator[Batch]:
-    """make(start), make(start + 1), ... in order, up to `depth` of them made beforehand."""
+def _ahead(
+    pool: ThreadPoolExecutor, depth: int, numbers: Iterator[int], make: Callable[[int], Batch]
+) -> Iterator[Batch]:
+    """make(n) of each number in order, up to `depth` of them made beforehand."""
     waiting: deque[Future[Batch]] = deque()
     try:
         while True:
-            while len(waiting) < depth:
-                waiting.append(pool.submit(make, start))
-                start += 1
+            waiting.extend(pool.submit(make, n) for n in itertools.islice(numbers, depth - len(waiting)))
+            if not waiting:
+                return
             yield waiting.popleft().result()
     finally:
         for future in waiting:

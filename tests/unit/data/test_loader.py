@@ -98,6 +98,14 @@ def test_resume_equals_going_on(make_set: Make) -> None:
         assert torch.equal(a["image"], b["image"])
 
 
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_so_many_steps_and_no_more(make_set: Make, workers: int) -> None:
+    loader = Loader(DataConfig(path=str(make_set(20)), size=8), seed=1, micro_batch=2, accumulate=2, workers=workers)
+    made = [b["position"].tolist() for b in loader.batches(7, 2)]
+    assert made == [[28, 29], [30, 31], [32, 33], [34, 35]]
+    assert list(loader.batches(7, 0)) == []
+
+
 def test_far_resume_is_immediate(make_set: Make) -> None:
     loader = Loader(DataConfig(path=str(make_set(20)), size=8), seed=1, micro_batch=4)
     (batch,) = take(loader, 10_000_000, 1)
