@@ -141,11 +141,14 @@ def extract(
 ) -> Lora:
     """The best correction of a rank from one model to another, layer by layer: the largest singular values.
 
-    Layers that did not change are left out. Raises ValueError when none did.
+    Layers that did not change are left out. Raises ValueError when none did, or the models have other layers.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     old, new = all_sites(*before), all_sites(*after)
+    shapes = [{name: tuple(site.read().shape) for name, site in sites.items()} for sites in (old, new)]
+    if odd := sorted(name for name in {**old, **new} if shapes[0].get(name) != shapes[1].get(name)):
+        raise ValueError(f"the two models are of different form: {odd[0]} differs, and {len(odd) - 1} others")
     found: Lora = {}
     for name in names if names is not None else old:
         weight = old[name].read()
