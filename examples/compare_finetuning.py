@@ -3,7 +3,7 @@
     python examples/compare_finetuning.py --out runs/finetuning      (again: goes on where it stopped)
     python examples/compare_finetuning.py --only "DreamBooth LoRA, rank 4"
 
-Writes OUT/table.md and OUT/picture.png of all rows that are done, and of each OUT/ROW/scores.json and drawn.safetensors.
+Writes OUT/table.md and OUT/picture.png of all rows that are done; of each OUT/ROW/scores.json and drawn.safetensors.
 Each row is one `ldm finetune` command, printed.
 """
 
