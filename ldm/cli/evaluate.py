@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     _data(features, split="train")
     _drawing(features)
     features.add_argument("--pictures", type=Path, help="measure the pictures of this folder instead of a model's")
-    features.add_argument("--network", default="efficientnet_lite0", help="or inception (efficientnet_lite0)")
+    features.add_argument("--network", default="efficientnet_lite0", help="inception, clip:SOURCE (efficientnet_lite0)")
     features.add_argument("--weights", type=Path, help="file of inception's weights, where there is no network")
     features.add_argument("--cache", type=Path, help="folder that keeps the features of real pictures")
     features.set_defaults(run=_features)
@@ -175,11 +175,11 @@ def _reconstruction(args: argparse.Namespace) -> int:
 def _features(args: argparse.Namespace) -> int:
     from ldm import dist
     from ldm.evaluate import fid
-    from ldm.evaluate.features import extract, in_batches, load_network
+    from ldm.evaluate.features import extract, in_batches
     from ldm.recipes import divided, measure
     from ldm.recipes.statistics import real_features
 
-    network = load_network(args.network, args.weights)
+    network = measure.feature_network(args.network, args.weights)
     drawn = measure.draw(args.data, args.split, args.count, seed=args.seed)
     protocol = _protocol(args, "features", len(drawn.captions))
 

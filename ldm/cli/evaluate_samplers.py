@@ -35,7 +35,7 @@ def add(verbs: Any) -> None:
     )  # fmt: skip
     p.add_argument("--data", default="emoji", help="a shipped data set's name, a folder or a manifest (emoji)")
     p.add_argument("--reference", type=int, default=1500, help="real pictures of a split to compare with (1500)")
-    p.add_argument("--network", default="efficientnet_lite0", help="of the kernel distance, or inception")
+    p.add_argument("--network", default="efficientnet_lite0", help="of the kernel distance, or inception, clip:SOURCE")
     p.add_argument("--weights", type=Path, help="file of inception's weights, where there is no network")
     p.add_argument("--clip", default="clip_emoji", help="judge of retrieval: shipped CLIP or a run (clip_emoji)")
     p.add_argument("--candidates", type=int, default=64, help="captions to choose from (64)")
@@ -59,7 +59,6 @@ def main(args: argparse.Namespace) -> int:
 
     from ldm import dist
     from ldm.checkpoint.files import write_text
-    from ldm.evaluate.features import load_network
     from ldm.pipeline import TextToImage
     from ldm.recipes import measure, quality
     from ldm.recipes.sources import load_clip
@@ -74,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
     )  # fmt: skip
     clip, config = load_clip(measure.exported(args.clip))
     judge = quality.Judge(
-        network=load_network(args.network, args.weights), clip=clip, clip_config=config, clip_name=args.clip,
+        network=measure.feature_network(args.network, args.weights), clip=clip, clip_config=config, clip_name=args.clip,
         data=args.data, reference=args.reference, candidates=args.candidates, seed=args.seed,
     )  # fmt: skip
     device = args.device or dist.device()

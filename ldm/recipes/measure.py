@@ -19,7 +19,7 @@ from ldm.data.images import pixels, resize, to_float
 from ldm.data.manifest import Manifest, resolve
 from ldm.data.samples import Samples
 from ldm.diffusion.likelihood import Bound, Variance, bound
-from ldm.evaluate import fid, retrieval
+from ldm.evaluate import features, fid, retrieval
 from ldm.evaluate.features import FeatureNetwork, extract, in_batches
 from ldm.evaluate.reconstruction import psnr, ssim
 from ldm.evaluate.retrieval import Retrieval
@@ -27,7 +27,7 @@ from ldm.models.autoencoder import Autoencoder
 from ldm.models.latents import LatentCodec
 from ldm.models.text import ClipConfig, build_tokenizer
 from ldm.pipeline import Settings, TextToImage
-from ldm.recipes.sources import weights_hash
+from ldm.recipes.sources import load_clip, weights_hash
 from ldm.rng import Rng, generator
 from ldm.sampling.times import times as spaced
 
@@ -235,6 +235,18 @@ def nll_of(
         "dimensions": parts[0].dimensions,
         **{name: float(value.double().mean()) / unit for name, value in terms.items()},
     }
+
+
+def feature_network(name: str, weights: Path | None = None) -> features.FeatureNetwork:
+    """As `evaluate.features.load_network`, and `clip:SOURCE` for the image tower of a shipped CLIP or of a run."""
+    kind, _, source = name.partition(":")
+    if kind != "clip":
+        return features.load_network(name, weights)
+    if weights is not None:
+        raise ValueError(f"feature network {name!r} takes no weights: they are the source's own")
+    clip, config = load_clip(exported(source or "clip_emoji"))
+    told = f"{name}@{config.image_size}#{weights_hash(clip)[:12]}"
+    return features.Encoder(told, lambda images: clip_features(images, clip, config))
 
 
 def side_of(pipeline: TextToImage) -> int:

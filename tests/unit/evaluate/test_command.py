@@ -111,6 +111,7 @@ def test_drawn_pictures_and_their_protocol(clip: Path, model: Path, tmp_path: Pa
     said = {"measure": "retrieval", "split": "heldout", "count": 6, "seed": 0}
     assert said.items() <= protocol.items()
     assert {"sampler": "dpmpp_2m", "steps": 2, "guidance": 2}.items() <= protocol.items()
+    assert {"data", "size", "precision", "weights", "clip", "clip_weights", "clip_size"} <= protocol.keys()
     assert len({*protocol["weights"].values(), protocol["clip_weights"]}) == 4
     assert one["result"]["candidates"] == 8
     assert "R@10" not in one["result"], "of 8 candidates, ten are always found"
@@ -147,6 +148,24 @@ def test_features_of_the_same_pictures_are_no_distance_apart(
         Image.fromarray(picture.numpy()).save(tmp_path / "own" / f"{i}.png")
     assert run(tmp_path, *argv)["result"]["frechet_distance[pixels@2]"] > 0.5
     assert "equal counts" in capsys.readouterr().out
+
+
+def test_features_of_a_clip_are_named_by_it_and_never_fid(clip: Path, model: Path, tmp_path: Path) -> None:
+    argv = ("features", "--model", model, "--split", "heldout", "--count", 6, "--steps", 2, "--network", f"clip:{clip}")
+    found = run(tmp_path, *argv)
+    tower, config = load_clip(str(clip / "export"))
+    name = found["protocol"]["network"]
+    assert name.startswith(f"clip:{clip}@{config.image_size}#")
+    assert {f"frechet_distance[{name}]", f"kernel_distance[{name}]", "precision", "recall"} <= found["result"].keys()
+    assert not {"fid", "kid"} & found["result"].keys()
+    wanted = {"data", "split", "count", "size", "seed", "sampler", "steps", "guidance", "weights", "precision"}
+    assert wanted <= found["protocol"].keys()
+    drawn = measure.draw("emoji", "heldout", 6)
+    real = measure.real_pictures("emoji", "heldout", drawn.ids, found["protocol"]["size"])
+    tower: Any = tower
+    with torch.no_grad():
+        direct = tower.encode_image(measure.resized(real, config.image_size), normalize=True)
+    assert torch.allclose(measure.feature_network(f"clip:{clip}")(real), direct, atol=1e-6)
 
 
 @pytest.mark.parametrize(

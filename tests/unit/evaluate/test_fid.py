@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,6 +61,19 @@ def test_kernel_distance_equals_torch_fidelity() -> None:
     ours = fid.kernel_distance(a, b, subsets=2, size=150)
     assert ours.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
     assert ours.std == pytest.approx(0, abs=1e-12)
+
+
+def test_distances_equal_clean_fid() -> None:
+    """Its Fréchet distance on the same features to 1e-4; its KID's mean within the spread of its own random subsets."""
+    peer = pytest.importorskip("cleanfid.fid")
+    a, b = features(300, 12, 3), 1.3 * features(260, 12, 4) + 0.2
+    x, y = a.double().numpy(), b.double().numpy()
+    theirs = peer.frechet_distance(x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False))
+    ours = fid.frechet_distance(fid.Gaussian.of(a), fid.Gaussian.of(b))
+    assert ours == pytest.approx(float(theirs), rel=1e-4)
+    found = fid.kernel_distance(a, a + 1.0, subsets=1, size=300)  # whole sets: nothing is drawn
+    whole = peer.kernel_distance(x, x + 1.0, num_subsets=1, max_subset_size=300)
+    assert found.mean == pytest.approx(float(whole), rel=1e-4)
 
 
 def test_kernel_distance_has_no_bias() -> None:
