@@ -14,7 +14,7 @@ import torch
 from ldm.checkpoint.convert import save_diffusers
 from ldm.checkpoint.folders import write_module
 from ldm.checkpoint.schedulers import scheduler_to_diffusers
-from ldm.cli import evaluate
+from ldm.cli import evaluate, evaluate_samplers
 from ldm.cli.evaluate_samplers import entry
 from ldm.config.load import encode
 from ldm.diffusion import Discrete, V
@@ -25,6 +25,7 @@ from ldm.models.text import TextTower, build_clip
 from ldm.models.unet import UNet
 from ldm.pipeline import TextToImage
 from ldm.recipes import measure, quality
+from ldm.sampling import sample
 from ldm.web.chart import Curve
 from ldm.web.figure import Panel, svg
 
@@ -212,6 +213,25 @@ def test_entries() -> None:
     assert full == quality.Entry(
         name="four", source="runs/x/export", samplers=("lcm", "tcd"), steps=(1, 4), guidance=(1.0,), spacing="lcm"
     )
+
+
+def test_every_sampler_takes_every_number_of_steps_of_the_table() -> None:
+    """From 1 to all 1,000 times: x_0 known exactly, each ends in the data; rows of many steps have fewer pictures."""
+    counts = ((0, 1000), (250, 128), (1000, 32))
+    assert evaluate_samplers._counts("1000,250:128,1000:32") == counts
+    steps, samplers = (1, 2, 4, 8, 16, 25, 50, 250, 1000), ("ddpm", "ddim", "dpmpp_2m", "unipc")
+    plan = quality.Plan(models=(entry("emoji"),), samplers=samplers, steps=steps, counts=counts)
+    cases = [case for case in plan.cases() if case.sampler not in quality.BOUNDS]
+    assert len(cases) == 2 * len(samplers) * len(steps)
+    assert {case.split for case in cases} == {"train", "compositional"}
+    assert {case.steps: case.count for case in cases} == dict.fromkeys(steps[:-2], 1000) | {250: 128, 1000: 32}
+    schedule, goal = Discrete(betas="scaled_linear", zero_terminal_snr=True), torch.full((1, 1, 2, 2), 0.3)
+    for case in cases[: len(cases) // 2]:
+        drawn = sample(
+            case.sampler, lambda x, t, cond: goal, torch.ones(1, 1, 2, 2), {}, schedule=schedule, steps=case.steps,
+            noise=lambda i: torch.zeros(1, 1, 2, 2),
+        )  # fmt: skip
+        assert torch.allclose(drawn, goal, atol=0.05), case
 
 
 @pytest.mark.parametrize(
