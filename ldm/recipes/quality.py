@@ -38,8 +38,8 @@ from ldm.types import Denoise
 BOUNDS = ("real", "autoencoder")
 """Rows without a sampler: the captions' own pictures, as they are and through the autoencoder."""
 SPENT = ("loop_seconds", "text_seconds", "decode_seconds", "network_rows")
-"""What a picture costs: its share of its batch's sampling loop (network, solver and noise), of encoding the prompts, of
-decoding; how often the U-Net saw it. Seconds of one process; what measures the pictures is in none of them."""
+"""What a picture costs: its share of its batch's sampling loop, of encoding the prompts, of decoding, in seconds of one
+process, none of it spent on measuring; how often the U-Net saw it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -427,8 +427,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         cells += [f"{clip:g}"] if "CLIP guidance" in head else []
         for name, form in (("loop_seconds_per_picture", ".3g"), ("network_rows_per_picture", ".4g")):
             costs = [(r["result"][name], r["protocol"]["count"]) for r in found.values() if name in r["result"]]
-            pictures = sum(n for _, n in costs)
-            cells.append(format(sum(cost * n for cost, n in costs) / pictures, form) if costs else "")
+            cells.append(format(sum(c * n for c, n in costs) / sum(n for _, n in costs), form) if costs else "")
         for split in splits:
             cells += _cells(found.get(split))
         out.append("| " + " | ".join(cells) + " |")
@@ -447,4 +446,5 @@ def _cells(row: dict[str, Any] | None) -> list[str]:
     r = row["result"]
     own = row["protocol"]["sampler"] == "real" and row["protocol"]["shared"]  # pictures compared with themselves
     kid = "" if own else f"{1000 * r['kernel_distance']['mean']:.2f} ± {1000 * r['kernel_distance']['std']:.2f}"
-    return [kid, f"{r['R@1']['rate']:.3f}", f"{r['R@5']['rate']:.3f}", str(row["protocol"]["count"])]
+    rates = [f"{r[k]['rate']:.3f}" if k in r else "" for k in ("R@1", "R@5")]  # none where there are no 5 candidates
+    return [kid, *rates, str(row["protocol"]["count"])]
