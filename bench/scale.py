@@ -118,27 +118,50 @@ def run(options: Options) -> dict[str, Any]:
             "goodput_every_2h": 1 / wall_time(1.0, 7200.0, cost, restart, failures),
         })  # fmt: skip
     _print(rows)
+    found = points(assumed)
+    _print_points(found)
     if not few:
         _page(rows, Path("runs/bench/scale.html"))
-    return {"rows": rows, "points": points(assumed)}
+    return {"rows": rows, "points": found}
+
+
+SIZES = {"SD 2": PSI, "SDXL": 2_567_463_684, "12 G": 12_000_000_000}
+"""Weights of U-Nets for which ways to divide are compared."""
 
 
 def points(assumed: Assumptions) -> dict[str, Any]:
-    """Where each way to divide pays, for the U-Net of Stable Diffusion 2 and for wider ones."""
-    memory = {
-        psi: {s: per_weight(s, 128) * psi / 1e9 for s in range(4)} for psi in (PSI, 2_567_463_684, 12_000_000_000)
-    }
-    link = Cluster(nodes=16, per_node=8, hardware=find("a100-80g"), assumptions=assumed)
-    inside = replace(link, nodes=1)
-    gather = 4.0 * PSI / link.link()
+    """Where each way to divide pays on 16 nodes of 8: gigabytes of states a GPU, and seconds of links in a step.
+
+    The network is the hardware's own, and one of a single port of 100 Gb/s a node.
+    """
+    between = Cluster(nodes=16, per_node=8, hardware=find("a100-80g"), assumptions=assumed)
+    slow = replace(between, hardware=replace(between.hardware, outside=12.5))
     return {
-        "gigabytes_of_states": memory,
-        "all_gather_of_weights_across_nodes": gather,
-        "all_gather_of_weights_inside_a_node": 4.0 * PSI / inside.link(),
-        "zero_plus_plus": {
-            "bytes_zero3": 3.0,
-            "bytes_quantised_hierarchical": 0.75,  # Wang et al. 2023, arXiv 2306.10209: 0.5 + 0 + 0.25
-        },
+        name: {
+            "gigabytes": {**{f"ZeRO-{s}": per_weight(s, 128) * psi / 1e9 for s in range(4)}}
+            | {"hybrid": per_weight(3, 8) * psi / 1e9, "ZeRO++": (per_weight(3, 128) + 2 / 8) * psi / 1e9},
+            "seconds": link_seconds(psi, between),
+            "seconds, one port": link_seconds(psi, slow),
+        }
+        for name, psi in SIZES.items()
+    }
+
+
+def link_seconds(psi: float, between: Cluster) -> dict[str, float]:
+    """What the links take in a step of one micro-batch, nothing of it hidden.
+
+    Hybrid: stage 3 within a node, and each GPU's share of the gradients reduced between nodes, where the GPUs of a node
+    share its ports; it pays where the link within a node is 3 times as fast as that network. ZeRO++ (Wang et al. 2023,
+    arXiv 2306.10209): weights gathered in 8 bits and gradients reduced in 4 between nodes, against its half-precision
+    elements 0.5 + 0.25; the gather of the backward pass stays within the node.
+    """
+    inside = replace(between, nodes=1).link()
+    once, link = 4.0 * psi, between.link()
+    return {
+        "ZeRO-1, 2": 2 * once / link,
+        "ZeRO-3": 3 * once / link,
+        "hybrid": 3 * once / inside + 2 * once / link,
+        "ZeRO++": 0.75 * once / link + once / inside,
     }
 
 
@@ -160,6 +183,16 @@ def _print(rows: list[dict[str, Any]]) -> None:
             r["goodput"], r["goodput_closed"],
         )  # fmt: skip
         print("".join(f"{v:14.4g}" for v in values))
+
+
+def _print_points(found: dict[str, Any]) -> None:
+    print("128 GPUs on 16 nodes; states in GB a GPU, links in seconds a step of one micro-batch")
+    for what in found["SD 2"]:
+        print(what)
+        names = list(found["SD 2"][what])
+        print(f"{'':>8}" + "".join(f"{n:>12}" for n in names))
+        for name, row in found.items():
+            print(f"{name:>8}" + "".join(f"{row[what][n]:12.3g}" for n in names))
 
 
 def _page(rows: list[dict[str, Any]], path: Path) -> None:

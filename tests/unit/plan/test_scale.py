@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy import integrate, optimize, stats
 
-from bench.scale import Life, simulated_goodput, straggle
+from bench.scale import PSI, Life, link_seconds, simulated_goodput, straggle
+from ldm.plan.hardware import Assumptions, find
 from ldm.plan.scale import daly, goodput, largest_of_exponentials, largest_of_normals, ring, wall_time, young
+from ldm.plan.throughput import Cluster
 
 
 @pytest.mark.parametrize("ranks", [8, 64, 1024, 8192])
@@ -60,3 +63,14 @@ def test_without_failures_only_saving_costs() -> None:
 def test_a_ring_sends_all_but_its_own_part() -> None:
     assert ring(8e9, 8, 1e9) == pytest.approx(7.0)
     assert ring(8e9, 1, 1e9) == 0
+
+
+@pytest.mark.parametrize(("outside", "pays"), [(1.1 / 3, False), (0.9 / 3, True)])
+def test_where_hybrid_sharding_and_zero_plus_plus_pay(outside: float, pays: bool) -> None:
+    """Hybrid from the network being a third of the link within a node; 8-bit gathers wherever stage 3 crosses nodes."""
+    chip = find("a100-80g")
+    chip = replace(chip, outside=outside * chip.inside)
+    took = link_seconds(PSI, Cluster(nodes=16, per_node=8, hardware=chip, assumptions=Assumptions()))
+    assert (took["hybrid"] < took["ZeRO-3"]) == pays
+    assert took["ZeRO++"] < took["ZeRO-3"]
+    assert took["ZeRO-3"] == pytest.approx(1.5 * took["ZeRO-1, 2"])
