@@ -117,6 +117,32 @@ def test_progressive_rounds_resume_anywhere_and_the_last_student_runs_in_diffuse
     assert worst(ours(root / "progressive", settings), theirs(pipe, monkeypatch, "", settings, 2.0)) < 1e-3
 
 
+def test_an_epsilon_teacher_becomes_a_v_student_that_is_told_its_guidance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rounds of one command: the match to v, then two halvings, each from the one before."""
+    root = miniature.project(tmp_path)
+    miniature.teacher(root, "epsilon")
+    path = config(root, "rounds", {"kind": "progressive", "steps": 4, "until": 2, "w": [0.0, 4.0]}, steps=2)
+    assert main(["distill", "progressive", str(path), "train.optim.lr=0.02"]) == 0
+    names = ["round-0-match", "round-1-4", "round-2-2"]
+    told = [json.loads((root / "rounds" / n / "export" / "trained.json").read_text())["teacher"] for n in names]
+    assert [Path(t).parts[-2:] for t in told[1:]] == [(n, "export") for n in names[:2]]
+    assert Path(told[0]).name == "teacher"
+    pipe = load(root / "rounds" / "export")
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    assert pipe.unet.config.time_cond_proj_dim == 32
+    assert float(pipe.unet.time_embedding.cond_proj.weight.abs().max()) > 0, "zero at the start; it has learned from w"
+    calls: list[int] = []
+    pipe.unet.register_forward_pre_hook(lambda _, given: calls.append(len(given[0])))
+    for scale in (1.5, 5.0):
+        settings = Settings(sampler="ddim", steps=2, guidance=scale, seed=SEED)
+        assert worst(ours(root / "rounds", settings), theirs(pipe, monkeypatch, "", settings, scale)) < 1e-3
+    assert calls == [len(PROMPTS)] * 4, "no second forward for guidance"
+    low, high = (ours(root / "rounds", Settings(sampler="ddim", steps=2, guidance=g, seed=SEED)) for g in (1.5, 5.0))
+    assert float((high - low).abs().max()) > 0
+
+
 def test_a_lora_is_a_model_by_itself_and_stacks_in_diffusers_with_peft(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
