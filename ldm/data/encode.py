@@ -23,7 +23,6 @@ from torch import Tensor
 from ldm.data.buckets import name as bucket_name
 from ldm.data.cache import MEMBER
 from ldm.data.captions import uniform
-from ldm.data.decode import BadSample
 from ldm.data.images import Fit, to_float
 from ldm.data.manifest import Manifest, Shard, resolve, shard_of
 from ldm.data.samples import Samples
@@ -113,8 +112,8 @@ def encode(
 ) -> None:
     """Write this rank's missing parts into `out`; `hashes` names the weights, as in {"vae": ..., "text": ...}.
 
-    Raises ValueError if `out` holds parts made with other settings. Bad samples are left out and listed in
-    `quarantine-RANK.jsonl`.
+    Raises ValueError if `out` holds parts made with other settings. Bad samples are left out; `finish` lists
+    them.
     """
     out.mkdir(parents=True, exist_ok=True)
     _claim(out, _settings(config, moments is not None, text is not None, hashes))
@@ -123,18 +122,18 @@ def encode(
         samples = Samples(manifest, split, size=config.size, fit=config.fit, buckets=config.buckets, memory=0)
         for part in _parts(config, manifest, split):
             if part.number % world == rank and not _marker(out, part).is_file():
-                _encode_part(config, out, part, samples, moments, text, rank, progress)
+                _encode_part(config, out, part, samples, moments, text, progress)
             elif part.number % world == rank and progress is not None:
                 progress(part.stop - part.start)
 
 
 def finish(config: EncodeConfig, out: Path) -> Manifest:
-    """The manifest over all parts, written; ValueError names a part that is missing."""
+    """The manifest over all parts, written, and `quarantine.jsonl`; ValueError names a part that is missing."""
     settings = json.loads((out / _SETTINGS).read_text())
     source = Manifest.read(resolve(config.path))
     shards: list[Shard] = []
     sums: dict[str, list[float]] = {}
-    bad = 0
+    bad: list[dict[str, str]] = []
     for split in config.splits:
         for part in _parts(config, source, split):
             marker = _marker(out, part)
@@ -148,7 +147,7 @@ def finish(config: EncodeConfig, out: Path) -> Manifest:
                 sums[name] = [have[0] + pair[0], have[1] + pair[1]]
     total = sum(s.samples for s in shards)
     notes: dict[str, Any] = {
-        "bad": bad,
+        "bad": len(bad),
         "bytes_per_sample": round(sum(s.bytes for s in shards) / max(total, 1)),
         "relative_rms_error": {k: (b / a) ** 0.5 if a else 0.0 for k, (a, b) in sorted(sums.items())},
     }
@@ -158,6 +157,8 @@ def finish(config: EncodeConfig, out: Path) -> Manifest:
         name=f"{source.name}-cached", shards=tuple(shards), folder=out, cached=settings["cached"], notes=notes
     )
     result.write()
+    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in bad]
+    (out / "quarantine.jsonl").write_text("".join(lines), encoding="utf-8")
     return result
 
 
@@ -258,11 +259,10 @@ def _encode_part(
     samples: Samples,
     moments: Moments | None,
     text: TextStates | None,
-    rank: int,
     progress: Callable[[int], object] | None,
 ) -> None:
     error = _Error()
-    bad = 0
+    bad: list[dict[str, str]] = []
     with ShardWriter(
         out,
         part.prefix,
@@ -281,8 +281,7 @@ def _encode_part(
                 if problem is None:
                     good.append(sample)
                 else:
-                    bad += 1
-                    _quarantine(out / f"quarantine-{rank}.jsonl", samples.key(sample), problem)
+                    bad.append({"key": samples.key(sample), "reason": problem.reason, "error": problem.detail})
             tensors: list[dict[str, Tensor]] = [{} for _ in good]
             if moments is not None:
                 _add_moments(config, samples, good, moments, tensors, error)
@@ -352,9 +351,3 @@ def _add_text(
         for sample, stored in zip(texts, tensors, strict=True):
             stored[name] = states[first : first + len(sample)].clone()
             first += len(sample)
-
-
-def _quarantine(path: Path, key: str, problem: BadSample) -> None:
-    line = {"key": key, "reason": problem.reason, "error": problem.detail}
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -1,7 +1,12 @@
 """Caches against what the callables gave: any number of processes, killed and resumed, refused when made otherwise."""
 
 import itertools
+import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +16,7 @@ import webdataset as wds
 from safetensors.torch import load
 from torch import Tensor
 
-from ldm.data.encode import EncodeConfig, build_cache, encode, finish
+from ldm.data.encode import EncodeConfig, build_cache, encode, finish, missing
 from ldm.data.loader import DataConfig, Loader
 
 Make = Callable[..., Path]
@@ -85,6 +90,54 @@ def test_many_processes_killed_and_resumed_give_one_cache(make_set: Make, tmp_pa
     assert next(calls) == 4
 
 
+_WORKER = """
+import sys, time
+from pathlib import Path
+import torch
+from ldm.data.encode import EncodeConfig, encode
+from tests.unit.data.test_encode import HASHES, moments, states
+
+torch.set_num_threads(1)
+source, out, rank, world = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+
+def slow(images):
+    print(flush=True)
+    time.sleep(0.05)
+    return moments(images)
+
+config = EncodeConfig(path=source, size=8, batch=4, part=7)
+encode(config, out, moments=slow, text=states, hashes=HASHES, rank=rank, world=world)
+"""
+
+
+def test_processes_that_are_killed_lose_and_repeat_nothing(make_set: Make, tmp_path: Path) -> None:
+    """SIGKILL, which no handler tidies up after, to two real processes in the middle of a part each."""
+    folder = make_set(40, shard_samples=11, bad=(2, 30))
+    config = EncodeConfig(path=str(folder), size=8, batch=4, part=7)
+    one = build_cache(config, tmp_path / "one", moments=moments, text=states, hashes=HASHES)
+    out = tmp_path / "two"
+    command = [sys.executable, "-c", _WORKER, str(folder), str(out)]
+    root = Path(__file__).parents[3]
+    processes = [subprocess.Popen([*command, str(r), "2"], stdout=subprocess.PIPE, cwd=root) for r in range(2)]
+    for process in processes:
+        assert process.stdout is not None
+        with process.stdout as said:
+            for _ in range(4):  # two batches a part
+                said.readline()
+            process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert list(out.glob(".*.part"))
+    assert 0 < missing(config, out) < 6
+    encode(config, out, moments=moments, text=states, hashes=HASHES)
+    two = finish(config, out)
+    assert two.shards == one.shards  # with the tars' hashes
+    assert two.notes == one.notes
+    assert (out / "quarantine.jsonl").read_text() == (tmp_path / "one" / "quarantine.jsonl").read_text()
+    assert (out / "quarantine.jsonl").read_text().count("\n") == 2
+    assert not list(out.glob(".*.part"))
+    assert two.notes["bytes_per_sample"] == round(sum(p.stat().st_size for p in out.glob("*.tar")) / 38)
+
+
 def test_other_weights_sizes_and_crops_are_refused(make_set: Make, tmp_path: Path) -> None:
     folder = make_set(9)
     out = tmp_path / "cache"
@@ -92,9 +145,18 @@ def test_other_weights_sizes_and_crops_are_refused(make_set: Make, tmp_path: Pat
     build_cache(config, out, moments=moments, text=states, hashes=HASHES)
     data = DataConfig(path=str(out), cached=True)
     Loader(data, seed=0, micro_batch=3, expect={"vae": "aa", "size": 8, "crop": "center"})
-    for expect, why in (({"vae": "zz"}, "vae='aa', this run has 'zz'"), ({"size": 16}, "size=8, this run has 16")):
-        with pytest.raises(ValueError, match=why):
+    refused: list[tuple[dict[str, object], str]] = [
+        ({"vae": "zz"}, "vae='aa', this run has 'zz'"),
+        ({"text": "zz"}, "text='bb', this run has 'zz'"),
+        ({"size": 16}, "size=8, this run has 16"),
+        ({"crop": "random"}, "crop='center', this run has 'random'"),
+    ]
+    for expect, why in refused:
+        with pytest.raises(ValueError, match=f"cache was made with {why}"):
             Loader(data, seed=0, micro_batch=3, expect=expect)
+    for name, value in {"size": 16, "crop": "random", "fit": "pad", "flip": True, "template": "a {}"}.items():
+        with pytest.raises(ValueError, match=f"made with {name}=.*, this run has "):
+            Loader(replace(data, **{name: value}), seed=0, micro_batch=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="was begun with text='bb', not 'cc'"):
         encode(config, out, moments=moments, text=states, hashes={"vae": "aa", "text": "cc"})
     other = EncodeConfig(path=str(make_set(10, name="other")), size=8)
@@ -109,7 +171,8 @@ def test_bad_samples_are_left_out_and_listed(make_set: Make, tmp_path: Path) -> 
     manifest = build_cache(config, tmp_path / "c", moments=moments, text=states, hashes=HASHES)
     assert manifest.samples("train") == 18
     assert manifest.notes["bad"] == 2
-    assert (tmp_path / "c" / "quarantine-0.jsonl").read_text().count("unknown_format") == 2
+    listed = [json.loads(line) for line in (tmp_path / "c" / "quarantine.jsonl").read_text().splitlines()]
+    assert [(e["key"], e["reason"]) for e in listed] == [("s00003", "unknown_format"), ("s00011", "unknown_format")]
 
 
 def test_variants_are_stored_and_drawn(make_set: Make, tmp_path: Path) -> None:
