@@ -1,4 +1,7 @@
-"""What the server of tests/ranks.py imports once: torch and DeepSpeed, for the CPU, without dynamo or a C++ build."""
+"""What the server of tests/ranks.py imports once, for the CPU: torch and DeepSpeed, without dynamo or a C++ build.
+
+open_clip too: its import takes longer than most of what a rank does, and every rank that loads a whole model needs it.
+"""
 
 import os
 import sys
@@ -13,6 +16,8 @@ with warnings.catch_warnings():
     import deepspeed
     import deepspeed.comm
 
+import open_clip.tokenizer
+import open_clip.transformer  # noqa: F401
 import torch.distributed
 
 import ldm.models.autoencoder
