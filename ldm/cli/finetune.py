@@ -93,7 +93,8 @@ def tree(args: argparse.Namespace) -> dict[str, Any]:
         method=method, images=args.images, base=args.base, out=args.out, steps=args.steps, batch=args.batch,
         accumulate=args.accumulate, lr=args.lr, size=args.size, seed=args.seed, prompts=args.prompt,
         samples=args.samples_every, stage=args.zero_stage, precision=args.precision, cache=not args.no_cache,
-        gradient_checkpointing=args.gradient_checkpointing, adapter=_adapter(args, low_rank),
+        gradient_checkpointing=args.gradient_checkpointing != "none" and args.gradient_checkpointing,
+        adapter=_adapter(args, low_rank),
         name=None if args.out is None else args.out.name,
     )  # fmt: skip
     if args.method == "dreambooth":
