@@ -1,5 +1,7 @@
 """Put the shipped models together from finished runs: python ldm/assets/assemble.py [--unet RUN] (not imported by ldm).
 
+`--student EXPORT` only puts the few-step student, a distilled LoRA of the model `emoji`, in its place.
+
 Without --unet the U-Net is random: the frozen parts must be in place, as stored in half precision, before the run that
 trains on them. The CLIP stores only what the text encoder of the pipeline's folder does not hold.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import torch
 from ldm.checkpoint.convert import load_unet, save_diffusers
 from ldm.checkpoint.folders import read_module, write_module
 from ldm.checkpoint.schedulers import scheduler_to_diffusers
+from ldm.checkpoint.students import beside
 from ldm.config.schema import load_run
 from ldm.models.shipped import ASSETS
 from ldm.models.unet import UNet
@@ -24,13 +28,17 @@ from ldm.recipes.text_to_image import TextToImageTask
 
 
 def main() -> None:
-    """Write `ldm/assets/emoji_64` and `ldm/assets/clip_emoji`."""
+    """Write `ldm/assets/emoji_64` and `ldm/assets/clip_emoji`, or `ldm/assets/emoji_lcm`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--autoencoder", default="runs/autoencoder_emoji/export")
     parser.add_argument("--clip", default="runs/clip_emoji/export")
     parser.add_argument("--unet", type=Path, help="export of a text-to-image run")
     parser.add_argument("--config", default="configs/train/text_to_image_emoji.yaml")
+    parser.add_argument("--student", type=Path, help="export of a distillation of `emoji` as a LoRA")
     args = parser.parse_args()
+    if args.student is not None:
+        student(args.student)
+        return
     task = load_run(args.config).task
     assert isinstance(task, TextToImageTask)
     unet = UNet(task.unet) if args.unet is None else load_unet(args.unet / "unet")
@@ -48,6 +56,31 @@ def main() -> None:
     scheduler = scheduler_to_diffusers(task.process.schedule, task.process.prediction)
     folder = ASSETS / "emoji_64"
     save_diffusers(folder, unet=unet, autoencoder=autoencoder, text=[tower], scheduler=scheduler, dtype=torch.float16)
+    report()
+
+
+def student(export: Path, folder: Path = ASSETS / "emoji_lcm") -> None:
+    """Copy what a distilled LoRA needs to be a model by itself, and the run's config to `made_by`.
+
+    Raises ValueError for one of another base, or that is no few-step student.
+    """
+    told = json.loads((export / "adapter.json").read_text(encoding="utf-8"))
+    if told["base"] != "emoji":
+        raise ValueError(f"{export}: base {told['base']!r} is not the shipped model 'emoji'")
+    if beside(export) is None:
+        raise ValueError(f"{export}: no scheduler_config.json of a few-step sampler in it")
+    folder.mkdir(exist_ok=True)
+    for name in ("adapter.json", "scheduler_config.json", *told["loras"]):
+        shutil.copyfile(export / name, folder / name)
+        (folder / name).chmod(0o644)
+    config = export.parent / "config.yaml"
+    if config.is_file() and folder.parent == ASSETS:
+        shutil.copyfile(config, ASSETS / "made_by" / "lcm_lora_emoji.yaml")
+    report()
+
+
+def report() -> None:
+    """Bytes of all stored weights."""
     sizes = {str(p.relative_to(ASSETS)): p.stat().st_size for p in sorted(ASSETS.rglob("*.safetensors"))}
     sys.stdout.write(json.dumps({**sizes, "all": sum(sizes.values())}, indent=1) + "\n")
 

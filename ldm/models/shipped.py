@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
-SHIPPED = {"emoji": ASSETS / "emoji_64", "clip_emoji": ASSETS / "clip_emoji"}
+SHIPPED = {"emoji": ASSETS / "emoji_64", "emoji_lcm": ASSETS / "emoji_lcm", "clip_emoji": ASSETS / "clip_emoji"}
 
 
 def locate(source: str) -> Path:

@@ -45,6 +45,7 @@ HERO = (
 )  # fmt: skip
 STEP_COUNTS = (1, 2, 4, 8, 16, 50, 250, 1000)
 ROWS = {"ddpm": 1000, "ddim": 1000, "dpmpp_2m": 250, "unipc": 50, "euler": 50, "heun": 50}
+FEW_STEPS = (1, 2, 4, 8)
 SCALES = (1.0, 2.0, 3.0, 5.0, 8.0, 12.0)
 
 
@@ -142,7 +143,7 @@ def run(demo: Demo, config_file: Path, overrides: Sequence[str], procs: int) -> 
         f"A U-Net of {_parameters(trained) / 1e6:.1f} million parameters starts from random weights and sees "
         f"{demo.config.train.steps * demo.config.train.batch:,} noised latents, on {procs} processes under DeepSpeed."
     )
-    for name in ("samplers", "guidance", "held-out prompts", "retrieval", "nearest neighbours", "editing"):
+    for name in ("samplers", "few steps", "guidance", "held-out prompts", "retrieval", "nearest neighbours", "editing"):
         say(f"{name} ...")
         _SECTIONS[name](demo, trained)
         demo.clock.lap(name)
@@ -210,6 +211,21 @@ def samplers(demo: Demo, trained: TextToImage) -> None:
     demo.results.sampler_text = (
         f"“{PROMPTS[1]}” from one noise, by the shipped model at guidance {demo.settings.guidance:g}."
     )
+
+
+def few_steps(demo: Demo, trained: TextToImage) -> None:
+    """The shipped model and its distilled student, the same noise at each count of steps."""
+    student = TextToImage.load("emoji_lcm", device=demo.shipped.device)
+    student.dtype = demo.shipped.dtype
+    prompts = ("a red apple", "cat", "police car")
+    scale = demo.settings.guidance
+    teacher = [demo.draw(demo.shipped, prompts, sampler="ddim", steps=n) for n in FEW_STEPS]
+    own = [demo.draw(student, prompts, sampler="lcm", steps=n, guidance=1.0) for n in FEW_STEPS]
+    rows: dict[str, list[Image.Image | None]] = {}
+    for i, prompt in enumerate(prompts):
+        rows[f"“{prompt}”, teacher: ddim, guidance {scale:g}"] = [column[i] for column in teacher]
+        rows[f"“{prompt}”, student: lcm, guidance inside"] = [column[i] for column in own]
+    demo.results.few_steps, demo.results.few_step_counts = rows, FEW_STEPS
 
 
 def guidance(demo: Demo, trained: TextToImage) -> None:
@@ -284,6 +300,7 @@ def editing(demo: Demo, trained: TextToImage) -> None:
 
 _SECTIONS = {
     "samplers": samplers,
+    "few steps": few_steps,
     "guidance": guidance,
     "held-out prompts": heldout,
     "retrieval": retrieval,

@@ -60,6 +60,10 @@ class DemoResults:
     """Sampler -> the same prompt and noise at each count of `sampler_steps`."""
     sampler_text: str = ""
 
+    few_step_counts: Sequence[int] = ()
+    few_steps: Mapping[str, Images] = field(default_factory=dict)
+    """Prompt and model (the teacher, then its student) -> the same noise at each of `few_step_counts`."""
+
     guidance_scales: Sequence[float] = ()
     guidance: Mapping[str, Images] = field(default_factory=dict)
     """Prompt -> the same noise at each of `guidance_scales`."""
@@ -86,7 +90,8 @@ def build(results: DemoResults) -> Gallery:
     """The page of these results."""
     page = Gallery(results.title, results.lede)
     page.hero(results.hero).facts(results.facts).footer(results.footer)
-    for part in (_data, _noising, _training, _retrieval, _samplers, _guidance, _heldout, _neighbours, _edits, _costs):
+    first = (_data, _noising, _training, _retrieval, _samplers, _few_steps, _guidance)
+    for part in (*first, _heldout, _neighbours, _edits, _costs):
         part(page, results)
     return page
 
@@ -140,8 +145,20 @@ def _retrieval(page: Gallery, r: DemoResults) -> None:
 
 def _samplers(page: Gallery, r: DemoResults) -> None:
     if r.samplers:
-        columns = [f"{n:,} step{'s' if n > 1 else ''}".replace(",", "\u202f") for n in r.sampler_steps]
-        page.section("Samplers", r.sampler_text).matrix(r.samplers, columns, size=76)
+        page.section("Samplers", r.sampler_text).matrix(r.samplers, _steps(r.sampler_steps), size=76)
+
+
+def _few_steps(page: Gallery, r: DemoResults) -> None:
+    if r.few_steps:
+        text = (
+            "Distillation teaches a student to arrive in a few steps where the teacher's long path ends. Guidance is "
+            "inside it, so that each step is one call of the network instead of two."
+        )
+        page.section("Few steps", text).matrix(r.few_steps, _steps(r.few_step_counts), size=76)
+
+
+def _steps(counts: Sequence[int]) -> list[str]:
+    return [f"{n:,} step{'s' if n > 1 else ''}".replace(",", "\u202f") for n in counts]
 
 
 def _guidance(page: Gallery, r: DemoResults) -> None:

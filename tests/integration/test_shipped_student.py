@@ -1,0 +1,84 @@
+"""The shipped few-step student: size, what it draws with by itself, determinism, other LoRAs beside it, the page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from PIL import Image
+
+from ldm.checkpoint.lora_files import NAME
+from ldm.cli.__main__ import main
+from ldm.models.shipped import ASSETS, SHIPPED
+from ldm.pipeline import Settings, TextToImage
+from ldm.web import demo
+from ldm.web.demo_page import build
+
+FOUR = Settings(sampler="lcm", steps=4, guidance=1.0, seed=7)
+PROMPTS = ["a red apple", "cat"]
+BUDGET = 25_000_000
+"""Bytes of all shipped weights."""
+
+
+@pytest.fixture(scope="module")
+def student() -> TextToImage:
+    return TextToImage.load("emoji_lcm")
+
+
+def test_all_shipped_weights_are_within_their_budget() -> None:
+    assert (SHIPPED["emoji_lcm"] / NAME).is_file()
+    assert sum(p.stat().st_size for p in ASSETS.rglob("*.safetensors")) <= BUDGET
+
+
+def test_four_steps_are_four_calls_without_guidance_and_the_same_again(student: TextToImage) -> None:
+    calls: list[float] = []
+    hook = student.unet.register_forward_pre_hook(lambda _, given: calls.append(float(given[1][0])))
+    first = student.sample(PROMPTS, settings=FOUR)
+    hook.remove()
+    assert len(calls) == 4
+    trained = json.loads((SHIPPED["emoji_lcm"] / "scheduler_config.json").read_text())["original_inference_steps"]
+    stride = 1000 // trained
+    assert {(t + 1) % stride for t in calls} == {0}, "at times that it was trained at"
+    assert torch.equal(first, student.sample(PROMPTS, settings=FOUR))
+    assert torch.equal(first, TextToImage.load("emoji_lcm").sample(PROMPTS, settings=FOUR))
+    teacher = TextToImage.load("emoji").sample(PROMPTS, settings=FOUR)
+    assert (first - teacher).abs().max() > 0.01
+    assert first.flatten(1).std(1).min() > 0.1, "pictures, not a flat field"
+
+
+def test_another_lora_stacks_on_it_and_comes_off_again(student: TextToImage) -> None:
+    """The student's own file again at half its strength: the corrections add up to one and a half."""
+    before = student.sample(PROMPTS, settings=FOUR)
+    student.load_lora(SHIPPED["emoji_lcm"] / NAME, 0.5, name="again")
+    both = student.sample(PROMPTS, settings=FOUR)
+    student.unload_loras("again")
+    assert torch.equal(student.sample(PROMPTS, settings=FOUR), before)
+    whole = TextToImage.load("emoji")
+    whole.student = student.student  # whose times both are drawn at
+    whole.load_lora(SHIPPED["emoji_lcm"] / NAME, 1.5)
+    change = float((both - before).abs().max())
+    assert change > 1e-3
+    assert (both - whole.sample(PROMPTS, settings=FOUR)).abs().max() < 0.05 * change
+
+
+def test_the_command_draws_with_it_in_four_steps_by_itself(tmp_path: Path) -> None:
+    assert main(["sample", "a red apple", "--model", "emoji_lcm", "--seed", "7", "--out", str(tmp_path)]) == 0
+    with Image.open(tmp_path / "grid.png") as grid:
+        told = json.loads(grid.info["ldm"])
+    assert (told["sampler"], told["steps"], told["guidance"]) == ("lcm", 4, 1.0)
+
+
+def test_the_page_shows_the_teacher_and_the_student_at_each_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, nothing = TextToImage.load("emoji"), cast("Any", None)
+    assert demo.FEW_STEPS == (1, 2, 4, 8)
+    monkeypatch.setattr(demo, "FEW_STEPS", (1, 2))
+    settings = Settings(sampler="dpmpp_2m", steps=25, guidance=3.0)
+    shown = demo.Demo(nothing, Path(), teacher, nothing, settings, print)
+    demo.few_steps(shown, teacher)
+    assert len(shown.results.few_steps) == 6
+    assert all(len(row) == 2 for row in shown.results.few_steps.values())
+    page = build(shown.results).html()
+    assert all(word in page for word in ("Few steps", "teacher: ddim", "student: lcm", "1 step", "2 steps"))
