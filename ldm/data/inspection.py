@@ -7,7 +7,7 @@ import html
 import io
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class Statistics:
     def summary(self) -> dict[str, Any]:
         """Plain figures."""
         aspects = [round(w / h, 4) for w, h in zip(self.widths, self.heights, strict=True)]
-        groups = [keys for keys in self.hashes.values() if len(keys) > 1]
+        groups = [keys for keys in look_alikes(self.hashes) if len(keys) > 1]
         return {
             "samples": self.total,
             "looked_at": self.looked_at,
@@ -126,6 +126,34 @@ def difference_hash(picture: Image.Image) -> int:
     grey = np.asarray(picture.convert("L").resize((17, 16), Image.Resampling.BOX), np.int16)
     bits = (grey[:, 1:] > grey[:, :-1]).ravel()
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def look_alikes(hashes: Mapping[int, list[str]]) -> list[list[str]]:
+    """Keys in groups whose hashes differ, from one to the next, in few bits: as after resizing or compressing again.
+
+    Few are at most 16 of the 256, and an eighth of the bits that are set in the two: plain pictures have few.
+    """
+    codes = list(hashes)
+    raw = np.frombuffer(b"".join(code.to_bytes(32, "big") for code in codes), np.uint8).reshape(-1, 32)
+    bits = np.unpackbits(raw, axis=1).astype(np.float32)
+    ones = bits.sum(1)
+    group = list(range(len(codes)))
+
+    def root(i: int) -> int:
+        while group[i] != i:
+            group[i] = i = group[group[i]]
+        return i
+
+    for start in range(0, len(codes), 512):
+        part = slice(start, start + 512)
+        both = ones[part, None] + ones
+        near = both - 2 * (bits[part] @ bits.T) <= np.minimum(16, both / 8)
+        for a, b in np.argwhere(np.triu(near, start + 1)).tolist():
+            group[root(a + start)] = root(b)
+    found: dict[int, list[str]] = defaultdict(list)
+    for i, code in enumerate(codes):
+        found[root(i)] += hashes[code]
+    return list(found.values())
 
 
 def contact_sheet(tiles: list[tuple[Image.Image, str]], columns: int = 12) -> Image.Image:

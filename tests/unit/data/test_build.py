@@ -17,9 +17,11 @@ from ldm.data.captions import captions_of
 from ldm.data.decode import metadata
 from ldm.data.filters import compile_filter
 from ldm.data.indexing import index
+from ldm.data.inspection import inspect
 from ldm.data.loader import DataConfig, Loader
 from ldm.data.manifest import Manifest
 from ldm.data.shards import Shards
+from ldm.data.sources import CaptionsFrom
 from ldm.data.write import ShardWriter
 from tests.unit.data.pictures import png
 
@@ -128,6 +130,59 @@ def test_metadata_jsonl(tmp_path: Path) -> None:
     samples = dict(Shards(report.manifest, "train"))
     assert metadata(samples["images/0"])["score"] == 5
     assert captions_of(samples["images/1"])[0].texts == ("one", "uno")
+
+
+def test_metadata_csv(tmp_path: Path) -> None:
+    root = tmp_path / "hf"
+    (root / "train").mkdir(parents=True)
+    for i in range(2):
+        (root / "train" / f"{i}.png").write_bytes(png((i, i, i)))
+    (root / "metadata.csv").write_text('file_name,text,artist\ntrain/0.png,"red, round",ann\ntrain/1.png,blue,bob\n')
+    samples = dict(Shards(build(root, tmp_path / "out", BuildConfig()).manifest, "train"))
+    assert captions_of(samples["train/0"])[0].texts == ("red, round",)
+    assert metadata(samples["train/1"])["artist"] == "bob"
+
+
+@pytest.mark.parametrize(("source", "expected"), [("folder", {"red panda", "cat"}), ("name", {"a big one", "b"})])
+def test_imagefolders(tmp_path: Path, source: CaptionsFrom, expected: set[str]) -> None:
+    """A folder a class, as HF's imagefolder and torchvision's: the folder's or the file's name is the caption."""
+    for name in ("red_panda/a_big-one.png", "cat/b.png"):
+        path = tmp_path / "set" / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(png((1, 2, 3)))
+    manifest = build(tmp_path / "set", tmp_path / "out", BuildConfig(captions_from=source)).manifest
+    assert {captions_of(m)[0].texts[0] for _, m in Shards(manifest, "train")} == expected
+
+
+def test_look_alikes_are_found(tmp_path: Path) -> None:
+    """A picture again at another size and quality is one; others are not, however they are stored."""
+    root = tmp_path / "set"
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        small = Image.fromarray(rng.integers(0, 255, (4, 4, 3), np.uint8))
+        small.resize((200, 160), Image.Resampling.BICUBIC).save(root / f"p{i}.png")
+        (root / f"p{i}.txt").write_text(f"picture {i} of six")
+    again = Image.open(root / "p2.png").resize((100, 80), Image.Resampling.BICUBIC)
+    again.save(root / "again.jpg", quality=92)
+    (root / "again.txt").write_text("picture 2 once more")
+    manifest = build(root, tmp_path / "out", BuildConfig()).manifest
+    summary = inspect(manifest, tmp_path / "look")
+    assert [sorted(group) for group in summary["look_alikes"]] == [["again", "p2"]]
+    assert summary["look_alike_groups"] == 1
+    assert summary["caption_words"]["median"] == 4
+    assert summary["aspect"] == dict.fromkeys(("min", "p5", "median", "p95", "max"), 1.25)
+    assert (summary["width"]["min"], summary["width"]["max"]) == (100, 200)
+    assert "again, p2" in (tmp_path / "look" / "index.html").read_text()
+
+
+def test_a_tar_of_no_bytes_is_reported(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, "train") as writer:
+        writer.add("c", {"png": png((9, 8, 7)), "txt": b"c"})
+    (tmp_path / "zero.tar").write_bytes(b"")
+    manifest, results = index(tmp_path)
+    assert [s.file for s in manifest.shards] == [writer.shards[0].file]
+    assert any("zero.tar" in p for r in results for p in r.problems)
 
 
 def test_kohya_folders_and_duplicate_names(tmp_path: Path) -> None:

@@ -222,3 +222,17 @@ def test_shapes_that_differ_are_named(cache: Path) -> None:
     config = DataConfig(path=str(cache), cached=True)
     with pytest.raises(ValueError, match=r"cached \w+ of sample 's\d+' is .*, of 's\d+' .*; they must agree"):
         take(Loader(config, seed=0, micro_batch=36), 0, 1)
+
+
+def test_memory_of_a_cache_does_not_grow_over_epochs(cache: Path) -> None:
+    """Resident memory as the log tells it; keeping the tensors of 200 epochs would be 14 MB."""
+    loader = Loader(DataConfig(path=str(cache), cached=True), seed=0, micro_batch=36)
+    stream = loader.batches()
+    for _ in range(20):
+        next(stream)
+    before = loader.figures()
+    for _ in range(200):
+        next(stream)
+    after = loader.figures()
+    assert after["data_memory_gib"] == before["data_memory_gib"] <= 36 * 2048 * 2 / 2**30
+    assert after["host_memory_gib"] - before["host_memory_gib"] < 5e6 / 2**30

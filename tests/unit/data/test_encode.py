@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ldm.data.encode import EncodeConfig, build_cache, encode, finish, missing
 from ldm.data.loader import DataConfig, Loader
+from ldm.models.text import TextConfig, TextTower
+from ldm.recipes.sources import text_encoder, weights_hash
 
 Make = Callable[..., Path]
 HASHES = {"vae": "aa", "text": "bb"}
@@ -186,3 +188,28 @@ def test_variants_are_stored_and_drawn(make_set: Make, tmp_path: Path) -> None:
     assert batch["moments"].shape == (12, 8, 4, 4)  # type: ignore[attr-defined]
     assert np.isfinite(batch["moments"]).all()  # type: ignore[call-overload]
     assert "text" not in batch
+
+
+def test_the_states_of_all_towers_are_stored(make_set: Make, tmp_path: Path) -> None:
+    """As SDXL has them: both towers' states side by side and the second's pooled state, of every caption."""
+    text = {"width": 16, "heads": 2, "layers": 2, "context_length": 10, "vocab_size": 4096, "bpe": "emoji"}
+    torch.manual_seed(0)
+    first = TextTower(TextConfig(**text))  # type: ignore[arg-type]
+    second = TextTower(TextConfig(**text, pad="zero", projection=6, output="penultimate"))  # type: ignore[arg-type]
+    config = EncodeConfig(path=str(make_set(12)), size=8, dtype="float32", batch=5)
+    states_of = text_encoder([first, second])
+    hashes = {"text": weights_hash(first, second)}
+    build_cache(config, tmp_path / "c", moments=None, text=lambda t: dict(states_of(t)), hashes=hashes)
+    loader = Loader(DataConfig(path=str(tmp_path / "c"), cached=True), seed=0, micro_batch=12, expect=hashes)
+    seen = set()
+    for batch in take(loader, 8):
+        for row, caption in enumerate(batch["caption"]):  # type: ignore[arg-type,var-annotated]
+            seen.add(caption)
+            with torch.no_grad():
+                one, two = (tower.encode(tower.tokenize([caption])) for tower in (first, second))
+            both = torch.cat([one["text"], two["text"]], -1)[0]
+            torch.testing.assert_close(batch["text"][row], both, rtol=0, atol=1e-5)  # type: ignore[index]
+            torch.testing.assert_close(batch["pooled"][row], two["pooled"][0], rtol=0, atol=1e-5)  # type: ignore[index]
+    assert len(seen) > 16
+    with pytest.raises(ValueError, match="cache was made with text="):
+        Loader(DataConfig(path=str(tmp_path / "c"), cached=True), seed=0, micro_batch=1, expect={"text": "other"})

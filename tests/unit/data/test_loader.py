@@ -1,6 +1,7 @@
 """The loader: equal over ranks, workers and resumes, steady with bad samples, right in pixels."""
 
 import gc
+import io
 import itertools
 import json
 import tracemalloc
@@ -8,14 +9,18 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ldm.data.captions import Tags
 from ldm.data.loader import DataConfig, Loader
+from ldm.data.manifest import Manifest
+from ldm.data.write import ShardWriter
 from ldm.rng import Rng
 from ldm.types import Batch
-from tests.unit.data.pictures import color_of
+from tests.unit.data.pictures import color_of, png
 
 Make = Callable[..., Path]
 
@@ -164,6 +169,56 @@ def test_bad_samples_are_replaced_alike_and_listed(make_set: Make, tmp_path: Pat
         for k in b["key"]
     ]
     assert keys == split
+
+
+def test_every_bad_kind_is_told_apart_while_training(tmp_path: Path) -> None:
+    """Tars of strangers: nothing stops, each bad sample is listed with its shard, key and reason, odd ones are used."""
+
+    def saved(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)  # type: ignore[arg-type]
+        return buffer.getvalue()
+
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
+    good = {
+        "cmyk": {"jpg": saved(Image.new("CMYK", (9, 9)), "JPEG")},
+        "deep": {"png": saved(Image.fromarray(np.full((9, 9), 40_000, np.uint16)))},
+        "palette": {"png": saved(Image.new("P", (9, 9)), transparency=0)},
+        "turned": {"jpg": saved(noise, "JPEG", exif=turned)},
+        "animated": {"gif": saved(frames[0], "GIF", save_all=True, append_images=frames[1:])},
+        "pixel": {"png": png((1, 2, 3), (1, 1))},
+        "line": {"png": png((1, 2, 3), (20_000, 1))},
+        "misnamed": {"jpg": png((1, 2, 3))},
+    }
+    caption = {"txt": b"a caption"}
+    bad = {
+        "empty": {"jpg": b"", **caption},
+        "damaged": {"jpg": saved(noise, "JPEG")[:500], **caption},
+        "unknown_format": {"jpg": b"<html>", **caption},
+        "huge": {"png": png((0, 0, 0), (12_000, 9_000)), **caption},
+        "no_picture": caption,
+        "no_caption": {"png": png((1, 2, 3))},
+        "not_utf8": {"png": png((1, 2, 3)), "txt": b"caf\xe9"},
+        "bad_json": {"png": png((1, 2, 3)), "json": b"{", **caption},
+    }
+    folder = tmp_path / "set"
+    with ShardWriter(folder, "train", max_samples=5) as writer:
+        for key, members in [*bad.items(), *((k, {**v, **caption}) for k, v in good.items())]:
+            writer.add(key, members)
+    Manifest(name="set", shards=tuple(writer.shards), folder=folder).write()
+    listed = tmp_path / "quarantine.jsonl"
+    config = DataConfig(path=str(folder), size=8, quarantine=str(listed), max_bad=0.5)
+    loader = Loader(config, seed=0, micro_batch=4)
+    batches = take(loader, 0, 8)
+    assert {k for b in batches for k in b["key"]} == set(good)
+    entries = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert {e["key"]: e["reason"] for e in entries} == {key: key for key in bad}
+    assert {e["shard"] for e in entries} == {"train-00000.tar", "train-00001.tar"}
+    assert loader.quarantine.counts == {(e["shard"], e["reason"]): 1 for e in entries}
+    assert all(e["error"] for e in entries)
 
 
 def test_too_many_bad_samples_stop_the_run_and_say_why(make_set: Make) -> None:
