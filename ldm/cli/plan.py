@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.cli import plan_parts as parts
+
 if TYPE_CHECKING:
     from ldm.config.schema import RunConfig
-    from ldm.plan.memory import Layout
-    from ldm.plan.report import Frozen, Job
+    from ldm.plan.report import Job
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,40 +65,26 @@ def main(argv: list[str]) -> int:
 
 def job_of(config: RunConfig, world: int, *, gpu: bool) -> Job:
     """What the planner needs of a config. Raises ValueError for a task that it does not know."""
+    from ldm.cli.plan_losses import clip, distill, finetune
     from ldm.recipes.autoencoder import AutoencoderTask
+    from ldm.recipes.clip import ClipTask
+    from ldm.recipes.distill import DistillTask
+    from ldm.recipes.finetune import FinetuneTask
     from ldm.recipes.text_to_image import TextToImageTask
 
-    if isinstance(config.task, TextToImageTask):
-        return _text_to_image(config, config.task, world, gpu)
-    if isinstance(config.task, AutoencoderTask):
-        return _autoencoder(config, config.task, world, gpu)
-    raise ValueError(f"task.kind: {config.task.kind!r} cannot be planned; text_to_image and autoencoder can")
-
-
-def _layout(config: RunConfig, world: int, gpu: bool) -> Layout:
-    from ldm.plan.memory import Layout
-
-    train, engine = config.train, config.train.engine
-    return Layout(
-        stage=engine.zero_stage,
-        world=world,
-        half=engine.precision == "fp16",
-        copies=0 if train.ema is None else 1 + len(train.ema.others) + len(train.ema.power),
-        bucket=engine.bucket,
-        overlap=gpu,
-        accumulate=train.accumulate,
-        offload_optimizer=engine.offload_optimizer,
-        offload_parameters=engine.offload_parameters,
-    )
-
-
-def _precision(config: RunConfig, gpu: bool) -> Any:
-    import torch
-
-    name = config.train.engine.precision
-    if name == "auto":  # the GPUs of the plan have bf16; the CPU counts in float32
-        name = "bf16" if gpu else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name] if gpu else torch.float32
+    task = config.task
+    if isinstance(task, TextToImageTask):
+        return _text_to_image(config, task, world, gpu)
+    if isinstance(task, AutoencoderTask):
+        return _autoencoder(config, task, world, gpu)
+    if isinstance(task, ClipTask):
+        return clip(config, task, world, gpu)
+    if isinstance(task, FinetuneTask):
+        return finetune(config, task, world, gpu)
+    if isinstance(task, DistillTask):
+        return distill(config, task, world, gpu)
+    known = "autoencoder, clip, distill, finetune, text_to_image"
+    raise ValueError(f"task.kind: {task.kind!r} cannot be planned (its steps are those of finetune); {known} can")
 
 
 def _text_to_image(config: RunConfig, task: Any, world: int, gpu: bool) -> Job:
@@ -113,9 +100,9 @@ def _text_to_image(config: RunConfig, task: Any, world: int, gpu: bool) -> Job:
     towers, context, width, pooled = _text(task.text, said)
     unet, chosen = task.unet, granularity(task.gradient_checkpointing)
     how = "block" if chosen == "none" else chosen  # what a plan that recomputes would have
-    pixels = _pixels(config, (unet.sample_size or 64) * factor)
+    pixels = parts.pixels(config, (unet.sample_size or 64) * factor)
     side = pixels // factor
-    cached = task.cache is not None or _cached(config)
+    cached = task.cache is not None or parts.cached(config)
     if task.cache is not None and not (Path(task.cache) / "manifest.json").is_file():
         said.append(f"task.cache: nothing in {str(task.cache)!r} yet: the run encodes everything first, once")
     if not cached:
@@ -140,8 +127,8 @@ def _text_to_image(config: RunConfig, task: Any, world: int, gpu: bool) -> Job:
             cond,
         )
 
-    frozen = _frozen(vae, towers, pixels, context, cached)
-    samples, size = _data(config, 2.0 * (2 * channels * side * side + context * width + pooled), cached, said)
+    frozen = parts.frozen(vae, towers, pixels, context, cached)
+    samples, size = parts.data(config, 2.0 * (2 * channels * side * side + context * width + pooled), cached, said)
     return Job(
         name=config.name,
         build=build,
@@ -149,33 +136,14 @@ def _text_to_image(config: RunConfig, task: Any, world: int, gpu: bool) -> Job:
         flops=float(count_flops(build(False), *inputs(1))),
         batch=config.train.batch,
         steps=config.train.steps,
-        layout=_layout(config, world, gpu),
+        layout=parts.layout(config, world, gpu),
         recompute=chosen != "none",
-        precision=_precision(config, gpu),
+        precision=parts.precision(config, gpu),
         frozen=tuple(frozen),
         samples=samples,
         sample_bytes=size,
         warnings=tuple(said),
     )
-
-
-def _frozen(vae: Any, towers: list[Any], pixels: int, context: int, cached: bool) -> list[Frozen]:
-    """The networks that stay on the GPU beside the trained one; they run for each image where nothing is cached."""
-    import torch
-
-    from ldm.plan.flops import count_flops
-    from ldm.plan.report import Frozen
-
-    def weight(module: Any) -> float:
-        return 4.0 * sum(p.numel() for p in module.parameters())
-
-    vae_flops = 0 if cached else count_flops(vae.encode, torch.empty(1, 3, pixels, pixels, device="meta"))
-    found = [Frozen(name="vae", bytes=weight(vae), flops=float(vae_flops))]
-    for i, tower in enumerate(towers):
-        tokens = torch.zeros(1, context, dtype=torch.int64, device="meta")
-        flops = 0 if cached else count_flops(tower.model, tokens)
-        found.append(Frozen(name=f"text {i + 1}", bytes=weight(tower), flops=float(flops)))
-    return found
 
 
 def _vae(source: str, said: list[str]) -> tuple[Any, int, int]:
@@ -233,38 +201,6 @@ def _json(source: str, names: tuple[str, ...]) -> dict[str, Any] | None:
     return None
 
 
-def _pixels(config: RunConfig, otherwise: int) -> int:
-    """The side of the pictures."""
-    from ldm.data.loader import DataConfig
-
-    return config.data.size if isinstance(config.data, DataConfig) else otherwise
-
-
-def _cached(config: RunConfig) -> bool:
-    from ldm.data.loader import DataConfig
-
-    return isinstance(config.data, DataConfig) and config.data.cached
-
-
-def _data(config: RunConfig, encoded: float, cached: bool, said: list[str]) -> tuple[int | None, float]:
-    """Samples and bytes of one as training reads it: `encoded` in a cache, else as stored."""
-    from ldm.data.loader import DataConfig
-    from ldm.data.manifest import Manifest, resolve
-
-    if not isinstance(config.data, DataConfig):
-        return None, encoded if cached else 0.0
-    try:
-        manifest = Manifest.read(resolve(config.data.path), config.data.remote)
-    except (ValueError, OSError) as error:
-        said.append(f"{error}; --samples N tells how many there will be")
-        return None, encoded
-    shards = manifest.split(config.data.split)
-    samples = sum(s.samples for s in shards)
-    if cached and manifest.cached is None:
-        return samples, encoded
-    return samples, sum(s.bytes for s in shards) / max(1, samples)
-
-
 def _autoencoder(config: RunConfig, task: Any, world: int, gpu: bool) -> Job:
     import torch
     from torch import Tensor, nn
@@ -285,7 +221,7 @@ def _autoencoder(config: RunConfig, task: Any, world: int, gpu: bool) -> Job:
             return self.autoencoder.decode(mean)
 
     said = ["the discriminator and the perceptual network are not counted", "checkpointing is not counted"]
-    size = _pixels(config, task.model.sample_size)
+    size = parts.pixels(config, task.model.sample_size)
 
     def build(recompute: bool) -> nn.Module:
         with torch.device("meta"):
@@ -294,9 +230,9 @@ def _autoencoder(config: RunConfig, task: Any, world: int, gpu: bool) -> Job:
     def inputs(batch: int) -> tuple[Any, ...]:
         return (torch.empty(batch, 3, size, size, device="meta"),)
 
-    samples, stored = _data(config, 0.0, False, said)
+    samples, stored = parts.data(config, 0.0, False, said)
     return Job(
         name=config.name, build=build, inputs=inputs, flops=float(count_flops(build(False), *inputs(1))),
-        batch=config.train.batch, steps=config.train.steps, layout=_layout(config, world, gpu), recompute=False,
-        precision=_precision(config, gpu), samples=samples, sample_bytes=stored, warnings=tuple(said),
+        batch=config.train.batch, steps=config.train.steps, layout=parts.layout(config, world, gpu), recompute=False,
+        precision=parts.precision(config, gpu), samples=samples, sample_bytes=stored, warnings=tuple(said),
     )  # fmt: skip

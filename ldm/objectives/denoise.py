@@ -81,7 +81,8 @@ class DenoiseObjective(Objective):
         t = t.to(latents.device)
         noise, added = self._noises(rng, latents)
         noised = self.process.add_noise(latents, added, t)
-        if torch.is_autocast_enabled(noised.device.type):  # faster in half precision, slower in float32 (docs/log.md)
+        # faster in half precision, slower in float32 (docs/log.md)
+        if not noised.is_meta and torch.is_autocast_enabled(noised.device.type):
             noised = noised.contiguous(memory_format=torch.channels_last)
         out = self.trained(noised, t, cond)
         if self.process.variance == "learned":

@@ -33,7 +33,7 @@ class Estimator:
 
     def out(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The network's own answer."""
-        if x.dim() == 4 and torch.is_autocast_enabled(x.device.type):  # as in the denoising loss
+        if x.dim() == 4 and not x.is_meta and torch.is_autocast_enabled(x.device.type):  # as in the denoising loss
             x = x.contiguous(memory_format=torch.channels_last)
         return self.net(x, t, cond)
 

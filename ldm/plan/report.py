@@ -29,13 +29,15 @@ class Frozen:
 class Job:
     """What is planned. `build(recompute)` makes the trained network on the meta device, `inputs(b)` its arguments.
 
-    `flops` are those of its forward pass for one image. `samples` of the data (None: unknown), each of `sample_bytes`.
+    `flops` are those of its forward pass for one image; None counts forward and backward as they are, for steps where
+    the backward pass is not twice the forward (frozen weights, a teacher in the loss). `samples` of the data (None:
+    unknown), each of `sample_bytes`.
     """
 
     name: str
     build: Callable[[bool], nn.Module]
     inputs: Callable[[int], tuple[Any, ...]]
-    flops: float
+    flops: float | None
     batch: int
     steps: int
     layout: Layout
@@ -123,15 +125,15 @@ class Planner:
         fits = tuple(self.fit(stage, recompute, layout, micro) for recompute in self.activations for stage in STAGES)
         chosen = next(f for f in fits if (f.stage, f.recompute) == (layout.stage, job.recompute))
         point = self.point(self.cluster)
-        forward = job.flops
-        used = point.images_per_second * 3 * forward / self.cluster.world if point else 0.0
+        each = self._flops()
+        used = point.images_per_second * each / self.cluster.world if point else 0.0
         peak = self.cluster.hardware.matmul if self._half else self.cluster.hardware.matmul_fp32
         rate = (point.images_per_second if point else 0.0) * job.sample_bytes
         return Plan(
             name=job.name,
             cluster=self.cluster,
             weights=self.sizes.weights,
-            flops_per_image=3 * forward,
+            flops_per_image=each,
             frozen_flops_per_image=self.frozen_flops,
             batch=job.batch,
             steps=job.steps,
@@ -150,6 +152,13 @@ class Planner:
             data_rate=rate,
             warnings=(*job.warnings, *self._warnings(fits, chosen, micro, point)),
         )  # fmt: skip
+
+    def _flops(self) -> float:
+        """Of forward and backward for one image, without what is computed twice to save memory."""
+        if self.job.flops is not None:
+            return 3 * self.job.flops
+        counted = self.activations[min(self.activations)].few
+        return sum(op.flops for op in counted.ops) / counted.batch
 
     @property
     def _half(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ldm.plan.hardware import GB, Assumptions, Hardware
 from ldm.plan.memory import Activations
@@ -100,7 +100,11 @@ def kernels(ops: Sequence[tuple[Op, Op]], batch: float, few: int, more: int, clu
 def compute(activations: Activations, batch: float, cluster: Cluster, half: bool) -> tuple[float, float]:
     """(forward, backward) seconds of one micro-batch."""
     few, more = activations.few, activations.more
-    pairs = list(zip(few.ops, more.ops, strict=True))
+    at = few.batch / more.batch
+    # A layer may compute in another way at a larger batch (a LoRA does): then all is taken as proportional to it.
+    alike = len(few.ops) == len(more.ops)
+    low = few.ops if alike else [replace(o, flops=o.flops * at, bytes=o.bytes * at) for o in more.ops]
+    pairs = list(zip(low, more.ops, strict=True))
     parts = ([p for p in pairs if not p[0].backward], [p for p in pairs if p[0].backward])
     forward, backward = (kernels(p, batch, few.batch, more.batch, cluster, half) for p in parts)
     return forward, backward

@@ -60,12 +60,13 @@ class _Tracker(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        # Draws and indices on the host are neither kernels of the device nor in its memory.
+        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.is_meta]
         storages = {x.untyped_storage()._cdata for x in inputs}
         fresh = [x for x in outputs if x.untyped_storage()._cdata not in storages]
         for x in fresh:
             self.follow(x)
-        if fresh or func._schema.is_mutable:
+        if fresh or (outputs and func._schema.is_mutable):
             count = flop_registry.get(func._overloadpacket)
             flops = 0 if count is None else count(*args, **kwargs, out_val=out)
             empty = func._overloadpacket in (torch.ops.aten.empty, torch.ops.aten.empty_like)

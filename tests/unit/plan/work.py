@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,34 +56,59 @@ def inputs(config: UNetConfig, batch: int, device: str) -> tuple[Tensor, Tensor,
 
 
 def measured(shape: str, stage: int, micro: int, accumulate: int, recompute: bool) -> tuple[int, int]:
-    """(bytes at rest after two steps, highest bytes of the second one) on this rank."""
-    from torch.profiler import ProfilerActivity, profile
-
+    """(bytes at rest after two steps, highest bytes of the second one) of a U-Net alone on this rank."""
     config = SHAPES[shape]
-    torch.manual_seed(0)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+
+    def make() -> tuple[Objective, Batch, Any]:
         unet = UNet(config).train()
         for p in unet.parameters():
             nn.init.normal_(p, std=0.02)
         unet.enable_gradient_checkpointing(recompute)
-        objective = Squares(unet)
-        engine = Engine(
-            objective, Optim().build(objective.parameters()),
-            EngineConfig(zero_stage=stage, precision="fp32", bucket=BUCKET),
-            micro_batch=micro, accumulate=accumulate,
-        )  # fmt: skip
-        ema = Ema(EmaConfig(), engine.masters)
         x, t, cond = inputs(config, micro, "cpu")
-        batch: Any = {"x": x, "t": t, **cond}
+        return Squares(unet), {"x": x, "t": t, **cond}, None
+
+    return _measured(make, EngineConfig(zero_stage=stage, precision="fp32", bucket=BUCKET), micro, accumulate)
+
+
+def measured_task(path: str, micro: int) -> tuple[int, int]:
+    """The same of a run's own objective, with all that its recipe keeps beside it, on a batch as a cache gives it."""
+    from ldm.cli.plan import job_of
+    from ldm.config.schema import load_run
+    from ldm.recipes import assemble
+
+    run = load_run(path)
+    planned = job_of(run, 1, gpu=False).inputs(micro)[0]
+
+    def make() -> tuple[Objective, Batch, Any]:
+        assembly = assemble(run.task, run.data, run.train, 0, 0)
+        batch: Any = {k: torch.zeros_like(v, device="cpu") if isinstance(v, Tensor) else v for k, v in planned.items()}
+        return assembly.objective.train(), batch, assembly
+
+    return _measured(make, run.train.engine, micro, 1)
+
+
+def _measured(
+    make: Callable[[], tuple[Objective, Batch, Any]], config: EngineConfig, micro: int, accumulate: int
+) -> tuple[int, int]:
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.manual_seed(0)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        objective, batch, kept = make()
+        engine = Engine(
+            objective, Optim().build(objective.parameters()), config, micro_batch=micro, accumulate=accumulate
+        )
+        ema = Ema(EmaConfig(), engine.masters)
         for step in range(2):
             if step == 1:
                 with torch.profiler.record_function("second step"):
                     pass
             for _ in range(accumulate):
-                loss, _ = engine.forward(batch, Rng.of(0, [0]))
+                loss, _ = engine.forward(batch, Rng.of(0, range(micro)))
                 engine.backward_step(loss)
                 del loss
             ema.update(engine.masters, step + 1)
+    del kept
     live, peak, began = 0, 0, None
     events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
     for event in sorted(events, key=lambda e: e.start_ns()):

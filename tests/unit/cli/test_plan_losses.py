@@ -1,0 +1,168 @@
+"""`ldm plan` of CLIP, fine-tuning and distillation: weights, frozen parts, operations, and real peaks beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ldm.checkpoint.convert import save_diffusers
+from ldm.checkpoint.schedulers import scheduler_to_diffusers
+from ldm.cli.__main__ import main
+from ldm.cli.plan import job_of
+from ldm.config.schema import load_run
+from ldm.diffusion.prediction import PREDICTIONS
+from ldm.diffusion.schedule import Discrete
+from ldm.models.text import build_clip
+from ldm.models.unet import UNet, UNetConfig
+from ldm.plan.flops import count_flops
+from ldm.plan.hardware import find
+from ldm.plan.memory import memory
+from ldm.plan.report import Plan, Planner
+from ldm.plan.throughput import Cluster
+from ldm.recipes.sources import load_autoencoder, load_towers
+from tests import miniature, ranks
+from tests.unit.plan import work
+
+UNET = UNetConfig(
+    sample_size=8,
+    block_out_channels=(64, 128),
+    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    layers_per_block=1,
+    cross_attention_dim=16,
+    attention_head_dim=2,
+)
+MICRO = 8
+LORA = {"kind": "lora", "rank": 4}
+LCM = {"kind": "lcm", "w": [2.0, 8.0], "decay": 0.9}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with a base model wide enough that its activations are most of what it takes."""
+    root = miniature.project(tmp_path_factory.mktemp("project"))
+    torch.manual_seed(0)
+    save_diffusers(
+        root / "teacher",
+        unet=UNet(UNET),
+        autoencoder=load_autoencoder(str(root / "autoencoder")),
+        text=load_towers(str(root / "towers")),
+        scheduler=scheduler_to_diffusers(Discrete(), PREDICTIONS["epsilon"]),
+    )
+    return root
+
+
+def config(root: Path, kind: str) -> Path:
+    """A config of one kind of task below `root`; batch MICRO on one rank."""
+    if kind == "clip":
+        tree = miniature.contrastive(root)
+    elif kind.startswith("distill"):
+        lora = kind == "distill lora"
+        changes = {"lora": LORA, "guidance_embedding": None} if lora else {}
+        tree = miniature.distill(root, LCM, **changes)
+    else:
+        adapter = LORA if kind == "lora" else {"kind": "full", "text": kind == "full with text"}
+        task = {"kind": "finetune", "base": str(root / "teacher"), "adapter": adapter}
+        tree = {**miniature.contrastive(root), "task": task}
+    tree["train"]["batch"] = MICRO
+    tree["train"]["engine"] = {"zero_stage": 1, "precision": "fp32", "bucket": work.BUCKET}
+    return miniature.write(tree, root / f"{kind.replace(' ', '-')}.yaml")
+
+
+@pytest.fixture
+def plan(root: Path) -> Callable[[str], Plan]:
+    def made(kind: str) -> Plan:
+        cluster = Cluster(nodes=1, per_node=1, hardware=find("a100-80g"))
+        return Planner(job_of(load_run(config(root, kind)), 1, gpu=True), cluster, recomputing=(False,)).plan()
+
+    return made
+
+
+def numbers(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_fine_tuning_by_lora_holds_the_base_once_and_trains_its_corrections(plan: Any) -> None:
+    unet, found = UNet(UNET), plan("lora")
+    layers = [m for n, m in unet.named_modules() if ".attn" in n and isinstance(m, torch.nn.Linear)]
+    assert found.weights == sum(4 * (m.in_features + m.out_features) for m in layers)
+    assert found.chosen.parts.frozen >= 4 * numbers(unet)
+    assert found.chosen.parts.optimizer == 8 * found.weights  # two moments; the weights are the masters
+    forward = count_flops(unet, torch.zeros(1, 4, 8, 8), torch.zeros(1), {"text": torch.zeros(1, 12, 16)})
+    assert 1.8 * forward < found.flops_per_image < 2.4 * forward  # no gradients of the base's weights
+
+
+def test_full_fine_tuning_trains_all_and_the_towers_if_so_configured(plan: Any, root: Path) -> None:
+    unet, alone, both = UNet(UNET), plan("full"), plan("full with text")
+    assert alone.weights == numbers(unet)
+    tower = load_towers(str(root / "towers"))[0]
+    assert both.weights == numbers(unet) + numbers(tower.model) - tower.model.text_projection.numel()
+    forward = count_flops(unet, torch.zeros(1, 4, 8, 8), torch.zeros(1), {"text": torch.zeros(1, 12, 16)})
+    assert alone.flops_per_image == pytest.approx(3 * forward, rel=0.1)
+    assert both.flops_per_image > alone.flops_per_image
+    assert alone.chosen.parts.frozen == both.chosen.parts.frozen > 4 * numbers(tower)  # copies draw the samples
+
+
+def test_distillation_counts_teacher_and_target(plan: Any) -> None:
+    """Student forward and backward 3, guided teacher 2, target 1, in forward passes of the U-Net."""
+    unet, found = UNet(UNET), plan("distill")
+    student = numbers(unet) + 32 * 64  # the projection of w
+    assert found.weights == student
+    assert found.chosen.parts.frozen >= 4 * (numbers(unet) + student)
+    forward = count_flops(unet, torch.zeros(1, 4, 8, 8), torch.zeros(1), {"text": torch.zeros(1, 12, 16)})
+    assert found.flops_per_image == pytest.approx(6 * forward, rel=0.1)
+    lora = plan("distill lora")
+    assert lora.weights < student / 5
+    assert 4 * numbers(unet) < lora.chosen.parts.frozen < found.chosen.parts.frozen
+
+
+def test_clip_is_both_towers(plan: Any) -> None:
+    assert plan("clip").weights == numbers(build_clip(miniature.CLIP))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [{"kind": "progressive", "stage": "match"}, {"kind": "tcd"}, {"kind": "dmd"}])
+def test_every_method_is_counted(root: Path, method: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"prediction": "v"} if method["kind"] == "progressive" else {}
+    tree = miniature.distill(root, method, **changes)
+    path = miniature.write(tree, root / "method.yaml")
+    assert main(["plan", str(path), "--gpus-per-node", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    own = numbers(UNet(UNET)) + 32 * 64
+    assert found["weights"] == (own + numbers(UNet(UNET)) if method["kind"] == "dmd" else own)  # with the critic
+    assert found["point"]["images_per_second"] > 0
+
+
+def test_what_stays_out_is_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = {"kind": "textual_inversion", "base": str(root / "teacher"), "images": str(root), "token": "<a>"}
+    task |= {"initializer": "a"}
+    path = miniature.write({**miniature.contrastive(root), "task": task}, root / "out.yaml")
+    assert main(["plan", str(path)]) == 2
+    assert "cannot be planned" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "world"),
+    [
+        ("lora", 1),
+        ("distill", 2),
+        pytest.param("full", 2, marks=pytest.mark.slow),
+        pytest.param("full with text", 1, marks=pytest.mark.slow),
+        pytest.param("distill lora", 1, marks=pytest.mark.slow),
+        pytest.param("clip", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_planned_memory_is_that_of_a_real_run(root: Path, kind: str, world: int) -> None:
+    """The real objective under DeepSpeed, every allocation counted: model, optimizer, averages, frozen parts, step."""
+    path = config(root, kind)
+    job = job_of(load_run(path, [f"train.batch={MICRO * world}"]), world, gpu=False)
+    planner = Planner(job, Cluster(nodes=1, per_node=world, hardware=find("cpu")), recomputing=(False,))
+    expected = memory(planner.sizes, planner.activations[False], MICRO, job.layout, planner.frozen_bytes).total
+    for _, highest in ranks.run(work.measured_task, world, str(path), MICRO, timeout=500):
+        print(f"{kind} x {world}: {expected / highest - 1:+.1%}")
+        assert expected == pytest.approx(highest, rel=0.1)
