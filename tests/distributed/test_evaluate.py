@@ -150,7 +150,7 @@ def test_rows_come_in_the_order_of_the_pictures(total: int, size: int) -> None:
 THREADS = "import torch; from ldm import dist\nwith dist.group(): print('threads', torch.get_num_threads(), flush=True)"
 
 
-def test_processes_share_the_cores_and_the_launcher_starts_them(root: Path, tmp_path: Path) -> None:
+def test_processes_share_the_cores_and_the_launcher_starts_them() -> None:
     """Threads of all processes together are at most the cores, with and without the launcher's own setting."""
     cores = len(os.sched_getaffinity(0))
     env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
