@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pytest
 import safetensors.torch
 import torch
@@ -114,6 +115,23 @@ def test_values_are_what_safetensors_reads(cache: Path) -> None:
     for name, values in found.items():
         which = [int(v * 2) for v in variants] if name in ("moments", "original_size", "crop_top_left") else picks
         assert torch.equal(values, torch.stack([s[name][k].float() for s, k in zip(stored, which, strict=True)]))
+
+
+def test_a_far_cache_is_what_the_near_one_is(cache: Path) -> None:
+    """By ranges, through fsspec; a damaged member there is replaced too."""
+    spoil(cache, 9, zeros)
+    system = fsspec.filesystem("memory")
+    try:
+        for path in cache.iterdir():
+            system.pipe_file(f"/far/cache/{path.name}", path.read_bytes())
+        near, far = (DataConfig(path=p, cached=True, flip=True) for p in (str(cache), "memory://far/cache"))
+        pairs = zip(*(take(Loader(c, seed=1, micro_batch=12), 0, 4) for c in (near, far)), strict=True)
+        for a, b in pairs:
+            assert a["key"] == b["key"]
+            assert "s00009" not in a["key"]
+            assert all(torch.equal(a[n], b[n]) for n in ("moments", "text", "pooled", "crop_top_left"))
+    finally:
+        system.rm("/far", recursive=True)
 
 
 def test_damaged_members_are_replaced_alike_and_listed(cache: Path, tmp_path: Path) -> None:
