@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ldm.adapters.lora import LoraConfig
+from ldm.cli.plan import job_of
 from ldm.config.load import decode
+from ldm.config.schema import load_run
 from ldm.diffusion.process import Process
 from ldm.models.presets import UNETS
 from ldm.models.unet import UNet
@@ -19,6 +22,7 @@ from ldm.objectives.consistency import ConsistencyOptions
 from ldm.recipes.distill import DistillTask, make_student
 from ldm.recipes.finetune import FinetuneTask
 from ldm.recipes.text_to_image import TextToImageTask
+from tests import miniature
 
 NAMES = ("none", "transformer", "block")
 TASKS: dict[str, tuple[type, dict[str, Any]]] = {
@@ -87,3 +91,17 @@ def test_students_keep_less_and_learn_the_same(lora: bool) -> None:
         assert grads[how].keys() == grads["none"].keys()
         assert grads[how]
         assert all(torch.equal(grads[how][n], grads["none"][n]) for n in grads[how])
+
+
+@pytest.mark.parametrize("how", NAMES)
+def test_the_planner_counts_the_granularity(how: str, tmp_path: Path) -> None:
+    """By the modules that it builds; without any, a plan that recomputes does so by block."""
+    changes = {"gradient_checkpointing": how, "vae": "kl_f8", "text": "sd15", "cache": None}
+    path = miniature.write(miniature.text_to_image(tmp_path, **changes), tmp_path / "run.yaml")
+    job = job_of(load_run(path), 1, gpu=False)
+    assert job.recompute == (how != "none")
+    for recompute in (True, False):
+        unet = job.build(recompute)
+        assert isinstance(unet, UNet)
+        assert unet.recompute == (recompute and how != "transformer")
+        assert all(m.recompute == (recompute and how == "transformer") for m in unet.transformers())
