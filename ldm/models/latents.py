@@ -86,7 +86,8 @@ class LatentCodec:
 
     def _draw(self, latents: Tensor, tile: int | None) -> Tensor:
         if tile is None:
-            return self.decode(latents)
+            few = 16 if latents.device.type == "cpu" else max(len(latents), 1)  # a CPU's caches hold no more
+            return torch.cat([self.decode(part) for part in latents.split(few)])
         weight = self.autoencoder.decoder.conv_in.weight
         z = latents.to(weight.device, weight.dtype) / self.scale + self.shift
         images = decode_tiled(self.autoencoder, z, tile)
