@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 
@@ -22,6 +23,7 @@ VERBS = {
     "show": "noising strips and run pages",
     "serve": "a page in the browser: prompt -> pictures",
 }
+_DISK = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO)
 
 
 def usage() -> str:
@@ -51,12 +53,17 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FloatingPointError, FileExistsError, NotADirectoryError, PermissionError) as error:
         print(f"ldm {verb}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"ldm {verb}: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         sys.stderr.close()
         return 141
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        print(f"ldm {verb}: {error.filename or 'the disk'}: {error.strerror}", file=sys.stderr)
+        return 74  # sysexits' EX_IOERR, as when a checkpoint cannot be written
+    except KeyboardInterrupt:
+        print(f"ldm {verb}: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -191,3 +193,15 @@ def test_print_config_shows_everything_and_reads_back(
     again = tmp_path / "printed.yaml"
     again.write_text(printed)
     assert load_run(again) == load_run(config, ["train.steps=9"])
+
+
+@pytest.mark.parametrize("fault", [errno.EROFS, errno.ENOSPC])
+def test_a_disk_that_fails_is_one_line_and_code_74(
+    fault: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(fault, os.strerror(fault), str(tmp_path / "file"))
+
+    monkeypatch.setattr("ldm.cli.show.main", refused)
+    assert main(["show", "noising"]) == 74
+    assert capsys.readouterr().err == f"ldm show: {tmp_path / 'file'}: {os.strerror(fault)}\n"
