@@ -7,7 +7,7 @@ pixels.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ldm.data.grid import to_pil
 from ldm.data.images import to_float
 from ldm.models.control import controlled
-from ldm.models.text import ClipConfig, build_tokenizer
+from ldm.models.openclip import AnyClip, fitted, tokenizer_of
 from ldm.pipeline import Guide, Settings, TextToImage
 from ldm.rng import Rng
 from ldm.sampling import prompt_to_prompt as p2p
@@ -207,21 +207,21 @@ def _places(pipe: TextToImage, prompt: str, word: str) -> list[int]:
     raise ValueError(f"word {word!r} is not in the prompt {prompt!r}")
 
 
-def clip_guide(pipe: TextToImage, clip: nn.Module, config: ClipConfig, scale: float) -> Guide:
+def clip_guide(pipe: TextToImage, clip: nn.Module, config: AnyClip, scale: float) -> Guide:
     """A guide for `TextToImage.sample`: CLIP's image-text similarity, times its own temperature, steers each picture.
 
     The gradient goes through the decoder but not through the U-Net.
     """
     model: Any = clip
-    tokenize: Callable[[Sequence[str]], Tensor] = build_tokenizer(config)
+    tokenize = tokenizer_of(config)
 
     def guide(denoise: Denoise, *, prompts: Sequence[str]) -> Denoise:
         with torch.no_grad():
             text = model.encode_text(tokenize(list(prompts)).to(pipe.device), normalize=True)
 
         def score(pixels: Tensor) -> Tensor:
-            images = F.interpolate(pixels, size=(config.image_size,) * 2, mode="bilinear", antialias=True)
-            return model.logit_scale.exp() * (model.encode_image(images, normalize=True) * text).sum(1)
+            images = model.encode_image(fitted(pixels, config), normalize=True)
+            return model.logit_scale.exp() * (images * text).sum(1)
 
         return similarity(
             denoise, score, scale, schedule=pipe.process.schedule, decode=pipe.codec.decode, through_network=False

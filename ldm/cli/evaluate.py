@@ -41,7 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     retrieval = verbs.add_parser("retrieval", help="how often a CLIP finds a picture's caption among others")
     _data(retrieval, split="train")
     _drawing(retrieval)
-    retrieval.add_argument("--clip", default="clip_emoji", help="shipped CLIP or a run's export (clip_emoji)")
+    retrieval.add_argument(
+        "--clip", default="clip_emoji", help="shipped CLIP, a run, or open_clip:ARCH:WEIGHTS (clip_emoji)"
+    )
     retrieval.add_argument("--candidates", type=int, default=64, help="captions to choose from (64)")
     retrieval.add_argument("--real", action="store_true", help="the captions' real pictures instead: an upper bound")
     retrieval.set_defaults(run=_retrieval)
@@ -57,7 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     _data(features, split="train")
     _drawing(features)
     features.add_argument("--pictures", type=Path, help="measure the pictures of this folder instead of a model's")
-    features.add_argument("--network", default="efficientnet_lite0", help="inception, clip:SOURCE (efficientnet_lite0)")
+    features.add_argument(
+        "--network",
+        default="efficientnet_lite0",
+        help="inception, clip:CLIP as in --clip of retrieval (efficientnet_lite0)",
+    )
     features.add_argument("--weights", type=Path, help="file of inception's weights, where there is no network")
     features.add_argument("--cache", type=Path, help="folder that keeps the features of real pictures")
     features.set_defaults(run=_features)
@@ -112,7 +118,7 @@ def _drawing(parser: argparse.ArgumentParser) -> None:
 def _retrieval(args: argparse.Namespace) -> int:
     from ldm import dist
     from ldm.recipes import divided, measure
-    from ldm.recipes.sources import load_clip, weights_hash
+    from ldm.recipes.sources import load_clip
 
     drawn = measure.draw(args.data, args.split, args.count, seed=args.seed)
     if not 2 <= args.candidates <= len(drawn.pool):
@@ -122,7 +128,7 @@ def _retrieval(args: argparse.Namespace) -> int:
         )
     clip, config = load_clip(measure.exported(args.clip))
     protocol = _protocol(args, "retrieval", len(drawn.captions))
-    judge = {"clip": args.clip, "clip_weights": weights_hash(clip), "clip_size": config.image_size}
+    judge = measure.judge_protocol(args.clip, clip, config)
 
     def describe(images: Tensor, part: range) -> Rows:
         return {"clip": measure.clip_features(images, clip, config)}

@@ -20,7 +20,9 @@ Draw = Callable[..., "tuple[Rows, dict[str, Any], Parts | None]"]
 def add(parser: argparse.ArgumentParser, draw: Draw, protocol: Callable[..., dict[str, Any]]) -> None:
     """Options beside those of data and drawing; `draw` and `protocol` are those of all measures."""
     parser.add_argument("--each", type=int, default=4, help="pictures of each prompt (4)")
-    parser.add_argument("--clip", default="clip_emoji", help="the judge: shipped CLIP or a run's export (clip_emoji)")
+    parser.add_argument(
+        "--clip", default="clip_emoji", help="the judge: shipped CLIP, a run, or open_clip:ARCH:WEIGHTS (clip_emoji)"
+    )
     parser.add_argument("--no-diversity", action="store_true", help="leave out the perceptual distance of pairs")
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="pictures, a row a prompt, worst fit first")
     parser.add_argument("--table", type=Path, metavar="FILE.csv", help="the figures of each prompt")
@@ -38,14 +40,13 @@ def main(args: argparse.Namespace, draw: Draw, protocol: Callable[..., dict[str,
     from ldm.data.grid import sheet
     from ldm.evaluate.features import EfficientNetLite0
     from ldm.recipes import divided, measure, prompts
-    from ldm.recipes.sources import load_clip, weights_hash
+    from ldm.recipes.sources import load_clip
 
     drawn = measure.draw(args.data, args.split, args.count, seed=args.seed)
     clip, config = load_clip(measure.exported(args.clip))
     network = None if args.no_diversity or args.each < 2 else EfficientNetLite0()
     maps = None if network is None else network.perceptual_features
-    judge = {"clip": args.clip, "clip_weights": weights_hash(clip), "clip_size": config.image_size, "each": args.each}
-    judge |= {"diversity": network is not None}
+    judge = measure.judge_protocol(args.clip, clip, config) | {"each": args.each, "diversity": network is not None}
     shown = None if args.sheet is None else args.sheet.with_suffix(".parts")
     captions = tuple(c for c in drawn.captions for _ in range(args.each))
 

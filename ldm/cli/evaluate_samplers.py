@@ -35,9 +35,13 @@ def add(verbs: Any) -> None:
     )  # fmt: skip
     p.add_argument("--data", default="emoji", help="a shipped data set's name, a folder or a manifest (emoji)")
     p.add_argument("--reference", type=int, default=1500, help="real pictures of a split to compare with (1500)")
-    p.add_argument("--network", default="efficientnet_lite0", help="of the kernel distance, or inception, clip:SOURCE")
+    p.add_argument("--network", default="efficientnet_lite0", help="of the kernel distance, or inception, clip:CLIP")
     p.add_argument("--weights", type=Path, help="file of inception's weights, where there is no network")
-    p.add_argument("--clip", default="clip_emoji", help="judge of retrieval: shipped CLIP or a run (clip_emoji)")
+    p.add_argument(
+        "--clip",
+        default="clip_emoji",
+        help="judge of retrieval: shipped CLIP, a run, or open_clip:ARCH:WEIGHTS (clip_emoji)",
+    )
     p.add_argument("--candidates", type=int, default=64, help="captions to choose from (64)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--batch", type=int, default=32, help="pictures drawn at once (32)")

@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rescale", type=float, default=0.0, help="guidance rescale in [0, 1]")
     p.add_argument("--negative", default="", help="negative prompt")
     p.add_argument("--clip-guidance", type=float, default=0.0, metavar="S", help="strength of CLIP guidance; 0 is none")
-    p.add_argument("--clip", default="clip_emoji", help="the CLIP of --clip-guidance: shipped name or run export")
+    p.add_argument("--clip", default="clip_emoji", help="the CLIP of --clip-guidance, as in ldm evaluate --clip")
     p.add_argument("--eta", type=float, help="DDIM's noise, 0 to 1")
     p.add_argument("--spacing", help="how the sampler's times are spaced")
     p.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""Text conditioning by open_clip's towers; the only importer of open_clip in this package, and a lazy one.
+"""Text conditioning by open_clip's towers; imported lazily.
 
 Legend: B batch, T tokens of the context, D width of the hidden states, P width of the pooled vector.
 """

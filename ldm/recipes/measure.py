@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ldm.data import decode
 from ldm.data.decode import BadSample
@@ -25,7 +24,7 @@ from ldm.evaluate.reconstruction import psnr, ssim
 from ldm.evaluate.retrieval import Retrieval
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.latents import LatentCodec
-from ldm.models.text import ClipConfig, build_tokenizer
+from ldm.models.openclip import AnyClip, OpenClipConfig, fitted, tokenizer_of
 from ldm.pipeline import Settings, TextToImage
 from ldm.recipes.sources import load_clip, weights_hash
 from ldm.rng import Rng, generator
@@ -109,7 +108,7 @@ def retrieval_of(
     captions: Sequence[str],
     pool: Sequence[str],
     clip: nn.Module,
-    config: ClipConfig,
+    config: AnyClip,
     *,
     candidates: int = 64,
     seed: int = 0,
@@ -129,7 +128,7 @@ def retrieval_of_features(
     captions: Sequence[str],
     pool: Sequence[str],
     clip: nn.Module,
-    config: ClipConfig,
+    config: AnyClip,
     *,
     candidates: int = 64,
     seed: int = 0,
@@ -137,7 +136,7 @@ def retrieval_of_features(
 ) -> Retrieval:
     """`retrieval_of` of pictures whose `clip_features` (N, D) are known."""
     model: Any = clip
-    tokenize = build_tokenizer(config)
+    tokenize = tokenizer_of(config)
     device = next(clip.parameters()).device
 
     def encode_texts(texts: list[str]) -> Tensor:
@@ -157,19 +156,18 @@ def retrieval_of_features(
 
 
 @torch.no_grad()
-def clip_features(images: Tensor, clip: nn.Module, config: ClipConfig, batch: int = 64) -> Tensor:
+def clip_features(images: Tensor, clip: nn.Module, config: AnyClip, batch: int = 64) -> Tensor:
     """Unit features (N, D) on the CPU of pictures (N, 3, H, W) in [-1, 1], resized to what the CLIP sees."""
     model: Any = clip
     device = next(clip.parameters()).device
-    parts = resized(images, config.image_size).split(batch)
+    parts = fitted(images, config).split(batch)
     return torch.cat([model.encode_image(part.to(device), normalize=True).float().cpu() for part in parts])
 
 
-def resized(images: Tensor, size: int) -> Tensor:
-    """Pictures at another size, antialiased; the same ones if they have it."""
-    if images.shape[-2:] == (size, size):
-        return images
-    return functional.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+def judge_protocol(name: str, clip: nn.Module, config: AnyClip) -> dict[str, Any]:
+    """Which CLIP a figure is of: its name, its weights' hash, its size, and how pictures come to open_clip's."""
+    told = {"clip": name, "clip_weights": weights_hash(clip), "clip_size": config.image_size}
+    return told | ({"clip_input": config.told()} if isinstance(config, OpenClipConfig) else {})
 
 
 @torch.no_grad()
@@ -238,7 +236,7 @@ def nll_of(
 
 
 def feature_network(name: str, weights: Path | None = None) -> features.FeatureNetwork:
-    """As `evaluate.features.load_network`, and `clip:SOURCE` for the image tower of a shipped CLIP or of a run."""
+    """As `evaluate.features.load_network`, and `clip:SOURCE` for the image tower of any source of `load_clip`."""
     kind, _, source = name.partition(":")
     if kind != "clip":
         return features.load_network(name, weights)

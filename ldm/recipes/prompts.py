@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ldm.evaluate.clip_score import clip_score, similarity
 from ldm.evaluate.cmmd import cmmd
 from ldm.evaluate.diversity import Maps, diversity
-from ldm.models.text import ClipConfig, build_tokenizer
+from ldm.models.openclip import AnyClip, tokenizer_of
 from ldm.recipes.divided import Rows
 from ldm.recipes.measure import clip_features
 
@@ -30,7 +30,7 @@ class PromptFigures:
     diversity: float | None
 
 
-def described(images: Tensor, each: int, clip: nn.Module, config: ClipConfig, maps: Maps | None) -> Rows:
+def described(images: Tensor, each: int, clip: nn.Module, config: AnyClip, maps: Maps | None) -> Rows:
     """What `figures` needs of the pictures of whole prompts, `each` of one and then of the next."""
     spreads = [
         diversity(own, maps) if maps is not None and each > 1 else float("nan") for own in images.split(each)
@@ -42,10 +42,10 @@ def described(images: Tensor, each: int, clip: nn.Module, config: ClipConfig, ma
 
 
 @torch.no_grad()
-def figures(rows: Rows, prompts: Sequence[str], each: int, clip: nn.Module, config: ClipConfig) -> list[PromptFigures]:
+def figures(rows: Rows, prompts: Sequence[str], each: int, clip: nn.Module, config: AnyClip) -> list[PromptFigures]:
     """A row a prompt, from what `described` gave of the pictures of all."""
     model: Any = clip
-    tokens = build_tokenizer(config)(list(prompts)).to(next(clip.parameters()).device)
+    tokens = tokenizer_of(config)(list(prompts)).to(next(clip.parameters()).device)
     texts = model.encode_text(tokens, normalize=True).float().cpu()
     features, spreads = rows["clip"], rows["diversity"].view(-1, each)[:, 0].tolist()
     scores = clip_score(features, texts.repeat_interleave(each, 0)).view(-1, each)
@@ -59,7 +59,7 @@ def figures(rows: Rows, prompts: Sequence[str], each: int, clip: nn.Module, conf
 
 
 def by_prompt(
-    images: Tensor, prompts: Sequence[str], each: int, clip: nn.Module, config: ClipConfig, maps: Maps | None
+    images: Tensor, prompts: Sequence[str], each: int, clip: nn.Module, config: AnyClip, maps: Maps | None
 ) -> list[PromptFigures]:
     """A row a prompt; `images` holds `each` pictures of the first prompt, then of the second, and so on."""
     if len(images) != each * len(prompts):

@@ -27,11 +27,10 @@ from ldm.data.samples import Samples
 from ldm.editing import clip_guide
 from ldm.evaluate import fid
 from ldm.evaluate.features import FeatureNetwork, extract, in_batches
-from ldm.models.text import ClipConfig
+from ldm.models.openclip import AnyClip
 from ldm.pipeline import Progress, Settings, TextToImage
 from ldm.recipes import divided, measure
 from ldm.recipes.divided import Rows
-from ldm.recipes.sources import weights_hash
 from ldm.rng import Rng
 from ldm.types import Denoise
 
@@ -145,7 +144,7 @@ class Judge:
 
     network: FeatureNetwork
     clip: nn.Module
-    clip_config: ClipConfig
+    clip_config: AnyClip
     clip_name: str
     data: str = "emoji"
     reference: int = 1500
@@ -156,7 +155,7 @@ class Judge:
         """What of it a row's figures depend on."""
         return {
             "data": self.data, "seed": self.seed, "network": self.network.name, "candidates": self.candidates,
-            "clip": self.clip_name, "clip_weights": weights_hash(self.clip), "clip_size": self.clip_config.image_size,
+            **measure.judge_protocol(self.clip_name, self.clip, self.clip_config),
         }  # fmt: skip
 
     def describe(self, images: Tensor) -> Rows:

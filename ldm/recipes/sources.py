@@ -16,7 +16,9 @@ from ldm.checkpoint.folders import read_module
 from ldm.config.load import decode
 from ldm.data.mixture import Data, open_data
 from ldm.data.stream import Stream, Tokenize
+from ldm.models import openclip
 from ldm.models.autoencoder import Autoencoder
+from ldm.models.openclip import AnyClip
 from ldm.models.shipped import locate
 from ldm.models.text import ClipConfig, TextTower, build_clip, encode_texts
 from ldm.types import Cond
@@ -67,8 +69,10 @@ def load_towers(source: str) -> list[TextTower]:
     return [clip_tower(source)]
 
 
-def load_clip(source: str) -> tuple[nn.Module, ClipConfig]:
-    """A frozen CLIP of both towers, from its own folder or from one that holds `clip/`."""
+def load_clip(source: str) -> tuple[nn.Module, AnyClip]:
+    """A frozen CLIP of both towers, from its own folder, one that holds `clip/`, or `open_clip:ARCH:WEIGHTS`."""
+    if source.startswith(openclip.PREFIX):
+        return openclip.load(source.removeprefix(openclip.PREFIX))
     folder = locate(source)
     folder = folder / "clip" if (folder / "clip").is_dir() else folder
     plain, weights = read_module(folder)
@@ -85,6 +89,8 @@ def load_clip(source: str) -> tuple[nn.Module, ClipConfig]:
 def clip_tower(source: str) -> TextTower:
     """The text tower of a CLIP of ours."""
     clip, config = load_clip(source)
+    if not isinstance(config, ClipConfig):
+        raise ValueError(f"{source}: an open_clip model judges pictures; it is no text tower of a model here")
     return TextTower.of_clip(clip, config.text)  # type: ignore[arg-type]
 
 

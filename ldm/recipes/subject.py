@@ -21,7 +21,7 @@ from ldm.data.shards import Shards
 from ldm.evaluate.clip_score import similarity
 from ldm.evaluate.features import EfficientNetLite0
 from ldm.evaluate.retrieval import recall_at
-from ldm.models.text import build_tokenizer
+from ldm.models.openclip import tokenizer_of
 from ldm.pipeline import Settings, TextToImage
 from ldm.recipes.pictures import check
 from ldm.recipes.sources import load_clip
@@ -109,7 +109,7 @@ def retrieved(images: Tensor, noun: str) -> float:
     """Share of pictures (colours x each) whose caption "a COLOR NOUN" fits them best by the shipped CLIP."""
     model, config = load_clip("clip_emoji")
     clip: Any = model
-    texts = clip.encode_text(build_tokenizer(config)([f"a {color} {noun}" for color in COLORS]))
+    texts = clip.encode_text(tokenizer_of(config)([f"a {color} {noun}" for color in COLORS]))
     size = (config.image_size, config.image_size)
     shown = functional.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
     scores = similarity(clip.encode_image(shown), texts)

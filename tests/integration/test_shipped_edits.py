@@ -11,9 +11,8 @@ import torch
 
 from ldm.cli import evaluate
 from ldm.editing import clip_guide
-from ldm.models.text import build_tokenizer
+from ldm.models.openclip import fitted, tokenizer_of
 from ldm.pipeline import Settings, TextToImage
-from ldm.recipes import measure
 from ldm.recipes.sources import load_clip
 
 
@@ -47,11 +46,11 @@ def test_clip_guidance_raises_each_similarity() -> None:
     model: Any = clip
     found = []
     with torch.no_grad():
-        text = model.encode_text(build_tokenizer(config)(captions), normalize=True)
+        text = model.encode_text(tokenizer_of(config)(captions), normalize=True)
         for scale in (0.0, 5.0):
             guide = clip_guide(pipe, clip, config, scale)
             images = pipe.sample(captions, settings=Settings(steps=5, guidance=1.0), guide=guide)
-            seen = measure.resized(images, config.image_size)
+            seen = fitted(images, config)
             found.append((model.encode_image(seen, normalize=True) * text).sum(1))
     assert bool((found[1] > found[0] + 0.02).all())
 

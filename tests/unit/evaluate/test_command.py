@@ -20,8 +20,9 @@ from ldm.data.manifest import resolve
 from ldm.diffusion import Discrete, Epsilon
 from ldm.evaluate import features
 from ldm.models.autoencoder import Autoencoder
+from ldm.models.openclip import fitted, tokenizer_of
 from ldm.models.presets import AUTOENCODERS, CLIPS, TEXTS, UNETS
-from ldm.models.text import TextTower, build_clip, build_tokenizer
+from ldm.models.text import TextTower, build_clip
 from ldm.models.unet import UNet
 from ldm.recipes import measure
 from ldm.recipes.sources import load_autoencoder, load_clip
@@ -89,8 +90,7 @@ def test_retrieval_of_real_pictures_is_the_rank(clip: Path, tmp_path: Path, caps
     images = measure.real_pictures("emoji", "heldout", drawn.ids, config.image_size)
     with torch.no_grad():
         scores = (
-            tower.encode_image(images, normalize=True)
-            @ tower.encode_text(build_tokenizer(config)(pool), normalize=True).T
+            tower.encode_image(images, normalize=True) @ tower.encode_text(tokenizer_of(config)(pool), normalize=True).T
         )
     own = torch.tensor([pool.index(c) for c in drawn.captions])
     rank = (scores > scores.gather(1, own[:, None])).sum(1)
@@ -164,7 +164,7 @@ def test_features_of_a_clip_are_named_by_it_and_never_fid(clip: Path, model: Pat
     real = measure.real_pictures("emoji", "heldout", drawn.ids, found["protocol"]["size"])
     tower: Any = tower
     with torch.no_grad():
-        direct = tower.encode_image(measure.resized(real, config.image_size), normalize=True)
+        direct = tower.encode_image(fitted(real, config), normalize=True)
     assert torch.allclose(measure.feature_network(f"clip:{clip}")(real), direct, atol=1e-6)
 
 

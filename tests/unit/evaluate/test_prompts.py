@@ -79,9 +79,9 @@ def test_rows_belong_to_their_prompts(root: Path) -> None:
     prompts = ["a red dot", "a blue bar", "a green cross"]
     rows = by_prompt(images, prompts, 2, clip, config, None)
     model: Any = clip
-    from ldm.models.text import build_tokenizer
+    from ldm.models.openclip import tokenizer_of
 
-    texts = model.encode_text(build_tokenizer(config)(prompts)).double()
+    texts = model.encode_text(tokenizer_of(config)(prompts)).double()
     seen = clip_features(images, clip, config).double()
     for i, row in enumerate(rows):
         cosines = torch.nn.functional.cosine_similarity(seen[2 * i : 2 * i + 2], texts[i : i + 1])
