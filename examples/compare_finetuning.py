@@ -25,11 +25,12 @@ from ldm.recipes.subject import Drawn, draw, five_views, load_pictures, score, s
 SUBJECT, NOUN, WORD = "1f9a4", "bird", "<dodo>"  # the dodo is in no training split of the shipped model
 BOOTH = ["dreambooth", "--identifier", "sks", "--class", NOUN]
 TURN = ["textual-inversion", "--token", WORD, "--initializer-token", NOUN]
+LAYERS = ["--targets", "attention", "feed_forward", "projection", "convolution"]  # attention alone is a small part here
 ROWS: dict[str, list[str]] = {
     "DreamBooth": [*BOOTH],
     "DreamBooth without preservation": [*BOOTH, "--no-prior"],
-    "DreamBooth LoRA, rank 4": [*BOOTH, "--lora", "--rank", "4"],
-    "DreamBooth LoRA, rank 16": [*BOOTH, "--lora", "--rank", "16"],
+    "DreamBooth LoRA, rank 4": [*BOOTH, "--lora", "--rank", "4", *LAYERS],
+    "DreamBooth LoRA, rank 16": [*BOOTH, "--lora", "--rank", "16", *LAYERS],
     "textual inversion, 1 vector": [*TURN, "--num-vectors", "1"],
     "textual inversion, 4 vectors": [*TURN, "--num-vectors", "4"],
 }

@@ -117,6 +117,8 @@ def template(name: str) -> str:
 
 _EMOJI = "configs/train/text_to_image_emoji.yaml"
 _PLAIN: dict[str, Any] = {"workdir": Path("."), "python": "python3", "gpus_per_node": 8, "time": "24:00:00"}
+_SHORT: dict[str, Any] = {**_PLAIN, "time": "1:00:00"}
+_ONE: dict[str, Any] = {**_SHORT, "gpus_per_node": 1}
 TEMPLATES = {
     "train": SlurmJob(
         command=("ldm", "train", _EMOJI, "out=runs/emoji"),
@@ -136,7 +138,7 @@ TEMPLATES = {
         command=("ldm", "sample", "--from-file", "prompts/{array}.txt", "--out", "samples/{array}"),
         array="0-7",
         preflight=False,
-        **_PLAIN | {"gpus_per_node": 1, "time": "1:00:00"},
+        **_ONE,
     ),
     "evaluate": SlurmJob(
         command=(
@@ -144,7 +146,7 @@ TEMPLATES = {
             *("--keep", "runs/emoji/features", "--out", "runs/emoji/features.json"),
         ),
         preflight=False,
-        **_PLAIN | {"time": "1:00:00"},
+        **_SHORT,
     ),
 }
 _NOTES = {

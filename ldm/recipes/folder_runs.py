@@ -12,8 +12,8 @@ from ldm.pipeline import TextToImage
 
 RATES = {
     "dreambooth": (5.0e-6, 1.0e-4),
-    "dreambooth_lora": (1.0e-4, 2.0e-3),
-    "lora": (1.0e-4, 2.0e-3),
+    "dreambooth_lora": (1.0e-4, 4.0e-3),
+    "lora": (1.0e-4, 4.0e-3),
     "textual_inversion": (5.0e-3, 1.0e-2),
 }
 """Learning rate by method: of models of Stable Diffusion's size, and of the small one that the package ships."""
