@@ -57,9 +57,22 @@ def _read_file(path: Path, depth: int) -> DictConfig:
         raise ValueError(f"config {str(path)!r}: expected keys and values at the top, got {type(tree).__name__}")
     bases = tree.pop("base", None) or []
     bases = [bases] if isinstance(bases, str) else list(bases)
-    merged = OmegaConf.merge(*[_read_file(path.parent / base, depth + 1) for base in bases], tree)
-    assert isinstance(merged, DictConfig)
-    return merged
+    below = OmegaConf.create({})
+    for over in (*[_read_file(path.parent / base, depth + 1) for base in bases], tree):
+        kept = _without_other_kinds(OmegaConf.to_container(below), OmegaConf.to_container(over))
+        merged = OmegaConf.merge(kept, over)
+        assert isinstance(merged, DictConfig)
+        below = merged
+    return below
+
+
+def _without_other_kinds(below: Any, over: Any) -> Any:
+    """`below` without the choices whose `kind` is another in `over`: their keys are not those of the new kind."""
+    if not isinstance(below, dict) or not isinstance(over, dict):
+        return below
+    if "kind" in below and over.get("kind", below["kind"]) != below["kind"]:
+        return {}
+    return {key: _without_other_kinds(value, over.get(key)) for key, value in below.items()}
 
 
 def decode(cls: type[T], data: Any, where: str = "config") -> T:

@@ -142,6 +142,13 @@ def test_dump_survives_the_file(tmp_path: Path) -> None:
     assert load.load(Run, write(tmp_path, "run.yaml", load.dump(run))) == run
 
 
+def test_a_choice_of_another_kind_keeps_nothing_of_the_base(tmp_path: Path) -> None:
+    write(tmp_path, "below.yaml", "a: {m: {kind: x, only_x: 1, both: 2}, n: {kind: x, kept: 3}}")
+    path = write(tmp_path, "over.yaml", "base: below.yaml\na: {m: {kind: y, only_y: 4}, n: {kind: x, more: 5}}")
+    wanted = {"a": {"m": {"kind": "y", "only_y": 4}, "n": {"kind": "x", "kept": 3, "more": 5}}}
+    assert load.read(path) == wanted
+
+
 def test_base_files_interpolation_and_overrides(tmp_path: Path) -> None:
     write(tmp_path, "base/lowest.yaml", "optim: {lr: 1.0e-3, clip: 2.0}\nwidths: [1, 2, 3]")
     write(tmp_path, "base/one.yaml", "base: lowest.yaml\nsteps: 5\noptim: {lr: 2.0e-3}")
