@@ -39,7 +39,7 @@ def test_all_are_covered() -> None:
     assert set(RATIOS) == set(NAMES)
 
 
-SLOW = {"ranks", "finetune"}
+SLOW = {"ranks", "finetune", "unet"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NAMES])
