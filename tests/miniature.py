@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +196,13 @@ def write(config: dict[str, Any], path: Path) -> Path:
     """A config file."""
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path
+
+
+def stop_after_two_steps(process: subprocess.Popen[str], run: Path) -> None:
+    """SIGTERM to a training once two of its steps are in the log."""
+    log, end = run / "log" / "metrics.jsonl", time.monotonic() + 300
+    while time.monotonic() < end and process.poll() is None:
+        if log.is_file() and log.read_text().count("\n") >= 2:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)

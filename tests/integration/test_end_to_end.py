@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -68,12 +66,7 @@ def runs(root: Path) -> tuple[Path, Path, str]:
     finish(start(path, f"out={root / 'calm'}"), 0)
     disturbed = root / "disturbed"
     process = start(path, f"out={disturbed}")
-    log, end = disturbed / "log" / "metrics.jsonl", time.monotonic() + 300
-    while time.monotonic() < end and process.poll() is None:
-        if log.is_file() and log.read_text().count("\n") >= 2:
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    miniature.stop_after_two_steps(process, disturbed)
     finish(process, AGAIN)
     saved = sorted(disturbed.glob("checkpoints/step-*"))
     assert saved

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -52,12 +50,7 @@ def test_a_preempted_run_goes_on_with_the_same_command(root: Path) -> None:
     calm, disturbed = root / "calm", root / "disturbed"
     finish(start(root, calm), 0)
     process = start(root, disturbed)
-    log, end = disturbed / "log" / "metrics.jsonl", time.monotonic() + 300
-    while time.monotonic() < end and process.poll() is None:
-        if log.is_file() and log.read_text().count("\n") >= 2:
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    miniature.stop_after_two_steps(process, disturbed)
     finish(process, AGAIN)
     assert len(rows(disturbed)) < 10
     assert not (disturbed / "export").exists()

@@ -12,7 +12,6 @@ import fsspec
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor
 
 from ldm.data.cache import MEMBER, CachedReader, parse
 from ldm.data.decode import BadSample
@@ -22,19 +21,9 @@ from ldm.data.manifest import Manifest
 from ldm.data.mixture import MixtureConfig, Source, open_data
 from ldm.data.shards import Index, Shards
 from ldm.types import Batch
+from tests.unit.data.standins import HASHES, moments, states
 
 Make = Callable[..., Path]
-HASHES = {"vae": "aa", "text": "bb"}
-
-
-def moments(images: Tensor) -> Tensor:
-    pooled = torch.nn.functional.avg_pool2d(images, 2)
-    return torch.cat([pooled, pooled * 2, pooled[:, :2] - 5], 1)
-
-
-def states(texts: list[str]) -> dict[str, Tensor]:
-    rows = torch.stack([torch.arange(6.0).view(3, 2) + len(t) for t in texts])
-    return {"text": rows, "pooled": rows[:, 0]}
 
 
 @pytest.fixture

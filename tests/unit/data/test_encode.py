@@ -20,20 +20,9 @@ from ldm.data.encode import EncodeConfig, build_cache, encode, finish, missing
 from ldm.data.loader import DataConfig, Loader
 from ldm.models.text import TextConfig, TextTower
 from ldm.recipes.sources import text_encoder, weights_hash
+from tests.unit.data.standins import HASHES, moments, states
 
 Make = Callable[..., Path]
-HASHES = {"vae": "aa", "text": "bb"}
-
-
-def moments(images: Tensor) -> Tensor:
-    """(B, 3, 8, 8) -> (B, 8, 4, 4): a stand-in with the factor of a real one."""
-    pooled = torch.nn.functional.avg_pool2d(images, 2)
-    return torch.cat([pooled, pooled * 2, pooled[:, :2] - 5], 1)
-
-
-def states(texts: list[str]) -> dict[str, Tensor]:
-    rows = torch.stack([torch.arange(6.0).view(3, 2) + len(t) for t in texts])
-    return {"text": rows, "pooled": rows[:, 0]}
 
 
 def take(loader: Loader, count: int, start: int = 0) -> list[dict[str, object]]:
