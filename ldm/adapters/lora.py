@@ -210,6 +210,31 @@ class LoraAdapter:
         alpha = self.config.effective_alpha
         return {_name(k): LowRank(v["down"], v["up"], alpha, v.get("magnitude")) for k, v in found.items()}
 
+    @torch.no_grad()
+    def load(self, net: LoraNet, lora: Lora) -> None:
+        """Undo `lora`: corrections of any alpha, brought to this one's.
+
+        Raises ValueError unless they are of the same layers, rank and kind.
+        """
+        own, given = {_name(key) for key in net.layers}, set(lora)
+        if own != given:
+            others = sorted(own ^ given)
+            raise ValueError(f"corrects {len(given)} layers, targets choose {len(own)}; not in both: {others[:3]}")
+        for name, low in lora.items():
+            layer = net.layers[_key(name)]
+            assert isinstance(layer, Low)
+            if low.rank != self.config.rank:
+                raise ValueError(f"rank {low.rank} of {name} is not the configured rank {self.config.rank}")
+            if (low.magnitude is None) != (layer.magnitude is None):
+                raise ValueError(f"{name}: one of both is DoRA; dora is {self.config.dora}")
+            parts = {"down": low.down, "up": low.up * (low.scale / layer.scale), "magnitude": low.magnitude}
+            for kind, p in layer.named_parameters(recurse=False):
+                value = parts[kind]
+                assert value is not None
+                if p.numel() != value.numel():
+                    raise ValueError(f"{kind} {list(value.shape)} of {name} is not of shape {list(p.shape)}")
+                p.copy_(value.view(p.shape))
+
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`pytorch_lora_weights.safetensors`: PEFT's names, the scale inside `lora_B`."""
         return to_peft(self.lora(weights))

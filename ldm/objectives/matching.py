@@ -4,8 +4,8 @@ The student's pictures are moved along the difference of two scores: the teacher
 denoise the student's own pictures; and, if so configured, away from what a head on the critic's middle features tells
 from real ones (section 4.3). All trained networks are in one engine: the gradient enters at the pictures, which the
 critic sees detached or, for the head, through `turned`, so no weight is detached or swapped and one backward pass does.
-What the one engine does not carry: two learning rates, and a critic that steps alone; between the student's steps
-(`every`) its loss is 0, while Adam's momentum goes on.
+What the one engine does not carry: two learning rates (a LoRA's alpha scales its own), and a critic that steps alone;
+between the student's steps (`every`) its gradient is 0, while Adam's momentum goes on.
 """
 
 from __future__ import annotations
@@ -19,27 +19,32 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ldm.diffusion.prediction import broadcast
+from ldm.diffusion.schedule import Schedule
 from ldm.objectives.base import Objective
 from ldm.objectives.consistency import boundary
 from ldm.objectives.inputs import Feed
 from ldm.objectives.teacher import Estimator, Teacher, check_range, guidance_of, place
 from ldm.rng import Rng
-from ldm.sampling.times import times
+from ldm.sampling.times import subset, times
 from ldm.types import Batch, Cond, Metrics
 
 
 @dataclass(frozen=True, kw_only=True)
 class MatchingOptions:
-    """A student of `steps` steps at LCM's times; it learns in every `every`-th optimizer step, the critic in each.
+    """A student of any number of `steps`, at LCM's times of a path of `solver_steps`.
 
-    `span`: the part of the time range in which scores are compared; `critic`: weight of the critic's loss;
-    `adversarial`: weight of the student's adversarial term (0: none, and no head); `head`: that of the head's own loss.
+    Each picture's number is one of `steps`, drawn uniformly (named twice, it counts twice). The student learns in every
+    `every`-th optimizer step after the first `alone`, the critic in each. `span`: the part of the time range in which
+    scores are compared; `critic`: weight of the critic's loss; `adversarial`: weight of the student's adversarial term
+    (0: none, and no head); `head`: that of the head's own loss.
     """
 
     kind: Literal["dmd"] = "dmd"
     w: tuple[float, float] = (2.0, 2.0)
-    steps: int = 4
+    steps: tuple[int, ...] = (4,)
+    solver_steps: int = 50
     every: int = 5
+    alone: int = 0
     critic: float = 1.0
     span: tuple[float, float] = (0.02, 0.98)
     adversarial: float = 0.0
@@ -47,9 +52,13 @@ class MatchingOptions:
 
     def __post_init__(self) -> None:
         check_range("w", self.w)
-        for name in ("steps", "every"):
+        for name in ("solver_steps", "every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.steps or not all(1 <= n <= self.solver_steps for n in self.steps):
+            raise ValueError(f"steps must lie in [1, {self.solver_steps}] (solver_steps), got {list(self.steps)}")
+        if self.alone < 0:
+            raise ValueError(f"alone must be at least 0 steps, got {self.alone}")
         if not self.critic > 0:
             raise ValueError(f"critic must be above 0, got {self.critic}")
         if self.adversarial < 0:
@@ -88,7 +97,7 @@ class MatchingObjective(Objective):
         self.options = options
         self._student, self._critic, self._teacher, self._feed = student, critic, teacher, feed
         schedule = student.process.schedule
-        self._times = times(schedule, options.steps, "lcm")
+        self._paths = [_path(schedule, n, options.solver_steps) for n in options.steps]
         self._dtype = torch.int64 if schedule.discrete else torch.float32
         self._step = 0
 
@@ -98,26 +107,33 @@ class MatchingObjective(Objective):
         shape = real.shape[1:]
         cond = self._feed.cond(batch, rng, self.device)
         w = guidance_of(rng, self.options.w, self.device)
-        x, t = self._starts(shape, self._student.seen(cond, w), rng)
-        fake = self._generate(x, t, self._student.seen(cond, w))
-        direction = self._direction(fake.detach(), cond, w, rng)
-        matching = 0.5 * (fake - (fake - direction).detach()).square().flatten(1).mean(1)
+        turn, told = self.turn, self._student.seen(cond, w)
+        x, t = self._starts(shape, told, rng)
+        with torch.set_grad_enabled(turn):
+            fake = self._generate(x, t, told)
         process = self._critic.process
         late, noise = self._noising(process.times(rng.uniform("critic time"))), rng.normal("critic noise", shape)
         noise = noise.to(fake)
         out = self._critic.out(process.add_noise(fake.detach(), noise, late), late, cond)
         critic = process.loss(out, fake.detach(), noise, late)
-        on = float(self._step % self.options.every == 0)
-        weight = batch["weight"].to(critic)
-        total = on * matching + self.options.critic * critic
-        metrics = {"critic": critic.detach().mean()}
-        metrics["direction"] = direction.square().flatten(1).mean(1).sqrt().mean()
+        total, metrics = self.options.critic * critic, {"critic": critic.detach().mean()}
+        if turn:
+            direction = self._direction(fake.detach(), cond, w, rng)
+            total = total + 0.5 * (fake - (fake - direction).detach()).square().flatten(1).mean(1)
+            metrics["direction"] = direction.square().flatten(1).mean(1).sqrt().mean()
+        else:  # every stage of ZeRO wants a gradient of every weight: zeros, by way of one picture
+            total = total + 0.0 * self._generate(x[:1], t[:1], {k: v[:1] for k, v in told.items()}).mean()
         if self._logits is not None:
-            told, right = self._judged(real, fake, cond, rng, on)
-            total, metrics["head_right"] = total + self.options.head * told, right
-        return (weight * total).mean(), metrics
+            judged, metrics["head_right"] = self._judged(real, fake, cond, rng)
+            total = total + self.options.head * judged
+        return (batch["weight"].to(total) * total).mean(), metrics
 
-    def _judged(self, real: Tensor, fake: Tensor, cond: Cond, rng: Rng, on: float) -> tuple[Tensor, Tensor]:
+    @property
+    def turn(self) -> bool:
+        """Whether the student learns in this step; on all ranks alike."""
+        return self._step >= self.options.alone and (self._step + 1) % self.options.every == 0
+
+    def _judged(self, real: Tensor, fake: Tensor, cond: Cond, rng: Rng) -> tuple[Tensor, Tensor]:
         """(the head's loss (B,), its share of right answers); the student's gradient comes by `turned`.
 
         The head learns softplus(-l) of real and softplus(l) of generated latents l at one noise level; the student
@@ -132,7 +148,7 @@ class MatchingObjective(Objective):
         both = {k: torch.cat([v, v]) for k, v in cond.items()}
         logits = self._logits(torch.cat(noised), torch.cat([t, t]), both).float()
         own, made = logits.chunk(2)
-        turn(-on * self.options.adversarial / self.options.head * (-made.detach()).clamp(max=20).exp())
+        turn(-self.options.adversarial / self.options.head * (-made.detach()).clamp(max=20).exp())
         right = torch.cat([own > 0, made < 0]).float().mean()
         return functional.softplus(-own) + functional.softplus(made), right
 
@@ -148,17 +164,22 @@ class MatchingObjective(Objective):
 
     @torch.no_grad()
     def _starts(self, shape: torch.Size, cond: Cond, rng: Rng) -> tuple[Tensor, Tensor]:
-        """Where one of the sampler's steps begins, its number uniform: what the student meets when it samples."""
-        schedule, count = self._student.process.schedule, len(self._times)
-        chosen = (rng.uniform("step") * count).long().clamp(max=count - 1).to(self.device)
-        x = rng.normal("start", shape).to(self.device)
-        start = x
-        for k in range(count - 1):  # on every rank all of them
-            now, after = self._full(self._times[k], x), self._full(self._times[k + 1], x)
-            fresh = rng.normal(f"step {k}", shape).to(x)
-            x = place(schedule, self._generate(x, now, cond), fresh, after).to(x.dtype)
-            start = torch.where(broadcast(chosen, x) == k + 1, x, start)
-        return start, torch.tensor(self._times, dtype=self._dtype, device=x.device)[chosen]
+        """Where one of the sampler's steps begins: a path, then its step, both uniform."""
+        schedule, longest = self._student.process.schedule, max(map(len, self._paths))
+        lengths = torch.tensor([len(path) for path in self._paths])
+        padded = [[*path, *path[-1:] * (longest - len(path))] for path in self._paths]
+        path = (rng.uniform("path") * len(self._paths)).long().clamp(max=len(self._paths) - 1)
+        step = (rng.uniform("step") * lengths[path]).long().minimum(lengths[path] - 1)
+        visited = torch.tensor(padded, dtype=self._dtype)[path].to(self.device)
+        x, step = rng.normal("start", shape).to(self.device), step.to(self.device)
+        for k in range(longest - 1):
+            rows = (step > k).nonzero().flatten()
+            asked = rows if len(rows) else torch.zeros(1, dtype=torch.int64, device=x.device)  # all ranks ask
+            now, after = visited[asked, k], visited[asked, k + 1]
+            x0 = self._generate(x[asked], now, {name: value[asked] for name, value in cond.items()})
+            moved = place(schedule, x0, rng.normal(f"step {k}", shape).to(x)[asked], after).to(x.dtype)
+            x = x.index_put((rows,), moved[: len(rows)])
+        return x, visited.gather(1, step[:, None])[:, 0]
 
     @torch.no_grad()
     def _direction(self, fake: Tensor, cond: Cond, w: Tensor, rng: Rng) -> Tensor:
@@ -176,8 +197,10 @@ class MatchingObjective(Objective):
         low, high = (s * last for s in self.options.span)
         return (low + t.double() / last * (high - low)).to(self._dtype).to(self.device)
 
-    def _full(self, t: float, x: Tensor) -> Tensor:
-        return torch.full((len(x),), t, dtype=self._dtype, device=x.device)
+
+def _path(schedule: Schedule, steps: int, solver_steps: int) -> list[float]:
+    """The times of LCM's sampler in `steps` steps; a flow's are real, and those of the sampler itself."""
+    return subset(schedule, steps, solver_steps) if schedule.discrete else times(schedule, steps, "lcm")
 
 
 def turned(x: Tensor) -> tuple[Tensor, Callable[[Tensor], None]]:

@@ -17,13 +17,14 @@ from ldm.adapters.lora import LoraAdapter, LoraConfig, LoraNet, Low
 from ldm.adapters.sites import unet_sites
 from ldm.checkpoint import files
 from ldm.checkpoint.convert import save_diffusers
-from ldm.checkpoint.lora_files import NAME, write_lora
+from ldm.checkpoint.lora_files import NAME, read_lora, write_lora
 from ldm.checkpoint.schedulers import scheduler_to_diffusers
 from ldm.checkpoint.students import few_steps
 from ldm.data.mixture import Data, with_caches
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.process import Process
 from ldm.models.discriminator import MiddleHead
+from ldm.models.shipped import SHIPPED, locate
 from ldm.models.unet import Granularity, UNet
 from ldm.objectives import Objective
 from ldm.objectives.consistency import ConsistencyObjective, ConsistencyOptions
@@ -47,7 +48,8 @@ class DistillTask:
     """`teacher` is a shipped model, a run, a diffusers folder or a single file; the student starts as its U-Net.
 
     `guidance_embedding` is the width of the student's embedding of w, or null for a student of no (or one) guidance.
-    With `lora` the teacher's own weights stay and corrections train on them: one copy serves teacher and student.
+    With `lora` the teacher's own weights stay and corrections train on them: one copy serves teacher and student; they
+    start as none, or as those of `start`: a shipped student, a run or a folder with a LoRA of these layers and rank.
     `prediction` "v" needs the method progressive with stage "match" where the teacher has another. `drop`: share of
     captions that become the empty prompt. `cache` as in text_to_image.
     """
@@ -57,6 +59,7 @@ class DistillTask:
     method: Method
     guidance_embedding: int | None = 256
     lora: LoraConfig | None = None
+    start: str | None = None
     prediction: Literal["teacher", "v", "sample"] = "teacher"
     drop: float = 0.0
     cache: Path | None = None
@@ -70,12 +73,14 @@ class DistillTask:
         if not 0 <= self.drop <= 1:
             raise ValueError(f"drop must be in [0, 1], got {self.drop}")
         if self.lora is not None:
-            if isinstance(method, (ProgressiveOptions, MatchingOptions)):
-                raise ValueError(f"lora: method {method.kind!r} trains whole networks; lcm and tcd take lora")
+            if isinstance(method, ProgressiveOptions):
+                raise ValueError(f"lora: method {method.kind!r} trains whole networks; lcm, tcd and dmd take lora")
             if self.guidance_embedding is not None:
                 raise ValueError("guidance_embedding: a LoRA has none, write null; its guidance is the one in `w`")
             if self.lora.text:
                 raise ValueError("lora.text: the text towers are not distilled, write false")
+        elif self.start is not None:
+            raise ValueError(f"start: {self.start!r} is a LoRA to go on with, and needs lora")
         matches = isinstance(method, ProgressiveOptions) and method.stage == "match"
         if self.prediction != "teacher" and not matches:
             raise ValueError(f"prediction: {self.prediction!r} needs method progressive with stage match")
@@ -119,11 +124,12 @@ def build(task: DistillTask, data: Data, train: TrainConfig, seed: int, workers:
     pipeline.student = few_steps(scheduler, guided=not student.own.conditioned)
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
+        own = _of_student(weights, student)
         if student.lora is not None:
-            write_student_lora(folder, task.teacher, student.lora, weights, unet, scheduler)
+            write_student_lora(folder, task.teacher, student.lora, own, unet, scheduler)
         else:
             whole = UNet(student.unet.config)
-            whole.load_state_dict(_of_student(weights, student), strict=True)
+            whole.load_state_dict(own, strict=True)
             save_diffusers(folder, unet=whole, autoencoder=codec.autoencoder, text=towers, scheduler=scheduler)
         facts = {"steps": train.steps, "batch": train.batch, "teacher": task.teacher, "method": task.method.kind}
         files.write_text(folder / "trained.json", json.dumps(facts))
@@ -142,7 +148,7 @@ def make_student(task: DistillTask, teacher: UNet, process: Process) -> Student:
     decay = method.decay if isinstance(method, (ConsistencyOptions, TrajectoryOptions)) else 0.0
     if task.lora is not None:
         teacher.enable_gradient_checkpointing(task.gradient_checkpointing)
-        return _lora_student(task.lora, teacher, own_process, decay)
+        return _lora_student(task, task.lora, teacher, own_process, decay)
     if isinstance(method, ProgressiveOptions) and own_process.prediction.kind == "epsilon":
         raise ValueError(
             "prediction: progressive distillation needs v or sample; convert the teacher first: stage match"
@@ -152,15 +158,7 @@ def make_student(task: DistillTask, teacher: UNet, process: Process) -> Student:
     unet.enable_gradient_checkpointing(task.gradient_checkpointing)
     own = Estimator(unet, own_process, width is not None)
     if isinstance(method, MatchingOptions):
-        critic = with_guidance_embedding(teacher, teacher.config.time_cond_proj_dim).train()
-        both = nn.ModuleDict({"student": unet, "critic": critic})
-        if method.adversarial == 0:
-            return Student(both, unet, own, own, None, Estimator(critic, own_process))
-        head = MiddleHead(unet.config.block_out_channels[-1], unet.config.norm_num_groups).to(next(unet.parameters()))
-        both["head"] = head
-        middle = critic.middle
-        logits: Logits = lambda x, t, cond: head(middle(x, t, cond))  # noqa: E731
-        return Student(both, unet, own, own, None, Estimator(critic, own_process), logits=logits)
+        return _beside_critic(method, unet, teacher, own)
     if decay == 0:
         return Student(unet, unet, own, own, None)
     twin = copy.deepcopy(unet).requires_grad_(False).eval()
@@ -168,10 +166,30 @@ def make_student(task: DistillTask, teacher: UNet, process: Process) -> Student:
     return Student(unet, unet, own, Estimator(twin, own_process, width is not None), target)
 
 
-def _lora_student(config: LoraConfig, teacher: UNet, process: Process, decay: float) -> Student:
+def _beside_critic(
+    options: MatchingOptions, trained: nn.Module, teacher: UNet, own: Estimator, lora: LoraAdapter | None = None
+) -> Student:
+    """The student with a critic, a whole copy of the teacher, and the head of the adversarial term if there is one."""
+    critic = with_guidance_embedding(teacher, teacher.config.time_cond_proj_dim).train()
+    both = nn.ModuleDict({"student": trained, "critic": critic})
+    logits: Logits | None = None
+    if options.adversarial:
+        config, middle = teacher.config, critic.middle
+        head = MiddleHead(config.block_out_channels[-1], config.norm_num_groups).to(next(critic.parameters()))
+        both["head"] = head
+        logits = lambda x, t, cond: head(middle(x, t, cond))  # noqa: E731
+    unet = trained if isinstance(trained, UNet) else teacher
+    return Student(both, unet, own, own, None, Estimator(critic, own.process), logits, lora)
+
+
+def _lora_student(task: DistillTask, config: LoraConfig, teacher: UNet, process: Process, decay: float) -> Student:
     adapter = LoraAdapter(config)
     net = adapter.attach(teacher, [])
+    if task.start is not None:
+        _start_from(task.start, task.teacher, adapter, net, teacher)
     own = Estimator(net, process)
+    if isinstance(task.method, MatchingOptions):
+        return _beside_critic(task.method, net, teacher, own, adapter)
     if decay == 0:
         return Student(net, teacher, own, own, None, lora=adapter)
     twin = twin_of(net, teacher, config)
@@ -185,6 +203,20 @@ def _lora_student(config: LoraConfig, teacher: UNet, process: Process, decay: fl
 
     weights = {f"layers.{name}": p for name, p in twin.named_parameters()}
     return Student(net, teacher, own, Estimator(goal, process), Target(weights, decay), lora=adapter)
+
+
+def _start_from(start: str, base: str, adapter: LoraAdapter, net: LoraNet, teacher: UNet) -> None:
+    """Begin with the corrections of a shipped student's, run's or folder's LoRA. Raises ValueError naming `start`."""
+    try:
+        folder = locate(start)
+        folder = folder if (folder / NAME).is_file() else folder / "export"
+        told = folder / "adapter.json"
+        of = json.loads(told.read_text(encoding="utf-8"))["base"] if told.is_file() else base
+        if SHIPPED.get(of, Path(of)).resolve() != SHIPPED.get(base, Path(base)).resolve():
+            raise ValueError(f"a LoRA of {of!r}, while the teacher is {base!r}")
+        adapter.load(net, read_lora(folder, teacher, []))
+    except ValueError as error:
+        raise ValueError(f"start {start!r}: {error}") from None
 
 
 def twin_of(net: LoraNet, unet: UNet, config: LoraConfig) -> nn.ModuleDict:
@@ -210,9 +242,8 @@ def with_guidance_embedding(unet: UNet, width: int | None) -> UNet:
 
 def make_objective(task: DistillTask, student: Student, unet: UNet, process: Process, feed: Feed) -> Objective:
     """The distillation's loss. `unet` is the teacher's."""
-    net: Any = unet
-    if isinstance(student.trained, LoraNet):
-        net = frozen(student.trained)
+    corrected = student.own.net
+    net = frozen(corrected) if isinstance(corrected, LoraNet) else unet
     conditioned = unet.config.time_cond_proj_dim is not None
     guided = task.method.w != (0.0, 0.0)
     teacher = Teacher(Estimator(net, process, conditioned), feed.empty if guided else None)
@@ -251,10 +282,8 @@ def student_scheduler(method: Method, process: Process) -> dict[str, Any]:
         }
     plain = scheduler_to_diffusers(process.schedule, process.prediction, "LCMScheduler")
     plain |= {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True}
-    own = {"original_inference_steps": 50, "timestep_scaling": 10.0}
-    if isinstance(method, ConsistencyOptions):
-        own = {"original_inference_steps": method.solver_steps, "timestep_scaling": method.scaling}
-    return plain | own
+    scaling = method.scaling if isinstance(method, ConsistencyOptions) else 10.0
+    return plain | {"original_inference_steps": method.solver_steps, "timestep_scaling": scaling}
 
 
 def _spacing(method: Method) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from ldm.models.unet import UNet
 from ldm.objectives import Objective
 from ldm.objectives.consistency import ConsistencyOptions
 from ldm.objectives.inputs import LatentFeed
-from ldm.objectives.matching import MatchingOptions
+from ldm.objectives.matching import MatchingObjective, MatchingOptions
 from ldm.objectives.progressive import ProgressiveOptions
 from ldm.objectives.trajectory import TrajectoryOptions
 from ldm.recipes.distill import DistillTask, Method, Student, make_objective, make_student, memory
@@ -39,8 +39,9 @@ METHODS: dict[str, tuple[Method, LoraConfig | None, int | None]] = {
     "lora": (ConsistencyOptions(w=(2.0, 2.0), decay=0.7), LORA, None),
     "tcd": (TrajectoryOptions(decay=0.7), None, None),
     "progressive": (ProgressiveOptions(steps=4), None, 16),
-    "dmd": (MatchingOptions(steps=2, every=2), None, None),
-    "gan": (MatchingOptions(steps=2, every=2, adversarial=0.1, head=0.3), None, None),
+    "dmd": (MatchingOptions(steps=(2,), every=2), None, None),
+    "gan": (MatchingOptions(steps=(2,), every=2, adversarial=0.1, head=0.3), None, None),
+    "gan lora": (MatchingOptions(steps=(1, 2), every=2, adversarial=0.1, head=0.3), LORA, None),
 }
 STEPS = 3
 
@@ -131,7 +132,7 @@ def plain(name: str) -> tuple[list[float], dict[str, Tensor]]:
     return losses, weights | _target(objective)
 
 
-QUICK = {("lcm", 1), ("lora", 3), ("gan", 2)}
+QUICK = {("lcm", 1), ("lora", 3), ("gan", 2), ("gan lora", 3)}
 
 
 @pytest.mark.parametrize(
@@ -162,6 +163,14 @@ def test_a_lora_shares_the_teachers_weights_and_a_full_student_copies_them() -> 
     objective, student, unet = build("tcd")
     assert memory(student, unet) == {"trained": whole, "teacher": whole, "shared": 0, "target": whole}
     assert {id(p) for p in objective.parameters()} == {id(p) for p in student.trained.parameters()}
+    _, student, unet = build("gan lora")
+    head = sum(p.numel() * 4 for n, p in student.trained.named_parameters() if n.startswith("head."))
+    assert memory(student, unet) == {
+        "trained": corrections + whole + head,
+        "teacher": 0,
+        "shared": whole,
+        "target": 0,
+    }
 
 
 def test_a_new_student_answers_as_its_teacher_and_corrections_can_be_left_out() -> None:
@@ -179,3 +188,19 @@ def test_a_new_student_answers_as_its_teacher_and_corrections_can_be_left_out() 
                 nn.init.normal_(p, std=0.3)
             assert not torch.allclose(own.net(x, t, told), before)
             assert torch.equal(student.goal.net(x, t, told), before)  # the target's corrections are still none
+
+
+def test_with_a_lora_the_teacher_and_the_critic_have_none_of_its_corrections() -> None:
+    objective, student, unet = build("gan lora")
+    g = torch.Generator().manual_seed(0)
+    x, t = torch.randn(2, 4, 4, 4, generator=g), torch.tensor([10, 900])
+    cond = {"text": torch.randn(2, 3, 6, generator=g)}
+    plain = unet(x, t, cond)
+    for name, p in student.trained.named_parameters():
+        if name.startswith("student."):
+            nn.init.normal_(p, std=0.3)
+    assert isinstance(objective, MatchingObjective)
+    assert student.critic is not None
+    assert torch.equal(objective._teacher.estimator.net(x, t, cond), plain)
+    assert torch.equal(student.critic.net(x, t, cond), plain)
+    assert not torch.allclose(student.own.net(x, t, cond), plain)

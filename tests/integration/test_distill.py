@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from ldm.cli.__main__ import main
@@ -168,6 +169,35 @@ def test_a_lora_is_a_model_by_itself_and_stacks_in_diffusers_with_peft(
         pipe.load_lora_weights(file, adapter_name=f"lora{i}")
         pipe.set_adapters([f"lora{j}" for j in range(i + 1)])
         assert worst(want, theirs(pipe, monkeypatch, "scheduling_lcm", settings, 1.0)) < 1e-3
+
+
+def test_matching_goes_on_from_a_lora_and_exports_nothing_of_its_critic(root: Path) -> None:
+    """At a rate of nothing its file is the one that it starts from; stopped and resumed it ends as in one go."""
+    from safetensors.torch import load_file
+
+    task = {"guidance_embedding": None, "lora": {"kind": "lora", "rank": 2, "targets": ["attention", "time"]}}
+    path = config(root, "first", {"kind": "lcm", "w": [1.0, 1.0], "solver_steps": 8}, **task)
+    assert main(["distill", "lcm", str(path), "train.optim.lr=0.05"]) == 0
+    dmd = {"kind": "dmd", "w": [1.0, 1.0], "steps": [1, 2, 4], "solver_steps": 8, "every": 2, "adversarial": 0.01}
+    name, found = "export/pytorch_lora_weights.safetensors", {}
+    for run, rate in (("still", "1e-12"), ("moved", "0.01"), ("stopped", "0.01")):
+        path = config(root, run, dmd, steps=4, start=str(root / "first"), **task)
+        options = [f"train.optim.lr={rate}", "train.optim.warmup=0", "train.optim.decay=constant"]
+        if run == "stopped":
+            assert main(["distill", "dmd", str(path), *options, "train.steps=2"]) == 0
+        assert main(["distill", "dmd", str(path), *options]) == 0
+        found[run] = load_file(root / run / name)
+    first = load_file(root / "first" / name)
+    assert found["still"].keys() == first.keys()
+    assert all(torch.allclose(found["still"][k], first[k], atol=1e-6) for k in first)
+    assert any(not torch.allclose(found["moved"][k], first[k], atol=1e-3) for k in first)
+    assert all(torch.equal(found["stopped"][k], found["moved"][k]) for k in first)
+    scheduler = json.loads((root / "moved" / "export" / "scheduler_config.json").read_text())
+    assert (scheduler["_class_name"], scheduler["original_inference_steps"]) == ("LCMScheduler", 8)
+    assert (
+        TextToImage.load(root / "moved").sample(PROMPTS, settings=Settings(sampler="lcm", steps=4, guidance=1.0)).std()
+        > 0
+    )
 
 
 def test_the_command_draws_with_a_lora_as_it_was_trained_unless_told_otherwise(root: Path, tmp_path: Path) -> None:

@@ -26,6 +26,12 @@ class Critic(nn.Module):
         return (toys.gain(t, self.spread).to(x.dtype) + self.extra).view(-1, 1, 1, 1) * x
 
 
+def _options(**changed: Any) -> MatchingOptions:
+    """A student of one step that learns in every step, without guidance."""
+    plain: dict[str, Any] = {"w": (0.0, 0.0), "steps": (1,), "every": 1}
+    return MatchingOptions(**plain | changed)
+
+
 def objective(scale: float, **options: Any) -> tuple[MatchingObjective, toys.Linear, Critic]:
     """A one-step student that draws N(0, scale^2) from x at time 99, and a critic that knows so."""
     skip, out = (float(v) for v in boundary(torch.tensor([99.0])))
@@ -33,7 +39,7 @@ def objective(scale: float, **options: Any) -> tuple[MatchingObjective, toys.Lin
     critic = Critic(scale)
     trained = nn.ModuleDict({"student": net, "critic": critic})
     own, other = Estimator(net, toys.PROCESS), Estimator(critic, toys.PROCESS)
-    given = MatchingOptions(w=(0.0, 0.0), steps=1, **options)
+    given = _options(**options)
     return MatchingObjective(trained, own, other, toys.TEACHER, toys.Normals(), given), net, critic
 
 
@@ -67,9 +73,9 @@ def test_direction_is_the_difference_of_scores_over_the_teachers_distance() -> N
     assert torch.allclose(found, (own - real) / (fake - real).abs(), atol=1e-5)
 
 
-@pytest.mark.parametrize(("step", "learns"), [(0, True), (1, False), (4, False), (5, True)])
+@pytest.mark.parametrize(("step", "learns"), [(0, False), (4, False), (5, True), (6, False), (8, True)])
 def test_the_student_learns_in_its_turns_and_the_critic_always_from_its_own_loss_alone(step: int, learns: bool) -> None:
-    built, net, critic = objective(0.9, every=5)
+    built, net, critic = objective(0.9, every=3, alone=5)
     built.after_step(step)
     batch, rng = toys.batch(64)
     loss, metrics = built(batch, rng)
@@ -80,6 +86,48 @@ def test_the_student_learns_in_its_turns_and_the_critic_always_from_its_own_loss
     alone = torch.autograd.grad(_critic_loss(built, critic, rng), critic.extra)[0]
     assert float(critic.extra.grad) == pytest.approx(float(alone), rel=1e-5)
     assert metrics["critic"] > 0
+    assert ("direction" in metrics) == learns
+
+
+def test_pictures_begin_where_the_sampler_is_after_any_of_its_steps_each_path_as_often() -> None:
+    """With a student of one gain, x after k steps is Gaussian: its variance by the sampler's recursion, written out."""
+    built, net, _ = objective(0.9, steps=(1, 2, 4), solver_steps=8)
+    net.gains.data[:] = 0.8
+    count = 40_000
+    _, rng = toys.batch(count)
+    x, t = built._starts(torch.Size((1, 1, 1)), {}, toys.Together(rng.seed, rng.positions))
+    asked = {1: [95], 2: [95, 47], 4: [95, 71, 47, 23]}  # every 8 // n-th of 95, 83, 71, ..., 11
+    expected: dict[int, list[tuple[float, float]]] = {}
+    for n, path in asked.items():
+        variance = 1.0
+        for k, now in enumerate(path):
+            expected.setdefault(now, []).append((1 / (3 * n), variance))
+            skip, out = (float(v) for v in boundary(torch.tensor([float(now)])))
+            if k + 1 < n:
+                alpha, sigma = toys.SCHEDULE.at(float(path[k + 1]))
+                variance = (alpha * (skip + out * 0.8)) ** 2 * variance + sigma**2
+    assert {int(v) for v in t.unique()} == set(expected)
+    for now, parts in expected.items():
+        share = sum(p for p, _ in parts)
+        here = x[t == now].double()
+        assert len(here) / count == pytest.approx(share, abs=0.01)
+        assert float(here.square().mean()) == pytest.approx(sum(p * v for p, v in parts) / share, rel=0.06)
+
+
+def test_a_batch_of_first_steps_alone_is_left_as_it_is() -> None:
+    built, _, _ = objective(0.9, steps=(1, 4), solver_steps=8)
+    _, rng = toys.batch(8)
+    given = _Low(rng.seed, rng.positions)
+    x, t = built._starts(torch.Size((1, 1, 1)), {}, given)
+    assert torch.equal(x, given.normal("start", (1, 1, 1)))
+    assert (t == 95).all()
+
+
+class _Low(toys.Together):
+    """Uniform numbers near 0."""
+
+    def uniform(self, purpose: str, shape: Any = ()) -> Tensor:
+        return super().uniform(purpose, shape) * 1e-3
 
 
 def _critic_loss(built: MatchingObjective, critic: Critic, rng: Any) -> Tensor:
@@ -108,7 +156,7 @@ def judged(gains: Tensor, **options: Any) -> tuple[MatchingObjective, toys.Linea
     net, critic, head = toys.Linear(gains), Critic(0.9), Head()
     trained = nn.ModuleDict({"student": net, "critic": critic, "head": head})
     own, other = Estimator(net, toys.PROCESS), Estimator(critic, toys.PROCESS)
-    given = MatchingOptions(w=(0.0, 0.0), steps=1, adversarial=0.5, head=0.2, **options)
+    given = _options(adversarial=0.5, head=0.2, **options)
     return MatchingObjective(trained, own, other, toys.TEACHER, toys.Normals(), given, head), net, head
 
 
@@ -158,7 +206,7 @@ def test_the_adversarial_gradients_are_those_of_the_two_losses_written_out() -> 
 
 def test_between_its_turns_the_student_is_not_pulled_and_the_head_still_learns() -> None:
     built, net, head = judged(torch.full((100,), 0.8, dtype=torch.float64), every=3)
-    built.after_step(1)
+    built.after_step(0)
     loss, metrics = built(*toys.batch(16))
     loss.backward()
     assert net.gains.grad is not None
@@ -173,3 +221,7 @@ def test_a_weight_and_a_head_belong_together() -> None:
         objective(1.0, adversarial=0.1)
     with pytest.raises(ValueError, match="adversarial must be at least 0"):
         MatchingOptions(adversarial=-1.0)
+    with pytest.raises(ValueError, match=r"steps must lie in \[1, 4\] \(solver_steps\), got \[8\]"):
+        MatchingOptions(steps=(8,), solver_steps=4)
+    with pytest.raises(ValueError, match="alone must be at least 0"):
+        MatchingOptions(alone=-1)
