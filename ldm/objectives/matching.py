@@ -1,11 +1,12 @@
 """Distribution matching distillation (Yin et al. 2024, arXiv 2405.14867: DMD2).
 
 The student's pictures are moved along the difference of two scores: the teacher's, and that of a critic that learns to
-denoise the student's own pictures; and, if so configured, away from what a head on the critic's middle features tells
-from real ones (section 4.3). All trained networks are in one engine: the gradient enters at the pictures, which the
-critic sees detached or, for the head, through `turned`, so no weight is detached or swapped and one backward pass does.
-What the one engine does not carry: two learning rates (a LoRA's alpha scales its own), and a critic that steps alone;
-between the student's steps (`every`) its gradient is 0, while Adam's momentum goes on.
+denoise the student's own pictures; and, if so configured, away from what a head on the critic's middle features, or a
+small network of its own, tells from real ones (section 4.3). All trained networks are in one engine: the gradient
+enters at the pictures, which the critic sees detached or, for the head, through `turned`, so no weight is detached or
+swapped and one backward pass does. What the one engine does not carry: two learning rates (a LoRA's alpha scales its
+own), and a critic that steps alone; between the student's steps (`every`) its gradient is 0, while Adam's momentum
+goes on.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class MatchingOptions:
     Each picture's number is one of `steps`, drawn uniformly (named twice, it counts twice). The student learns in every
     `every`-th optimizer step after the first `alone`, the critic in each. `span`: the part of the time range in which
     scores are compared; `critic`: weight of the critic's loss; `adversarial`: weight of the student's adversarial term
-    (0: none, and no head); `head`: that of the head's own loss.
+    (0: none, and no head); `head`: that of the head's own loss; `judge`: what the head sees, the critic's middle or
+    patches of the noised latents; `judged`: the part of the time range in which it does.
     """
 
     kind: Literal["dmd"] = "dmd"
@@ -49,6 +51,8 @@ class MatchingOptions:
     span: tuple[float, float] = (0.02, 0.98)
     adversarial: float = 0.0
     head: float = 0.01
+    judge: Literal["middle", "patches"] = "middle"
+    judged: tuple[float, float] = (0.02, 0.98)
 
     def __post_init__(self) -> None:
         check_range("w", self.w)
@@ -65,12 +69,14 @@ class MatchingOptions:
             raise ValueError(f"adversarial must be at least 0 (0 is off), got {self.adversarial}")
         if not self.head > 0:
             raise ValueError(f"head must be above 0, got {self.head}")
-        if not 0 <= self.span[0] < self.span[1] <= 1:
-            raise ValueError(f"span must be [low, high] within [0, 1], got {list(self.span)}")
+        for name in ("span", "judged"):
+            low, high = getattr(self, name)
+            if not 0 <= low < high <= 1:
+                raise ValueError(f"{name} must be [low, high] within [0, 1], got {[low, high]}")
 
 
 Logits = Callable[[Tensor, Tensor, Cond], Tensor]
-"""(noised pictures, t (B,), conditioning) -> logits (B,) of being real, by a head on the critic's middle features."""
+"""(noised pictures, t (B,), conditioning) -> logits (B,) of being real."""
 
 
 class MatchingObjective(Objective):
@@ -112,7 +118,10 @@ class MatchingObjective(Objective):
         with torch.set_grad_enabled(turn):
             fake = self._generate(x, t, told)
         process = self._critic.process
-        late, noise = self._noising(process.times(rng.uniform("critic time"))), rng.normal("critic noise", shape)
+        late, noise = (
+            self._noising(process.times(rng.uniform("critic time")), self.options.span),
+            rng.normal("critic noise", shape),
+        )
         noise = noise.to(fake)
         out = self._critic.out(process.add_noise(fake.detach(), noise, late), late, cond)
         critic = process.loss(out, fake.detach(), noise, late)
@@ -140,7 +149,7 @@ class MatchingObjective(Objective):
         softplus(-l) of its own (section 4.3, the loss of arXiv 1406.2661 that does not saturate).
         """
         process, shape = self._student.process, fake.shape[1:]
-        t = self._noising(process.times(rng.uniform("head time")))
+        t = self._noising(process.times(rng.uniform("head time")), self.options.judged)
         given, turn = turned(fake)
         pair = [(real, "head noise, real"), (given, "head noise, generated")]
         assert self._logits is not None
@@ -185,16 +194,16 @@ class MatchingObjective(Objective):
     def _direction(self, fake: Tensor, cond: Cond, w: Tensor, rng: Rng) -> Tensor:
         """(critic's x_0 - teacher's x_0) over the teacher's mean distance: the gradient at the pictures (eq. 8)."""
         process = self._student.process
-        t = self._noising(process.times(rng.uniform("score time")))
+        t = self._noising(process.times(rng.uniform("score time")), self.options.span)
         x = process.add_noise(fake, rng.normal("score noise", fake.shape[1:]).to(fake), t)
         real, _ = self._teacher.both(x, t, cond, w)
         own, _ = self._critic.both(x, t, cond)
         scale = (fake - real).abs().flatten(1).mean(1).clamp(min=1e-6)
         return (own - real) / broadcast(scale, fake)
 
-    def _noising(self, t: Tensor) -> Tensor:
+    def _noising(self, t: Tensor, span: tuple[float, float]) -> Tensor:
         last = self._student.process.schedule.last
-        low, high = (s * last for s in self.options.span)
+        low, high = (s * last for s in span)
         return (low + t.double() / last * (high - low)).to(self._dtype).to(self.device)
 
 

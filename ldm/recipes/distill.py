@@ -30,6 +30,7 @@ from ldm.objectives import Objective
 from ldm.objectives.consistency import ConsistencyObjective, ConsistencyOptions
 from ldm.objectives.inputs import Feed, LatentFeed
 from ldm.objectives.matching import Logits, MatchingObjective, MatchingOptions
+from ldm.objectives.patches import PatchHead
 from ldm.objectives.progressive import ProgressiveObjective, ProgressiveOptions
 from ldm.objectives.teacher import Estimator, Target, Teacher
 from ldm.objectives.trajectory import TrajectoryObjective, TrajectoryOptions
@@ -174,10 +175,14 @@ def _beside_critic(
     both = nn.ModuleDict({"student": trained, "critic": critic})
     logits: Logits | None = None
     if options.adversarial:
-        config, middle = teacher.config, critic.middle
-        head = MiddleHead(config.block_out_channels[-1], config.norm_num_groups).to(next(critic.parameters()))
-        both["head"] = head
-        logits = lambda x, t, cond: head(middle(x, t, cond))  # noqa: E731
+        config, middle, schedule = teacher.config, critic.middle, own.process.schedule
+        like = next(critic.parameters())
+        if options.judge == "patches":
+            patches = both["head"] = PatchHead(config.out_channels).to(like)
+            logits = lambda x, t, cond: patches(x, schedule.alpha_sigma(t, x.dtype)[1])  # noqa: E731
+        else:
+            head = both["head"] = MiddleHead(config.block_out_channels[-1], config.norm_num_groups).to(like)
+            logits = lambda x, t, cond: head(middle(x, t, cond))  # noqa: E731
     unet = trained if isinstance(trained, UNet) else teacher
     return Student(both, unet, own, own, None, Estimator(critic, own.process), logits, lora)
 

@@ -41,7 +41,7 @@ METHODS: dict[str, tuple[Method, LoraConfig | None, int | None]] = {
     "progressive": (ProgressiveOptions(steps=4), None, 16),
     "dmd": (MatchingOptions(steps=(2,), every=2), None, None),
     "gan": (MatchingOptions(steps=(2,), every=2, adversarial=0.1, head=0.3), None, None),
-    "gan lora": (MatchingOptions(steps=(1, 2), every=2, adversarial=0.1, head=0.3), LORA, None),
+    "gan lora": (MatchingOptions(steps=(1, 2), every=2, adversarial=0.1, head=0.3, judge="patches"), LORA, None),
 }
 STEPS = 3
 

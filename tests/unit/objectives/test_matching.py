@@ -64,7 +64,7 @@ def test_direction_is_the_difference_of_scores_over_the_teachers_distance() -> N
     _, rng = toys.batch(32)
     fake = 0.9 * rng.normal("anything", (1, 1, 1)).double()
     found = built._direction(fake, {}, torch.zeros(32), rng)
-    t = built._noising(toys.PROCESS.times(rng.uniform("score time")))
+    t = built._noising(toys.PROCESS.times(rng.uniform("score time")), built.options.span)
     assert t.min() >= 1
     assert t.max() <= 97
     alpha, sigma = (v.view(-1, 1, 1, 1) for v in toys.SCHEDULE.alpha_sigma(t, torch.float64))
@@ -133,7 +133,7 @@ class _Low(toys.Together):
 def _critic_loss(built: MatchingObjective, critic: Critic, rng: Any) -> Tensor:
     """The denoising loss of the critic on the student's pictures, written out."""
     fake = 0.9 * rng.normal("start", (1, 1, 1)).double()
-    t = built._noising(toys.PROCESS.times(rng.uniform("critic time")))
+    t = built._noising(toys.PROCESS.times(rng.uniform("critic time")), built.options.span)
     noise = rng.normal("critic noise", (1, 1, 1)).double()
     alpha, sigma = (v.view(-1, 1, 1, 1) for v in toys.SCHEDULE.alpha_sigma(t, torch.float64))
     return (critic(alpha * fake + sigma * noise, t, {}) - fake).square().mean()
@@ -167,7 +167,7 @@ def _generated(gains: Tensor, rng: Any) -> Tensor:
 
 
 def _noised(built: MatchingObjective, x: Tensor, purpose: str, rng: Any) -> tuple[Tensor, Tensor]:
-    t = built._noising(toys.PROCESS.times(rng.uniform("head time")))
+    t = built._noising(toys.PROCESS.times(rng.uniform("head time")), built.options.judged)
     alpha, sigma = (v.view(-1, 1, 1, 1) for v in toys.SCHEDULE.alpha_sigma(t, torch.float64))
     return alpha * x + sigma * rng.normal(purpose, (1, 1, 1)).double(), t
 
@@ -225,3 +225,5 @@ def test_a_weight_and_a_head_belong_together() -> None:
         MatchingOptions(steps=(8,), solver_steps=4)
     with pytest.raises(ValueError, match="alone must be at least 0"):
         MatchingOptions(alone=-1)
+    with pytest.raises(ValueError, match="judged must be"):
+        MatchingOptions(judged=(0.5, 0.5))
