@@ -33,6 +33,7 @@ from ldm.diffusion.process import Process
 from ldm.dist import compute_dtype
 from ldm.models.attention import sliced
 from ldm.models.latents import LatentCodec
+from ldm.models.layers import unchanging
 from ldm.models.prompts import count_chunks, encode_prompts
 from ldm.models.shipped import SHIPPED
 from ldm.models.text import TextTower, encode_texts
@@ -157,10 +158,11 @@ class TextToImage:
         return pipeline.to(device)
 
     def to(self, device: str | torch.device) -> TextToImage:
-        """Move all parts; returns itself."""
+        """Move all parts; returns itself. In half precision the U-Net's convolutions take channels_last."""
         self._device, self._offload = torch.device(device), False
         for module in (self.unet, self.codec.autoencoder, *self.text):
             module.to(device)
+        self.unet.to(memory_format=torch.contiguous_format if self.dtype == torch.float32 else torch.channels_last)
         return self
 
     def offload(self, device: str | torch.device) -> TextToImage:
@@ -188,8 +190,8 @@ class TextToImage:
 
         `mode` is torch.compile's; None takes CUDA graphs ("reduce-overhead") on a GPU, for which small batches wait.
         """
-        graphs = "reduce-overhead" if self._device.type == "cuda" else "default"
-        compiled = torch.compile(self.unet, fullgraph=True, mode=mode or graphs)
+        mode = mode or ("reduce-overhead" if self._device.type == "cuda" else "default")
+        compiled = torch.compile(self.unet, fullgraph=True, mode=mode)
 
         def call(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
             torch.compiler.cudagraph_mark_step_begin()
@@ -305,11 +307,10 @@ class TextToImage:
 
         `wrap` changes the guided denoiser; `given` is more that the U-Net is told, such as `inpainting` gives.
         """
-        shape = self.latent_shape(settings.size) if x is None else tuple(x.shape[1:])
-        device = self.device
+        shape, device = self.latent_shape(settings.size) if x is None else tuple(x.shape[1:]), self.device
         denoise = self.denoiser(settings, prompts)
         cond = self._cond(prompts, settings, prompts) | (given or {})
-        with self._used(self.unet), sliced(settings.queries):
+        with self._used(self.unet), sliced(settings.queries), unchanging(self.unet, settings.steps):
             return run_sampler(
                 settings.sampler,
                 denoise if wrap is None else wrap(denoise),
@@ -421,9 +422,8 @@ class TextToImage:
 
     def _warn_long(self, prompts: Sequence[str]) -> None:
         for cut in self.text[0].tokenizer.too_long(list(dict.fromkeys(prompts))):
-            warnings.warn(
-                f"prompt of {cut.tokens} tokens is longer than {cut.limit}; left out: {cut.cut!r}", stacklevel=3
-            )
+            message = f"prompt of {cut.tokens} tokens is longer than {cut.limit}; left out: {cut.cut!r}"
+            warnings.warn(message, stacklevel=3)
 
 
 def _adapted(folder: Path, device: str | torch.device, precision: str) -> TextToImage:

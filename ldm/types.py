@@ -8,7 +8,10 @@ from typing import Any
 from torch import Tensor
 
 Cond = dict[str, Tensor]
-"""Conditioning: "text" (B, T, D), "pooled" (B, P), "time_ids" (B, 6), "concat" (B, C', H, W), "class" (B,)."""
+"""Conditioning: "text" (B, T, D), "pooled" (B, P), "time_ids" (B, 6), "concat" (B, C', H, W), "class" (B,).
+
+"copies" (n, 0) is told by its shape alone: the B rows of x, t and all but the text are n times the same.
+"""
 
 Net = Callable[[Tensor, Tensor, Cond], Tensor]
 """(x (B, C, H, W), t (B,), cond) -> the network's raw output (B, C', H, W)."""

@@ -5,14 +5,21 @@ Legend: B batch, C channels, H height, W width, E width of the time embedding.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.models import winograd
 from ldm.models.attention import attention
 from ldm.models.frugal import norm_silu
+from ldm.models.winograd import Transforms
+
+CALLS = 4
+"""For fewer calls weights are not transformed, which takes about as long as a convolution."""
 
 
 class GroupNorm(nn.GroupNorm):
@@ -50,8 +57,11 @@ class Conv3x3(nn.Conv2d):
     """3x3 convolution with padding 1, on the CPU as one matrix product where the weights outweigh the pixels.
 
     A convolution reorders its weights at every call, which at the coarse levels of wide networks takes as long as
-    the products themselves (docs/log.md).
+    the products themselves (docs/log.md). Where weights stay the same for many calls (`unchanging`), wide ones are
+    transformed once and take 16 products instead of 36.
     """
+
+    transforms: Transforms | None = None
 
     @staticmethod
     def of(cin: int, cout: int) -> Conv3x3:
@@ -59,13 +69,16 @@ class Conv3x3(nn.Conv2d):
         return Conv3x3(cin, cout, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._product(x) if self._few_pixels(x) else super().forward(x)
+        if x.dtype == torch.float32 and plain_cpu(x):
+            if self.transforms is not None and not torch.is_grad_enabled() and winograd.pays(x, self.out_channels):
+                weights = self.transforms.of(self.weight)
+                if weights is not None:
+                    return winograd.convolve(x, weights, self.bias)
+            if self._few_pixels(x):
+                return self._product(x)
+        return super().forward(x)
 
     def _few_pixels(self, x: Tensor) -> bool:
-        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
-            return False
-        if torch.is_autocast_enabled("cpu"):
-            return False
         if self.kernel_size != (3, 3) or self.padding != (1, 1) or self.stride != (1, 1) or self.bias is None:
             return False
         return self.in_channels >= 256 and 4 * x.shape[0] * x.shape[2] * x.shape[3] <= self.in_channels
@@ -77,6 +90,20 @@ class Conv3x3(nn.Conv2d):
         assert self.bias is not None
         out = torch.addmm(self.bias[:, None], self.weight.flatten(1), columns)
         return out.view(-1, b, h, w).transpose(0, 1)
+
+
+@contextlib.contextmanager
+def unchanging(network: nn.Module, calls: int) -> Iterator[None]:
+    """Inside, the network is called so many times and its weights do not change: what helps there is made once."""
+    layers = [m for m in network.modules() if isinstance(m, Conv3x3)] if calls >= CALLS else []
+    kept = Transforms()
+    for layer in layers:
+        layer.transforms = kept
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.transforms = None
 
 
 class ResnetBlock(nn.Module):
@@ -140,8 +167,46 @@ class Upsample(nn.Module):
         self.conv = Conv3x3.of(channels, channels)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        if size is None and self._transposes(x):
+            return doubled_convolution(x, self.conv.weight, self.conv.bias)
         x = F.interpolate(x, scale_factor=2.0) if size is None else F.interpolate(x, size=size)
         return self.conv(x)
+
+    def _transposes(self, x: Tensor) -> bool:
+        """Where that is quicker: on the CPU, not in half precision, and not with few pixels under many weights."""
+        if type(self.conv) is not Conv3x3 or hooked(self.conv) or not plain_cpu(x):
+            return False  # a correction of the layer wants its own input, ZeRO 3 its weights gathered
+        return x.dtype == self.conv.weight.dtype and 2 * x[:, 0].numel() >= self.conv.in_channels
+
+
+_SPREAD = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+
+
+def doubled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The 3x3 convolution, padded by 1, of (B, C, H, W) doubled by nearest neighbours, as one transposed convolution.
+
+    Taps that fall on copies of one pixel are added beforehand: 4/9 of the products, and no doubled copy is kept.
+    """
+    spread = torch.einsum("ai,bj->ijab", _SPREAD, _SPREAD).reshape(9, 16).to(weight)
+    folded = (weight.flatten(2) @ spread).unflatten(-1, (4, 4)).transpose(0, 1)
+    return F.conv_transpose2d(x, folded, bias, stride=2, padding=1)
+
+
+def plain_cpu(x: Tensor) -> bool:
+    """Whether the CPU computes with x in float32 or float64, not compiled and not in a cast of its own."""
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        return False
+    return not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether something runs before or after the module: it has to be called then, not read."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def repeated(x: Tensor, rows: int) -> Tensor:
+    """x (B, ...) in turn until there are `rows`, a multiple of B; x itself if they are there."""
+    return x if x.shape[0] == rows else x.repeat(rows // x.shape[0], *[1] * (x.dim() - 1))
 
 
 class SpatialAttention(nn.Module):

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm.models.attention import attention, probabilities
 from ldm.models.frugal import geglu
-from ldm.models.layers import GroupNorm, pixels, tokens
+from ldm.models.layers import GroupNorm, pixels, repeated, tokens
 
 Control = Callable[[Tensor], Tensor]
 """Attention weights (B, H, N, T) -> weights to use instead; for editing and for pictures of the attention."""
@@ -93,8 +93,15 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, text: Tensor, kv: Tensor | None = None) -> Tensor:
-        """`kv` (B, T, 2C): the keys and values of the text, if they are known already."""
+        """`kv` (B, T, 2C): the keys and values of the text, if they are known already.
+
+        Of x the first rows of B will do where the others are copies: they part where they meet the text.
+        """
+        rows = len(text if kv is None else kv)
+        if self.attn1.control is not None:
+            x = repeated(x, rows)
         x = x + self._drop(self.attn1(self.norm1(x)))
+        x = repeated(x, rows)
         x = x + self._drop(self.attn2(self.norm2(x), text, kv))
         return x + self._drop(self.ff(self.norm3(x)))
 
@@ -129,7 +136,7 @@ class Transformer2D(nn.Module):
             h = checkpoint(block, h, text, own, use_reentrant=False) if again else block(h, text, own)
         size = x.shape[2:]
         h = pixels(self.proj_out(h), size) if self.linear else self.proj_out(pixels(h, size))
-        return x + h
+        return repeated(x, len(h)) + h
 
     def keys_values(self, text: Tensor) -> Tensor:
         """Keys and values of the text for every block's cross-attention, (B, T, 2C a block)."""

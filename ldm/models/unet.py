@@ -21,6 +21,7 @@ from ldm.models.layers import (
     Upsample,
     check_equal,
     check_groups,
+    repeated,
     sinusoid,
 )
 from ldm.models.transformer import Transformer2D
@@ -204,7 +205,8 @@ class Middle(nn.Module):
     def forward(self, x: Tensor, time: Tensor, text: Tensor, kv: Tensor | None) -> Tensor:
         x = self.resnets[0](x, time)
         for attend, resnet in zip(self.attentions, self.resnets[1:], strict=True):
-            x = resnet(attend(x, text, kv), time)
+            x = attend(x, text, kv)
+            x = resnet(x, repeated(time, len(x)))
         return x
 
 
@@ -295,27 +297,32 @@ class UNet(nn.Module):
 
         `cond`: "text" (B, T, D), or "kv" that `keys_values` made of it; "concat" (B, C'', H, W), added to the channels;
         "class" (B,) or (B, P); "pooled" (B, P) with "time_ids" (B, 6); "guidance" (B,), the w of w-conditioned models,
-        which is the guidance scale - 1.
+        which is the guidance scale - 1. "copies" (n, 0) tells that x, t and all but the text are n times the same rows,
+        as guidance has them: they are computed once up to the first cross-attention.
         """
+        rows = x.shape[0]
         x, skips, time, text, known = self._halfway(x, t, cond)
         for stage in cast("Iterable[Stage]", self.up_blocks):
             for i in range(len(stage.resnets)):
                 kv = None if stage.attentions is None else next(known)
-                x = self._run(stage.step, i, torch.cat([x, skips.pop()], dim=1), time, text, kv)
+                x = torch.cat([x, repeated(skips.pop(), len(x))], dim=1)
+                x = self._run(stage.step, i, x, repeated(time, len(x)), text, kv)
             if stage.upsamplers is not None:
                 h, w = skips[-1].shape[2:]
                 even = (h, w) == (2 * x.shape[2], 2 * x.shape[3])
                 x = stage.upsamplers[0](x, None if even else (h, w))
-        return self.conv_out(self.conv_norm_out(x))
+        return repeated(self.conv_out(self.conv_norm_out(x)), rows)
 
     def middle(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """What `forward` has in its middle, (B, C, h, w): features for a classifier; the second half does not run."""
-        return self._halfway(x, t, cond)[0]
+        return repeated(self._halfway(x, t, cond)[0], x.shape[0])
 
     def _halfway(
         self, x: Tensor, t: Tensor, cond: Cond
     ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Iterator[Tensor | None]]:
         """(middle features, skips, activated time embedding, text, what is known of the rest's keys and values)."""
+        if "copies" in cond:
+            x, t, cond = _once(x, t, cond)
         if "concat" in cond:
             x = torch.cat([x, cond["concat"].to(x.dtype)], dim=1)
         if x.shape[1] != self.config.in_channels:
@@ -327,12 +334,14 @@ class UNet(nn.Module):
         skips = [x]
         for stage in cast("Iterable[Stage]", self.down_blocks):
             for i in range(len(stage.resnets)):
-                x = self._run(stage.step, i, x, time, text, None if stage.attentions is None else next(known))
+                kv = None if stage.attentions is None else next(known)
+                x = self._run(stage.step, i, x, repeated(time, len(x)), text, kv)
                 skips.append(x)
             if stage.downsamplers is not None:
                 x = stage.downsamplers[0](x)
                 skips.append(x)
-        x = self._run(self.mid_block, x, time, text, next(known) if len(self.mid_block.attentions) else None)
+        kv = next(known) if len(self.mid_block.attentions) else None
+        x = self._run(self.mid_block, x, repeated(time, len(x)), text, kv)
         return x, skips, time, text, known
 
     def transformers(self) -> list[Transformer2D]:
@@ -394,6 +403,12 @@ class UNet(nn.Module):
         if self.recompute and self.training and torch.is_grad_enabled():
             return checkpoint(step, *args, use_reentrant=False)  # type: ignore[return-value]
         return step(*args)
+
+
+def _once(x: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Cond]:
+    """The first of the equal parts, with the text of all."""
+    rows = x.shape[0] // cond["copies"].shape[0]
+    return x[:rows], t[:rows], {k: v if k in ("text", "kv") else v[:rows] for k, v in cond.items() if k != "copies"}
 
 
 def granularity(on: bool | Granularity) -> Granularity:

@@ -19,6 +19,9 @@ from ldm.types import Cond, Denoise
 GUIDES = ("cfg", "projected", "perpendicular")
 
 
+_TEXT = {"text", "kv"}
+
+
 def check_guide(kind: str, rescale: float, interval: tuple[float, float] | None) -> None:
     """Raise ValueError for an unknown kind, a rescale that it has not, or an interval that is not two shares of T."""
     if kind not in GUIDES:
@@ -38,9 +41,12 @@ def together(denoise: Denoise, x: Tensor, t: Tensor, conds: list[Cond]) -> list[
     """The estimate under each conditioning from one call of len(conds) times the batch.
 
     The first is the whole one: the others may have batch 1, and take from it the keys that they lack (sizes, a mask).
+    Where only texts differ, "copies" (len(conds), 0) says so to networks that compute equal rows once.
     """
     whole, count = conds[0], x.shape[0]
     merged = {}
+    if all(cond.keys() <= _TEXT for cond in conds[1:]):
+        merged["copies"] = x.new_empty(len(conds), 0)
     for key, value in whole.items():
         rows = [cond.get(key, value).to(value) for cond in conds]
         for row in rows:

@@ -55,6 +55,20 @@ def test_a_learned_variance_stays_the_prompts_own():
     assert network.batches == [6]
 
 
+def test_rows_that_differ_in_more_than_their_text_are_not_called_copies():
+    network, (x, cond, uncond, negative) = Network(), parts()
+    seen = []
+
+    def net(x, t, c):
+        seen.append(c["copies"].shape[0] if "copies" in c else 1)
+        return network(x, t, c)
+
+    perpendicular(net, uncond, negative, 2.0)(x, T, cond)
+    sizes = {"time_ids": torch.zeros(1, 6)}
+    classifier_free(net, {**uncond, **sizes}, 2.0)(x, T, {**cond, "time_ids": torch.ones(3, 6)})
+    assert seen == [3, 1]
+
+
 def test_scale_1_costs_nothing():
     network, (_, _, uncond, _) = Network(), parts()
     assert classifier_free(network, uncond, 1.0) is network
@@ -84,6 +98,7 @@ def test_sizes_of_the_prompt_serve_the_empty_one():
         return x
 
     classifier_free(net, uncond, 2.0)(x, T, {**cond, "time_ids": torch.arange(18.0).view(3, 6)})
+    assert seen["copies"].shape == (2, 0)
     assert torch.equal(seen["time_ids"], torch.arange(18.0).view(3, 6).repeat(2, 1))
     with pytest.raises(ValueError, match=r"cond 'text' has batch 2, expected 1 or 3"):
         classifier_free(net, {"text": torch.zeros(2, 2)}, 2.0)(x, T, cond)
