@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 RATIOS = {
     "step": {"result": ["trainer / bare", "engine / objective", "EMA / trainer", "log row / trainer"]},
     "ranks": {"result": ["ZeRO 2 / DDP"]},
-    "unet": {"training": ["ldm / diffusers"], "sampling": ["ldm sampling / diffusers sampling"]},
+    "unet": {"training": ["ldm / diffusers"], "forward": ["ldm forward / diffusers forward"]},
     "finetune": {"lora": ["diffusers script / ldm"], "dreambooth": ["diffusers cached / ldm"]},
     "encoding": {"result": ["online input / cached input", "online step / cached step"]},
     "data": {"result": ["webdataset, 0 workers / loader, 0 workers", "by hand, 1 thread / loader, 0 workers"]},
@@ -53,7 +53,7 @@ def test_runs_quickly(name: str, tmp_path: Path) -> None:
     written = json.loads((tmp_path / f"{name}.json").read_text())
     assert written["machine"]["threads"] == 1
     if name == "unet":
-        for case in ("forward", "sampling", "training"):
+        for case in ("forward", "sampling", "training", "sampling bf16", "training bf16"):
             own = written["result"]["as they come"][case]
             assert 0 < own["ratios"]["processor, ldm / diffusers"]["median"] < math.inf
             assert set(own["faults"]) == {"ldm", "diffusers"}
