@@ -75,7 +75,7 @@ def student(export: Path, folder: Path = ASSETS / "emoji_lcm") -> None:
         (folder / name).chmod(0o644)
     config = export.parent / "config.yaml"
     if config.is_file() and folder.parent == ASSETS:
-        shutil.copyfile(config, ASSETS / "made_by" / "lcm_lora_emoji.yaml")
+        shutil.copyfile(config, ASSETS / "made_by" / f"{load_run(config).name}.yaml")
     report()
 
 

@@ -144,6 +144,9 @@ def test_compiles_without_a_break(train: bool) -> None:
         given = {"text": text} if train else {"kv": net.keys_values(text)}
         out, wanted = whole(x, t, given), net(x, t, {"text": text})
         torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
+        both, copies = {"text": torch.cat([text, text + 1])}, {"copies": torch.empty(2, 0)}
+        x, t = torch.cat([x, x]), torch.cat([t, t])
+        torch.testing.assert_close(whole(x, t, both | copies), net(x, t, both), rtol=1e-4, atol=1e-5)
     if train:
         parameters = list(net.parameters())
         ours, theirs = (torch.autograd.grad(f.square().sum(), parameters) for f in (out, wanted))
