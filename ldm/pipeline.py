@@ -31,7 +31,7 @@ from ldm.checkpoint.schedulers import scheduler_from_diffusers
 from ldm.data.grid import to_pil
 from ldm.diffusion.process import Process
 from ldm.dist import compute_dtype
-from ldm.models.attention import sliced
+from ldm.models.attention import choose, sliced
 from ldm.models.latents import LatentCodec
 from ldm.models.layers import unchanging
 from ldm.models.prompts import count_chunks, encode_prompts
@@ -190,6 +190,7 @@ class TextToImage:
 
         `mode` is torch.compile's; None takes CUDA graphs ("reduce-overhead") on a GPU, for which small batches wait.
         """
+        choose(self._device)
         mode = mode or ("reduce-overhead" if self._device.type == "cuda" else "default")
         compiled = torch.compile(self.unet, fullgraph=True, mode=mode)
 
@@ -440,11 +441,7 @@ def _adapted(folder: Path, device: str | torch.device, precision: str) -> TextTo
 
 def _counted(progress: Progress, before: int, total: int) -> StepProgress:
     """A solver's callback that counts the steps of all batches."""
-
-    def step(i: int, _: Tensor) -> None:
-        progress(before + i + 1, total)
-
-    return step
+    return lambda i, _: progress(before + i + 1, total)
 
 
 __all__ = ["SAMPLERS", "Progress", "Settings", "TextToImage"]

@@ -71,7 +71,7 @@ def sliced(queries: int | None) -> Iterator[None]:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for q (B, T, H, D), k and v (B, S, H, D), mask (B or 1, H or 1, T, S) added or bool.
 
-    Returns (B, T, H, D). A boolean mask is True where a key is seen.
+    Returns (B, T, H, D). A boolean mask is True where a key is seen. Compiled before any choice it is SDPA.
     """
     if _slice is not None and q.shape[1] > _slice:
         masks = [mask] * q.shape[1] if mask is None else mask.split(_slice, dim=2)
@@ -80,7 +80,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    backend = _chosen.get(q.device.type) or choose(q.device)
+    backend = _chosen.get(q.device.type) or ("sdpa" if torch.compiler.is_compiling() else choose(q.device))
     if backend == "xformers":
         bias = None if mask is None else _bias(mask, q).expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
         return _xformers.memory_efficient_attention(q, k, v, attn_bias=bias)
