@@ -31,7 +31,7 @@ from ldm.checkpoint.schedulers import scheduler_from_diffusers
 from ldm.data.grid import to_pil
 from ldm.diffusion.process import Process
 from ldm.dist import compute_dtype
-from ldm.models.attention import choose, sliced
+from ldm.models.attention import sliced
 from ldm.models.latents import LatentCodec
 from ldm.models.layers import unchanging
 from ldm.models.prompts import count_chunks, encode_prompts
@@ -188,11 +188,10 @@ class TextToImage:
     def compile(self, mode: str | None = None) -> TextToImage:
         """Compile the U-Net whole at its first call for each shape (minutes on a CPU); returns itself.
 
-        `mode` is torch.compile's; None takes CUDA graphs ("reduce-overhead") on a GPU, for which small batches wait.
+        `mode` is torch.compile's; None takes CUDA graphs on a GPU, for which small batches wait.
         """
-        choose(self._device)
-        mode = mode or ("reduce-overhead" if self._device.type == "cuda" else "default")
-        compiled = torch.compile(self.unet, fullgraph=True, mode=mode)
+        graphs = "reduce-overhead" if self._device.type == "cuda" else "default"
+        compiled = torch.compile(self.unet, fullgraph=True, mode=mode or graphs)
 
         def call(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
             torch.compiler.cudagraph_mark_step_begin()
@@ -243,7 +242,6 @@ class TextToImage:
 
         Raises ValueError for a keyword or a value that `Settings` does not have.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
         try:
@@ -251,7 +249,8 @@ class TextToImage:
         except TypeError as error:
             allowed = sorted(Settings.__dataclass_fields__)
             raise ValueError(f"{sorted(set(settings) - set(allowed))}: unknown; allowed are {allowed}") from error
-        return to_pil(self.sample([p for p in prompts for _ in range(count)], settings=chosen))
+        repeated = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(count)]
+        return to_pil(self.sample(repeated, settings=chosen))
 
     @torch.no_grad()
     def sample(
@@ -441,7 +440,11 @@ def _adapted(folder: Path, device: str | torch.device, precision: str) -> TextTo
 
 def _counted(progress: Progress, before: int, total: int) -> StepProgress:
     """A solver's callback that counts the steps of all batches."""
-    return lambda i, _: progress(before + i + 1, total)
+
+    def step(i: int, _: Tensor) -> None:
+        progress(before + i + 1, total)
+
+    return step
 
 
 __all__ = ["SAMPLERS", "Progress", "Settings", "TextToImage"]
