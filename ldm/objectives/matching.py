@@ -106,6 +106,7 @@ class MatchingObjective(Objective):
         self._paths = [_path(schedule, n, options.solver_steps) for n in options.steps]
         self._dtype = torch.int64 if schedule.discrete else torch.float32
         self._step = 0
+        self._told: Metrics = {}
 
     def forward(self, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
         """Mean over the micro-batch; all ranks make the same number of calls, as ZeRO 3 needs."""
@@ -129,9 +130,10 @@ class MatchingObjective(Objective):
         if turn:
             direction = self._direction(fake.detach(), cond, w, rng)
             total = total + 0.5 * (fake - (fake - direction).detach()).square().flatten(1).mean(1)
-            metrics["direction"] = direction.square().flatten(1).mean(1).sqrt().mean()
+            self._told = {"direction": direction.square().flatten(1).mean(1).sqrt().mean()}
         else:  # every stage of ZeRO wants a gradient of every weight: zeros, by way of one picture
             total = total + 0.0 * self._generate(x[:1], t[:1], {k: v[:1] for k, v in told.items()}).mean()
+        metrics |= self._told  # of the last turn: the log's steps may all lie between turns
         if self._logits is not None:
             judged, metrics["head_right"] = self._judged(real, fake, cond, rng)
             total = total + self.options.head * judged
@@ -140,7 +142,8 @@ class MatchingObjective(Objective):
     @property
     def turn(self) -> bool:
         """Whether the student learns in this step; on all ranks alike."""
-        return self._step >= self.options.alone and (self._step + 1) % self.options.every == 0
+        done = self._step - self.options.alone
+        return done >= 0 and done % self.options.every == 0
 
     def _judged(self, real: Tensor, fake: Tensor, cond: Cond, rng: Rng) -> tuple[Tensor, Tensor]:
         """(the head's loss (B,), its share of right answers); the student's gradient comes by `turned`.

@@ -206,7 +206,7 @@ def test_the_adversarial_gradients_are_those_of_the_two_losses_written_out() -> 
 
 def test_between_its_turns_the_student_is_not_pulled_and_the_head_still_learns() -> None:
     built, net, head = judged(torch.full((100,), 0.8, dtype=torch.float64), every=3)
-    built.after_step(0)
+    built.after_step(1)
     loss, metrics = built(*toys.batch(16))
     loss.backward()
     assert net.gains.grad is not None
