@@ -202,5 +202,5 @@ def test_with_a_lora_the_teacher_and_the_critic_have_none_of_its_corrections() -
     assert isinstance(objective, MatchingObjective)
     assert student.critic is not None
     assert torch.equal(objective._teacher.estimator.net(x, t, cond), plain)
-    assert torch.equal(student.critic.net(x, t, cond), plain)
+    assert torch.allclose(student.critic.net(x, t, cond), plain, atol=1e-6)  # its own copy, elsewhere in memory
     assert not torch.allclose(student.own.net(x, t, cond), plain)
