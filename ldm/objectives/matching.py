@@ -183,15 +183,15 @@ class MatchingObjective(Objective):
         path = (rng.uniform("path") * len(self._paths)).long().clamp(max=len(self._paths) - 1)
         step = (rng.uniform("step") * lengths[path]).long().minimum(lengths[path] - 1)
         visited = torch.tensor(padded, dtype=self._dtype)[path].to(self.device)
-        x, step = rng.normal("start", shape).to(self.device), step.to(self.device)
+        x = rng.normal("start", shape).to(self.device)
         for k in range(longest - 1):
-            rows = (step > k).nonzero().flatten()
-            asked = rows if len(rows) else torch.zeros(1, dtype=torch.int64, device=x.device)  # all ranks ask
+            rows = (step > k).nonzero().flatten()  # found on the CPU, which needs no waiting
+            asked = (rows if len(rows) else torch.zeros(1, dtype=torch.int64)).to(x.device)  # all ranks ask
             now, after = visited[asked, k], visited[asked, k + 1]
             x0 = self._generate(x[asked], now, {name: value[asked] for name, value in cond.items()})
             moved = place(schedule, x0, rng.normal(f"step {k}", shape).to(x)[asked], after).to(x.dtype)
-            x = x.index_put((rows,), moved[: len(rows)])
-        return x, visited.gather(1, step[:, None])[:, 0]
+            x = x.index_put((asked[: len(rows)],), moved[: len(rows)])
+        return x, visited.gather(1, step[:, None].to(x.device))[:, 0]
 
     @torch.no_grad()
     def _direction(self, fake: Tensor, cond: Cond, w: Tensor, rng: Rng) -> Tensor:
