@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import parts
+from bench.__main__ import main
 from bench.timing import Options, Spread, interleaved, report
 from ldm.config.load import encode
 from ldm.models.presets import UNETS
@@ -291,4 +292,7 @@ def run(options: Options) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(one_peak(sys.argv[1], sys.argv[2], sys.argv[3] == "1"))
+    if len(sys.argv) == 4 and sys.argv[2] in ("ldm", "diffusers"):
+        print(one_peak(sys.argv[1], sys.argv[2], sys.argv[3] == "1"))
+    else:
+        sys.exit(main(["unet", *sys.argv[1:]]))
