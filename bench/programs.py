@@ -9,6 +9,7 @@ network in bfloat16 for sampling, autocast for training.
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -37,19 +38,21 @@ HALF = torch.bfloat16
 def our_sampling(ours: UNet, x: Tensor, text: Tensor, steps: int, half: bool = False) -> Callable[[], Tensor]:
     """Guided DDIM, trailing times, as our pipeline runs it."""
     process = Process(schedule=Discrete(), prediction=Epsilon())
-    if half:
-        ours = copy.deepcopy(ours).to(memory_format=torch.channels_last)
+
+    @functools.cache  # SD's weights several times over only where they are asked for
+    def network() -> UNet:
+        return copy.deepcopy(ours).to(memory_format=torch.channels_last) if half else ours
 
     def call(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         with torch.autocast("cpu", HALF, enabled=half):
-            return ours(x, t, cond)
+            return network()(x, t, cond)
 
     @torch.no_grad()
     def draw() -> Tensor:
         with torch.autocast("cpu", HALF, enabled=half):
-            known, empty = ({"kv": ours.keys_values(v)} for v in (text, torch.zeros_like(text[:1])))
+            known, empty = ({"kv": network().keys_values(v)} for v in (text, torch.zeros_like(text[:1])))
         denoise = classifier_free(process.denoiser(call), empty, GUIDANCE)
-        with unchanging(ours, steps):
+        with unchanging(network(), steps):
             return sample(
                 "ddim", denoise, x, known, schedule=process.schedule, steps=steps, eta=0.0, spacing="trailing",
                 noise=lambda i: torch.zeros_like(x),
@@ -68,7 +71,11 @@ def their_sampling(theirs: nn.Module, x: Tensor, text: Tensor, steps: int, half:
     )  # fmt: skip
     states = torch.cat([torch.zeros_like(text), text])
     if half:
-        theirs, states, x = copy.deepcopy(theirs).to(HALF), states.to(HALF), x.to(HALF)
+        states, x = states.to(HALF), x.to(HALF)
+
+    @functools.cache
+    def network() -> nn.Module:
+        return copy.deepcopy(theirs).to(HALF) if half else theirs
 
     @torch.no_grad()
     def draw() -> Tensor:
@@ -76,7 +83,7 @@ def their_sampling(theirs: nn.Module, x: Tensor, text: Tensor, steps: int, half:
         latents = x * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
             given = scheduler.scale_model_input(torch.cat([latents] * 2), t)
-            uncond, cond = theirs(given, t, encoder_hidden_states=states, return_dict=False)[0].chunk(2)
+            uncond, cond = network()(given, t, encoder_hidden_states=states, return_dict=False)[0].chunk(2)
             latents = scheduler.step(uncond + GUIDANCE * (cond - uncond), t, latents, return_dict=False)[0]
         return latents
 

@@ -201,6 +201,13 @@ class Cluster:
             if not (self.root / f"{node}.pid").exists():
                 self.boot(node)
         until(self._is_idle, 120, lambda: f"not idle: {self.run('sinfo', '-h', '-N', '-o', '%N %T %E')}")
+        until(self._starts_steps, 60, lambda: f"srun does not reach every one of {self.nodes}")
+
+    def _starts_steps(self) -> bool:
+        """Whether a step starts on every node: a node that has just come back may be idle and not yet reached."""
+        nodes = str(len(self.nodes))
+        told = self.run("srun", "-p", "main", "-N", nodes, "-t", "1", "--immediate=10", "hostname", check=False)
+        return len(told.split()) == len(self.nodes)
 
     def _is_idle(self) -> bool:
         """Whether all nodes are; those that SLURM gave up on (a process was slow to die) are taken back."""
