@@ -68,7 +68,10 @@ class Conv3x3(nn.Conv2d):
         """One from `cin` to `cout` channels. The constructor is Conv2d's, as PEFT expects of a layer's class."""
         return Conv3x3(cin, cout, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, halved: Tensor | None = None) -> Tensor:
+        """`halved` is what x doubles, by nearest neighbours, where that is to be used instead."""
+        if halved is not None:
+            return doubled_convolution(halved, self.weight, self.bias)
         if x.dtype == torch.float32 and plain_cpu(x):
             if self.transforms is not None and not torch.is_grad_enabled() and winograd.pays(x, self.out_channels):
                 weights = self.transforms.of(self.weight)
@@ -167,16 +170,17 @@ class Upsample(nn.Module):
         self.conv = Conv3x3.of(channels, channels)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        if size is None and self._transposes(x):
-            return doubled_convolution(x, self.conv.weight, self.conv.bias)
-        x = F.interpolate(x, scale_factor=2.0) if size is None else F.interpolate(x, size=size)
-        return self.conv(x)
+        if size is not None or not self._transposes(x):
+            return self.conv(F.interpolate(x, scale_factor=2.0) if size is None else F.interpolate(x, size=size))
+        if hooked(self.conv):  # a correction of the layer wants its own input, ZeRO 3 its weights gathered
+            return self.conv(F.interpolate(x, scale_factor=2.0), x)
+        return doubled_convolution(x, self.conv.weight, self.conv.bias)
 
     def _transposes(self, x: Tensor) -> bool:
         """Where that is quicker: on the CPU, not in half precision, and not with few pixels under many weights."""
-        if type(self.conv) is not Conv3x3 or hooked(self.conv) or not plain_cpu(x):
-            return False  # a correction of the layer wants its own input, ZeRO 3 its weights gathered
-        return x.dtype == self.conv.weight.dtype and 2 * x[:, 0].numel() >= self.conv.in_channels
+        if type(self.conv) is not Conv3x3 or not plain_cpu(x):
+            return False
+        return 2 * x[:, 0].numel() >= self.conv.in_channels
 
 
 _SPREAD = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
