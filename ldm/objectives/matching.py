@@ -119,11 +119,8 @@ class MatchingObjective(Objective):
         with torch.set_grad_enabled(turn):
             fake = self._generate(x, t, told)
         process = self._critic.process
-        late, noise = (
-            self._noising(process.times(rng.uniform("critic time")), self.options.span),
-            rng.normal("critic noise", shape),
-        )
-        noise = noise.to(fake)
+        late = self._noising(process.times(rng.uniform("critic time")), self.options.span)
+        noise = rng.normal("critic noise", shape).to(fake)
         out = self._critic.out(process.add_noise(fake.detach(), noise, late), late, cond)
         critic = process.loss(out, fake.detach(), noise, late)
         total, metrics = self.options.critic * critic, {"critic": critic.detach().mean()}

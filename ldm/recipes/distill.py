@@ -23,14 +23,13 @@ from ldm.checkpoint.students import few_steps
 from ldm.data.mixture import Data, with_caches
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.process import Process
-from ldm.models.discriminator import MiddleHead
+from ldm.models.discriminator import MiddleHead, PatchHead
 from ldm.models.shipped import SHIPPED, locate
 from ldm.models.unet import Granularity, UNet
 from ldm.objectives import Objective
 from ldm.objectives.consistency import ConsistencyObjective, ConsistencyOptions
 from ldm.objectives.inputs import Feed, LatentFeed
 from ldm.objectives.matching import Logits, MatchingObjective, MatchingOptions
-from ldm.objectives.patches import PatchHead
 from ldm.objectives.progressive import ProgressiveObjective, ProgressiveOptions
 from ldm.objectives.teacher import Estimator, Target, Teacher
 from ldm.objectives.trajectory import TrajectoryObjective, TrajectoryOptions
