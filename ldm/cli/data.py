@@ -188,7 +188,7 @@ def _encode(args: argparse.Namespace) -> int:
     from ldm.allocator import keep_freed_memory
     from ldm.data.encode import EncodeConfig, encode, finish, missing
     from ldm.models.latents import LatentCodec
-    from ldm.recipes.sources import load_autoencoder, load_towers, text_encoder, weights_hash
+    from ldm.recipes.sources import cache_hashes, load_autoencoder, load_towers, text_encoder
 
     if args.vae is None and args.text is None:
         raise ValueError("nothing to encode: give --vae, --text or both")
@@ -210,12 +210,12 @@ def _encode(args: argparse.Namespace) -> int:
     if args.vae is not None:
         autoencoder = load_autoencoder(args.vae).to(device)
         codec = LatentCodec.of(autoencoder)
-        hashes["vae"] = weights_hash(autoencoder)
+        hashes |= cache_hashes(autoencoder)
         moments = codec.moments
     if args.text is not None:
         towers = [tower.to(device) for tower in load_towers(args.text)]
         encode_text = text_encoder(towers)
-        hashes["text"] = weights_hash(*towers)
+        hashes |= cache_hashes(towers=towers)
         text = lambda texts: dict(encode_text(texts))  # noqa: E731
     with _Progress("pictures") as progress:
         encode(
