@@ -178,6 +178,8 @@ def _inspect(args: argparse.Namespace) -> int:
         )
     for key in ("samples", "looked_at", "bad", "formats", "width", "height", "aspect", "caption_words"):
         print(f"{key.replace('_', ' ')}: {summary[key]}")
+    for bucket, count in summary["buckets"].items():
+        print(f"bucket {bucket}: {count} pictures")
     print(f"look-alike groups: {summary['look_alike_groups']}")
     print(f"page: {out / 'index.html'}   contact sheet: {out / 'contact.png'}")
     return 0

@@ -127,7 +127,7 @@ def metadata(members: dict[str, bytes]) -> dict[str, Any]:
         return {}
     try:
         tree = json.loads(str(members["json"].removeprefix(codecs.BOM_UTF8), "utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise BadSample("bad_json", str(error)) from error
     if not isinstance(tree, dict):
         raise BadSample("bad_json", f"expected keys and values, got {type(tree).__name__}")
