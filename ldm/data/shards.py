@@ -17,10 +17,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from ldm.data.decode import BadSample
-from ldm.data.manifest import Manifest, Shard
+from ldm.data.manifest import Manifest, Shard, printable
 from ldm.data.offsets import Index, index_of
 from ldm.data.remote import Remote, RemoteConfig, RemoteDamage, RemoteError, ShardCache, is_remote, join
 from ldm.data.scan import scan
@@ -324,7 +323,9 @@ class Shards:
                 index = Index.read(Path(place))
             else:
                 raise ValueError(f"shard {name!r} has no index {place!r}")
-        except (ValueError, RemoteDamage) as error:
+        except ValueError as error:
+            if isinstance(error, RemoteError) and not isinstance(error, RemoteDamage):
+                raise
             if is_remote(name):
                 raise BadSample("no_index", str(error)) from error
             index = _scanned(name)
@@ -372,8 +373,9 @@ class Shards:
 
 
 def say(message: str) -> None:
-    """Print a line to standard error, above a progress bar."""
-    tqdm.write(message, file=sys.stderr)
+    """Print a line to standard error, on whatever rank: it is about what this process met."""
+    sys.stderr.write(printable(message) + "\n")
+    sys.stderr.flush()
 
 
 def _scanned(name: str) -> Index:
