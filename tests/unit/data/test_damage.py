@@ -232,11 +232,14 @@ def test_a_full_disk_leaves_no_part_of_a_tar(tmp_path: Path, monkeypatch: pytest
 
     for number, place in enumerate(("write", "end")):
         folder = tmp_path / str(number)
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):  # noqa: PT012
-            with ShardWriter(folder, "train") as writer:
-                writer.add("a", {"png": b"x" * 2000})
-                if place == "write":
-                    patch.setattr(tarfile.TarFile, "addfile", full)
-                patch.setattr(os, "replace", full)
-                writer.add("b", {"png": b"y"})
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(OSError, match="No space left"),  # noqa: PT012
+            ShardWriter(folder, "train") as writer,
+        ):
+            writer.add("a", {"png": b"x" * 2000})
+            if place == "write":
+                patch.setattr(tarfile.TarFile, "addfile", full)
+            patch.setattr(os, "replace", full)
+            writer.add("b", {"png": b"y"})
         assert not [p for p in folder.iterdir() if not p.name.endswith(".index")]
