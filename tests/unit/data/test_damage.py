@@ -227,19 +227,19 @@ def test_a_cut_cache_is_replaced_then_mended_by_the_same_encoding(
 def test_a_full_disk_leaves_no_part_of_a_tar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether it is full in the midst or at the end."""
 
-    def full(*_: object) -> None:
-        raise OSError(28, os.strerror(28))
-
     for number, place in enumerate(("write", "end")):
         folder = tmp_path / str(number)
-        with (
-            monkeypatch.context() as patch,
-            pytest.raises(OSError, match="No space left"),  # noqa: PT012
-            ShardWriter(folder, "train") as writer,
-        ):
-            writer.add("a", {"png": b"x" * 2000})
-            if place == "write":
-                patch.setattr(tarfile.TarFile, "addfile", full)
-            patch.setattr(os, "replace", full)
-            writer.add("b", {"png": b"y"})
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+            fill(folder, patch, "addfile" if place == "write" else "close")
         assert not [p for p in folder.iterdir() if not p.name.endswith(".index")]
+
+
+def fill(folder: Path, patch: pytest.MonkeyPatch, what: str) -> None:
+    with ShardWriter(folder, "train") as writer:
+        writer.add("a", {"png": b"x" * 2000})
+        patch.setattr(tarfile.TarFile, what, full)
+        writer.add("b", {"png": b"y"})
+
+
+def full(*_: object) -> None:
+    raise OSError(28, os.strerror(28))
