@@ -285,12 +285,10 @@ def _drawn(
 
 def _bar(total: int) -> Any:
     """Steps of all batches, on rank 0; the ranks advance alike."""
-    from tqdm import tqdm
-
     from ldm import dist
+    from ldm.progress import Bar
 
-    total = -(-total // dist.world_size())
-    return tqdm(unit=" step", desc="drawing", total=total, disable=True if dist.rank() else None)
+    return Bar("drawing", "steps", -(-total // dist.world_size()))
 
 
 def _protocol(args: argparse.Namespace, what: str, count: int) -> dict[str, Any]:

@@ -84,11 +84,10 @@ def main(argv: list[str]) -> int:
     if args.size is not None and len(args.size) > 2:
         raise ValueError(f"--size: expected one or two numbers, got {args.size}")
 
-    from tqdm import tqdm
-
     from ldm import dist
     from ldm.data.grid import sheet, to_pil
     from ldm.pipeline import TextToImage
+    from ldm.progress import Bar
 
     settings = _settings(args, None)  # refuses before anything is loaded
     pipeline = TextToImage.load(args.model, device=args.device or dist.device(), precision=args.precision)
@@ -100,16 +99,10 @@ def main(argv: list[str]) -> int:
     if args.compile:
         pipeline.compile()
     each = [p for p in prompts for _ in range(args.count)]
-    meter = tqdm(unit="step", desc="sampling", leave=False, disable=None)  # disable=None: no bar where no terminal is
-    with warnings.catch_warnings(record=True) as caught, meter as bar:
+    with warnings.catch_warnings(record=True) as caught, Bar("sampling", "steps", leave=False) as bar:
         warnings.simplefilter("always", UserWarning)
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
         guide = _guide(pipeline, args.clip, args.clip_guidance)
-        pictures = to_pil(pipeline.sample(each, settings=settings, progress=progress, guide=guide))
+        pictures = to_pil(pipeline.sample(each, settings=settings, progress=bar.to, guide=guide))
     for line in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)):
         print(f"ldm sample: {line}", file=sys.stderr)
     record = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in _NOT_SETTINGS}
