@@ -59,9 +59,7 @@ def main(args: argparse.Namespace) -> int:
     guidance = tuple(_number("guidance", v, float) for v in _words("guidance", args.guidance))
     clips = tuple(_number("clip-guidance", v, float) for v in _words("clip-guidance", args.clip_guidance))
 
-    from tqdm import tqdm
-
-    from ldm import dist
+    from ldm import dist, progress
     from ldm.checkpoint.files import write_text
     from ldm.pipeline import TextToImage
     from ldm.recipes import measure, quality
@@ -86,15 +84,8 @@ def main(args: argparse.Namespace) -> int:
         return TextToImage.load(source, device=device, precision=args.precision)
 
     table = quality.Table(args.out, judge, load, batch=args.batch, precision=args.precision)
-    with tqdm(unit=" step", desc="drawing", disable=True if dist.rank() else None, leave=False) as bar:
-
-        def progress(done: int, total: int) -> None:  # of one batch
-            if done < bar.n:
-                bar.reset()
-            bar.total = total
-            bar.update(done - bar.n)
-
-        rows = table.run(plan, tqdm.write, progress)
+    with progress.Bar("drawing a batch", "steps", leave=False) as bar:
+        rows = table.run(plan, progress.line, bar.to)
     if dist.rank():
         return 0
     write_text(args.out / TABLE, quality.markdown(rows))

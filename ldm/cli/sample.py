@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.cli.options import Parser
+
 if TYPE_CHECKING:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
@@ -19,12 +21,11 @@ if TYPE_CHECKING:
     from ldm.pipeline import Guide, Settings, TextToImage
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Options of the verb; their names are those of diffusers' and CompVis' scripts where they have one."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="ldm sample",
         description="Draw pictures of prompts. The same seed gives the same pictures whatever the batch size.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("prompts", nargs="*", metavar="PROMPT", help='what to draw, such as "a red apple"')
     p.add_argument("--from-file", type=Path, metavar="FILE", help="one prompt a line, instead or besides")
@@ -84,11 +85,10 @@ def main(argv: list[str]) -> int:
     if args.size is not None and len(args.size) > 2:
         raise ValueError(f"--size: expected one or two numbers, got {args.size}")
 
-    from tqdm import tqdm
-
     from ldm import dist
     from ldm.data.grid import sheet, to_pil
     from ldm.pipeline import TextToImage
+    from ldm.progress import Bar
 
     settings = _settings(args, None)  # refuses before anything is loaded
     pipeline = TextToImage.load(args.model, device=args.device or dist.device(), precision=args.precision)
@@ -100,16 +100,10 @@ def main(argv: list[str]) -> int:
     if args.compile:
         pipeline.compile()
     each = [p for p in prompts for _ in range(args.count)]
-    meter = tqdm(unit="step", desc="sampling", leave=False, disable=None)  # disable=None: no bar where no terminal is
-    with warnings.catch_warnings(record=True) as caught, meter as bar:
+    with warnings.catch_warnings(record=True) as caught, Bar("sampling", "steps", leave=False) as bar:
         warnings.simplefilter("always", UserWarning)
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
         guide = _guide(pipeline, args.clip, args.clip_guidance)
-        pictures = to_pil(pipeline.sample(each, settings=settings, progress=progress, guide=guide))
+        pictures = to_pil(pipeline.sample(each, settings=settings, progress=bar.to, guide=guide))
     for line in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)):
         print(f"ldm sample: {line}", file=sys.stderr)
     record = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in _NOT_SETTINGS}
