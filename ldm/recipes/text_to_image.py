@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ldm import dist
@@ -31,6 +30,7 @@ from ldm.pipeline import Settings, TextToImage
 from ldm.progress import Bar
 from ldm.recipes.base import Assembly
 from ldm.recipes.sources import load_autoencoder, load_towers, text_encoder, training_data, weights_hash
+from ldm.rng import seed_torch
 from ldm.train.trainer import TrainConfig, Trainer
 
 
@@ -128,7 +128,7 @@ def check_channels(unet: UNet, process: Process, codec: LatentCodec) -> None:
 
 def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:
     """The U-Net, the frozen parts, the data (encoded once, if so configured) and sample pictures."""
-    torch.manual_seed(seed)  # initial weights
+    seed_torch(seed)  # initial weights
     device = dist.device()
     autoencoder = load_autoencoder(task.vae).to(device)
     towers = [t.to(device) for t in load_towers(task.text)]
