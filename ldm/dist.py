@@ -41,15 +41,6 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def compute_dtype(precision: str) -> torch.dtype:
-    """The dtype of `auto | fp32 | bf16 | fp16`; `auto` is bf16 where the hardware multiplies bf16 matrices."""
-    if precision == "auto":
-        if torch.cuda.is_available():
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-        return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
 def initialized() -> bool:
     """Whether a process group exists."""
     return torch_dist.is_available() and torch_dist.is_initialized()

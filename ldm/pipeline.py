@@ -30,7 +30,6 @@ from ldm.checkpoint.lora_files import read_lora
 from ldm.checkpoint.schedulers import scheduler_from_diffusers
 from ldm.data.grid import to_pil
 from ldm.diffusion.process import Process
-from ldm.dist import compute_dtype
 from ldm.models.attention import sliced
 from ldm.models.latents import LatentCodec
 from ldm.models.layers import unchanging
@@ -38,6 +37,7 @@ from ldm.models.prompts import count_chunks, encode_prompts
 from ldm.models.shipped import SHIPPED
 from ldm.models.text import TextTower, encode_texts
 from ldm.models.unet import UNet
+from ldm.precision import chosen, compute_dtype
 from ldm.rng import Rng
 from ldm.sampling import SAMPLERS, lookup
 from ldm.sampling import sample as run_sampler
@@ -152,7 +152,7 @@ class TextToImage:
         parts.codec.autoencoder.eval().requires_grad_(False)
         pipeline = TextToImage(
             unet, parts.codec, parts.text, process, spacing=how.spacing, offset=how.offset,
-            end="data" if how.last_alpha_one else "first", precision=precision,
+            end="data" if how.last_alpha_one else "first", precision=chosen(precision, device),
         )  # fmt: skip
         pipeline.student = students.few_steps(parts.scheduler, guided=unet.config.time_cond_proj_dim is None)
         return pipeline.to(device)

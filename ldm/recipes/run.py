@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
+
+from omegaconf import OmegaConf
 
 from ldm import allocator, dist
 from ldm.checkpoint import files
 from ldm.checkpoint.lock import RunLock, RunLocked
+from ldm.precision import DTYPES, chosen
 from ldm.recipes.base import Assembly
 from ldm.train import engine
 from ldm.train.trainer import TrainConfig, Trainer
@@ -24,11 +30,43 @@ def run(build: Callable[[], Assembly], train: TrainConfig, out: Path, *, seed: i
     """
     allocator.keep_freed_memory(dist.device().type)  # here, as caches are encoded before there is an engine
     engine.start()
+    train, resolved = settled(train, resolved, out)
     if dist.from_first(int(_finished(out, train.steps, resolved))):
         dist.say(f"{out}: already finished {train.steps} steps; exported to {out / 'export'}")
         return 0
     with _only_writer(out) as guard:
         return _train(build, train, out, guard, seed=seed, resolved=resolved)
+
+
+def settled(train: TrainConfig, resolved: str, out: Path) -> tuple[TrainConfig, str]:
+    """The settings and their YAML with `precision: auto` replaced by what it means here; collective.
+
+    A run that began in `out` goes on as its own config says, also on another machine, so that its arithmetic stays.
+    """
+    if train.engine.precision != "auto":
+        return train, resolved
+    words = list(DTYPES)
+    found = _earlier(out) if dist.rank() == 0 else None
+    earlier = dist.from_first(-1 if found is None else words.index(found))
+    name = chosen("auto") if earlier < 0 else words[earlier]
+    if earlier >= 0:
+        dist.say(f"precision auto: {name}, as this run began")
+    tree = OmegaConf.create(resolved)
+    if OmegaConf.select(tree, "train.engine.precision") is not None:
+        OmegaConf.update(tree, "train.engine.precision", name)
+        resolved = OmegaConf.to_yaml(tree)
+    told = typing.cast("Literal['fp32', 'bf16', 'fp16']", name)
+    return replace(train, engine=replace(train.engine, precision=told)), resolved
+
+
+def _earlier(out: Path) -> str | None:
+    """The precision that the run of this folder has, None where none began."""
+    config = out / "config.yaml"
+    began = (out / "done.json").is_file() or bool(files.steps(out / "checkpoints"))
+    if not (began and config.is_file()):
+        return None
+    found = OmegaConf.select(OmegaConf.create(config.read_text(encoding="utf-8")), "train.engine.precision")
+    return found if found in DTYPES else None
 
 
 @contextmanager

@@ -22,13 +22,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm import allocator, dist
 from ldm.objectives.base import Objective
+from ldm.precision import compute_dtype
 from ldm.rng import Rng
 from ldm.types import Batch, Metrics
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How training is divided and computed. `clip` 0 is no gradient clipping; precision `auto` is bf16 where fast.
+    """How training is divided and computed. `clip` 0 is no gradient clipping; precision `auto` is fp32 or
+    bf16, whichever is faster here (`ldm.precision`); a run keeps what it began with.
 
     `offload_optimizer` keeps masters and optimizer state, and `offload_parameters` (stage 3) the weights, in the host's
     memory. `bucket`: elements that are sent at once. `live`: up to so many weights stay whole between forward and
@@ -77,7 +79,7 @@ class EngineConfig:
 
     def dtype(self) -> torch.dtype:
         """What the forward computes in."""
-        return dist.compute_dtype(self.precision)
+        return compute_dtype(self.precision)
 
     def effective(self, world: int) -> EngineConfig:
         """What is run on so many processes: on one, stage 0 wherever a stage would only add copies."""

@@ -17,6 +17,7 @@ from ldm import dist
 from ldm.checkpoint import files
 from ldm.data.stream import Stream
 from ldm.objectives import Objective
+from ldm.precision import measured
 from ldm.rng import Rng
 from ldm.train import guards, state
 from ldm.train.ema import Ema, EmaConfig
@@ -200,6 +201,9 @@ class Trainer:
             settings=self.settings,
             before=self._seconds,
         )
+        if (timed := measured()) is not None:
+            told = {"choice": timed.choice, "fp32_ms": timed.fp32, "bf16_ms": timed.bf16}
+            log.event(self.step, "precision", told)
         if dist.rank() == 0:  # before the step's own memory is taken
             self._peak = self.config.log.peak * 1e12 or peak(self.engine.device, self.engine.dtype)
         stop = Stop()
