@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.cli.options import Parser
+
 if TYPE_CHECKING:
     from ldm.data.buckets import BucketConfig
     from ldm.data.manifest import Manifest
@@ -20,8 +22,8 @@ def main(argv: list[str]) -> int:
     return run(args)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ldm data", description="Make data sets and look at them.")
+def _parser() -> Parser:
+    parser = Parser(prog="ldm data", description="Make data sets and look at them.")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
     build = verbs.add_parser("build", help="shards from a folder of pictures with captions")
@@ -81,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_buckets(parser: argparse.ArgumentParser) -> None:
+def _add_buckets(parser: Parser) -> None:
     parser.add_argument("--buckets", type=int, metavar="SIZE", help="aspect-ratio buckets, at most SIZE x SIZE pixels")
     parser.add_argument("--bucket-step", type=int, default=64, help="sides are multiples of this (64)")
     parser.add_argument("--bucket-ratio", type=float, default=2.0, help="longest aspect (2)")

@@ -6,16 +6,18 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.cli.options import Parser
+
 if TYPE_CHECKING:
     from PIL import Image
 
     from ldm.pipeline import Settings, TextToImage
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Options of the verb."""
-    p = argparse.ArgumentParser(prog="ldm edit", description="Change pictures with a text-to-image model.")
-    common = argparse.ArgumentParser(add_help=False)
+    p = Parser(prog="ldm edit", description="Change pictures with a text-to-image model.")
+    common = Parser(add_help=False)
     common.add_argument("--model", default="emoji", help="shipped name, run or diffusers folder, file or hub id")
     common.add_argument("--sampler", default="ddim")
     common.add_argument("--steps", type=int, default=50)

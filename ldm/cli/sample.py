@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.cli.options import Parser
+
 if TYPE_CHECKING:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
@@ -19,12 +21,11 @@ if TYPE_CHECKING:
     from ldm.pipeline import Guide, Settings, TextToImage
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Options of the verb; their names are those of diffusers' and CompVis' scripts where they have one."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="ldm sample",
         description="Draw pictures of prompts. The same seed gives the same pictures whatever the batch size.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("prompts", nargs="*", metavar="PROMPT", help='what to draw, such as "a red apple"')
     p.add_argument("--from-file", type=Path, metavar="FILE", help="one prompt a line, instead or besides")

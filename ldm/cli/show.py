@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ldm.cli.options import Parser
 
-def parser() -> argparse.ArgumentParser:
+
+def parser() -> Parser:
     """Options of the verb."""
-    p = argparse.ArgumentParser(prog="ldm show", description="Pictures that explain.")
+    p = Parser(prog="ldm show", description="Pictures that explain.")
     kinds = p.add_subparsers(dest="what", required=True)
     n = kinds.add_parser(
         "noising",
         help="strips and animations of x_t over t for each schedule, with SNR and alpha_bar curves",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     n.add_argument("image", type=Path, help="a picture file")
     n.add_argument("--out", type=Path, default=Path("noising"), help="folder for the pictures")
