@@ -247,7 +247,7 @@ class TextToImage:
         chosen = [b for b in batches if only is None or not set(b).isdisjoint(only)]
         for k, places in enumerate(chosen):
             rng = Rng(settings.seed, tuple(indices[i] for i in places))
-            step = None if progress is None else _counted(progress, k * settings.steps, len(chosen) * settings.steps)
+            step = None if progress is None else counted(progress, k * settings.steps, len(chosen) * settings.steps)
             batch = [prompts[i] for i in places]
             wrap = None if guide is None else functools.partial(guide, prompts=batch)
             with enough_memory(self.size(settings.size), len(batch)):
@@ -438,7 +438,7 @@ def _adapted(folder: Path, device: str | torch.device, precision: str) -> TextTo
     return pipeline
 
 
-def _counted(progress: Progress, before: int, total: int) -> StepProgress:
+def counted(progress: Progress, before: int, total: int) -> StepProgress:
     """A solver's callback that counts the steps of all batches."""
 
     def step(i: int, _: Tensor) -> None:
