@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -18,7 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
+Forms = Callable[[dict[str, Any], str], dict[str, Any]]
 _SCALARS = {int: "int", float: "float", str: "str", bool: "bool"}
+_FORMS: dict[type, Forms] = {}
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -81,6 +83,19 @@ def decode(cls: type[T], data: Any, where: str = "config") -> T:
     Raises ValueError naming the key and what is allowed for an unknown key, a missing one or a wrong type.
     """
     return typing.cast("T", _decode(cls, data, where))
+
+
+def accepts(forms: Forms) -> Callable[[type[T]], type[T]]:
+    """Let a dataclass whose keys are those of files that others write be read leniently in form.
+
+    `forms(data, where)` gives the data as the class has it; `decode` is as strict with the result as ever.
+    """
+
+    def enter(cls: type[T]) -> type[T]:
+        _FORMS[cls] = forms
+        return cls
+
+    return enter
 
 
 def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
@@ -184,6 +199,7 @@ def _decode_dataclass(cls: Any, data: Any, where: str) -> Any:
         return data
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected the keys of {cls.__name__}, got {data!r}")
+    data = _FORMS[cls](data, where) if cls in _FORMS else data
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     unknown = sorted(set(map(str, data)) - set(fields))
     if unknown:
