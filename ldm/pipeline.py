@@ -25,6 +25,7 @@ from ldm.checkpoint import students
 from ldm.checkpoint.convert import load_model
 from ldm.checkpoint.embedding_files import read_embeddings
 from ldm.checkpoint.lora_files import read_lora
+from ldm.checkpoint.scheduler_classes import OwnSampler, Plan
 from ldm.checkpoint.schedulers import scheduler_from_diffusers
 from ldm.data.grid import to_pil
 from ldm.diffusion.process import Process
@@ -41,6 +42,8 @@ from ldm.sampling import SAMPLERS
 from ldm.sampling import sample as run_sampler
 from ldm.sampling.guidance import classifier_free, perpendicular, projected, times_of, told_guidance
 from ldm.sampling.memory import check_memory, enough_memory
+from ldm.sampling.run import Count as Progress
+from ldm.sampling.run import counted
 from ldm.sampling.settings import Settings, Size, checked_size, far_size, said
 from ldm.sampling.times import times as spaced
 from ldm.types import Cond, Denoise, Net
@@ -49,15 +52,9 @@ log = logging.getLogger(__name__)
 KV_BYTES = 1 << 28
 """Up to this size a batch's keys and values of the text are kept for all steps."""
 
-StepProgress = Callable[[int, Tensor], None]
-"""(solver step, x after it)."""
-
 Wrap = Callable[[Denoise], Denoise]
 Guide = Callable[..., Denoise]
 """(denoise, *, prompts) -> a denoiser that steers these prompts' batch."""
-
-Progress = Callable[[int, int], object]
-"""(solver steps done, solver steps in all)."""
 
 
 class TextToImage:
@@ -81,6 +78,7 @@ class TextToImage:
         self.unet, self.codec, self.text, self.process = unet, codec, list(text), process
         self.spacing, self.dtype = spacing, compute_dtype(precision)
         self.student: students.FewSteps | None = None
+        self.own: OwnSampler | None = None
         self._loras: Loras | None = None
         self._device = next(unet.parameters()).device
         self._offload = False
@@ -109,6 +107,9 @@ class TextToImage:
             end="data" if how.last_alpha_one else "first", precision=chosen(precision, device),
         )  # fmt: skip
         pipeline.student = students.few_steps(parts.scheduler, guided=unet.config.time_cond_proj_dim is None)
+        pipeline.own = how.own
+        if how.unlike:
+            log.warning("%s: its own scheduler does not draw here, the samplers do (%s)", source, how.unlike)
         return pipeline.to(device)
 
     def to(self, device: str | torch.device) -> TextToImage:
@@ -296,7 +297,7 @@ class TextToImage:
         prompts: list[str],
         settings: Settings,
         rng: Rng,
-        progress: StepProgress | None = None,
+        progress: Callable[[int, Tensor], None] | None = None,
         *,
         x: Tensor | None = None,
         start: Tensor | None = None,
@@ -311,21 +312,24 @@ class TextToImage:
         shape, device = self.latent_shape(settings.size) if x is None else tuple(x.shape[1:]), self.device
         denoise = self.denoiser(settings, prompts)
         cond = self._cond(prompts, settings, prompts) | (given or {})
+        plan = self._plan(settings) if times is None else Plan(times)
+        x = rng.normal("start", shape) * (plan.scale if start is None else 1) if x is None else x
         with self._used(self.unet), sliced(settings.queries), unchanging(self.unet, settings.steps):
             return run_sampler(
                 settings.sampler,
                 denoise if wrap is None else wrap(denoise),
-                (rng.normal("start", shape) if x is None else x).to(device),
+                x.to(device),
                 cond,
                 start=start,
-                times=self._times(settings) if times is None else times,
+                times=plan.times,
                 schedule=self.process.schedule,
                 steps=settings.steps,
                 noise=lambda i: rng.normal(f"step {i}", shape).to(device),
                 eta=settings.eta,
                 spacing=settings.spacing,
                 progress=progress,
-                end=self.end if settings.sampler == "ddim" and settings.spacing is None and times is None else None,
+                clip=plan.clip,
+                end=plan.end,
             )
 
     def denoiser(self, settings: Settings, prompts: Sequence[str] = ()) -> Denoise:
@@ -382,13 +386,18 @@ class TextToImage:
         ids = torch.tensor([[*(original or own), *crop, *(target or own)]], dtype=torch.float32, device=self.device)
         return {"time_ids": ids.expand(count, -1)}
 
-    def _times(self, settings: Settings) -> list[float] | None:
-        """The model's own times for DDIM and DDPM, and a student's: those of the published pipelines."""
-        if self.student is not None and settings.spacing is None and settings.sampler == self.student.sampler:
-            return self.student.times(self.process.schedule, settings.steps)
-        if self.spacing is None or settings.spacing is not None or settings.sampler not in ("ddim", "ddpm"):
-            return None
-        return spaced(self.process.schedule, settings.steps, self.spacing, offset=self.offset)
+    def _plan(self, settings: Settings) -> Plan:
+        """The model's own times for DDIM, DDPM and its own sampler, and a student's: those of published pipelines."""
+        schedule, sampler = self.process.schedule, settings.sampler
+        if settings.spacing is not None:
+            return Plan()
+        if self.student is not None and sampler == self.student.sampler:
+            return Plan(self.student.times(schedule, settings.steps))
+        if self.own is not None and sampler == self.own.name:
+            return self.own.plan(schedule, settings.steps)
+        known = self.spacing if sampler in ("ddim", "ddpm") else None
+        path = None if known is None else spaced(schedule, settings.steps, known, offset=self.offset)
+        return Plan(path, self.end if sampler == "ddim" else None)
 
     def encode_text(self, prompts: Sequence[str], size: Size | None = None) -> Cond:
         """What the U-Net is given for prompts; SDXL's also for pictures of a size in pixels that are not cropped."""
@@ -436,15 +445,6 @@ def _adapted(folder: Path, device: str | torch.device, precision: str) -> TextTo
         pipeline.load_embedding(folder / name)
     pipeline.student = students.beside(folder)
     return pipeline
-
-
-def counted(progress: Progress, before: int, total: int) -> StepProgress:
-    """A solver's callback that counts the steps of all batches."""
-
-    def step(i: int, _: Tensor) -> None:
-        progress(before + i + 1, total)
-
-    return step
 
 
 __all__ = ["SAMPLERS", "Progress", "Settings", "TextToImage"]

@@ -7,12 +7,16 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from ldm.config.written import Place
 from ldm.words import bare, expanded, near
+
+Forms = Callable[[dict[str, Any], str], dict[str, Any]]
+FORMS: dict[type, Forms] = {}
+"""How files that others write spell the keys of a class: `ldm.config.load.accepts` enters them."""
 
 _SCALARS = {int: "int", float: "float", str: "str", bool: "bool"}
 _WHOLE = re.compile(r"[-+]?[0-9_]+(\.[0-9_]*)?[eE]\+?[0-9]+")
@@ -169,6 +173,7 @@ class Decoder:
             return data
         if not isinstance(data, dict):
             raise WrongValue(where, f"{where}: expected the keys of {cls.__name__}, got {data!r}")
+        data = FORMS[cls](data, where) if cls in FORMS else data
         fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
         unknown = sorted(set(map(str, data)) - set(fields))
         if unknown:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.config.decoding import Decoder, WrongValue
+from ldm.config.decoding import FORMS, Decoder, Forms, WrongValue
 from ldm.config.written import Place, Tree, parse_file, parse_value
 from ldm.words import expanded, near
 
@@ -112,6 +112,19 @@ def decode(cls: type[T], data: Any, where: str = "config") -> T:
         return typing.cast("T", Decoder(cls, data, where, places).decode(cls, data, where))
     except WrongValue as error:
         raise ValueError(f"{error}{error.place(places, where)}") from error
+
+
+def accepts(forms: Forms) -> Callable[[type[T]], type[T]]:
+    """Let a dataclass whose keys are those of files that others write be read leniently in form.
+
+    `forms(data, where)` gives the data as the class has it; `decode` is as strict with the result as ever.
+    """
+
+    def enter(cls: type[T]) -> type[T]:
+        FORMS[cls] = forms
+        return cls
+
+    return enter
 
 
 def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:

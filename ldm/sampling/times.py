@@ -128,15 +128,20 @@ def _even_flow(steps: int) -> list[float]:
     return [1 - i / steps for i in range(steps)]
 
 
-def _karras(schedule: Schedule, steps: int, rho: float) -> list[float]:
-    high, low = _range(schedule)
+def between(high: float, low: float, steps: int, spacing: str, rho: float = 7.0) -> list[float]:
+    """`steps` values of sigma / alpha from `high` to `low`, spaced "karras" (EDM, eq. 5) or "exponential"."""
     part = [i / max(steps - 1, 1) for i in range(steps)]
+    if spacing == "exponential":
+        return [high * (low / high) ** p for p in part]
     return [(high ** (1 / rho) + p * (low ** (1 / rho) - high ** (1 / rho))) ** rho for p in part]
 
 
+def _karras(schedule: Schedule, steps: int, rho: float) -> list[float]:
+    return between(*_range(schedule), steps, "karras", rho)
+
+
 def _exponential(schedule: Schedule, steps: int, rho: float) -> list[float]:
-    high, low = _range(schedule)
-    return [high * (low / high) ** (i / max(steps - 1, 1)) for i in range(steps)]
+    return between(*_range(schedule), steps, "exponential")
 
 
 def _ays(schedule: Schedule, steps: int, rho: float) -> list[float]:
