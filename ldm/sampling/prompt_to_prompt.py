@@ -243,7 +243,5 @@ class AttentionMaps:
         while h * w > pixels:  # levels halve, rounded up
             h, w = (h + 1) // 2, (w + 1) // 2
         if h * w != pixels:
-            raise ValueError(
-                f"{pixels} queries are no halving of the latents' {self.shape[0]} x {self.shape[1]}"
-            )
+            raise ValueError(f"{pixels} queries are no halving of the latents' {self.shape[0]} x {self.shape[1]}")
         return h, w
