@@ -71,12 +71,10 @@ def main(argv: list[str]) -> int:
 
 
 def _open(path: Path) -> Image.Image:
-    from PIL import Image, UnidentifiedImageError
+    """A picture as a viewer shows it on white; a white stencil, of which nothing would be seen there, on black."""
+    from ldm.data.decode import load
 
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"{path}: not a readable picture: {error}") from error
+    return load(path, stencil=True)
 
 
 def _numbered(pictures: list[Image.Image]) -> dict[str, Image.Image]:
@@ -91,9 +89,10 @@ def _img2img(args: argparse.Namespace, pipe: TextToImage, settings: Settings) ->
 
 
 def _inpaint(args: argparse.Namespace, pipe: TextToImage, settings: Settings) -> dict[str, Image.Image]:
+    from ldm.data.decode import load_mask
     from ldm.editing import inpaint
 
-    image, mask = _open(args.image), _open(args.mask)
+    image, mask = _open(args.image), load_mask(args.mask)
     return _numbered(inpaint(pipe, image, mask, args.prompt, settings=settings, count=args.count))
 
 

@@ -174,7 +174,9 @@ def _prompts_in(path: Path | None) -> list[str]:
         return []
     if not path.is_file():
         raise ValueError(f"--from-file: {str(path)!r}: no such file")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    from ldm.data.texts import read_lines
+
+    return read_lines(path)
 
 
 def _save(picture: Image.Image, folder: Path, index: int, prompt: str, record: dict[str, object]) -> Path:
