@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ldm.data.decode import to_mask, to_rgb
 from ldm.data.grid import to_pil
 from ldm.data.images import to_float
 from ldm.models.control import controlled
@@ -47,7 +48,7 @@ class Change:
 def encode(pipe: TextToImage, image: Image.Image, size: int | tuple[int, int] | None = None) -> Tensor:
     """Latents (1, Z, h, w) of a picture, scaled to the size that the model draws."""
     _, h, w = pipe.latent_shape(size)
-    pixels = image.convert("RGB").resize((w * pipe.codec.factor, h * pipe.codec.factor), Image.Resampling.BICUBIC)
+    pixels = to_rgb(image).resize((w * pipe.codec.factor, h * pipe.codec.factor), Image.Resampling.BICUBIC)
     return pipe.codec.encode(_pixels(pixels).to(pipe.device))
 
 
@@ -79,12 +80,13 @@ def img2img(
 def inpaint(
     pipe: TextToImage, image: Image.Image, mask: Image.Image, prompt: str, *, settings: Settings, count: int = 1
 ) -> list[Image.Image]:
-    """Draw the white of `mask` anew under a prompt; the black is the picture, pixel for pixel.
+    """Draw the white of `mask` anew under a prompt; the black, and what is transparent, is the picture.
 
     Any base model does: its estimate outside the mask is the picture. A 9-channel inpainting model is told the mask and
     the picture without its white instead. Raises ValueError for a mask of another size than the picture, and for a
     U-Net of other channels.
     """
+    image, mask = to_rgb(image), to_mask(mask)
     if mask.size != image.size:
         raise ValueError(
             f"mask: {mask.size[0]} x {mask.size[1]} pixels, the picture has {image.width} x {image.height}"
@@ -95,8 +97,8 @@ def inpaint(
         raise ValueError(f"inpainting: the U-Net takes {takes} channels, expected {channels} or {2 * channels + 1}")
     known = encode(pipe, image, settings.size).expand(count, -1, -1, -1)
     size = (known.shape[3] * pipe.codec.factor, known.shape[2] * pipe.codec.factor)
-    inside = np.asarray(mask.convert("L").resize(size, Image.Resampling.BILINEAR)) > 127
-    base = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    inside = np.asarray(mask.resize(size, Image.Resampling.BILINEAR)) > 127
+    base = image.resize(size, Image.Resampling.BICUBIC)
     wide = torch.from_numpy(inside.astype(np.float32))[None, None]
     # a latent pixel changes if any of its picture pixels does
     latent_mask = F.max_pool2d(wide, pipe.codec.factor).to(known)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,6 +94,10 @@ def _inpaint(args: argparse.Namespace, pipe: TextToImage, settings: Settings) ->
     from ldm.editing import inpaint
 
     image, mask = _open(args.image), load_mask(args.mask)
+    low, high = mask.point(lambda value: 255 * (value > 127)).getextrema()
+    if low == high:
+        what = "all of it is white, so all of the picture" if low else "nothing in it is white, so nothing"
+        print(f"ldm edit: {args.mask}: {what} is drawn anew", file=sys.stderr)
     return _numbered(inpaint(pipe, image, mask, args.prompt, settings=settings, count=args.count))
 
 

@@ -224,8 +224,9 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 
 def quiet() -> None:
-    """Let PIL neither warn of nor refuse, in this process, large pictures: their size is checked here anyway."""
+    """Let PIL be silent in this process: of broken notes, and of large pictures, whose size is checked here anyway."""
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     Image.MAX_IMAGE_PIXELS = None
 
 
