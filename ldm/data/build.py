@@ -182,8 +182,6 @@ def _sizes_of(config: BuildConfig, items: list[Item]) -> list[tuple[str, Shape]]
 
 def _captions(item: Item, config: BuildConfig) -> list[tuple[str, float]]:
     """The item's captions. Raises BadSample for its own problem, for text that cannot be read and for none."""
-    if item.problem is not None:
-        raise BadSample(*item.problem)
     captions = captions_beside(item)
     if not captions and config.require_captions:
         raise BadSample("no_caption", "no text in the metadata or beside the picture")

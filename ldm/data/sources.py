@@ -76,7 +76,12 @@ def candidates(source: Path, captions_from: CaptionsFrom = "files") -> list[Item
 
 
 def captions_beside(item: Item) -> list[tuple[str, float]]:
-    """The item's captions; its caption file has one a line. BadSample if the file is no text, or cannot be opened."""
+    """The item's captions; its caption file has one a line.
+
+    Raises BadSample for the item's own problem, or for a file that is no text or cannot be opened.
+    """
+    if item.problem is not None:
+        raise BadSample(*item.problem)
     if item.caption_file is None:
         return list(item.captions)
     name = item.caption_file.name
