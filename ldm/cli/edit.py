@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,12 +74,10 @@ def main(argv: list[str]) -> int:
 
 
 def _open(path: Path) -> Image.Image:
-    from PIL import Image, UnidentifiedImageError
+    """A picture as a viewer shows it on white; a white stencil, of which nothing would be seen there, on black."""
+    from ldm.data.decode import load
 
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"{path}: not a readable picture: {error}") from error
+    return load(path, stencil=True)
 
 
 def _numbered(pictures: list[Image.Image]) -> dict[str, Image.Image]:
@@ -93,9 +92,14 @@ def _img2img(args: argparse.Namespace, pipe: TextToImage, settings: Settings) ->
 
 
 def _inpaint(args: argparse.Namespace, pipe: TextToImage, settings: Settings) -> dict[str, Image.Image]:
+    from ldm.data.decode import load_mask
     from ldm.editing import inpaint
 
-    image, mask = _open(args.image), _open(args.mask)
+    image, mask = _open(args.image), load_mask(args.mask)
+    low, high = mask.point(lambda value: 255 * (value > 127)).getextrema()
+    if low == high:
+        what = "all of it is white, so all of the picture" if low else "nothing in it is white, so nothing"
+        print(f"ldm edit: {args.mask}: {what} is drawn anew", file=sys.stderr)
     return _numbered(inpaint(pipe, image, mask, args.prompt, settings=settings, count=args.count))
 
 
