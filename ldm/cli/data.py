@@ -47,7 +47,14 @@ def _parser() -> Parser:
     build.set_defaults(run=_build)
 
     index = verbs.add_parser("index", help="manifest and offset indexes for existing tars")
-    index.add_argument("folder", type=Path)
+    index.add_argument(
+        "folder", help="a folder of tars, or an address (https://, s3://, gs://, hf://), as with {00000..00099}.tar"
+    )
+    index.add_argument(
+        "--out",
+        type=Path,
+        help="folder for manifest and indexes (the folder of the tars); the tars stay where they are",
+    )
     index.add_argument("--split", default="train")
     index.add_argument("--where", help="keep samples by their json, as in 'width >= 256 and pwatermark < 0.5'")
     index.add_argument("--name", help="the data set's name (the folder's)")
@@ -137,12 +144,14 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
-    from ldm.data.indexing import index, quarantine
+    from ldm.data.indexing import index, quarantine, repeated
+    from ldm.data.manifest import printable
     from ldm.progress import Bar
 
     with Bar("indexing", "tars") as bar:
         manifest, results = index(
             args.folder,
+            out=args.out,
             split=args.split,
             where=args.where,
             name=args.name,
@@ -152,12 +161,16 @@ def _index(args: argparse.Namespace) -> int:
         )
     problems = [p for r in results for p in r.problems]
     for problem in problems[:20]:
-        print(f"problem: {problem}")
+        print(printable(f"problem: {problem}"))
     if problems:
-        print(f"{len(problems)} problems in {quarantine(args.folder, results)}")
+        print(f"{len(problems)} problems in {quarantine(manifest.folder, results)}")
+    if note := repeated(results):
+        print(printable(f"note: {note}"))
     _print_buckets(manifest)
     left_out = sum(r.left_out for r in results)
     print(f"{manifest.samples()} samples in {len(manifest.shards)} shards, {left_out} left out by the filter")
+    if unusable := sum(r.shard is None for r in results):
+        print(f"{unusable} of {len(results)} tars cannot be used")
     return 0
 
 

@@ -26,6 +26,10 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"min": min, "max": max, "len": len, "abs": abs, "lower": str.lower}
 
 
+_ODD = (TypeError, ValueError, ArithmeticError, AttributeError, RecursionError)
+"""What fields of strangers make of an expression: it is false."""
+
+
 def compile_filter(expression: str) -> Callable[[Mapping[str, Any]], bool]:
     """A predicate over json fields. A field that is absent or null makes its comparison false.
 
@@ -41,7 +45,7 @@ def compile_filter(expression: str) -> Callable[[Mapping[str, Any]], bool]:
     def keep(fields: Mapping[str, Any]) -> bool:
         try:
             return bool(_value(tree, fields))
-        except (TypeError, ZeroDivisionError):
+        except _ODD:
             return False
 
     return keep
@@ -107,5 +111,5 @@ def _true(node: ast.AST, fields: Mapping[str, Any]) -> bool:
     """Truth of a part of and, or, not: what cannot be compared is false on its own."""
     try:
         return bool(_value(node, fields))
-    except (TypeError, ZeroDivisionError):
+    except _ODD:
         return False
