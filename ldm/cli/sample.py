@@ -89,9 +89,12 @@ def main(argv: list[str]) -> int:
     from ldm import dist
     from ldm.data.grid import sheet, to_pil
     from ldm.pipeline import TextToImage
+    from ldm.recipes.models import usable
 
     settings = _settings(args, None)  # refuses before anything is loaded
-    pipeline = TextToImage.load(args.model, device=args.device or dist.device(), precision=args.precision)
+    pipeline = TextToImage.load(
+        usable(args.model, "--model"), device=args.device or dist.device(), precision=args.precision
+    )
     settings = _settings(args, pipeline.student)
     args.sampler, args.steps, args.guidance = settings.sampler, settings.steps, settings.guidance
     _adapt(pipeline, args.lora, args.embedding)

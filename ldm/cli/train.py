@@ -7,6 +7,8 @@ import json
 import sys
 from functools import partial
 
+from ldm.cli import starts
+
 
 def main(argv: list[str]) -> int:
     """Train; running the same command again resumes."""
@@ -23,7 +25,8 @@ def main(argv: list[str]) -> int:
         "--print-config", action="store_true", help="print the resolved config and DeepSpeed's, and stop"
     )
     parser.add_argument("--dry-run", action="store_true", help="check config and data, build everything, train nothing")
-    args = parser.parse_args(argv)
+    starts.add(parser)
+    args = parser.parse_intermixed_args(argv)
 
     from ldm.config.load import dump
     from ldm.config.schema import load_run
@@ -56,7 +59,7 @@ def main(argv: list[str]) -> int:
     from ldm.train.writer import SaveFailed
 
     try:
-        return run(build, config.train, config.out, seed=config.seed, resolved=resolved)
+        return run(build, config.train, config.out, seed=config.seed, resolved=resolved, start=starts.start(args))
     except LockLost as error:
         code, said = LOST, error
     except SaveFailed as error:
