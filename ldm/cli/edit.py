@@ -59,11 +59,12 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     from ldm import dist
     from ldm.pipeline import Settings, TextToImage
+    from ldm.recipes.models import usable
 
     settings = Settings(
         sampler=args.sampler, steps=args.steps, guidance=args.guidance, negative=args.negative, seed=args.seed
     )
-    pipe = TextToImage.load(args.model, device=args.device or dist.device())
+    pipe = TextToImage.load(usable(args.model, "--model"), device=args.device or dist.device())
     pictures = _VERBS[args.verb](args, pipe, settings)
     args.out.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():

@@ -220,9 +220,12 @@ def _nll(args: argparse.Namespace) -> int:
     from ldm import dist
     from ldm.pipeline import TextToImage
     from ldm.recipes import measure
+    from ldm.recipes.models import usable
 
     drawn = measure.draw(args.data, args.split, args.count, seed=args.seed)
-    pipeline = TextToImage.load(args.model, device=args.device or dist.device(), precision=args.precision)
+    pipeline = TextToImage.load(
+        usable(args.model, "--model"), device=args.device or dist.device(), precision=args.precision
+    )
     size = pipeline.latent_shape(None)[1] * pipeline.codec.factor
     images = measure.real_pictures(args.data, args.split, drawn.ids, size)
     how = {"steps": args.steps, "variance": args.variance}
@@ -256,8 +259,11 @@ def _drawn(
     from ldm.data.grid import to_pil
     from ldm.pipeline import Settings, TextToImage
     from ldm.recipes import divided, measure
+    from ldm.recipes.models import usable
 
-    pipeline = TextToImage.load(args.model, device=args.device or dist.device(), precision=args.precision)
+    pipeline = TextToImage.load(
+        usable(args.model, "--model"), device=args.device or dist.device(), precision=args.precision
+    )
     args.sampler, args.steps, args.guidance = choose(pipeline.student, args.sampler, args.steps, args.guidance)
     settings = Settings(
         sampler=args.sampler, steps=args.steps, guidance=args.guidance, seed=args.seed, batch=args.batch

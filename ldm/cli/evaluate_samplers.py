@@ -63,6 +63,7 @@ def main(args: argparse.Namespace) -> int:
     from ldm.checkpoint.files import write_text
     from ldm.pipeline import TextToImage
     from ldm.recipes import measure, quality
+    from ldm.recipes.models import usable
     from ldm.recipes.sources import load_clip
     from ldm.sampling import lookup
 
@@ -81,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
     device = args.device or dist.device()
 
     def load(source: str) -> TextToImage:
-        return TextToImage.load(source, device=device, precision=args.precision)
+        return TextToImage.load(usable(source, "--model"), device=device, precision=args.precision)
 
     table = quality.Table(args.out, judge, load, batch=args.batch, precision=args.precision)
     with progress.Bar("drawing a batch", "steps", leave=False) as bar:

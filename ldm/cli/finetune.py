@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ldm.cli import starts
 from ldm.cli.options import Parser, is_override
 
 _EPILOG = (
@@ -71,6 +72,7 @@ def _common(p: Parser) -> None:
     p.add_argument("--no-cache", action="store_true", help="encode pictures and captions anew at every step")
     p.add_argument("--gradient-checkpointing", nargs="?", const="block", default="none",
                    choices=("none", "transformer", "block"), help="compute again, keep less")  # fmt: skip
+    starts.add(p)
     p.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     p.add_argument("--set", dest="overrides", action="append", default=[], metavar="key=value",
                    help="any key of the config, such as train.optim.warmup=20; --set may be left out")  # fmt: skip
@@ -141,11 +143,13 @@ def main(argv: list[str]) -> int:
 
     from ldm.config.load import dump
     from ldm.config.schema import load_run
+    from ldm.recipes.models import usable
 
     if args.images.name == "manifest.json" and args.images.is_file():
         args.images = args.images.parent
     if not args.images.is_dir():
         raise ValueError(f"--images: {str(args.images)!r}: no such folder")
+    args.base = usable(args.base, "--base")
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         yaml.safe_dump(tree(args), file)
         file.flush()
@@ -161,7 +165,7 @@ def main(argv: list[str]) -> int:
     from ldm.recipes.run import run
 
     build = partial(assemble, config.task, config.data, config.train, config.seed, config.workers)
-    code = run(build, config.train, config.out, seed=config.seed, resolved=resolved)
+    code = run(build, config.train, config.out, seed=config.seed, resolved=resolved, start=starts.start(args))
     if code == 0:
         from ldm import dist
 

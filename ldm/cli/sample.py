@@ -174,9 +174,10 @@ def _loaded(args: argparse.Namespace, settings: Settings) -> tuple[TextToImage, 
     from ldm import dist
     from ldm.cli.drawn import fingerprint
     from ldm.pipeline import TextToImage
+    from ldm.recipes.models import usable
 
     device = args.device or dist.device()
-    pipeline = TextToImage.load(args.model, device=device, precision=args.precision)
+    pipeline = TextToImage.load(usable(args.model, "--model"), device=device, precision=args.precision)
     settings = _settings(args, pipeline.student)
     args.sampler, args.steps, args.guidance = settings.sampler, settings.steps, settings.guidance
     _adapt(pipeline, args.lora, args.embedding)

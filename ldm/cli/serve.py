@@ -28,10 +28,13 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--port: must be in [1, 65535], got {args.port}")
     from ldm import dist
     from ldm.pipeline import TextToImage
+    from ldm.recipes.models import usable
     from ldm.web.serve import build_app, check_gradio
 
     check_gradio()
-    pipeline = TextToImage.load(args.model, device=args.device or dist.device(), precision=args.precision)
+    pipeline = TextToImage.load(
+        usable(args.model, "--model"), device=args.device or dist.device(), precision=args.precision
+    )
     app = build_app(pipeline, args.model, EXAMPLES if args.model == "emoji" else ())
     try:
         app.launch(server_name=args.host, server_port=args.port, quiet=False, share=False)

@@ -6,6 +6,7 @@ import json
 import sys
 from functools import partial
 
+from ldm.cli import starts
 from ldm.cli.options import Parser
 
 
@@ -24,6 +25,7 @@ def parser() -> Parser:
         "--print-config", action="store_true", help="print the resolved config and DeepSpeed's, and stop"
     )
     parser.add_argument("--dry-run", action="store_true", help="check config and data, build everything, train nothing")
+    starts.add(parser)
     return parser
 
 
@@ -62,7 +64,7 @@ def main(argv: list[str]) -> int:
     from ldm.train.writer import SaveFailed
 
     try:
-        return run(build, config.train, config.out, seed=config.seed, resolved=resolved)
+        return run(build, config.train, config.out, seed=config.seed, resolved=resolved, start=starts.start(args))
     except LockLost as error:
         code, said = LOST, error
     except SaveFailed as error:

@@ -78,7 +78,8 @@ def suffix(name: str) -> str:
 def passed_over(name: str) -> bool:
     """Whether a path relative to its data set is no sample of anybody's: hidden, or left there by a system.
 
-    Such are `.NAME` and what is in a folder `.NAME`, macOS' `._NAME` and `__MACOSX/`, `Thumbs.db`, `desktop.ini`, a NAS's `@eaDir/`.
+    Such are `.NAME` and what is in such a folder, macOS' `._NAME` and `__MACOSX/`, `Thumbs.db`, `desktop.ini`, a
+    NAS's `@eaDir/`.
     """
     *folders, base = PurePosixPath(name).parts or ("",)
     hidden = any(part.startswith(".") and part != ".." for part in (*folders, base))

@@ -124,7 +124,7 @@ class Log:
         """One line of `events.jsonl`: what happened that is no metric."""
         if self.main:
             with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "event": what, **details}) + "\n")
+                file.write(json.dumps({"step": step, "event": what, **details}, ensure_ascii=False) + "\n")
 
     def tick(self) -> None:
         """A step whose metrics are not written."""

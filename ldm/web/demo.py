@@ -127,6 +127,7 @@ def run(demo: Demo, config_file: Path, overrides: Sequence[str], procs: int) -> 
 
     seed_torch(demo.config.seed)
     assert isinstance(demo.config.task, TextToImageTask)
+    assert demo.config.task.unet is not None
     untrained = _with_unet(demo.shipped, UNet(demo.config.task.unet))
     r.prompts = PROMPTS
     stages = {"before": demo.draw(untrained, PROMPTS)}
