@@ -133,19 +133,12 @@ def main(argv: list[str]) -> int:
     if wrong := [w for w in words if not is_override(w)]:
         raise ValueError(f"override {wrong[0]!r}: expected key=value, such as train.steps=100")
     args.overrides = [*args.overrides, *words]
-    import tempfile
-
-    import yaml
-
     from ldm.config.load import dump
     from ldm.config.schema import load_run
 
     if not args.images.is_dir():
         raise ValueError(f"--images: {str(args.images)!r}: no such folder")
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
-        yaml.safe_dump(tree(args), file)
-        file.flush()
-        config = load_run(file.name, args.overrides)
+    config = load_run(tree(args), args.overrides)
     resolved = dump(config)
     if args.print_config:
         print(resolved, end="")

@@ -15,7 +15,7 @@ from typing import Any
 from ldm.data.buckets import BucketConfig, Shape, assign
 from ldm.data.buckets import name as bucket_name
 from ldm.data.decode import IMAGES, BadSample, image_member, metadata, upright_size
-from ldm.data.filters import compile_filter, names
+from ldm.data.filters import absent, compile_filter, names
 from ldm.data.manifest import NAME, Manifest, Shard, sha256
 from ldm.data.shards import Index, LocalReader, scan
 from ldm.data.tables import rows as rows_of
@@ -140,7 +140,8 @@ def _index_one(job: tuple[Path, Path, str, str | None, bool]) -> Indexed:
         problems.append(f"{relative}: {without} samples without a picture")
     kept = found
     if where is not None:
-        kept, bad = _filter(path, found, where)
+        kept, bad, seen = _filter(path, found, where)
+        problems += [f"{relative}: no sample has the field {field}" for field in absent(where, seen)]
         if bad:
             problems.append(f"{relative}: {bad} samples with json that does not parse")
     sizes: tuple[Shape, ...] = ()
@@ -174,11 +175,12 @@ def _has_picture(found: Index, row: object) -> bool:
     return any(o >= 0 and e in known for e, o in zip(found.extensions, offsets, strict=True))
 
 
-def _filter(path: Path, found: Index, where: str) -> tuple[Index, int]:
+def _filter(path: Path, found: Index, where: str) -> tuple[Index, int, set[str]]:
+    """The samples that the filter keeps, how many have json that does not parse, and the fields that there are."""
     keep = compile_filter(where)
     reader = LocalReader(str(path), found, os.open(path, os.O_RDONLY))
     table = _table(path, reader, where)
-    rows, bad = [], 0
+    rows, bad, seen = [], 0, {"aspect"}
     for i in range(len(found)):
         try:
             fields = metadata(reader.read(i, only=("json",)))
@@ -189,9 +191,10 @@ def _filter(path: Path, found: Index, where: str) -> tuple[Index, int]:
         width, height = fields.get("width"), fields.get("height")
         if isinstance(width, int) and isinstance(height, int) and height:
             fields.setdefault("aspect", width / height)
+        seen |= fields.keys()
         if keep(fields):
             rows.append(i)
-    return found.take(rows), bad
+    return found.take(rows), bad, seen
 
 
 def _table(path: Path, reader: LocalReader, where: str) -> dict[str, dict[str, Any]]:
