@@ -35,7 +35,7 @@ from ldm.models.attention import sliced
 from ldm.models.latents import LatentCodec
 from ldm.models.layers import unchanging
 from ldm.models.prompts import count_chunks, encode_prompts
-from ldm.models.shipped import SHIPPED
+from ldm.models.shipped import named
 from ldm.models.text import TextTower, encode_texts
 from ldm.models.unet import UNet
 from ldm.rng import Rng
@@ -44,7 +44,6 @@ from ldm.sampling import sample as run_sampler
 from ldm.sampling.guidance import check_guide, classifier_free, perpendicular, projected, times_of, told_guidance
 from ldm.sampling.times import times as spaced
 from ldm.types import Cond, Denoise, Net
-from ldm.words import expanded
 
 log = logging.getLogger(__name__)
 KV_BYTES = 1 << 28
@@ -140,7 +139,7 @@ class TextToImage:
         `precision` of the U-Net is auto, fp32, bf16 or fp16 (autocast; the autoencoder stays in float32).
         Raises ValueError when it is none of these.
         """
-        found = SHIPPED.get(str(source)) or Path(expanded(str(source)))
+        found = named(source)
         for folder in (found, found / "export"):
             if (folder / "adapter.json").is_file():
                 return _adapted(folder, device, precision)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -68,11 +69,16 @@ def index(
                 progress(len(results), len(tars))
     else:
         context = multiprocessing.get_context("forkserver")
-        with ProcessPoolExecutor(min(workers, len(tars)), mp_context=context) as pool:
-            for result in pool.map(_index_one, jobs):
-                results.append(result)
-                if progress is not None:
-                    progress(len(results), len(tars))
+        ignore = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
+        with ProcessPoolExecutor(min(workers, len(tars)), mp_context=context, **ignore) as pool:
+            try:
+                for result in pool.map(_index_one, jobs):
+                    results.append(result)
+                    if progress is not None:
+                        progress(len(results), len(tars))
+            except BaseException:  # Ctrl-C does not wait for the tars that nobody has begun
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     shards = tuple(r.shard for r in results if r.shard is not None and r.shard.samples)
     if not shards:
         problems = [p for r in results for p in r.problems][:3] or ["the filter kept nothing"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.remote import Remote, RemoteConfig, is_remote
-from ldm.words import expanded
+from ldm.words import expanded, near
 
 FORMAT = "ldm-data"
 VERSION = 1

@@ -12,6 +12,7 @@ from ldm.checkpoint import files
 from ldm.checkpoint.lock import RunLock, RunLocked
 from ldm.recipes.base import Assembly
 from ldm.train import engine
+from ldm.train.stop import before_training
 from ldm.train.trainer import TrainConfig, Trainer
 from ldm.train.writer import on_first
 
@@ -22,6 +23,11 @@ def run(build: Callable[[], Assembly], train: TrainConfig, out: Path, *, seed: i
     `resolved` is the whole config as YAML. Raises ValueError when the folder holds a run with another model or data,
     or another process runs in it.
     """
+    with before_training():
+        return _run(build, train, out, seed=seed, resolved=resolved)
+
+
+def _run(build: Callable[[], Assembly], train: TrainConfig, out: Path, *, seed: int, resolved: str) -> int:
     allocator.keep_freed_memory(dist.device().type)  # here, as caches are encoded before there is an engine
     engine.start()
     if dist.from_first(int(_finished(out, train.steps, resolved))):
