@@ -33,7 +33,7 @@ from ldm.models.attention import sliced
 from ldm.models.latents import LatentCodec
 from ldm.models.layers import unchanging
 from ldm.models.prompts import count_chunks, encode_prompts, notes, too_long
-from ldm.models.shipped import SHIPPED
+from ldm.models.shipped import named
 from ldm.models.text import TextTower, encode_texts
 from ldm.models.unet import UNet
 from ldm.precision import chosen, compute_dtype
@@ -91,7 +91,7 @@ class TextToImage:
         `precision` of the U-Net is auto, fp32, bf16 or fp16 (autocast; the autoencoder stays in float32).
         Raises ValueError when it is none of these.
         """
-        found = SHIPPED.get(str(source), Path(source))
+        found = named(source)
         for folder in (found, found / "export"):
             if (folder / "adapter.json").is_file():
                 return _adapted(folder, device, precision)

@@ -80,6 +80,20 @@ def _main(argv: list[str]) -> int:
             _say(verb, f"{os.fspath(error.filename)!r}: {error.strerror}")
             return 2
         raise
+    except (RuntimeError, MemoryError) as error:
+        if (told := _explained(error)) is None:
+            raise
+        _say(verb, told)
+        sys.stdout.flush()
+        os._exit(1)  # what waits for the other ranks would wait for ever
+
+
+def _explained(error: BaseException) -> str | None:
+    """A sentence for what is nobody's mistake and no fault of the program: ranks that are gone, memory that is full."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory: {(str(error).splitlines() or [''])[0]}"
+    dist = sys.modules.get("ldm.dist")
+    return None if dist is None else dist.lost(error)
 
 
 def _say(verb: str, text: str) -> None:

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.words import expanded
+
 if TYPE_CHECKING:
     from ldm.recipes.quality import Entry
 
@@ -103,7 +105,7 @@ def entry(text: str) -> Entry:
     name, equal, rest = text.partition("=")
     if not equal:
         return Entry(name=Path(text).name or text, source=text)
-    source, *choices = rest.split(":")
+    source, *choices = expanded(rest).split(":")
     found: dict[str, Any] = {}
     for choice in choices:
         key, given, value = choice.partition("=")

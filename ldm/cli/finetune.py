@@ -137,10 +137,6 @@ def main(argv: list[str]) -> int:
     if wrong := [w for w in words if not is_override(w)]:
         raise ValueError(f"override {wrong[0]!r}: expected key=value, such as train.steps=100")
     args.overrides = [*args.overrides, *words]
-    import tempfile
-
-    import yaml
-
     from ldm.config.load import dump
     from ldm.config.schema import load_run
     from ldm.recipes.models import usable
@@ -150,10 +146,7 @@ def main(argv: list[str]) -> int:
     if not args.images.is_dir():
         raise ValueError(f"--images: {str(args.images)!r}: no such folder")
     args.base = usable(args.base, "--base")
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
-        yaml.safe_dump(tree(args), file)
-        file.flush()
-        config = load_run(file.name, args.overrides)
+    config = load_run(tree(args), args.overrides)
     resolved = dump(config)
     if args.print_config:
         print(resolved, end="")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ldm.cli.options import Parser
+from ldm.words import near
 
 
 def parser() -> Parser:
@@ -53,7 +54,9 @@ def main(argv: list[str]) -> int:
     names = args.schedule or list(noising.SCHEDULES)
     for name in names:
         if name not in noising.SCHEDULES:
-            raise ValueError(f"schedule {name!r} is not one of {sorted(noising.SCHEDULES)}")
+            raise ValueError(
+                f"schedule {name!r} is not one of {sorted(noising.SCHEDULES)}{near(name, noising.SCHEDULES)}"
+            )
     if args.size < 1:
         raise ValueError(f"--size must be at least 1, got {args.size}")
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,13 +22,17 @@ from ldm.words import expanded, near
 T = TypeVar("T")
 
 
-def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a YAML file with its `base:` files under it and `a.b=c` overrides over it; interpolations resolved.
 
-    Raises ValueError for a missing file, YAML that does not parse, or an override that is not `key=value`.
+    Plain data may come instead of a file. Raises ValueError for a missing file, YAML that does not parse, or an
+    override that is not `key=value`.
     """
-    path = Path(expanded(str(path)))
-    tree, places = _read_file(path, depth=0)
+    if isinstance(source, Mapping):
+        path, tree, places = Path("config"), OmegaConf.create(dict(source)), {}
+    else:
+        path = Path(expanded(str(source)))
+        tree, places = _read_file(path, depth=0)
     given = OmegaConf.create({})
     for override in overrides:
         key, equals, text = override.partition("=")

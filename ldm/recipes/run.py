@@ -21,6 +21,7 @@ from ldm.recipes.base import Assembly
 from ldm.recipes.pictures import on_first as told_on_first
 from ldm.train import engine, state
 from ldm.train.changes import Change, Record, compare, told
+from ldm.train.stop import before_training
 from ldm.train.trainer import TrainConfig, Trainer
 from ldm.train.writer import on_first
 
@@ -63,7 +64,13 @@ def run(
     the folder holds a run with another model, data or objective, or one of which every checkpoint is damaged, or when
     another process runs in it.
     """
-    start = start or Start()
+    with before_training():
+        return _run(build, train, out, seed=seed, resolved=resolved, start=start or Start())
+
+
+def _run(
+    build: Callable[[], Assembly], train: TrainConfig, out: Path, *, seed: int, resolved: str, start: Start
+) -> int:
     allocator.keep_freed_memory(dist.device().type)  # here, as caches are encoded before there is an engine
     engine.start()
     train, resolved = settled(train, resolved, out)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -28,13 +25,11 @@ from ldm.train.guards import BadSamples, GuardConfig, Spikes, Watchdog
 from ldm.train.log import Log, LogConfig
 from ldm.train.meter import Meter, StepFlops, peak
 from ldm.train.optim import Optim
+from ldm.train.stop import AGAIN, Stop
 from ldm.train.validate import ValidateConfig
 from ldm.train.writer import CheckpointConfig, Job, Report, Writer, on_first
 
 __all__ = ["AGAIN", "CheckpointConfig", "Hook", "Stop", "TrainConfig", "Trainer"]
-
-AGAIN = 75
-"""Exit code of a run that was told to stop, saved, and should be started again (EX_TEMPFAIL)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,29 +72,6 @@ class Hook(Protocol):
     every: int
 
     def __call__(self, trainer: Trainer, step: int) -> None: ...
-
-
-class Stop:
-    """Whether a signal asked to stop; the flag is agreed on by all ranks at a step boundary."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def listen(self) -> Callable[[], None]:
-        """Catch SIGTERM, SIGINT and SIGUSR2; the returned call restores the old handlers."""
-        if threading.current_thread() is not threading.main_thread():
-            return lambda: None
-        names = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-        old = {s: signal.signal(s, self._handle) for s in names}
-
-        def restore() -> None:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-
-        return restore
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
 
 
 class Trainer:
