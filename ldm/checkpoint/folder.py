@@ -152,8 +152,8 @@ def _unet_json(config: UNetConfig) -> dict[str, Any]:
 
 
 def _own(config: dict[str, Any], cls: str, where: Path) -> dict[str, Any]:
-    name = config.get("_class_name", cls)
-    if name != cls:
+    name = config.get("_class_name") or cls
+    if name not in (cls, f"Flax{cls}"):  # the same settings
         raise ValueError(f"{where}: _class_name {name!r} is not {cls!r}")
     return {k: v for k, v in config.items() if not k.startswith("_")}
 
