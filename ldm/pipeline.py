@@ -26,7 +26,7 @@ from ldm.adapters.tokens import add_concept
 from ldm.checkpoint import students
 from ldm.checkpoint.convert import load_model
 from ldm.checkpoint.embedding_files import read_embeddings
-from ldm.checkpoint.lora_files import read_lora
+from ldm.checkpoint.lora_files import read_adapter
 from ldm.checkpoint.schedulers import scheduler_from_diffusers
 from ldm.data.grid import to_pil
 from ldm.diffusion.process import Process
@@ -200,13 +200,19 @@ class TextToImage:
         self._compiled = call
         return self
 
-    def load_lora(self, path: str | Path, weight: float = 1.0, *, name: str | None = None) -> str:
-        """Merge a LoRA file (diffusers' or kohya's) into the weights; the name to change or unload it by.
+    def load_lora(
+        self, path: str | Path, weight: float = 1.0, *, name: str | None = None, lenient: bool = False
+    ) -> str:
+        """Merge a LoRA file, a PEFT folder or a run into the weights; the name to change or unload it by.
 
-        Raises ValueError for a file that does not fit this model.
+        Token embeddings that the file bundles are added too. Raises ValueError for a file that does not fit this model;
+        with `lenient` what does not fit is left out and named, as long as something fits.
         """
         name = Path(path).stem if name is None else name
-        self._merged().add(name, read_lora(path, self.unet, self.text), weight)
+        found = read_adapter(path, self.unet, self.text, lenient=lenient)
+        self._merged().add(name, found.corrections, weight)
+        for token, rows in found.embeddings.items():
+            add_concept(self.text, token, rows)
         return name
 
     def set_loras(self, weights: Mapping[str, float]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ldm.checkpoint import maps, weights
+from ldm.checkpoint.layouts import say_left
 from ldm.checkpoint.opened import Opened, OpenedText
 from ldm.checkpoint.tokenizers import load_tokenizer, save_tokenizer
 from ldm.config.load import decode, encode
@@ -72,8 +73,8 @@ def write_folder(
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def open_folder(folder: Path, *, variant: str | None = None) -> Opened:
-    """A folder written by us or by diffusers.
+def open_folder(folder: Path, *, variant: str | None = None, lenient: bool = False) -> Opened:
+    """A folder written by us or by diffusers; `lenient` leaves out a text tower's tensors that are not known.
 
     Raises ValueError for a part that is missing or of a kind we do not have, and for configs we cannot honour.
     """
@@ -89,7 +90,7 @@ def open_folder(folder: Path, *, variant: str | None = None) -> Opened:
     text = []
     for i in range(1 + two):
         where, tokenizer = folder / _numbered("text_encoder", i), folder / _numbered("tokenizer", i)
-        text.append(open_text(where, tokenizer, output=output, zero_empty=zeros, variant=variant))
+        text.append(open_text(where, tokenizer, output=output, zero_empty=zeros, variant=variant, lenient=lenient))
     unet_config, unet = open_unet(folder / "unet", variant=variant)
     vae_config, vae = open_vae(folder / "vae", variant=variant)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
@@ -115,13 +116,16 @@ def open_text(
     output: Output = "last",
     zero_empty: bool = False,
     variant: str | None = None,
+    lenient: bool = False,
 ) -> OpenedText:
     """A text tower from HF `CLIPTextModel(WithProjection)` files."""
     hf = read_json(folder / "config.json")
     if hf.get("model_type") not in ("clip_text_model", "clip"):
         raise ValueError(f"{folder}: model_type {hf.get('model_type')!r} is not 'clip_text_model'")
     source = maps.without_constants(weights.open_folder(folder, TEXT_STEM, variant))
-    native = maps.follow(maps.text_from_hf(source), source, str(folder))
+    left: list[str] = []
+    native = maps.follow(maps.text_from_hf(source), source, str(folder), left)
+    say_left(folder, {"text tower": left}, len(source), lenient=lenient)
     context, width = hf.get("max_position_embeddings", 77), hf["hidden_size"]
     bpe, pad = load_tokenizer(tokenizer, context)
     config = TextConfig(
