@@ -157,7 +157,7 @@ def extract(
 
 
 def nearest(delta: Tensor, rank: int) -> tuple[LowRank, float]:
-    """The best product of a rank for a change (out, in[, kh, kw]) by its largest singular values; its relative error."""
+    """The best product of a rank for a change (out, in[, kh, kw]) by its largest singular values; the error."""
     u, s, v = torch.linalg.svd(delta.double().flatten(1), full_matrices=False)
     r = min(rank, len(s))
     root = s[:r].sqrt()

@@ -43,7 +43,7 @@ _BUNDLED = re.compile(r"bundle_emb\.(.+?)\.(clip_l|clip_g|string_to_param\.\*|em
 
 @dataclass(frozen=True)
 class LoraFile:
-    """What a file holds: corrections by our layers' names, and the token embeddings that OneTrainer puts beside them."""
+    """What a file holds: corrections by our layers' names, and token embeddings that OneTrainer puts beside them."""
 
     corrections: dict[str, Correction] = field(default_factory=dict)
     embeddings: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -111,7 +111,8 @@ def _held(path: Path, lora: Corrections, form: Format, sites: Mapping[str, Site]
             "kohya's scripts read no magnitudes and ComfyUI divides by another norm" if form == "kohya"
             else "PEFT has another form for them", off / size if size else 0.0,
         )  # fmt: skip
-    return {n: fitted[n] if n in fitted else low for n, low in kept.items() if n in fitted or isinstance(low, LowRank)}
+    plain_ones = {n: low for n, low in kept.items() if isinstance(low, LowRank)} | fitted
+    return {n: plain_ones[n] for n in kept}
 
 
 def read_lora(
@@ -232,7 +233,8 @@ def _say_unknown(where: str, unknown: list[str], misfits: list[str], total: int,
     why = misfits[0] if misfits else f"{unknown[0]!r} names no layer of this model; is it for another base model?"
     if not fit:
         raise ValueError(f"{where}: none of its {total} tensors fits this model: {why}")
-    rest = f"{fit} of {total} tensors fit this model; not used: {weights.listed(sorted(unknown), 3 if not lenient else 12)}"
+    names = weights.listed(sorted(unknown), 12 if lenient else 3)
+    rest = f"{fit} of {total} tensors fit this model; not used: {names}"
     if not lenient:
         more = f" ({why})" if misfits else ""
         raise ValueError(f"{where}: {rest}{more}; --lenient (lenient=True in Python) loads those that fit")

@@ -17,11 +17,11 @@ from ldm.models.unet import UNetConfig
 
 _UNET = ("", "unet_", "lora_unet_", "lycoris_", "lycoris_unet_", "diffusion_model_", "model_diffusion_model_")
 _TOWERS = (
-    ("", "text_encoder_", "lora_te_", "lora_te1_", "lycoris_te_", "lycoris_text_encoder_", "clip_l_", "clip_h_")
-    + ("clip_l_transformer_", "clip_h_transformer_", "text_encoders_clip_l_transformer_"),
-    ("text_encoder_2_", "lora_te2_", "lycoris_te2_", "lycoris_text_encoder_2_", "clip_g_", "clip_g_transformer_")
-    + ("text_encoders_clip_g_transformer_",),
-)
+    ("", "text_encoder_", "lora_te_", "lora_te1_", "lycoris_te_", "lycoris_text_encoder_", "clip_l_", "clip_h_",
+     "clip_l_transformer_", "clip_h_transformer_", "text_encoders_clip_l_transformer_"),
+    ("text_encoder_2_", "lora_te2_", "lycoris_te2_", "lycoris_text_encoder_2_", "clip_g_", "clip_g_transformer_",
+     "text_encoders_clip_g_transformer_"),
+)  # fmt: skip
 _PARTS = {
     "lora_A": "down",
     "lora_B": "up",

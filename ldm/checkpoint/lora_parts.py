@@ -1,4 +1,4 @@
-"""The tensors of one layer in a LoRA file -> its correction, with shapes and axes checked against the model's weight."""
+"""The tensors of one layer in a LoRA file -> its correction, shapes and axes checked against the model's weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pickled weights without running code from them: torch's restricted reader, and nothing in place of a trainer's objects."""
+"""Pickled weights without running code: torch's restricted reader, and nothing in place of a trainer's objects."""
 
 from __future__ import annotations
 

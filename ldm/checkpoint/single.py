@@ -195,7 +195,7 @@ def _vae(source: Source, config: AutoencoderConfig, path: Path, left: list[str])
 
 
 def _tower(source: Source, index: int, config: TextConfig, path: Path, left: list[str]) -> dict[str, Entry]:
-    """A text tower with native names, whichever of the two ways it is stored; without a projection that nothing uses."""
+    """A text tower with native names, whichever way it is stored; without a projection that nothing uses."""
     found: dict[str, Entry] = {}
     for prefix in (HF_ONE, HF_TWO) if index == 0 else ("conditioner.embedders.1.transformer.",):
         if not found and (hf := maps.without_constants(maps.under(prefix, source))):
