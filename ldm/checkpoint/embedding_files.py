@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ldm.checkpoint import weights
 from ldm.checkpoint.pickled import Inert, read_pickled
+from ldm.words import expanded
 
 NAME = "learned_embeds.safetensors"
 Format = Literal["diffusers", "a1111", "a1111_pt"]
@@ -81,10 +82,10 @@ def read_named(path: str | Path) -> dict[str, list[Tensor]]:
     path = locate_embedding(path)
     where = f"embedding {str(path)!r}"
     tree, name = _open(path)
-    name = name or path.stem
+    name, stem = name or _stem(path), _stem(path)
     known = {k: v for k, v in tree.items() if k in _TOWERS or k in _OTHER_TOWERS or k == "emb_params"}
     if "string_to_param" in tree:
-        return {str(tree.get("name") or path.stem): [_only(tree["string_to_param"], where)]}
+        return {str(tree.get("name") or stem): [_only(tree["string_to_param"], where)]}
     if known and len(known) < len(tree):
         odd = sorted(set(tree) - set(known))
         raise ValueError(f"{where}: {odd[0]!r} beside {sorted(known)} is not known; it would be left out")
@@ -98,15 +99,21 @@ def read_named(path: str | Path) -> dict[str, list[Tensor]]:
     return {str(k): [_rows(v, where)] for k, v in tree.items()}
 
 
-def file_name(path: str | Path) -> str:
-    """The name that other tools call an embedding by: its file's; that of a run or a folder for a file without one."""
-    path = Path(path)
-    return path.stem if path.suffix.lower() in _SUFFIXES else path.name
+def file_names(path: str | Path) -> list[str]:
+    """What other tools call an embedding by: its file's name, where it holds one and has a name of its own."""
+    path = Path(expanded(str(path)))
+    stem = _stem(path)
+    own = path.is_file() and stem and not stem.startswith(("learned_embeds", "pytorch_model", "embeddings"))
+    return [stem] if own and len(read_named(path)) == 1 else []
+
+
+def _stem(path: Path) -> str:
+    return " ".join(path.stem.split())
 
 
 def locate_embedding(path: str | Path) -> Path:
     """The file of an embedding, of a folder or of a run. Raises ValueError for none."""
-    path = Path(path)
+    path = Path(expanded(str(path)))
     if path.is_file():
         if path.suffix.lower() not in _SUFFIXES:
             raise ValueError(f"embedding {str(path)!r}: expected a file that ends in {', '.join(_SUFFIXES)}")

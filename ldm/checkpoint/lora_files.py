@@ -27,7 +27,7 @@ from ldm.checkpoint import weights
 from ldm.checkpoint.lora_names import Named, is_xl, known_names, kohya_names, kohyas_own, plain, split
 from ldm.checkpoint.lora_parts import Misfit, assemble
 from ldm.checkpoint.lora_settings import PEFT_FILES, header_alpha, settings_of
-from ldm.models.shipped import SHIPPED
+from ldm.models.shipped import named as shipped
 from ldm.models.text import TextTower
 from ldm.models.unet import UNet, UNetConfig
 
@@ -138,7 +138,7 @@ def read_adapter(path: str | Path, unet: UNet, text: Sequence[TextTower], *, len
 
 def locate_lora(path: str | Path) -> list[Path]:
     """The files of a LoRA: one, or one for each component of a folder that PEFT wrote. Raises ValueError for none."""
-    path = SHIPPED.get(str(path), Path(path))
+    path = shipped(path)
     where = f"LoRA {str(path)!r}"
     if path.is_file():
         if path.suffix.lower() not in _SUFFIXES:

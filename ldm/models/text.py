@@ -150,13 +150,13 @@ class Tokenizer:
         """Ids of one text without markers, of any length; an added token stands for all its ids."""
         if not self.added:
             return self._simple.encode(text)
-        parts = re.split("(" + "|".join(map(re.escape, sorted(self.added, key=len, reverse=True))) + ")", text)
+        parts = re.split("(" + "|".join(map(_whole, sorted(self.added, key=len, reverse=True))) + ")", text)
         return [i for part in parts for i in self.added.get(part) or self._simple.encode(part)]
 
     def add(self, token: str, ids: Sequence[int]) -> None:
         """Let a token stand for ids. Raises ValueError when the vocabulary or an earlier addition has it."""
-        if not token or token != token.strip() or any(c.isspace() for c in token):
-            raise ValueError(f"token {token!r}: expected one word without spaces, such as <thing>")
+        if not token or token != " ".join(token.split()):
+            raise ValueError(f"token {token!r}: expected words with one space between them, such as <thing>")
         if token in self.added:
             raise ValueError(f"token {token!r}: exists already; choose another name")
         if len(known := self._simple.encode(token)) < 2:
@@ -165,9 +165,17 @@ class Tokenizer:
             )
         self.added[token] = list(ids)
 
+    def free(self, token: str) -> bool:
+        """Whether `add` would take it."""
+        return bool(token) and token not in self.added and len(self._simple.encode(token)) > 1
+
+    def alias(self, token: str, of: str) -> None:
+        """Let another name stand for what an added token stands for."""
+        self.add(token, self.added[of])
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids without markers; of an added token's ids the first one is its name."""
-        names = {own[0]: token for token, own in self.added.items()}
+        names = {own[0]: token for token, own in reversed(self.added.items())}
         parts: list[str] = []
         run: list[int] = []
         for i in [*ids, -1]:
@@ -188,6 +196,12 @@ class Tokenizer:
     def merges(self) -> list[tuple[str, str]]:
         """The merges in order of rank (`merges.txt`)."""
         return sorted(self._simple.bpe_ranks, key=self._simple.bpe_ranks.__getitem__)
+
+
+def _whole(token: str) -> str:
+    """A pattern for a token that is not a part of a longer word."""
+    start, end = (r"\b" if c.isalnum() else "" for c in (token[0], token[-1]))
+    return start + re.escape(token) + end
 
 
 @lru_cache(maxsize=8)

@@ -231,7 +231,7 @@ def test_embedding_forms_read_back(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file"):
         read_embeddings(tmp_path / "missing.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="not a safetensors file"):
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
         read_embeddings(tmp_path / "bad.safetensors")
 
 
