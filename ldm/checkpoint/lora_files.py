@@ -164,6 +164,17 @@ def locate_lora(path: str | Path) -> list[Path]:
     raise ValueError(f"{where}: no {NAME} in it{many}")
 
 
+def is_lora(path: str | Path) -> bool:
+    """Whether this is a LoRA's file, or a folder that holds one and no model; false where there is nothing."""
+    found = shipped(path)
+    if found.is_file() and found.suffix.lower() in _SUFFIXES:
+        names = [split(k) for k in weights.open_file(found)]
+        return sum(n is not None for n in names) > len(names) / 2
+    if not found.is_dir() or any((found / n).exists() for n in ("model_index.json", "export", "checkpoints")):
+        return False
+    return any((found / n).is_file() for n in _NAMES) and not (found / "adapter.json").is_file()
+
+
 def _read_file(path: Path, unet: UNet, text: Sequence[TextTower], lenient: bool) -> LoraFile:
     where = f"LoRA {str(path)!r}"
     source, notes = weights.open_file(path, prefix="LoRA "), weights.metadata(path)
