@@ -20,6 +20,7 @@ def parser() -> Parser:
     p = Parser(prog="ldm edit", description="Change pictures with a text-to-image model.")
     common = Parser(add_help=False)
     common.add_argument("--model", default="emoji", help="shipped name, run or diffusers folder, file or hub id")
+    common.add_argument("--lenient", action="store_true", help="leave out, and name, tensors that are not known")
     common.add_argument("--sampler", default="ddim")
     common.add_argument("--steps", type=int, default=50)
     common.add_argument("--guidance", type=float, default=3.0)
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> int:
     settings = Settings(
         sampler=args.sampler, steps=args.steps, guidance=args.guidance, negative=args.negative, seed=args.seed
     )
-    pipe = TextToImage.load(usable(args.model, "--model"), device=args.device or dist.device())
+    pipe = TextToImage.load(usable(args.model, "--model"), device=args.device or dist.device(), lenient=args.lenient)
     pictures = _VERBS[args.verb](args, pipe, settings)
     args.out.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():

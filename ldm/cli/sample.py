@@ -41,6 +41,7 @@ def parser() -> Parser:
     p.add_argument(
         "--embedding", action="append", default=[], metavar="PATH", help="textual inversion; may be repeated"
     )
+    p.add_argument("--lenient", action="store_true", help="leave out, and name, tensors of a file that are not known")
     own = "; of a few-step student its own, {}"
     p.add_argument("--sampler", help="see `ldm sample --list-samplers` (dpmpp_2m" + own.format("such as lcm") + ")")
     p.add_argument("--steps", type=int, help="(25" + own.format("4") + ")")
@@ -177,10 +178,12 @@ def _loaded(args: argparse.Namespace, settings: Settings) -> tuple[TextToImage, 
     from ldm.recipes.models import usable
 
     device = args.device or dist.device()
-    pipeline = TextToImage.load(usable(args.model, "--model"), device=device, precision=args.precision)
+    pipeline = TextToImage.load(
+        usable(args.model, "--model"), device=device, precision=args.precision, lenient=args.lenient
+    )
     settings = _settings(args, pipeline.student)
     args.sampler, args.steps, args.guidance = settings.sampler, settings.steps, settings.guidance
-    _adapt(pipeline, args.lora, args.embedding)
+    _adapt(pipeline, args.lora, args.embedding, args.lenient)
     if args.offload:
         pipeline.offload(device)
     if args.compile:
@@ -296,13 +299,14 @@ def _pair(values: Sequence[int] | None) -> tuple[int, int] | None:
     return None if values is None else (values[0], values[1])
 
 
-def _adapt(pipeline: TextToImage, loras: list[str], embeddings: list[str]) -> None:
+def _adapt(pipeline: TextToImage, loras: list[str], embeddings: list[str], lenient: bool) -> None:
     """Load `--lora` and `--embedding`."""
     for i, entry in enumerate(loras):
         path, strength = _lora(entry)
-        pipeline.load_lora(path, strength, name=f"{i} {path}")
+        pipeline.load_lora(path, strength, name=f"{i} {path}", lenient=lenient)
     for path in embeddings:
-        pipeline.load_embedding(path)
+        words = " or ".join(map(repr, pipeline.load_embedding(path)))
+        print(f"ldm sample: embedding {path}: called by {words}", file=sys.stderr)
 
 
 def _lora(entry: str) -> tuple[str, float]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ldm import dist
 from ldm.adapters.full import FullAdapter, FullConfig
 from ldm.adapters.lora import LoraAdapter, LoraConfig
+from ldm.adapters.sites import all_sites
 from ldm.adapters.tokens import TokensAdapter, TokensConfig
 from ldm.checkpoint import embedding_files, files, lora_files
 from ldm.checkpoint.convert import save_diffusers
@@ -215,10 +216,11 @@ def write_export(base: str, adapter: AnyAdapter, weights: dict[str, Tensor], fol
     folder.mkdir(parents=True, exist_ok=True)
     names: dict[str, list[str]]
     if isinstance(adapter, LoraAdapter):
-        lora = adapter.lora(weights)
+        lora, sites = adapter.lora(weights), all_sites(fresh.unet, fresh.text)
         config = fresh.unet.config
         lora_files.write_lora(folder / lora_files.NAME, lora, config)
-        lora_files.write_lora(folder / "kohya.safetensors", lora, config, form="kohya")
+        if lora_files.kohya_holds(lora, folder / "kohya.safetensors"):
+            lora_files.write_lora(folder / "kohya.safetensors", lora, config, form="kohya", sites=sites)
         names = {"loras": [lora_files.NAME], "embeddings": []}
     else:
         names = {"loras": [], "embeddings": _write_tokens(adapter, weights, folder)}
