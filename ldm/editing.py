@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.data.decode import to_rgb
+from ldm.data.decode import to_mask, to_rgb
 from ldm.data.grid import to_pil
 from ldm.data.images import to_float
 from ldm.models.control import controlled
@@ -61,7 +61,7 @@ class Canvas:
     @staticmethod
     def of(pipe: TextToImage, image: Image.Image, settings: Settings) -> Canvas:
         """The picture at the settings' size, or its own. Raises ValueError for a size that the model cannot make."""
-        rgb = image.convert("RGB")
+        rgb = to_rgb(image)
         if settings.size is not None:
             height, width = pipe.size(settings.size)
             picture = rgb.resize((width, height), Image.Resampling.BICUBIC)
@@ -158,6 +158,7 @@ def inpaint(
     the picture without its white instead. What is transparent in the mask is black. Raises ValueError for a mask of
     another size than the picture, and for a U-Net of other channels.
     """
+    image, mask = to_rgb(image), to_mask(mask)
     if mask.size != image.size:
         raise ValueError(
             f"mask: {mask.size[0]} x {mask.size[1]} pixels, the picture has {image.width} x {image.height}"
@@ -168,7 +169,7 @@ def inpaint(
         raise ValueError(f"inpainting: the U-Net takes {takes} channels, expected {channels} or {2 * channels + 1}")
     canvas = Canvas.of(pipe, image, settings)
     known = canvas.latents(pipe)
-    inside = np.asarray(whites(mask).resize(canvas.picture.size, Image.Resampling.BILINEAR)) > 127
+    inside = np.asarray(mask.resize(canvas.picture.size, Image.Resampling.BILINEAR)) > 127
     more = [(0, whole - part) for whole, part in zip(pipe.size(canvas.settings.size), inside.shape, strict=True)]
     wide = torch.from_numpy(np.pad(inside, more).astype(np.float32))[None, None]
     # a latent pixel changes if any of its picture pixels does
@@ -190,13 +191,6 @@ def inpaint(
     drawn = _batches(pipe, canvas, prompt, count, draw, settings.steps, progress)
     pixel_mask = Image.fromarray(inside)
     return [Image.composite(picture, canvas.picture, pixel_mask) for picture in drawn]
-
-
-def whites(mask: Image.Image) -> Image.Image:
-    """A mask as 8-bit grey: its brightness times its opacity, so that what nobody painted is black."""
-    if mask.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in mask.info:
-        mask = to_rgb(mask, background=(0, 0, 0))
-    return to_rgb(mask).convert("L")
 
 
 def _told(denoise: Denoise, *, mask: Tensor, rest: Tensor) -> Denoise:

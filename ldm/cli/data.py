@@ -28,7 +28,9 @@ def _parser() -> Parser:
 
     build = verbs.add_parser("build", help="shards from a folder of pictures with captions")
     build.add_argument(
-        "source", type=Path, help="folder (.txt beside each picture, or metadata.jsonl), or the metadata"
+        "source",
+        type=Path,
+        help="folder (.txt beside each picture, or metadata.jsonl, .csv, .parquet), or the metadata",
     )
     build.add_argument("out", type=Path, help="folder to make")
     build.add_argument("--size", type=int, help="shrink the short side to this many pixels")
@@ -122,6 +124,10 @@ def _build(args: argparse.Namespace) -> int:
         print(f"left out: {entry['name']}: {entry['reason']}: {entry['error']}")
     if len(report.bad) > 20:
         print(f"... and {len(report.bad) - 20} more in {args.out / 'quarantine.jsonl'}")
+    for remark in report.remarks[:20]:
+        print(f"note: {remark}")
+    if len(report.remarks) > 20:
+        print(f"... and {len(report.remarks) - 20} more notes of this kind")
     _print_buckets(report.manifest)
     splits = ", ".join(f"{report.manifest.samples(s)} {s}" for s in report.manifest.splits)
     print(f"{report.written} of {report.found} pictures in {len(report.manifest.shards)} shards ({splits}): {args.out}")

@@ -26,7 +26,8 @@ def parser() -> Parser:
     d.add_argument("--instance-prompt", metavar="TEXT", help="caption of the pictures (default: a IDENTIFIER NOUN)")
     d.add_argument("--class-prompt", metavar="TEXT", help="caption of the class pictures (default: a NOUN)")
     d.add_argument("--num-class-images", type=int, default=100, help="class pictures for prior preservation")
-    d.add_argument("--class-data-dir", type=Path, metavar="FOLDER", help="where class pictures are, or are put")
+    d.add_argument("--class-data-dir", type=Path, metavar="FOLDER",
+                   help="where class pictures are, or are put; or a built data set of them")  # fmt: skip
     d.add_argument("--prior-loss-weight", type=float, default=1.0)
     d.add_argument("--no-prior", action="store_true", help="without prior preservation")
     d.add_argument("--train-text-encoder", action="store_true", help="train the text towers too")
@@ -53,7 +54,8 @@ def parser() -> Parser:
 
 
 def _common(p: Parser) -> None:
-    p.add_argument("--images", "--instance-data-dir", dest="images", type=Path, required=True, metavar="FOLDER")
+    p.add_argument("--images", "--instance-data-dir", dest="images", type=Path, required=True, metavar="FOLDER",
+                   help="of pictures, or a data set that `ldm data build` or `ldm data index` made")  # fmt: skip
     p.add_argument("--base", default="emoji", help="shipped name, run or diffusers folder, single file or hub id")
     p.add_argument("--out", type=Path, help="run folder (default: runs/METHOD_FOLDER)")
     p.add_argument("--steps", "--max-train-steps", dest="steps", type=int, help="optimizer steps")
@@ -140,6 +142,8 @@ def main(argv: list[str]) -> int:
     from ldm.config.load import dump
     from ldm.config.schema import load_run
 
+    if args.images.name == "manifest.json" and args.images.is_file():
+        args.images = args.images.parent
     if not args.images.is_dir():
         raise ValueError(f"--images: {str(args.images)!r}: no such folder")
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import codecs
 import contextlib
 import math
 import re
@@ -241,7 +240,8 @@ class _Drawing:
         if self.job.only is not None or not self.shown:
             return
         pictures = [self.shown[k] for k in sorted(self.shown)]
-        path = self.album.name(sheet(pictures, columns), "grid", {**self.record, "prompts": self.job.prompts})
+        name = f"grid-{self.album.first:04d}" if self.album.first else "grid"
+        path = self.album.name(sheet(pictures, columns), name, {**self.record, "prompts": self.job.prompts})
         if len(pictures) < self.done:
             _say([f"{path.name} shows {len(pictures)} of {self.done} pictures"])
         print(path)
@@ -340,16 +340,12 @@ def _prompts_in(path: Path | None) -> list[str]:
         return []
     if not path.is_file():
         raise ValueError(f"--from-file: {str(path)!r}: no such file")
-    data = path.read_bytes()
-    wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    try:
-        text = data.decode("utf-16" if wide else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--from-file: {str(path)!r}: neither UTF-8 nor UTF-16 with its mark: {error}") from error
-    lines = [" ".join(line.split()) for line in re.split(r"\r\n|\n|\r", text)]
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    if comments := [line for line in lines if line.startswith("#")]:
-        _say([f"{path}: {len(comments)} lines that begin with # are left out as comments"])
+    from ldm.data.texts import read_lines
+
+    lines = [" ".join(line.split()) for line in read_lines(path)]
+    prompts = [line for line in lines if not line.startswith("#")]
+    if comments := len(lines) - len(prompts):
+        _say([f"{path}: {comments} lines that begin with # are left out as comments"])
     if odd := next((m for line in prompts if (m := _LINE_OPTION.search(line))), None):
         _say([f"{path}: {odd[0].strip()!r} is read as words: lines have no options here"])
     return prompts

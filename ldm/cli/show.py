@@ -45,8 +45,9 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     if args.what == "run":
         return _run(args)
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
+    from ldm.data import decode
     from ldm.web import noising
 
     names = args.schedule or list(noising.SCHEDULES)
@@ -56,15 +57,12 @@ def main(argv: list[str]) -> int:
     if args.size < 1:
         raise ValueError(f"--size must be at least 1, got {args.size}")
     try:
-        with Image.open(args.image) as opened:
-            image = opened.convert("RGBA")
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"image {str(args.image)!r} cannot be read: {error}") from error
-    ground = Image.new("RGBA", image.size, "white")
-    ground.alpha_composite(image)
+        image = decode.load(args.image)
+    except ValueError as error:
+        raise ValueError(f"the picture cannot be read: {error}") from error
     scale = args.size / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    picture = ground.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    picture = image.resize(size, Image.Resampling.LANCZOS)
     schedules = {name: noising.SCHEDULES[name] for name in names}
     together = noising.strips(picture, schedules, args.frames, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from ldm.data.formats import passed_over
 from ldm.data.manifest import Manifest, Shard
 from ldm.data.remote import Remote, RemoteConfig, ShardCache, is_remote, join
 
@@ -84,7 +85,7 @@ def scan(path: Path) -> Index:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if not member.isfile() or "." not in os.path.basename(member.name):
+                if not member.isfile() or "." not in os.path.basename(member.name) or passed_over(member.name):
                     continue
                 key, extension = split_name(member.name)
                 if member.offset_data + member.size > length:

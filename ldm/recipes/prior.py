@@ -10,11 +10,12 @@ from pathlib import Path
 from ldm import dist
 from ldm.checkpoint import files
 from ldm.config.load import encode
+from ldm.data.bad import BadSample
 from ldm.data.grid import to_pil
-from ldm.data.sources import SUFFIXES
+from ldm.data.sources import candidates
 from ldm.pipeline import Settings, TextToImage
 from ldm.progress import Bar
-from ldm.recipes.pictures import on_first
+from ldm.recipes.pictures import Entry, entries, is_set, of_item, on_first
 
 _PREFIX = "class-"
 
@@ -24,7 +25,8 @@ class Prior:
     """`count` pictures of `prompt` (default: "a NOUN") keep the model's idea of the class (DreamBooth, section 3.2).
 
     They are drawn with `settings` into `folder` (default: `class` in the run folder); pictures that are there already
-    count, whoever made them.
+    count, whoever made them, if they can be read and wherever `ldm data build` would find them. A built set is used as
+    it is.
     """
 
     prompt: str | None = None
@@ -42,6 +44,10 @@ def make(prior: Prior, prompt: str, folder: Path, base: str, pipeline: TextToIma
 
     Raises ValueError when the folder holds pictures of another prompt, model or setting.
     """
+    if is_set(folder):
+        there = len(entries(folder))
+        dist.say(f"class pictures: the {there} of {folder}" + (f", not {prior.count}" if there < prior.count else ""))
+        return
     record = {"prompt": prompt, "base": base, "settings": encode(prior.settings)}
     on_first(lambda: _claim(folder, record))
     missing = _missing(folder, prior.count)
@@ -63,11 +69,19 @@ def make(prior: Prior, prompt: str, folder: Path, base: str, pipeline: TextToIma
 
 
 def _missing(folder: Path, count: int) -> list[int]:
-    """Numbers of the pictures to draw so that the folder holds `count`."""
-    there = {p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")}
+    """Numbers of the pictures to draw so that the folder holds `count` that can be read."""
+    there = {item.name for item in candidates(folder, "none") if _opens(of_item(item))}
     own = {i for i in range(count) if f"{_PREFIX}{i:05d}.png" in there}
     others = sum(not name.startswith(_PREFIX) for name in there)
     return [i for i in range(count - others) if i not in own]
+
+
+def _opens(entry: Entry) -> bool:
+    try:
+        entry.open(at_least=(64, 64))
+    except BadSample:
+        return False
+    return True
 
 
 def _claim(folder: Path, record: dict[str, object]) -> None:
