@@ -244,7 +244,8 @@ class _Drawing:
         if self.job.only is not None or not self.shown:
             return
         pictures = [self.shown[k] for k in sorted(self.shown)]
-        path = self.album.name(sheet(pictures, columns), "grid", {**self.record, "prompts": self.job.prompts})
+        name = f"grid-{self.album.first:04d}" if self.album.first else "grid"
+        path = self.album.name(sheet(pictures, columns), name, {**self.record, "prompts": self.job.prompts})
         if len(pictures) < self.done:
             _say([f"{path.name} shows {len(pictures)} of {self.done} pictures"])
         print(path)
@@ -348,8 +349,8 @@ def _prompts_in(path: Path | None) -> list[str]:
 
     lines = [" ".join(line.split()) for line in read_lines(path)]
     prompts = [line for line in lines if not line.startswith("#")]
-    if comments := [line for line in lines if line.startswith("#")]:
-        _say([f"{path}: {len(comments)} lines that begin with # are left out as comments"])
+    if comments := len(lines) - len(prompts):
+        _say([f"{path}: {comments} lines that begin with # are left out as comments"])
     if odd := next((m for line in prompts if (m := _LINE_OPTION.search(line))), None):
         _say([f"{path}: {odd[0].strip()!r} is read as words: lines have no options here"])
     return prompts
