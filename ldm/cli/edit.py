@@ -73,9 +73,12 @@ def main(argv: list[str]) -> int:
 
 def _open(path: Path) -> Image.Image:
     """A picture as a viewer shows it on white; a white stencil, of which nothing would be seen there, on black."""
-    from ldm.data.decode import load
+    from ldm.data.decode import frames, load
 
-    return load(path, stencil=True)
+    picture = load(path, stencil=True)
+    if (count := frames(path)) > 1:
+        print(f"ldm edit: {path}: the first of {count} frames or pages is taken", file=sys.stderr)
+    return picture
 
 
 def _numbered(pictures: list[Image.Image]) -> dict[str, Image.Image]:

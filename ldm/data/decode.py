@@ -102,6 +102,14 @@ def load(path: Path, *, stencil: bool = False) -> Image.Image:
     return _named(path, partial(picture, background=BLACK)) if stencil and _is_white(shown) else shown
 
 
+def frames(path: Path) -> int:
+    """Frames or pages of a picture file, of which the first is taken; 1 where it cannot be read."""
+    with contextlib.suppress(BadSample, OSError):
+        data = path.read_bytes()
+        return _guarded(lambda: _frames(_opened(data)))
+    return 1
+
+
 def _is_white(image: Image.Image) -> bool:
     return image.getextrema() == ((255, 255),) * 3
 
