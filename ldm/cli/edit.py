@@ -93,13 +93,15 @@ def _img2img(args: argparse.Namespace, pipe: TextToImage, settings: Settings) ->
 
 
 def _inpaint(args: argparse.Namespace, pipe: TextToImage, settings: Settings) -> dict[str, Image.Image]:
+    import numpy as np
+
     from ldm.data.decode import load_mask
     from ldm.editing import inpaint
 
     image, mask = _open(args.image), load_mask(args.mask)
-    low, high = mask.point(lambda value: 255 * (value > 127)).getextrema()
-    if low == high:
-        what = "all of it is white, so all of the picture" if low else "nothing in it is white, so nothing"
+    white = np.asarray(mask) > 127
+    if white.all() or not white.any():
+        what = "all of it is white, so all of the picture" if white.any() else "nothing in it is white, so nothing"
         print(f"ldm edit: {args.mask}: {what} is drawn anew", file=sys.stderr)
     return _numbered(inpaint(pipe, image, mask, args.prompt, settings=settings, count=args.count))
 
