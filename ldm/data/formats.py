@@ -77,8 +77,8 @@ _MAGIC = (
     (b"GIF89a", "a GIF", ".gif"),
 )
 _OTHERS = (
-    "txt text caption json jsonl ndjson csv tsv parquet xml yaml yml toml md html htm pdf doc docx xls xlsx py log tar gz",
-    "zip 7z rar index lock npy npz pt pth safetensors ckpt bin db sqlite lnk url aae xmp",
+    "txt text caption json jsonl ndjson csv tsv parquet xml yaml yml toml md html htm pdf doc docx xls xlsx py log",
+    "tar gz zip 7z rar index lock npy npz pt pth safetensors ckpt bin db sqlite lnk url aae xmp",
 )
 _NO_PICTURES = frozenset(" ".join(_OTHERS).split())
 
