@@ -7,16 +7,18 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.cli.options import Parser
+
 if TYPE_CHECKING:
     from PIL import Image
 
     from ldm.pipeline import Settings, TextToImage
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Options of the verb."""
-    p = argparse.ArgumentParser(prog="ldm edit", description="Change pictures with a text-to-image model.")
-    common = argparse.ArgumentParser(add_help=False)
+    p = Parser(prog="ldm edit", description="Change pictures with a text-to-image model.")
+    common = Parser(add_help=False)
     common.add_argument("--model", default="emoji", help="shipped name, run or diffusers folder, file or hub id")
     common.add_argument("--sampler", default="ddim")
     common.add_argument("--steps", type=int, default=50)
@@ -57,11 +59,12 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     from ldm import dist
     from ldm.pipeline import Settings, TextToImage
+    from ldm.recipes.models import usable
 
     settings = Settings(
         sampler=args.sampler, steps=args.steps, guidance=args.guidance, negative=args.negative, seed=args.seed
     )
-    pipe = TextToImage.load(args.model, device=args.device or dist.device())
+    pipe = TextToImage.load(usable(args.model, "--model"), device=args.device or dist.device())
     pictures = _VERBS[args.verb](args, pipe, settings)
     args.out.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():

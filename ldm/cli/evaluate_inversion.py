@@ -32,10 +32,13 @@ def main(args: argparse.Namespace) -> int:
     from ldm.checkpoint.files import write_text
     from ldm.pipeline import TextToImage
     from ldm.recipes import measure
+    from ldm.recipes.models import usable
     from ldm.recipes.roundtrip import round_trip
 
     drawn = measure.draw(args.data, args.split, args.count, seed=args.seed)
-    pipeline = TextToImage.load(args.model, device=args.device or dist.device(), precision=args.precision)
+    pipeline = TextToImage.load(
+        usable(args.model, "--model"), device=args.device or dist.device(), precision=args.precision
+    )
     size = pipeline.latent_shape(None)[1] * pipeline.codec.factor
     images = measure.real_pictures(args.data, args.split, drawn.ids, size)
     captions = drawn.captions if args.captions else [""] * len(images)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ldm.cli.options import Parser
+from ldm.words import near
 
-def parser() -> argparse.ArgumentParser:
+
+def parser() -> Parser:
     """Options of the verb."""
-    p = argparse.ArgumentParser(prog="ldm show", description="Pictures that explain.")
+    p = Parser(prog="ldm show", description="Pictures that explain.")
     kinds = p.add_subparsers(dest="what", required=True)
     n = kinds.add_parser(
         "noising",
         help="strips and animations of x_t over t for each schedule, with SNR and alpha_bar curves",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     n.add_argument("image", type=Path, help="a picture file")
     n.add_argument("--out", type=Path, default=Path("noising"), help="folder for the pictures")
@@ -52,7 +54,9 @@ def main(argv: list[str]) -> int:
     names = args.schedule or list(noising.SCHEDULES)
     for name in names:
         if name not in noising.SCHEDULES:
-            raise ValueError(f"schedule {name!r} is not one of {sorted(noising.SCHEDULES)}")
+            raise ValueError(
+                f"schedule {name!r} is not one of {sorted(noising.SCHEDULES)}{near(name, noising.SCHEDULES)}"
+            )
     if args.size < 1:
         raise ValueError(f"--size must be at least 1, got {args.size}")
     try:

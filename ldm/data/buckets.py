@@ -113,6 +113,15 @@ class BucketedOrder:
         """Steps of all buckets."""
         return int(self._ends[-1])
 
+    def turns(self, epoch: int) -> tuple[Ints, Ints]:
+        """Of all steps of an epoch: which bucket's each is, and the number of its own step in the epoch."""
+        place = np.arange(self.steps_per_epoch)
+        if self._shuffle:
+            place = permute(place, self.steps_per_epoch, mix(self._seed, epoch, -2))
+        bucket = np.searchsorted(self._ends, place, side="right")
+        first = self._ends - np.array([o.steps_per_epoch for o in self.orders])
+        return bucket, place - first[bucket]
+
     def ids(self, step: int, slots: Ints) -> Ints:
         """Sample ids of the slots of a step; all of one bucket."""
         epoch, place = divmod(step, self.steps_per_epoch)

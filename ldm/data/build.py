@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import multiprocessing
+import signal
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -218,7 +219,13 @@ def _prepare_all(chunks: list[list[_Job]], config: BuildConfig) -> Iterator[_Don
 def _pool(workers: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=quiet)
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_worker)
+
+
+def _worker() -> None:
+    """Begin a worker: Ctrl-C is its parent's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    quiet()
 
 
 def quiet() -> None:

@@ -103,10 +103,12 @@ def suffix(name: str) -> str:
 def passed_over(name: str) -> bool:
     """Whether a path relative to its data set is no sample of anybody's: hidden, or left there by a system.
 
-    Such are `.NAME`, macOS' `._NAME` and `__MACOSX/`, `Thumbs.db`, `desktop.ini`, a NAS's `@eaDir/`.
+    Such are `.NAME` and what is in such a folder, macOS' `._NAME` and `__MACOSX/`, `Thumbs.db`, `desktop.ini`, a
+    NAS's `@eaDir/`.
     """
     *folders, base = PurePosixPath(name).parts or ("",)
-    return base.startswith(".") or base.lower() in _LEFT or not _LEFT_FOLDERS.isdisjoint(folders)
+    hidden = any(part.startswith(".") and part != ".." for part in (*folders, base))
+    return hidden or base.lower() in _LEFT or not _LEFT_FOLDERS.isdisjoint(folders)
 
 
 def unread(name: str, data: bytes = b"") -> str | None:

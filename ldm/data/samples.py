@@ -210,7 +210,12 @@ class Samples:
         if known is not None:
             return known
         _, members = self.shards.read(sample, only=_TEXT)
-        record = captions_of(members, required=self._require_captions)
+        try:
+            record = captions_of(members, required=self._require_captions)
+        except BadSample:
+            raise
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:  # whatever strangers' json may hold
+            raise BadSample("bad_json", f"{type(error).__name__}: {error}") from error
         (self._records if self._keep(_RECORD_BYTES) else self._recent.records)[sample] = record
         return record
 

@@ -15,9 +15,11 @@ from ldm.recipes.text_to_image import TextToImageTask
 from ldm.train.trainer import TrainConfig
 from ldm.train.validate import LossOnHeldOut
 
+Task = AutoencoderTask | ClipTask | DistillTask | DreamboothTask | FinetuneTask | InversionTask | TextToImageTask
+
 
 def assemble(
-    task: AutoencoderTask | ClipTask | DistillTask | DreamboothTask | FinetuneTask | InversionTask | TextToImageTask,
+    task: Task,
     data: Data,
     train: TrainConfig,
     seed: int,

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ldm import dist
@@ -34,6 +33,7 @@ from ldm.recipes.page import write_page
 from ldm.recipes.pictures import prepare
 from ldm.recipes.sources import text_encoder, training_data, weights_hash
 from ldm.recipes.text_to_image import SampleHook, Samples
+from ldm.rng import seed_torch
 from ldm.train.trainer import TrainConfig, Trainer
 from ldm.types import Cond
 
@@ -107,7 +107,7 @@ def assembled(
     images: Path | None,
 ) -> Assembly:
     """Caches, adapter, objective, loader, sample pictures and export of a prepared data set."""
-    torch.manual_seed(seed)  # initial weights of the adapter
+    seed_torch(seed)  # initial weights of the adapter
     codec, towers, live = pipeline.codec, pipeline.text, adapter.trains_text
     if isinstance(adapter, TokensAdapter) and train.optim.weight_decay:
         raise ValueError(

@@ -7,8 +7,6 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ldm import dist
 from ldm.checkpoint import files
 from ldm.config.load import encode
@@ -16,6 +14,7 @@ from ldm.data.bad import BadSample
 from ldm.data.grid import to_pil
 from ldm.data.sources import candidates
 from ldm.pipeline import Settings, TextToImage
+from ldm.progress import Bar
 from ldm.recipes.pictures import Entry, entries, is_set, of_item, on_first
 
 _PREFIX = "class-"
@@ -57,13 +56,15 @@ def make(prior: Prior, prompt: str, folder: Path, base: str, pipeline: TextToIma
         dist.say(f"class pictures: {prior.count - len(missing)} found, drawing {len(missing)} of {prompt!r}")
     size = prior.settings.batch
     dist.barrier()  # so that no rank counts what another has begun to draw
-    for k in tqdm(range(0, len(mine), size), desc="class pictures", disable=dist.rank() != 0 or not mine):
-        chosen = mine[k : k + size]
-        images = pipeline.sample([prompt] * len(chosen), settings=prior.settings, indices=chosen)
-        for i, picture in zip(chosen, to_pil(images), strict=True):
-            beside = folder / f".{_PREFIX}{i:05d}.{os.getpid()}"
-            picture.save(beside, "PNG")
-            os.replace(beside, folder / f"{_PREFIX}{i:05d}.png")
+    with Bar("class pictures", "pictures", len(mine)) as bar:
+        for k in range(0, len(mine), size):
+            chosen = mine[k : k + size]
+            images = pipeline.sample([prompt] * len(chosen), settings=prior.settings, indices=chosen)
+            for i, picture in zip(chosen, to_pil(images), strict=True):
+                beside = folder / f".{_PREFIX}{i:05d}.{os.getpid()}"
+                picture.save(beside, "PNG")
+                os.replace(beside, folder / f"{_PREFIX}{i:05d}.png")
+            bar.update(len(chosen))
     dist.barrier()
 
 

@@ -1,0 +1,220 @@
+"""Starts in a folder that holds a run: what goes on, what is said, what is refused, and nothing written by refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ldm.checkpoint import files
+from ldm.cli.__main__ import main
+from ldm.recipes.models import usable
+from ldm.train.state import read_state
+from tests import miniature
+
+Start = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return miniature.project(tmp_path_factory.mktemp("resume"))
+
+
+@pytest.fixture(scope="module")
+def done(root: Path) -> Path:
+    """A run of two steps of four samples."""
+    config = miniature.text_to_image(root, samples={"prompts": [], "every": 0})
+    config["train"] |= {"steps": 2, "checkpoint": {"every": 1, "keep": 0}, "engine": {"precision": "fp32"}}
+    config["out"] = str(root / "done")
+    path = miniature.write(config, root / "config.yaml")
+    assert main(["train", str(path)]) == 0
+    return root / "done"
+
+
+@pytest.fixture
+def run(done: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(done, tmp_path / "run"))
+
+
+@pytest.fixture
+def start(root: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> Start:
+    """`ldm train` in the copy; code and what was said."""
+
+    def act(*arguments: str) -> tuple[int, str]:
+        capsys.readouterr()
+        code = main(["train", str(root / "config.yaml"), f"out={run}", *arguments])
+        return code, capsys.readouterr().err
+
+    return act
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("seed=3", "another seed (seed 0 → 3)"),
+        ("data.split=heldout", "other data (data.split train → heldout"),
+        ("task.process.prediction.kind=epsilon", "another objective (task.process.prediction v → epsilon)"),
+        ("task.unet.block_out_channels=[16,32]", "another model (task.unet.block_out_channels [8, 16] → [16, 32])"),
+        ("train.optim.algorithm=lion", "another optimizer (train.optim.algorithm adamw → lion)"),
+        ("data.path=/nowhere", "data.path: '/nowhere' is no folder"),
+        ("train.steps=1", "train.steps: 1, but"),
+        ("task.vae=/nowhere", "task.vae: model '/nowhere': not a shipped model"),
+    ],
+)
+def test_a_refused_start_names_what_differs_and_writes_nothing(run: Path, start: Start, change: str, said: str) -> None:
+    before = content(run)
+    code, text = start("train.steps=4", change)
+    assert code == 2
+    assert said in text
+    assert "Traceback" not in text
+    assert content(run) == before
+
+
+def test_what_may_change_is_said_in_a_line_and_kept(run: Path, start: Start) -> None:
+    """The new rate counts; the old config stays beside the log."""
+    old = (run / "config.yaml").read_text()
+    code, text = start("train.steps=3", "train.optim.lr=3e-4", "train.ema=null", "train.optim.decay=constant")
+    assert code == 0
+    assert "train.ema on (decay 0.9, warmup true) → none" in text
+    assert "train.optim.lr 0.002 → 0.0003" in text
+    assert rows(run)[-1]["lr"] == 3e-4
+    event = json.loads((run / "log" / "events.jsonl").read_text())
+    assert event["step"] == 2
+    assert event["event"] == "changed"
+    assert "train.optim.lr 0.002 → 0.0003" in event["keys"]
+    assert (run / "log" / "config-until-step-2.yaml").read_text() == old
+    told = read_state(run / "checkpoints" / "step-3")["trained_with"]
+    assert told["config"]["train"]["optim"]["lr"] == 3e-4
+    assert told["history"][0]["step"] == 2
+
+
+def test_allowed_changes_go_on_and_are_the_rule_from_then_on(run: Path, start: Start) -> None:
+    changes = ("train.optim.algorithm=lion", "seed=3", "train.optim.lr=1e-4")
+    code, text = start("--allow-changes", "train.steps=3", *changes)
+    assert code == 0
+    assert "seed 0 → 3" in text
+    assert "seed 0 → 3" in (run / "log" / "events.jsonl").read_text()
+    assert read_state(run / "checkpoints" / "step-3")["optimizer"] == "Lion"
+    assert start("train.steps=4", *changes)[0] == 0  # as it is now
+    assert start("train.steps=5")[0] == 2  # as it was
+    code, text = start("--allow-changes", "train.steps=5", *changes, "task.unet.block_out_channels=[16,32]")
+    assert code == 2
+    assert "parameters differ, such as" in text
+
+
+def test_another_batch_goes_on_at_the_same_sample(run: Path, start: Start) -> None:
+    code, text = start("train.steps=3", "train.batch=8", "train.accumulate=2")
+    assert code == 0
+    assert "train.batch 4 → 8" in text
+    assert "the data go on at sample 8;" in text
+    assert read_state(run / "checkpoints" / "step-3")["extra"]["batches"] == [[0, 4], [2, 8]]
+    code, text = start("train.steps=4")
+    assert code == 0
+    assert "batch 8 → 4: the data go on at sample 16;" in text
+
+
+def test_a_checkpoint_without_the_record_goes_on_with_a_line(run: Path, start: Start) -> None:
+    for step in (1, 2):
+        folder = run / "checkpoints" / f"step-{step}"
+        told = read_state(folder)
+        del told["trained_with"], told["extra"]["batches"], told["extra"]["computed_in"]
+        (folder / "state.json").write_text(json.dumps(told))
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["files"]["state.json"] = files.describe(folder / "state.json")
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    code, text = start("train.steps=3")
+    assert code == 0
+    assert "does not say what it was trained with: nothing is compared" in text
+
+
+def test_when_all_are_damaged_nothing_begins_unless_told(run: Path, start: Start) -> None:
+    for step, name in ((1, "state.json"), (2, "shard-00000.safetensors")):
+        path = run / "checkpoints" / f"step-{step}" / name
+        data = bytearray(path.read_bytes())
+        data[-2] ^= 1
+        path.write_bytes(data)
+    before = content(run)
+    with pytest.warns(UserWarning, match="damaged"):
+        code, text = start("train.steps=4")
+    assert code == 2
+    assert "step-2: shard-00000.safetensors: contents changed (SHA-256 differs); step-1: state.json" in text
+    assert "--from-scratch" in text
+    assert content(run) == before
+    code, text = start("--from-scratch", "train.steps=1")
+    assert code == 0
+    aside = content(run / "earlier-1")
+    kept = {k: v for k, v in before.items() if not k.startswith("lock")}
+    assert aside == kept
+    assert [r["step"] for r in rows(run)] == [1]
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_begun_again(run: Path, start: Start) -> None:
+    shutil.rmtree(run / "checkpoints")
+    before = content(run)
+    code, text = start("train.steps=4")
+    assert code == 2
+    assert "none of its checkpoints is left" in text
+    assert content(run) == before
+
+
+def test_seeds_of_any_size_train(root: Path, tmp_path: Path) -> None:
+    """Two seeds that agree in 64 bits are still two."""
+    losses = []
+    for seed in (5, 5 + 2**64, -(2**63) - 1):
+        out = tmp_path / str(seed)
+        assert main(["train", str(root / "config.yaml"), f"out={out}", "train.steps=1", f"seed={seed}"]) == 0
+        losses.append(rows(out)[0]["loss"])
+    assert len(set(losses)) == 3
+
+
+def test_the_network_of_the_start_trains_and_is_written(
+    root: Path, done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run, its export and its checkpoint alike; another one is refused, `ldm plan` reads the start's."""
+    config = yaml.safe_load((root / "config.yaml").read_text())
+    network = config["task"].pop("unet")
+    for number, source in enumerate((done, done / "export", done / "checkpoints" / "step-1", f"{done}@2")):
+        out = tmp_path / str(number)
+        path = miniature.write(config, tmp_path / "config.yaml")
+        assert main(["train", str(path), f"task.start={source}", f"out={out}", "train.steps=1"]) == 0
+        written = yaml.safe_load((out / "config.yaml").read_text())["task"]["unet"]
+        assert written["block_out_channels"] == network["block_out_channels"]
+        assert written["cross_attention_dim"] == 16
+    capsys.readouterr()
+    assert main(["plan", str(path), f"task.start={done}", "--gpu", "a100-80g", "--json"]) == 0
+    plain = capsys.readouterr().out
+    assert main(["plan", str(root / "config.yaml"), "--gpu", "a100-80g", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(plain)
+    config["task"]["unet"] = network | {"block_out_channels": [16, 32]}
+    path = miniature.write(config, tmp_path / "config.yaml")
+    assert main(["train", str(path), f"task.start={done}", f"out={tmp_path / 'other'}"]) == 2
+    said = capsys.readouterr().err
+    assert "task.unet: another network than that of task.start" in said
+    assert "block_out_channels [16, 32] for [8, 16]" in said
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_is_no_model_is_named(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--model .*it is a data set"):
+        usable(root / "data", "--model")
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(ValueError, match="it is empty"):
+        usable(tmp_path / "notes")
+    (tmp_path / "notes" / "a.txt").touch()
+    with pytest.raises(ValueError, match=r"it holds a\.txt"):
+        usable(tmp_path / "notes")
+    with pytest.raises(ValueError, match=r"no checkpoint of step 7, only of \[1, 2\]"):
+        usable(f"{root / 'done'}@7")
