@@ -25,7 +25,6 @@ def main(argv: list[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="ldm data", description="Make data sets and look at them.")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-
     build = verbs.add_parser("build", help="shards from a folder of pictures with captions")
     build.add_argument(
         "source",

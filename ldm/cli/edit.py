@@ -114,9 +114,12 @@ def _digest(path: Path) -> str:
 
 def _open(path: Path) -> Image.Image:
     """A picture as a viewer shows it on white; a white stencil, of which nothing would be seen there, on black."""
-    from ldm.data.decode import load
+    from ldm.data.decode import frames, load
 
-    return load(path, stencil=True)
+    picture = load(path, stencil=True)
+    if (count := frames(path)) > 1:
+        print(f"ldm edit: {path}: the first of {count} frames or pages is taken", file=sys.stderr)
+    return picture
 
 
 def _numbered(pictures: list[Image.Image]) -> dict[str, Image.Image]:
@@ -134,14 +137,16 @@ def _img2img(args: argparse.Namespace, pipe: TextToImage, settings: Settings) ->
 
 
 def _inpaint(args: argparse.Namespace, pipe: TextToImage, settings: Settings) -> dict[str, Image.Image]:
+    import numpy as np
+
     from ldm.data.decode import load_mask
     from ldm.editing import inpaint
     from ldm.progress import Bar
 
     image, mask = _open(args.image), load_mask(args.mask)
-    low, high = mask.point(lambda value: 255 * (value > 127)).getextrema()
-    if low == high:
-        what = "all of it is white, so all of the picture" if low else "nothing in it is white, so nothing"
+    white = np.asarray(mask) > 127
+    if white.all() or not white.any():
+        what = "all of it is white, so all of the picture" if white.any() else "nothing in it is white, so nothing"
         print(f"ldm edit: {args.mask}: {what} is drawn anew", file=sys.stderr)
     with Bar("drawing", "steps", leave=False) as bar:
         how: dict[str, Any] = {"settings": settings, "count": args.count, "progress": bar.to}
