@@ -186,6 +186,8 @@ def _inspect(args: argparse.Namespace) -> int:
         summary = inspect(manifest, out, split=args.split, limit=args.limit, pictures=args.pictures, progress=bar.to)
     for key in ("samples", "looked_at", "bad", "formats", "width", "height", "aspect", "caption_words"):
         print(f"{key.replace('_', ' ')}: {summary[key]}")
+    for bucket, count in summary["buckets"].items():
+        print(f"bucket {bucket}: {count} pictures")
     print(f"look-alike groups: {summary['look_alike_groups']}")
     print(f"page: {out / 'index.html'}   contact sheet: {out / 'contact.png'}")
     return 0
@@ -197,7 +199,7 @@ def _encode(args: argparse.Namespace) -> int:
     from ldm.data.encode import EncodeConfig, encode, finish, missing
     from ldm.models.latents import LatentCodec
     from ldm.progress import Bar
-    from ldm.recipes.sources import load_autoencoder, load_towers, text_encoder, weights_hash
+    from ldm.recipes.sources import cache_hashes, load_autoencoder, load_towers, text_encoder
 
     if args.vae is None and args.text is None:
         raise ValueError("nothing to encode: give --vae, --text or both")
@@ -219,12 +221,12 @@ def _encode(args: argparse.Namespace) -> int:
     if args.vae is not None:
         autoencoder = load_autoencoder(args.vae).to(device)
         codec = LatentCodec.of(autoencoder)
-        hashes["vae"] = weights_hash(autoencoder)
+        hashes |= cache_hashes(autoencoder)
         moments = codec.moments
     if args.text is not None:
         towers = [tower.to(device) for tower in load_towers(args.text)]
         encode_text = text_encoder(towers)
-        hashes["text"] = weights_hash(*towers)
+        hashes |= cache_hashes(towers=towers)
         text = lambda texts: dict(encode_text(texts))  # noqa: E731
     with Bar("encoding", "pictures") as bar:
         encode(
