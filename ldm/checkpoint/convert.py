@@ -15,8 +15,10 @@ from ldm.checkpoint.opened import Components, Opened, OpenedText, fill, load_tow
 from ldm.checkpoint.opened import empty as _empty
 from ldm.checkpoint.single import open_single, write_single
 from ldm.models.autoencoder import Autoencoder
+from ldm.models.shipped import SHIPPED
 from ldm.models.text import Output, TextTower
 from ldm.models.unet import UNet
+from ldm.words import expanded, near
 
 __all__ = [
     "Components",
@@ -96,14 +98,14 @@ def open_model(
 
     Raises ValueError if it is none of these, or a hub id that is neither stored here nor reachable.
     """
-    path = Path(source)
+    path = Path(expanded(str(source)))
     if path.is_file():
         return open_single(path, ema=ema, prediction=prediction)
     if path.is_dir():
         return open_folder(path, variant=variant)
     text = str(source)
     if text.count("/") != 1 or text.startswith((".", "/", "~")) or path.suffix in (".safetensors", ".ckpt"):
-        raise ValueError(f"{text}: no such file or folder, and not a hub id (owner/name)")
+        raise ValueError(f"{text}: no such file or folder, and not a hub id (owner/name){near(text, SHIPPED)}")
     return open_folder(_from_hub(text), variant=variant)
 
 

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ldm.words import expanded
+
 NAME = "learned_embeds.safetensors"
 Format = Literal["diffusers", "a1111", "a1111_pt"]
 _TOWERS = ("clip_l", "clip_g")
@@ -64,7 +66,7 @@ def read_embeddings(path: str | Path, token: str | None = None) -> dict[str, lis
 
     `token` renames the only one; a form without a name takes the file's. Raises ValueError for other files.
     """
-    path = Path(path)
+    path = Path(expanded(str(path)))
     path = path / NAME if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"embedding {str(path)!r}: no such file, nor a folder that holds {NAME}")

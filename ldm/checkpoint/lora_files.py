@@ -24,6 +24,7 @@ from ldm.adapters.sites import all_sites
 from ldm.checkpoint.maps import unet_to_compvis
 from ldm.models.text import TextTower
 from ldm.models.unet import UNet, UNetConfig
+from ldm.words import expanded
 
 NAME = "pytorch_lora_weights.safetensors"
 Format = Literal["diffusers", "kohya"]
@@ -72,7 +73,7 @@ def read_lora(path: str | Path, unet: UNet, text: Sequence[TextTower]) -> Lora:
 
     Raises ValueError for a file that is none of them, or with layers that this model does not have.
     """
-    path = Path(path)
+    path = Path(expanded(str(path)))
     path = path / NAME if path.is_dir() else path
     if path.suffix != ".safetensors" or not path.is_file():
         raise ValueError(f"LoRA {str(path)!r}: no such .safetensors file, nor a folder that holds {NAME}")

@@ -6,13 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ldm.cli.options import Parser
+
 DTYPES = ("float32", "float16", "bfloat16")
 LORA = ("lora", "kohya")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Options of the verb."""
-    p = argparse.ArgumentParser(prog="ldm convert", description="Turn one model format into another.")
+    p = Parser(prog="ldm convert", description="Turn one model format into another.")
     p.add_argument("source", help="diffusers folder, single file (.safetensors, .ckpt) or hub id (owner/name)")
     p.add_argument("target", type=Path, help="folder, or file ending in .safetensors")
     p.add_argument("--to", required=True, choices=("diffusers", "compvis", *LORA), help="format of the target; lora "

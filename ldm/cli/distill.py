@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ldm.cli import starts
+from ldm.cli.options import Parser
 
 if TYPE_CHECKING:
     from ldm.config.schema import RunConfig
@@ -22,9 +22,9 @@ METHODS = {
 }
 
 
-def main(argv: list[str]) -> int:
-    """Distil; running the same command again resumes, in whichever round."""
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """Options of the verb."""
+    parser = Parser(
         prog="ldm distill",
         description="Train a few-step student. The same command again resumes.",
         epilog="methods: " + "; ".join(f"{name}: {text}" for name, text in METHODS.items()),
@@ -34,7 +34,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=100 out=runs/try")
     parser.add_argument("--print-rounds", action="store_true", help="print the rounds of progressive, and stop")
     starts.add(parser)
-    args = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Distil; running the same command again resumes, in whichever round."""
+    args = parser().parse_words(argv)
 
     from ldm.config.schema import load_run
     from ldm.recipes.distill import DistillTask

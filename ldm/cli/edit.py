@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from ldm.cli.options import Parser
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -12,10 +15,10 @@ if TYPE_CHECKING:
     from ldm.pipeline import Settings, TextToImage
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Options of the verb."""
-    p = argparse.ArgumentParser(prog="ldm edit", description="Change pictures with a text-to-image model.")
-    common = argparse.ArgumentParser(add_help=False)
+    p = Parser(prog="ldm edit", description="Change pictures with a text-to-image model.")
+    common = Parser(add_help=False)
     common.add_argument("--model", default="emoji", help="shipped name, run or diffusers folder, file or hub id")
     common.add_argument("--sampler", default="ddim")
     common.add_argument("--steps", type=int, default=50)
@@ -72,12 +75,10 @@ def main(argv: list[str]) -> int:
 
 
 def _open(path: Path) -> Image.Image:
-    from PIL import Image, UnidentifiedImageError
+    """A picture as a viewer shows it on white; a white stencil, of which nothing would be seen there, on black."""
+    from ldm.data.decode import load
 
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"{path}: not a readable picture: {error}") from error
+    return load(path, stencil=True)
 
 
 def _numbered(pictures: list[Image.Image]) -> dict[str, Image.Image]:
@@ -92,9 +93,14 @@ def _img2img(args: argparse.Namespace, pipe: TextToImage, settings: Settings) ->
 
 
 def _inpaint(args: argparse.Namespace, pipe: TextToImage, settings: Settings) -> dict[str, Image.Image]:
+    from ldm.data.decode import load_mask
     from ldm.editing import inpaint
 
-    image, mask = _open(args.image), _open(args.mask)
+    image, mask = _open(args.image), load_mask(args.mask)
+    low, high = mask.point(lambda value: 255 * (value > 127)).getextrema()
+    if low == high:
+        what = "all of it is white, so all of the picture" if low else "nothing in it is white, so nothing"
+        print(f"ldm edit: {args.mask}: {what} is drawn anew", file=sys.stderr)
     return _numbered(inpaint(pipe, image, mask, args.prompt, settings=settings, count=args.count))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli import evaluate_inversion, evaluate_prompts, evaluate_samplers
+from ldm.cli.options import Parser
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,8 +35,8 @@ def main(argv: list[str]) -> int:
         return run(args)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ldm evaluate", description="Measure models and pictures.")
+def _parser() -> Parser:
+    parser = Parser(prog="ldm evaluate", description="Measure models and pictures.")
     verbs = parser.add_subparsers(metavar="MEASURE", required=True)
 
     retrieval = verbs.add_parser("retrieval", help="how often a CLIP finds a picture's caption among others")
@@ -91,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _data(parser: argparse.ArgumentParser, split: str) -> None:
+def _data(parser: Parser, split: str) -> None:
     parser.add_argument("--data", default="emoji", help="a shipped data set's name, a folder or a manifest (emoji)")
     parser.add_argument("--split", default=split, help=f"as in train, heldout, compositional ({split})")
     parser.add_argument("--count", type=int, help="pictures, of distinct captions (256, or all of a smaller split)")
@@ -99,7 +100,7 @@ def _data(parser: argparse.ArgumentParser, split: str) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures and the protocol here")
 
 
-def _drawing(parser: argparse.ArgumentParser) -> None:
+def _drawing(parser: Parser) -> None:
     parser.add_argument("--model", default="emoji", help="shipped model, run, diffusers folder or single file (emoji)")
     parser.add_argument("--sampler", help="(dpmpp_2m; of a few-step student its own)")
     parser.add_argument("--steps", type=int, help="(25; of a few-step student 4)")
@@ -291,12 +292,10 @@ def _drawn(
 
 def _bar(total: int) -> Any:
     """Steps of all batches, on rank 0; the ranks advance alike."""
-    from tqdm import tqdm
-
     from ldm import dist
+    from ldm.progress import Bar
 
-    total = -(-total // dist.world_size())
-    return tqdm(unit=" step", desc="drawing", total=total, disable=True if dist.rank() else None)
+    return Bar("drawing", "steps", -(-total // dist.world_size()))
 
 
 def _protocol(args: argparse.Namespace, what: str, count: int) -> dict[str, Any]:

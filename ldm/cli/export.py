@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 from pathlib import Path
 
+from ldm.cli.options import Parser
 
-def parser() -> argparse.ArgumentParser:
+
+def parser() -> Parser:
     """Options of the verb."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="ldm export",
         description="Write the folder that a run writes at its end (diffusers' for text to image) from one of its "
         "checkpoints. The run may be in training: only published, whole checkpoints are read.",

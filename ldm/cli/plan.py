@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli import plan_parts as parts
+from ldm.cli.options import Parser
 
 if TYPE_CHECKING:
     from ldm.config.schema import RunConfig
     from ldm.plan.report import Job
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Options of the verb."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="ldm plan",
         description="Memory, throughput, time and cost of a run, and what would go wrong, without a GPU.",
     )
@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.batch=2048")
     p.add_argument("--nodes", type=int, default=1)
     p.add_argument("--gpus-per-node", type=int, default=8)
-    p.add_argument("--gpu", default="a100-80g", help="a100-80g (default), a100-40g, h100, h200, v100-32g, l40s, ...")
+    p.add_argument("--gpu", default="a100-80g", help="a100-80g, a100-40g, h100, h200, v100-32g, l40s, ...")
     p.add_argument("--price", type=float, help="of one GPU for an hour, in any currency")
     p.add_argument("--inside", type=float, metavar="GB/s", help="link of a GPU within its node, one way")
     p.add_argument("--outside", type=float, metavar="GB/s", help="network of a node, one way, all ports together")
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Run the verb; ValueError for users' mistakes."""
-    args = parser().parse_intermixed_args(argv)
+    args = parser().parse_words(argv)
     if args.price is not None and args.price < 0:
         raise ValueError(f"--price must not be negative, got {args.price}")
 

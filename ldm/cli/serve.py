@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
+from ldm.cli.options import Parser
 
 EXAMPLES = ("a red apple", "a smiling face with sunglasses", "woman firefighter, medium-dark skin tone", "a red heart")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Options of the verb."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="ldm serve",
         description="Draw from words in a browser. Needs the extra `web`.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("--model", default="emoji", help="shipped name, run or diffusers folder, single file or hub id")
     p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the U-Net")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ldm.config import load as config
 from ldm.data.mixture import Data
@@ -33,11 +34,11 @@ class RunConfig:
             raise ValueError(f"workers must be at least 0, got {self.workers}")
 
 
-def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read and check a run's config. Raises ValueError naming the key, the value and what is allowed.
+def load_run(path: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and check a run's config, a file or plain data.
 
-    `data.kind` may be left out: what lists `sources` is a mixture. A checkpoint that stands for a model is written as
-    one, and the network of `task.start` is filled in.
+    Raises ValueError naming the key, the value and what is allowed. `data.kind` may be left out: what lists `sources`
+    is a mixture. A checkpoint that stands for a model is written as one, and the network of `task.start` is filled in.
     """
     tree = config.read(path, overrides)
     data = tree.get("data")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from ldm.data.buckets import BucketedOrder, name
 from ldm.data.captions import Tags, uniform
 from ldm.data.decode import BadSample
 from ldm.data.images import Fit, to_float
-from ldm.data.manifest import Manifest, Shard, resolve
+from ldm.data.manifest import Manifest, Shard, json_line, resolve
 from ldm.data.order import Order, mix
 from ldm.data.remote import RemoteConfig
 from ldm.data.resized import Regrouped, Resized
@@ -108,11 +107,12 @@ class Quarantine:
                 line = {"key": key, "shard": shard, "reason": error.reason, "error": error.detail}
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    file.write(json_line(line) + "\n")
             if self.bad > max(self.max_bad * max(self.seen, 100), 1):
                 worst = ", ".join(f"{n} x {reason} in {shard}" for (shard, reason), n in self.counts.most_common(3))
                 raise ValueError(
-                    f"data: {self.bad} of {self.seen} samples are bad, more than max_bad={self.max_bad}: {worst}"
+                    f"data: {self.bad} of {self.seen} samples are bad, more than max_bad={self.max_bad}: {worst}; "
+                    f"the last: {error.detail}"
                 )
 
 

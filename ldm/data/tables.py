@@ -12,6 +12,15 @@ def table_of(tar: Path) -> Path | None:
     return path if path.is_file() else None
 
 
+def library() -> Any:
+    """pyarrow.parquet. Raises ValueError if it is missing."""
+    try:
+        import pyarrow.parquet  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError("reading parquet needs pyarrow: pip install 'ldm[parquet]'") from error
+    return pyarrow.parquet
+
+
 def rows(path: Path) -> dict[str, dict[str, Any]]:
     """Fields by sample key. Raises ValueError if it cannot be read or pyarrow is missing."""
     try:

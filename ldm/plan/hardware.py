@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ldm.words import near
+
 GB = 1e9
 
 
@@ -53,7 +55,7 @@ HARDWARE: dict[str, Hardware] = {h.name: h for h in _KNOWN}
 def find(name: str) -> Hardware:
     """By name. Raises ValueError naming those that there are."""
     if name not in HARDWARE:
-        raise ValueError(f"gpu: {name!r} is not one of {list(HARDWARE)}")
+        raise ValueError(f"gpu: {name!r} is not one of {list(HARDWARE)}{near(name, HARDWARE)}")
     return HARDWARE[name]
 
 

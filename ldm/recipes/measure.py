@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ldm.data import decode
+from ldm import dist
 from ldm.data.decode import BadSample
 from ldm.data.images import pixels, resize, to_float
 from ldm.data.manifest import Manifest, resolve
@@ -26,6 +27,7 @@ from ldm.models.autoencoder import Autoencoder
 from ldm.models.latents import LatentCodec
 from ldm.models.openclip import AnyClip, OpenClipConfig, fitted, tokenizer_of
 from ldm.pipeline import Settings, TextToImage
+from ldm.recipes.pictures import entries
 from ldm.recipes.sources import load_clip, weights_hash
 from ldm.rng import Rng, generator
 from ldm.sampling.times import times as spaced
@@ -73,17 +75,23 @@ def real_pictures(data: str, split: str, ids: Sequence[int], size: int) -> Tenso
 
 
 def folder_pictures(folder: Path, size: int | None = None) -> Tensor:
-    """All pictures of a folder (N, 3, size, size) in [-1, 1], by name; None is the first one's shorter side.
+    """All pictures of a folder or a built set (N, 3, size, size) in [-1, 1], by name; None is the first's shorter side.
 
-    Raises ValueError when there are none.
+    Folders below it count too, as in `ldm data build`. One that cannot be read is named and left out. Raises ValueError
+    when there are none.
     """
-    endings = {f".{e}" for e in decode.IMAGES}
-    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in endings)
-    if not paths:
-        raise ValueError(f"pictures: {str(folder)!r}: no such folder, or no pictures in it")
-    opened = [decode.picture(p.read_bytes()) for p in paths]
-    side = size or min(opened[0].size)
-    return to_float(np.stack([pixels(resize(picture, (side, side), "stretch")) for picture in opened]))
+    kept: list[NDArray[np.uint8]] = []
+    for entry in entries(folder):
+        try:
+            picture = entry.open()
+        except BadSample as error:
+            dist.say(f"pictures {folder}: {entry.name} is left out, {error}")
+            continue
+        size = size or min(picture.size)
+        kept.append(pixels(resize(picture, (size, size), "stretch")))
+    if not kept:
+        raise ValueError(f"pictures: {str(folder)!r}: none of the pictures can be read")
+    return to_float(np.stack(kept))
 
 
 def _samples(data: str, split: str, size: int = 1) -> Samples:

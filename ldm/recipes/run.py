@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
+
+from omegaconf import OmegaConf
 
 from ldm import allocator, dist
 from ldm.checkpoint import files
 from ldm.checkpoint.lock import RunLock, RunLocked
+from ldm.precision import DTYPES, chosen
 from ldm.recipes import record as records
 from ldm.recipes.base import Assembly
 from ldm.recipes.pictures import on_first as told_on_first
 from ldm.train import engine, state
 from ldm.train.changes import Change, Record, compare, told
+from ldm.train.stop import before_training
 from ldm.train.trainer import TrainConfig, Trainer
 from ldm.train.writer import on_first
 
@@ -58,9 +64,16 @@ def run(
     the folder holds a run with another model, data or objective, or one of which every checkpoint is damaged, or when
     another process runs in it.
     """
-    start = start or Start()
+    with before_training():
+        return _run(build, train, out, seed=seed, resolved=resolved, start=start or Start())
+
+
+def _run(
+    build: Callable[[], Assembly], train: TrainConfig, out: Path, *, seed: int, resolved: str, start: Start
+) -> int:
     allocator.keep_freed_memory(dist.device().type)  # here, as caches are encoded before there is an engine
     engine.start()
+    train, resolved = settled(train, resolved, out)
     if not start.scratch and dist.from_first(int(_finished(out, train.steps, resolved))):
         dist.say(f"{out}: already finished {train.steps} steps; exported to {out / 'export'}")
         return 0
@@ -69,6 +82,37 @@ def run(
     with _only_writer(out) as guard:
         found = _look(out, train, record, start)
         return _train(build, train, out, guard, found, record, start, seed=seed, resolved=resolved)
+
+
+def settled(train: TrainConfig, resolved: str, out: Path) -> tuple[TrainConfig, str]:
+    """The settings and their YAML with `precision: auto` replaced by what it means here; collective.
+
+    A run that began in `out` goes on as its own config says, also on another machine, so that its arithmetic stays.
+    """
+    if train.engine.precision != "auto":
+        return train, resolved
+    words = list(DTYPES)
+    found = _earlier(out) if dist.rank() == 0 else None
+    earlier = dist.from_first(-1 if found is None else words.index(found))
+    name = chosen("auto") if earlier < 0 else words[earlier]
+    if earlier >= 0:
+        dist.say(f"precision auto: {name}, as this run began")
+    tree = OmegaConf.create(resolved)
+    if OmegaConf.select(tree, "train.engine.precision") is not None:
+        OmegaConf.update(tree, "train.engine.precision", name)
+        resolved = OmegaConf.to_yaml(tree)
+    told = typing.cast("Literal['fp32', 'bf16', 'fp16']", name)
+    return replace(train, engine=replace(train.engine, precision=told)), resolved
+
+
+def _earlier(out: Path) -> str | None:
+    """The precision that the run of this folder has, None where none began."""
+    config = out / "config.yaml"
+    began = (out / "done.json").is_file() or bool(files.steps(out / "checkpoints"))
+    if not (began and config.is_file()):
+        return None
+    found = OmegaConf.select(OmegaConf.create(config.read_text(encoding="utf-8")), "train.engine.precision")
+    return found if found in DTYPES else None
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm import dist
 from ldm.checkpoint import files
@@ -29,6 +28,7 @@ from ldm.models.text import TextTower
 from ldm.models.unet import Granularity, UNet, UNetConfig
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.pipeline import Settings, TextToImage
+from ldm.progress import Bar
 from ldm.recipes.base import Assembly
 from ldm.recipes.sources import (
     load_autoencoder,
@@ -149,18 +149,17 @@ def cached(folder: Path, data: DataConfig, codec: LatentCodec, towers: Sequence[
         flip=data.flip, variants=2 if data.flip or data.crop == "random" else 1, template=data.template, part=512,
     )  # fmt: skip
     encode_text = text_encoder(towers)
-    bar = tqdm(desc="encoding", unit="img", disable=dist.rank() != 0, mininterval=2)
-    encode(
-        config,
-        folder,
-        moments=codec.moments,
-        text=lambda texts: dict(encode_text(texts)),
-        hashes=hashes(codec.autoencoder, towers),
-        rank=dist.rank(),
-        world=dist.world_size(),
-        progress=bar.update,
-    )
-    bar.close()
+    with Bar("encoding", "pictures") as bar:
+        encode(
+            config,
+            folder,
+            moments=codec.moments,
+            text=lambda texts: dict(encode_text(texts)),
+            hashes=hashes(codec.autoencoder, towers),
+            rank=dist.rank(),
+            world=dist.world_size(),
+            progress=bar.update,
+        )
     dist.barrier()
     if dist.rank() == 0:
         finish(config, folder)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +15,7 @@ from ldm.checkpoint import files
 from ldm.data.resized import Sizes
 from ldm.data.stream import Stream
 from ldm.objectives import Objective
+from ldm.precision import measured
 from ldm.rng import Rng, key
 from ldm.train import guards, state
 from ldm.train.changes import Change, Record
@@ -27,13 +25,11 @@ from ldm.train.guards import BadSamples, GuardConfig, Spikes, Watchdog
 from ldm.train.log import Log, LogConfig
 from ldm.train.meter import Meter, StepFlops, peak
 from ldm.train.optim import Optim
+from ldm.train.stop import AGAIN, Stop
 from ldm.train.validate import ValidateConfig
 from ldm.train.writer import CheckpointConfig, Job, Report, Writer, on_first
 
 __all__ = ["AGAIN", "CheckpointConfig", "Hook", "Stop", "TrainConfig", "Trainer"]
-
-AGAIN = 75
-"""Exit code of a run that was told to stop, saved, and should be started again (EX_TEMPFAIL)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,29 +72,6 @@ class Hook(Protocol):
     every: int
 
     def __call__(self, trainer: Trainer, step: int) -> None: ...
-
-
-class Stop:
-    """Whether a signal asked to stop; the flag is agreed on by all ranks at a step boundary."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def listen(self) -> Callable[[], None]:
-        """Catch SIGTERM, SIGINT and SIGUSR2; the returned call restores the old handlers."""
-        if threading.current_thread() is not threading.main_thread():
-            return lambda: None
-        names = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-        old = {s: signal.signal(s, self._handle) for s in names}
-
-        def restore() -> None:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-
-        return restore
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
 
 
 class Trainer:
@@ -244,6 +217,9 @@ class Trainer:
             settings=self.settings,
             before=self._seconds,
         )
+        if (timed := measured()) is not None:
+            told = {"choice": timed.choice, "fp32_ms": timed.fp32, "bf16_ms": timed.bf16}
+            log.event(self.step, "precision", told)
         if self.changes:
             allowed = any(change.makes for change in self.changes)
             log.event(self.step, "changed", {"keys": [str(c) for c in self.changes], "allowed": allowed})

@@ -109,7 +109,12 @@ def train(config: Path, overrides: Sequence[str], procs: int) -> None:
     """Start `ldm train` on several processes and wait. Raises RuntimeError when it fails."""
     command = [sys.executable, "-m", "launch", "local", "--procs", str(procs), "--"]
     command += [sys.executable, "-m", "ldm.cli", "train", str(config), *overrides]
-    code = subprocess.run(command, check=False, env={**os.environ, "TORCHDYNAMO_DISABLE": "1"}).returncode
+    process = subprocess.Popen(command, env={**os.environ, "TORCHDYNAMO_DISABLE": "1"})
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:  # which the launcher has got too: its ranks save
+        process.wait()
+        raise
     if code:
         raise RuntimeError(f"training ended with exit code {code}: {' '.join(command)}")
 

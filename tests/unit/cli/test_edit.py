@@ -167,3 +167,31 @@ def test_the_example_shows_every_method(tmp_path: Path, capsys: Any) -> None:
     side = kept.height
     before, after = (np.asarray(kept)[side // 2 + 8 :, x : x + side] for x in (0, 2 * (side + 2)))
     assert np.array_equal(before, after), "the black half of the mask stays"
+
+
+def test_a_mask_s_transparent_part_is_kept(model: Path, files: Path, tmp_path: Path, capsys) -> None:
+    """Transparent white is not painted (Mikubill/sd-webui-controlnet#3079), at the command line and in Python."""
+    mask = _in(files, "mask.png")
+    painted = Image.merge("RGBA", [Image.new("L", mask.size, 255)] * 3 + [mask])
+    painted.save(tmp_path / "painted.png")
+    plain = run(model, files, tmp_path / "plain", "inpaint", "@in.png", "@mask.png", "a cat")["0000"]
+    ours = run(model, files, tmp_path / "ours", "inpaint", "@in.png", str(tmp_path / "painted.png"), "a cat")["0000"]
+    assert np.array_equal(np.asarray(ours), np.asarray(plain))
+    assert "drawn anew" not in capsys.readouterr().err
+    Image.new("L", mask.size, 0).save(tmp_path / "black.png")
+    none = run(model, files, tmp_path / "none", "inpaint", "@in.png", str(tmp_path / "black.png"), "a cat")["0000"]
+    assert np.array_equal(np.asarray(none), np.asarray(_in(files)))
+    assert "black.png: nothing in it is white" in capsys.readouterr().err
+    call = lambda mask: editing.inpaint(TextToImage.load(model), _in(files), mask, "a cat", settings=SETTINGS)[0]  # noqa: E731
+    assert np.array_equal(np.asarray(call(painted)), np.asarray(call(mask)))
+
+
+def test_pictures_given_in_python_are_seen_as_viewers_show_them(pipe: TextToImage, files: Path) -> None:
+    """Hidden colours under transparency, EXIF's rotation: the latents are those of what is seen, upright on white."""
+    clear = Image.merge("RGBA", [*_in(files).split(), Image.new("L", _in(files).size, 0)])
+    white = Image.new("RGB", clear.size, (255, 255, 255))
+    assert torch.equal(editing.encode(pipe, clear), editing.encode(pipe, white))
+    lying = _in(files)
+    lying.getexif()[0x0112] = 6
+    upright = _in(files).transpose(Image.Transpose.ROTATE_270)
+    assert torch.equal(editing.encode(pipe, lying), editing.encode(pipe, upright))
