@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -122,11 +123,23 @@ class SampleHook:
         world, rank = dist.world_size(), dist.rank()
         share = math.ceil(len(prompts) / world)  # equal on all ranks: the network may be divided over them
         indices = [(rank * share + i) % len(prompts) for i in range(share)]
-        with trainer.averaged(), trainer.engine.autocast():
+        with trainer.averaged(), trainer.engine.autocast(), without_dropout(self.pipeline.unet):
             own = self.pipeline.sample([prompts[i] for i in indices], settings=self.config.settings, indices=indices)
         images = dist.gather(own)[: len(prompts)]
         if rank == 0:
             save_grid(images, trainer.out / "samples" / f"step-{step:07d}.png", columns=math.ceil(len(prompts) ** 0.5))
+
+
+@contextmanager
+def without_dropout(unet: UNet) -> Iterator[None]:
+    """The network as it draws, inside; nothing where it has no dropout."""
+    was = unet.training
+    if unet.config.dropout:
+        unet.eval()
+    try:
+        yield
+    finally:
+        unet.train(was)
 
 
 def cached(folder: Path, data: DataConfig, codec: LatentCodec, towers: Sequence[TextTower]) -> Path:
