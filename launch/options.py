@@ -33,7 +33,7 @@ class Help(argparse.HelpFormatter):
         escaped = shown.replace("%", "%%")
         if text.endswith(f"({escaped})"):
             return f"{text[: -len(escaped) - 2]}(default: {escaped})"
-        return text if shown in text and "default" in text else f"{text} (default: {escaped})".lstrip()
+        return text if f"default: {escaped}" in text else f"{text} (default: {escaped})".lstrip()
 
 
 class RawHelp(Help, argparse.RawDescriptionHelpFormatter):
@@ -62,6 +62,7 @@ class Parser(argparse.ArgumentParser):
         chosen = options.get("formatter_class", Help)
         options["formatter_class"] = chosen if issubclass(chosen, Help) else Help
         super().__init__(*args, **options)
+        self._given: list[str] = []
         for kind, read in ((None, home), (str, home), (int, integer), (float, number), (Path, path)):
             self.register("type", kind, read)
 
@@ -72,6 +73,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, but an unknown option is refused here, where the known ones are known."""
+        self._given = list(sys.argv[1:] if args is None else args)
         found, rest = super().parse_known_args(args, namespace)
         for word in rest:
             if _OPTION.match(word):
@@ -89,6 +91,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line on standard error, and exit code 2."""
         text = message.replace("\n", " ")
+        if text.startswith("the following arguments are required"):  # a word that was misspelt tells more
+            known = [o for action in self._actions for o in action.option_strings]
+            names = [word.split("=", 1)[0] for word in self._given if _OPTION.match(word)]
+            wrong = [n for n in names if not any(o.startswith(n) for o in known)]
+            text = f"there is no option {wrong[0]}{self._near(wrong[0])}" if wrong else text
         self.exit(2, f"{self.prog}: {text}; `{self.prog} --help` tells more\n")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:

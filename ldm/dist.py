@@ -54,8 +54,11 @@ _LEFT_OVER = (
 )
 
 
-def check() -> None:
-    """Raise ValueError unless the variables of the process group fit together; names the one that does not."""
+def check(*, meeting: bool = True) -> None:
+    """Raise ValueError unless the variables of the process group fit together; names the one that does not.
+
+    Without `meeting` the ranks only share work and need no place to meet.
+    """
     world, own, local = world_size(), rank(), local_rank()
     if world < 1:
         raise ValueError(f"WORLD_SIZE: must be at least 1, got {world}; {_LEFT_OVER}")
@@ -70,10 +73,10 @@ def check() -> None:
         raise ValueError(f"LOCAL_RANK: {local} is not below LOCAL_WORLD_SIZE, {beside}; {_LEFT_OVER}")
     if world == 1:
         return
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if meeting else ("RANK",):
         if _named(name) is None:
             raise ValueError(f"{name} is not set, but WORLD_SIZE is {world}; {_LEFT_OVER}")
-    if not 1 <= (port := _env("MASTER_PORT", 0)) <= 65535:
+    if meeting and not 1 <= (port := _env("MASTER_PORT", 0)) <= 65535:
         raise ValueError(f"MASTER_PORT: {port} is not in [1, 65535]; {_LEFT_OVER}")
 
 

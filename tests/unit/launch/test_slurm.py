@@ -129,7 +129,7 @@ def test_variables_of_a_rank() -> None:
     }  # fmt: skip
     ports = {task.variables(STEP | {"SLURM_RESTART_COUNT": str(n)})["MASTER_PORT"] for n in range(5)}
     assert len(ports) == 5  # a port that is taken is not tried again
-    with pytest.raises(ValueError, match="SLURM_PROCID: not set; `launch task` runs under srun"):
+    with pytest.raises(ValueError, match=r"SLURM_PROCID, SLURM_LOCALID, .*: not set; `launch task` runs under srun"):
         task.variables({})
     assert task.fill(["{job}-{array}.txt"], {"SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}) == ["7-2.txt"]
 
