@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import io
 import math
 import os
 import re
@@ -91,12 +92,22 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line on standard error, and exit code 2."""
         text = message.replace("\n", " ")
-        if text.startswith("the following arguments are required"):  # a word that was misspelt tells more
-            known = [o for action in self._actions for o in action.option_strings]
-            names = [word.split("=", 1)[0] for word in self._given if _OPTION.match(word)]
-            wrong = [n for n in names if not any(o.startswith(n) for o in known)]
-            text = f"there is no option {wrong[0]}{self._near(wrong[0])}" if wrong else text
+        if text.startswith(("the following arguments are required", "unrecognized arguments")):
+            text = self._misspelt() or text  # which tells more
         self.exit(2, f"{self.prog}: {text}; `{self.prog} --help` tells more\n")
+
+    def _misspelt(self) -> str:
+        """What is to be said of the first given option that there is not."""
+        parser: Parser = self
+        for word in self._given:
+            below = [a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+            if below and word in below[0]:
+                parser = below[0][word]
+            name = word.split("=", 1)[0]
+            known = [o for action in parser._actions for o in action.option_strings]
+            if _OPTION.match(word) and not any(o.startswith(name) for o in known):
+                return f"there is no option {name}{parser._near(name)}"
+        return ""
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is None or value in action.choices:
@@ -215,11 +226,8 @@ def _streams() -> None:
         stream = sys.__dict__[name]
         if stream is None:
             setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115
-        elif isinstance(stream, _TextIO):
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-
-
-_TextIO = type(sys.__stdout__ or sys.__stderr__)
 
 
 def _listen(prog: str) -> Callable[[], None]:

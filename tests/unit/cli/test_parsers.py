@@ -109,6 +109,9 @@ def test_options_and_overrides_in_any_order(config: Path, tmp_path: Path, capsys
         assert f"out: {tmp_path}/x" in printed
         wanted = wanted or printed
         assert printed == wanted
+    with pytest.raises(SystemExit):
+        main(["distill", "lcmm", str(config)])
+    assert "did you mean 'lcm'?" in capsys.readouterr().err
     for argv in (["train"], ["train", "train.steps=3"]):
         with pytest.raises(SystemExit):
             main(argv)

@@ -40,14 +40,14 @@ def run(code: str, *signals: str, **env: str) -> tuple[int, str, str]:
 @pytest.mark.parametrize(
     ("signals", "code", "lines"),
     [
-        (("SIGINT",), 0, ["stopping: this step is finished and saved first (Ctrl-C again to end at once)"]),
-        (("SIGTERM", "SIGTERM"), 0, ["stopping: this step is finished and saved first (SIGTERM)"]),
-        (("SIGTERM", "SIGINT"), 0, ["stopping: this step is finished and saved first (SIGTERM)"]),
+        (("SIGINT",), 0, ["stopping: finishing this step and saving (Ctrl-C again to end at once)"]),
+        (("SIGTERM", "SIGTERM"), 0, ["stopping: finishing this step and saving (SIGTERM)"]),
+        (("SIGTERM", "SIGINT"), 0, ["stopping: finishing this step and saving (SIGTERM)"]),
         (
             ("SIGINT", "SIGINT"),
             130,
             [
-                "stopping: this step is finished and saved first (Ctrl-C again to end at once)",
+                "stopping: finishing this step and saving (Ctrl-C again to end at once)",
                 "ended at once; the steps since the last checkpoint are lost",
             ],
         ),
