@@ -181,8 +181,9 @@ def _patience(host: str) -> float:
 
 
 def _meet(host: str, port: int, seconds: float) -> torch_dist.Store:
-    """The store of rank 0, which all reach at the port of the host."""
-    first = rank() == 0
+    """The store of rank 0, which all reach at the port of the host; under torchrun that of its agent."""
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    first = rank() == 0 and not agent
     if first:
         with socket.socket() as probe:  # before torch, whose own complaint is long
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -198,9 +199,10 @@ def _meet(host: str, port: int, seconds: float) -> torch_dist.Store:
     else:
         _reach(host, port, seconds)
     try:
-        return torch_dist.TCPStore(
+        store = torch_dist.TCPStore(
             host, port, world_size(), is_master=first, timeout=timedelta(seconds=seconds), wait_for_workers=False
         )
+        return torch_dist.PrefixStore(f"ldm {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     except (RuntimeError, ValueError) as error:
         text = str(error).splitlines()[0]
         raise ValueError(f"MASTER_ADDR {host!r}, MASTER_PORT {port}: no rendezvous: {text}") from error

@@ -146,3 +146,16 @@ def test_an_error_of_another_kind_blames_nobody(monkeypatch: pytest.MonkeyPatch)
     began = time.monotonic()
     assert dist.lost(RuntimeError("connection closed by peer")) is None  # no group was made
     assert time.monotonic() - began < 1
+
+
+def test_under_torchrun_the_agent_holds_the_store(tmp_path: Path) -> None:
+    script = tmp_path / "join.py"
+    script.write_text(JOIN + "print(dist.rank(), dist.sums([1.0]), flush=True)\n")
+    env = {k: v for k, v in os.environ.items() if k not in NAMES} | {"PYTHONPATH": str(ROOT)}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "--master-port", str(free_port()), script],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["0 [2.0]", "1 [2.0]"]

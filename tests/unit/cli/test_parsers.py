@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import re
 import shlex
@@ -45,6 +46,24 @@ def test_every_option_tells_its_default(parser: Any) -> None:
         if action.option_strings and action.help != argparse.SUPPRESS and default_text(action):
             told = parser._get_formatter()._expand_help(action)
             assert f"default: {default_text(action)}" in told, action.option_strings
+
+
+def test_defaults_that_come_later_are_told_too() -> None:
+    """Those of fine-tuning by method, and those of a SLURM job, which a site's file may change."""
+    from launch.job import SlurmJob
+    from ldm.recipes.folder_runs import RATES, STEPS
+
+    helps = {p.prog: {o: a.help for a in p._actions for o in a.option_strings} for p in leaves(verb_parser("finetune"))}
+    for method, steps in STEPS.items():
+        told = helps["ldm finetune " + method.removesuffix("_lora").replace("_", "-")]
+        assert str(steps) in told["--steps"]
+        assert all(f"{rate:.0e}".replace("e-0", "e-") in told["--lr"] for rate in RATES[method])
+    (slurm,) = [p for p in ALL if p.prog.endswith("launch slurm")]
+    fields = {f.name: f.default for f in dataclasses.fields(SlurmJob)}
+    for action in slurm._actions:
+        value = fields.get(action.dest)
+        if isinstance(value, (int, str, Path)) and not isinstance(value, bool) and value:
+            assert str(value) in action.help, action.dest
 
 
 @pytest.mark.parametrize("parser", ALL, ids=lambda p: p.prog)
