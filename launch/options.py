@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import errno
 import io
 import math
 import os
@@ -21,6 +22,8 @@ CLOSED = 141
 """Exit code after the reader of our output went away, as a shell shows SIGPIPE."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as a shell shows SIGINT."""
+FULL = 74
+"""Exit code after output that could not be written (EX_IOERR)."""
 _OPTION = re.compile(r"--?[A-Za-z]")
 
 
@@ -198,21 +201,25 @@ def ended(prog: str, run: Callable[[], int]) -> int:
     _streams()
     restore = _listen(prog)
     try:
-        try:
-            code = run()
-        finally:
-            _flush()
+        code = run()
+        _flush()
         return code
     except KeyboardInterrupt:
-        _say(prog, "interrupted")
+        if os.environ.get("RANK", "0") in ("", "0"):
+            _say(prog, "interrupted")
         return INTERRUPTED
     except BrokenPipeError:
         if not _reader_gone():
             raise
-        _hush()
         return CLOSED
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        _say(prog, f"standard output: {error.strerror}")
+        return FULL
     finally:
         restore()
+        _settle()
 
 
 def _streams() -> None:
@@ -288,12 +295,13 @@ def _reader_gone() -> bool:
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
-def _hush() -> None:
-    """What is still to be flushed goes nowhere, so that the interpreter's end says nothing."""
-    for number in (1, 2):
-        poll = select.poll()
-        poll.register(number, 0)
-        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+def _settle() -> None:
+    """What cannot be written goes nowhere, so that the interpreter's end says nothing of it."""
+    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+        try:
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except OSError:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, number)
             os.close(null)

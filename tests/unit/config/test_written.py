@@ -110,6 +110,26 @@ def test_what_is_no_number_is_refused_by_name(file: Path, override: str, said: s
         load.load(Run, file, [override])
 
 
+def test_parts_of_lists_and_what_is_no_key(file: Path) -> None:
+    file.write_text("prompts: [a, b]\ntrain: {optim: {warmup: 3}}\n")
+    assert load.load(Run, file, ["prompts[1]=c #1"]).prompts == ("a", "c #1")
+    assert load.load(Run, file, ["train.optim={lr: 2}"]).train.optim == Optim(lr=2.0, warmup=3)
+    for wrong in (
+        "prompts[9]=x",
+        "train.steps.x=3",
+        "a..b=1",
+        "a[=1",
+        "[0]=x",
+        "train=3",
+        ".a=1",
+        "train=[1]",
+        "name=${",
+    ):
+        with pytest.raises(ValueError) as error:
+            load.load(Run, file, [wrong])
+        assert "\n" not in str(error.value)
+
+
 def test_yes_and_no_where_they_are_meant(file: Path) -> None:
     assert load.load(Run, file, ["ema=no"]).ema is False
     assert load.load(Run, file, ["ema=yes"]).ema is True

@@ -100,6 +100,12 @@ def test_a_reader_that_goes_away_ends_it_quietly() -> None:
     assert short.stderr == ""
 
 
+def test_a_full_disk_behind_standard_output() -> None:
+    for code in ("sys.exit(ended('it', lambda: print('x') or 0))", PRINTS):
+        done = run(code, '"$0" -c "$1" >/dev/full')
+        assert (done.returncode, done.stderr) == (74, "it: standard output: No space left on device\n")
+
+
 def test_a_broken_pipe_of_something_else_is_not_hidden() -> None:
     done = run("""
 def fails():
