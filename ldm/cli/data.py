@@ -215,6 +215,7 @@ def _encode(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         batch=args.batch,
     )
+    dist.check(meeting=False)
     device = dist.device()
     keep_freed_memory(device.type)
     hashes, moments, text = {}, None, None

@@ -54,10 +54,10 @@ def parser() -> Parser:
     p.add_argument("--negative", default="", help="negative prompt")
     p.add_argument("--clip-guidance", type=float, default=0.0, metavar="S", help="strength of CLIP guidance; 0 is none")
     p.add_argument("--clip", default="clip_emoji", help="the CLIP of --clip-guidance, as in ldm evaluate --clip")
-    p.add_argument("--eta", type=float, help="DDIM's noise, 0 to 1")
-    p.add_argument("--spacing", help="how the sampler's times are spaced")
+    p.add_argument("--eta", type=float, help="DDIM's noise, 0 to 1 (default: the sampler's own)")
+    p.add_argument("--spacing", help="how the sampler's times are spaced (default: its own)")
     p.add_argument("--seed", type=int, default=0, help="any whole number")
-    p.add_argument("--count", type=int, help="pictures of each prompt (1)")
+    p.add_argument("--count", type=int, help="pictures of each prompt (default: 1)")
     p.add_argument(
         "--index", type=int, nargs="+", metavar="N",
         help="only these of all pictures, from 0; their batches are drawn whole, so that every bit is the same",
@@ -67,7 +67,7 @@ def parser() -> Parser:
         type=int,
         nargs="+",
         metavar="PIXELS",
-        help="side, or height and width, multiples of 8 (the model's own)",
+        help="side, or height and width, multiples of 8 (default: the model's own)",
     )
     p.add_argument("--batch", type=int, default=16, help="pictures at a time")
     p.add_argument("--prompt-weights", action="store_true", help='read "(word:1.3)", "((word))", "[word]"')
