@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm.cli.options import Parser
 
@@ -25,25 +25,7 @@ def main(argv: list[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="ldm data", description="Make data sets and look at them.")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    build = verbs.add_parser("build", help="shards from a folder of pictures with captions")
-    build.add_argument(
-        "source",
-        type=Path,
-        help="folder (.txt beside each picture, or metadata.jsonl, .csv, .parquet), or the metadata",
-    )
-    build.add_argument("out", type=Path, help="folder to make")
-    build.add_argument("--size", type=int, help="shrink the short side to this many pixels")
-    build.add_argument("--format", choices=("keep", "jpg", "png", "webp"), default="keep")
-    build.add_argument("--quality", type=int, default=95, help="of jpg and webp (95)")
-    build.add_argument("--heldout", type=float, default=0.0, help="share of samples for the split heldout (0)")
-    build.add_argument("--captions-from", choices=("files", "folder", "name"), default="files")
-    build.add_argument("--without-captions", action="store_true", help="keep pictures that have no caption")
-    build.add_argument("--min-side", type=int, default=1, help="leave out pictures with a shorter side (1)")
-    build.add_argument("--max-pixels", type=int, default=100_000_000, help="refuse larger pictures (100 million)")
-    _add_buckets(build)
-    build.add_argument("--shard-bytes", type=int, default=256 << 20, help="largest tar (256 MiB)")
-    build.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    build.set_defaults(run=_build)
+    _add_build(verbs)
 
     index = verbs.add_parser("index", help="manifest and offset indexes for existing tars")
     index.add_argument(
@@ -89,6 +71,24 @@ def _parser() -> Parser:
     encode.add_argument("--batch", type=int, default=64)
     encode.set_defaults(run=_encode)
     return parser
+
+
+def _add_build(verbs: Any) -> None:
+    build = verbs.add_parser("build", help="shards from a folder of pictures with captions")
+    build.add_argument("source", type=Path, help="folder of pictures, or its metadata.jsonl, .csv, .tsv or .parquet")
+    build.add_argument("out", type=Path, help="folder to make")
+    build.add_argument("--size", type=int, help="shrink the short side to this many pixels")
+    build.add_argument("--format", choices=("keep", "jpg", "png", "webp"), default="keep")
+    build.add_argument("--quality", type=int, default=95, help="of jpg and webp (95)")
+    build.add_argument("--heldout", type=float, default=0.0, help="share of samples for the split heldout (0)")
+    build.add_argument("--captions-from", choices=("files", "folder", "name"), default="files")
+    build.add_argument("--without-captions", action="store_true", help="keep pictures that have no caption")
+    build.add_argument("--min-side", type=int, default=1, help="leave out pictures with a shorter side (1)")
+    build.add_argument("--max-pixels", type=int, default=100_000_000, help="refuse larger pictures (100 million)")
+    _add_buckets(build)
+    build.add_argument("--shard-bytes", type=int, default=256 << 20, help="largest tar (256 MiB)")
+    build.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    build.set_defaults(run=_build)
 
 
 def _add_buckets(parser: Parser) -> None:

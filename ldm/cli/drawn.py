@@ -87,15 +87,9 @@ def texts(path: Path) -> dict[str, str]:
 
     Raises ValueError for a file that is no picture.
     """
-    from PIL import Image
+    from ldm.data.decode import notes
 
-    try:
-        with Image.open(path) as image:
-            image.load()
-            found = {k: v for k, v in image.info.items() if isinstance(k, str) and isinstance(v, str)}
-            comment = image.getexif().get_ifd(0x8769).get(0x9286)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{str(path)!r}: not a readable picture: {error}") from error
+    found, comment = notes(path)
     if isinstance(comment, bytes):
         head, rest = comment[:8], comment[8:]
         comment = rest.decode("utf-16-be" if head == b"UNICODE\0" else "utf-8", errors="replace")
