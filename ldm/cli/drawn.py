@@ -30,6 +30,8 @@ class Album:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--out {str(folder)!r}: a file; expected a folder for the pictures")
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
         self.first = max((int(m[1]) + 1 for name in names if (m := _NUMBERED.fullmatch(name))), default=0)
 
