@@ -58,6 +58,8 @@ def draw(data: str, split: str, count: int | None = None, *, seed: int = 0) -> D
     """
     captions = _captions(_samples(data, split))
     pool = list(captions)
+    if not pool:
+        raise ValueError(f"data {data!r}, split {split!r}: no sample has a caption")
     if count is None:
         count = min(256, len(pool))
     if not 1 <= count <= len(pool):
@@ -65,6 +67,16 @@ def draw(data: str, split: str, count: int | None = None, *, seed: int = 0) -> D
     order = torch.randperm(len(pool), generator=generator(seed, 0, "captions")).tolist()[:count]
     chosen = [pool[i] for i in order]
     return Drawn(tuple(captions[c] for c in chosen), tuple(chosen), tuple(pool))
+
+
+def candidates(asked: int, pool: Sequence[str]) -> int:
+    """How many captions retrieval chooses from: all that there are where they are fewer than asked for.
+
+    Raises ValueError where there are fewer than two.
+    """
+    if len(pool) < 2:
+        raise ValueError(f"retrieval needs at least 2 distinct captions to choose from, there are {len(pool)}")
+    return min(asked, len(pool))
 
 
 def real_pictures(data: str, split: str, ids: Sequence[int], size: int) -> Tensor:
@@ -75,13 +87,22 @@ def real_pictures(data: str, split: str, ids: Sequence[int], size: int) -> Tenso
 def folder_pictures(folder: Path, size: int | None = None) -> Tensor:
     """All pictures of a folder (N, 3, size, size) in [-1, 1], by name; None is the first one's shorter side.
 
-    Raises ValueError when there are none.
+    Hidden files are none. Raises ValueError when there are none, and naming one that cannot be read.
     """
     endings = {f".{e}" for e in decode.IMAGES}
-    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in endings)
+    found = [p for p in folder.rglob("*") if p.suffix.lower() in endings and not p.name.startswith(".")]
+    paths = sorted(p for p in found if p.parent == folder)
     if not paths:
-        raise ValueError(f"pictures: {str(folder)!r}: no such folder, or no pictures in it")
-    opened = [decode.picture(p.read_bytes()) for p in paths]
+        below = f" itself; {len(found)} lie in its sub-folders, which are not looked into" if found else ""
+        raise ValueError(f"pictures: {str(folder)!r}: no such folder, or no pictures in it{below}")
+    opened = []
+    for path in paths:
+        try:
+            opened.append(decode.picture(path.read_bytes()))
+        except BadSample as error:
+            raise ValueError(
+                f"pictures: {path}: {error}; remove it, as a figure of fewer would be of another set"
+            ) from error
     side = size or min(opened[0].size)
     return to_float(np.stack([pixels(resize(picture, (side, side), "stretch")) for picture in opened]))
 
@@ -162,6 +183,22 @@ def clip_features(images: Tensor, clip: nn.Module, config: AnyClip, batch: int =
     device = next(clip.parameters()).device
     parts = fitted(images, config).split(batch)
     return torch.cat([model.encode_image(part.to(device), normalize=True).float().cpu() for part in parts])
+
+
+def knows_text(pipeline: TextToImage, clip: nn.Module) -> bool:
+    """Whether the judge's text tower is one of those that condition the model, trained further or not.
+
+    Its token embeddings tell: towers that were not the same once have nothing in common there.
+    """
+    own = [v for k, v in clip.state_dict().items() if k.endswith("token_embedding.weight")]
+    for table in own:
+        for tower in pipeline.text:
+            other = tower.model.token_embedding.weight.detach()
+            if table.shape == other.shape and not other.is_meta:
+                a, b = table.float().cpu(), other.float().cpu()
+                if float((a - b).norm()) < 0.1 * float(b.norm()):
+                    return True
+    return False
 
 
 def judge_protocol(name: str, clip: nn.Module, config: AnyClip) -> dict[str, Any]:
