@@ -27,21 +27,7 @@ def _parser() -> Parser:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     _add_build(verbs)
 
-    index = verbs.add_parser("index", help="manifest and offset indexes for existing tars")
-    index.add_argument(
-        "folder", help="a folder of tars, or an address (https://, s3://, gs://, hf://), as with {00000..00099}.tar"
-    )
-    index.add_argument(
-        "--out",
-        type=Path,
-        help="folder for manifest and indexes (the folder of the tars); the tars stay where they are",
-    )
-    index.add_argument("--split", default="train")
-    index.add_argument("--where", help="keep samples by their json, as in 'width >= 256 and pwatermark < 0.5'")
-    index.add_argument("--name", help="the data set's name (the folder's)")
-    _add_buckets(index)
-    index.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    index.set_defaults(run=_index)
+    _add_index(verbs.add_parser("index", help="manifest and offset indexes for existing tars"))
 
     inspect = verbs.add_parser("inspect", help="contact sheet and statistics")
     inspect.add_argument("data", help="a shipped data set's name, a folder or a manifest")
@@ -89,6 +75,23 @@ def _add_build(verbs: Any) -> None:
     build.add_argument("--shard-bytes", type=int, default=256 << 20, help="largest tar (256 MiB)")
     build.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     build.set_defaults(run=_build)
+
+
+def _add_index(index: Parser) -> None:
+    index.add_argument(
+        "folder", help="a folder of tars, or an address (https://, s3://, gs://, hf://), as with {00000..00099}.tar"
+    )
+    index.add_argument(
+        "--out",
+        type=Path,
+        help="folder for manifest and indexes (the folder of the tars); the tars stay where they are",
+    )
+    index.add_argument("--split", default="train")
+    index.add_argument("--where", help="keep samples by their json, as in 'width >= 256 and pwatermark < 0.5'")
+    index.add_argument("--name", help="the data set's name (the folder's)")
+    _add_buckets(index)
+    index.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    index.set_defaults(run=_index)
 
 
 def _add_buckets(parser: Parser) -> None:
