@@ -20,11 +20,9 @@ from torch import Tensor
 
 from ldm import allocator
 from ldm.adapters.low_rank import Loras
-from ldm.adapters.tokens import add_concept
 from ldm.checkpoint import students
+from ldm.checkpoint.attached import attach_embedding, attach_lora
 from ldm.checkpoint.convert import load_model
-from ldm.checkpoint.embedding_files import read_embeddings
-from ldm.checkpoint.lora_files import read_lora
 from ldm.checkpoint.scheduler_classes import OwnSampler, Plan
 from ldm.checkpoint.schedulers import scheduler_from_diffusers
 from ldm.data.grid import to_pil
@@ -85,19 +83,21 @@ class TextToImage:
         self._compiled: Net | None = None
 
     @staticmethod
-    def load(source: str | Path, *, device: str | torch.device = "cpu", precision: str = "fp32") -> TextToImage:
+    def load(
+        source: str | Path, *, device: str | torch.device = "cpu", precision: str = "fp32", lenient: bool = False
+    ) -> TextToImage:
         """From a shipped model's name (emoji), a run folder, a diffusers folder, a single file or a hub id.
 
-        `precision` of the U-Net is auto, fp32, bf16 or fp16 (autocast; the autoencoder stays in float32).
-        Raises ValueError when it is none of these.
+        `precision` of the U-Net is auto, fp32, bf16 or fp16 (autocast; the autoencoder stays in float32); `lenient`
+        leaves unknown tensors out and names them. Raises ValueError when it is none of these.
         """
         found = named(source)
         for folder in (found, found / "export"):
             if (folder / "adapter.json").is_file():
-                return _adapted(folder, device, precision)
+                return _adapted(folder, device, precision, lenient)
         if (found / "checkpoints").is_dir() and not (found / "export" / "model_index.json").is_file():
             raise ValueError(f"run {str(source)!r}: not exported yet; the export is written when training ends")
-        parts = load_model(found / "export" if (found / "export").is_dir() else found)
+        parts = load_model(found / "export" if (found / "export").is_dir() else found, lenient=lenient)
         how = scheduler_from_diffusers(parts.scheduler)
         process = Process(schedule=how.schedule, prediction=how.prediction, variance=how.variance)
         unet = parts.unet.eval().requires_grad_(False)
@@ -155,14 +155,16 @@ class TextToImage:
         self._compiled = call
         return self
 
-    def load_lora(self, path: str | Path, weight: float = 1.0, *, name: str | None = None) -> str:
-        """Merge a LoRA file (diffusers' or kohya's) into the weights; the name to change or unload it by.
+    def load_lora(
+        self, path: str | Path, weight: float = 1.0, *, name: str | None = None, lenient: bool = False
+    ) -> str:
+        """Merge a LoRA file, a PEFT folder or a run into the weights; the name to change or unload it by.
 
-        Raises ValueError for a file that does not fit this model.
+        Embeddings that the file bundles are added too. Raises ValueError for a file that does not fit this model; with
+        `lenient` what does not fit is left out and named, as long as something fits.
         """
         name = Path(path).stem if name is None else name
-        self._merged().add(name, read_lora(path, self.unet, self.text), weight)
-        return name
+        return attach_lora(self._merged(), self.unet, self.text, path, weight, name, lenient)
 
     def set_loras(self, weights: Mapping[str, float]) -> None:
         """Change the weights of loaded LoRAs by name; 0 is as without."""
@@ -173,14 +175,12 @@ class TextToImage:
         self._merged().remove(*names)
 
     def load_embedding(self, path: str | Path, token: str | None = None) -> list[str]:
-        """Teach the towers the tokens of a textual-inversion file (diffusers' or A1111's); their names for prompts.
+        """Teach the towers the tokens of a textual-inversion file (diffusers' or A1111's) or run; what prompts say.
 
-        `token` renames the only one. Raises ValueError when it does not fit, or the token exists.
+        A file of one token is called by its own name too. `token` renames the only one. Raises ValueError when it does
+        not fit, or the token exists.
         """
-        found = read_embeddings(path, token)
-        for name, rows in found.items():
-            add_concept(self.text, name, rows)
-        return list(found)
+        return attach_embedding(self.text, path, token)
 
     def _merged(self) -> Loras:
         if self._loras is None:
@@ -435,10 +435,10 @@ class TextToImage:
         return (h * self.codec.factor, w * self.codec.factor)
 
 
-def _adapted(folder: Path, device: str | torch.device, precision: str) -> TextToImage:
+def _adapted(folder: Path, device: str | torch.device, precision: str, lenient: bool) -> TextToImage:
     """The base model of a fine-tuning with its adapter's files."""
     told = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
-    pipeline = TextToImage.load(told["base"], device=device, precision=precision)
+    pipeline = TextToImage.load(told["base"], device=device, precision=precision, lenient=lenient)
     for name in told["loras"]:
         pipeline.load_lora(folder / name)
     for name in told["embeddings"]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.latents import LatentCodec
 from ldm.models.text import TextConfig, TextTower
 from ldm.models.unet import UNet, UNetConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -59,6 +62,26 @@ class Opened:
             weights.of_state(autoencoder.state_dict()),
             tuple(OpenedText(t.config, weights.of_state(t.model.state_dict())) for t in text),
             scheduler,
+        )
+
+    def fitted(self, *, lenient: bool = False) -> Opened:
+        """The same with each tensor in its config's shape, where ones at its end alone differ.
+
+        With `lenient` tensors that the configs do not know are left out and named.
+        """
+
+        def own(what: str, source: Source, config: UNetConfig | AutoencoderConfig | TextConfig) -> Source:
+            shapes = shapes_of(config)
+            if lenient and (extra := sorted(set(source) - set(shapes))):
+                log.warning("%s: %s: left out %s", self.where, what, weights.listed(extra))
+                source = {k: e for k, e in source.items() if k in shapes}
+            return weights.reshaped(source, shapes)
+
+        return replace(
+            self,
+            unet=own("U-Net", self.unet, self.unet_config),
+            vae=own("autoencoder", self.vae, self.vae_config),
+            text=tuple(replace(t, source=own("text tower", t.source, t.config)) for t in self.text),
         )
 
     def check(self) -> Opened:

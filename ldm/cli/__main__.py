@@ -92,6 +92,8 @@ def _explained(error: BaseException) -> str | None:
     """A sentence for what is nobody's mistake and no fault of the program: ranks that are gone, memory that is full."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory: {(str(error).splitlines() or [''])[0]}"
+    if str(error).startswith("Symlink loop"):
+        return str(error)
     dist = sys.modules.get("ldm.dist")
     return None if dist is None else dist.lost(error)
 

@@ -25,7 +25,6 @@ def main(argv: list[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="ldm data", description="Make data sets and look at them.")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-
     build = verbs.add_parser("build", help="shards from a folder of pictures with captions")
     build.add_argument(
         "source",
@@ -187,6 +186,8 @@ def _inspect(args: argparse.Namespace) -> int:
         summary = inspect(manifest, out, split=args.split, limit=args.limit, pictures=args.pictures, progress=bar.to)
     for key in ("samples", "looked_at", "bad", "formats", "width", "height", "aspect", "caption_words"):
         print(f"{key.replace('_', ' ')}: {summary[key]}")
+    for bucket, count in summary["buckets"].items():
+        print(f"bucket {bucket}: {count} pictures")
     print(f"look-alike groups: {summary['look_alike_groups']}")
     print(f"page: {out / 'index.html'}   contact sheet: {out / 'contact.png'}")
     return 0
@@ -198,7 +199,7 @@ def _encode(args: argparse.Namespace) -> int:
     from ldm.data.encode import EncodeConfig, encode, finish, missing
     from ldm.models.latents import LatentCodec
     from ldm.progress import Bar
-    from ldm.recipes.sources import load_autoencoder, load_towers, text_encoder, weights_hash
+    from ldm.recipes.sources import cache_hashes, load_autoencoder, load_towers, text_encoder
 
     if args.vae is None and args.text is None:
         raise ValueError("nothing to encode: give --vae, --text or both")
@@ -214,18 +215,19 @@ def _encode(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         batch=args.batch,
     )
+    dist.check(meeting=False)
     device = dist.device()
     keep_freed_memory(device.type)
     hashes, moments, text = {}, None, None
     if args.vae is not None:
         autoencoder = load_autoencoder(args.vae).to(device)
         codec = LatentCodec.of(autoencoder)
-        hashes["vae"] = weights_hash(autoencoder)
+        hashes |= cache_hashes(autoencoder)
         moments = codec.moments
     if args.text is not None:
         towers = [tower.to(device) for tower in load_towers(args.text)]
         encode_text = text_encoder(towers)
-        hashes["text"] = weights_hash(*towers)
+        hashes |= cache_hashes(towers=towers)
         text = lambda texts: dict(encode_text(texts))  # noqa: E731
     with Bar("encoding", "pictures") as bar:
         encode(

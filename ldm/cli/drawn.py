@@ -45,7 +45,7 @@ class Album:
 
     def name(self, picture: Image.Image, name: str, record: Mapping[str, Any]) -> Path:
         """Write a picture with its settings under a name, or that name and a number if it is taken."""
-        return self._write(picture, f"{name}-{self.first:04d}" if self.first else name, record)
+        return self._write(picture, re.sub(r"[/\\\0]", "-", name)[:100], record)
 
     def _write(self, picture: Image.Image, stem: str, record: Mapping[str, Any]) -> Path:
         from PIL.PngImagePlugin import PngInfo

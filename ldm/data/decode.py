@@ -102,6 +102,14 @@ def load(path: Path, *, stencil: bool = False) -> Image.Image:
     return _named(path, partial(picture, background=BLACK)) if stencil and _is_white(shown) else shown
 
 
+def frames(path: Path) -> int:
+    """Frames or pages of a picture file, of which the first is taken; 1 where it cannot be read."""
+    with contextlib.suppress(BadSample, OSError):
+        data = path.read_bytes()
+        return _guarded(lambda: _frames(_opened(data)))
+    return 1
+
+
 def _is_white(image: Image.Image) -> bool:
     return image.getextrema() == ((255, 255),) * 3
 
@@ -262,6 +270,9 @@ def _layers(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """Colours as RGB in sRGB, and opacity as L if there is any transparency; the result carries no notes."""
     profile, opacity = image.info.get("icc_profile"), None
     if image.mode.startswith("I") or image.mode == "F":
+        clear = image.info.get("transparency")
+        if isinstance(clear, int):  # the value that a deep grey PNG calls transparent
+            opacity = Image.fromarray(np.where(np.asarray(image) == clear, 0, 255).astype(np.uint8), "L")
         image = _deep(image)
     elif image.has_transparency_data:
         image = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode))

@@ -7,7 +7,6 @@ runs add rows. A row says how it was measured; one that was measured otherwise i
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import json
 import time
@@ -17,13 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm import __version__, dist
 from ldm.checkpoint import files
-from ldm.data.manifest import Manifest, resolve
-from ldm.data.samples import Samples
 from ldm.editing import clip_guide
 from ldm.evaluate import fid
 from ldm.evaluate.features import FeatureNetwork, extract, in_batches
@@ -31,6 +27,7 @@ from ldm.models.openclip import AnyClip
 from ldm.pipeline import Progress, Settings, TextToImage
 from ldm.recipes import divided, measure
 from ldm.recipes.divided import Rows
+from ldm.recipes.statistics import real_features, samples_of
 from ldm.rng import Rng
 from ldm.types import Denoise
 
@@ -238,6 +235,7 @@ class Table:
         own = {} if pipeline.student is None else {"student_times": pipeline.student.original}
         return own | {
             "measure": "samplers", "version": __version__, **self.judge.protocol(),
+            "samples": samples_of(self.judge.data, case.split),
             "split": case.split, "count": case.count, "captions": min(case.count, len(truth.captions)),
             "reference": len(truth.reference), "shared": len({*truth.of(case.count)[1]} & {*truth.reference}),
             "size": size, "model": case.model, "source": case.source,
@@ -328,26 +326,9 @@ class Table:
             drawn = measure.draw(judge.data, split, len(measure.caption_pool(judge.data, split)), seed=judge.seed)
             # from the other end, so that rows of few pictures share none with the reference
             chosen = drawn.ids[::-1][: judge.reference]
-            features = self._features(split, size, chosen)
+            features = real_features(judge.network, judge.data, split, chosen, size, self.folder)
             self._truths[split, size] = Truth(drawn.captions, drawn.ids, drawn.pool, features, chosen)
         return self._truths[split, size]
-
-    def _features(self, split: str, size: int, ids: Sequence[int]) -> Tensor:
-        samples = Samples(Manifest.read(resolve(self.judge.data)), split, size=size)
-        said = json.dumps([self.judge.network.name, size, [samples.key(i) for i in ids]])
-        path = self.folder / f"reference-{hashlib.sha256(said.encode()).hexdigest()[:16]}.safetensors"
-        if not dist.from_first(int(path.is_file())):
-
-            def describe(part: range) -> Rows:
-                images = measure.real_pictures(self.judge.data, split, [ids[i] for i in part], size)
-                return {"features": extract(self.judge.network, in_batches(images))}
-
-            found = divided.described(len(ids), 64, describe)
-            if dist.rank() == 0:
-                beside = path.with_suffix(".part")
-                save_file(found, beside)
-                beside.replace(path)
-        return load_file(path)["features"] if dist.rank() == 0 else torch.empty(0, 0)
 
 
 def _there(path: Path, protocol: dict[str, Any]) -> bool:
@@ -374,8 +355,12 @@ def _through(pipeline: TextToImage, images: Tensor, batch: int) -> Tensor:
 
 
 def same(path: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise ValueError, naming the keys, if a row on disk was measured in another way."""
-    keys = [k for k in now if k not in ("version", "source") and was.get(k) != now[k]]
+    """Raise ValueError, naming the keys, if a row on disk was measured in another way.
+
+    Rows of versions up to 0.1 do not say which samples the data set held.
+    """
+    free = {"version", "source"} | {"samples"} - was.keys()
+    keys = [k for k in now if k not in free and was.get(k) != now[k]]
     if keys:
         told = ", ".join(f"{k} {was.get(k)!r}, now {now[k]!r}" for k in keys)
         raise ValueError(f"{path}: measured with {told}; give another --out, or remove the file to measure it again")

@@ -31,13 +31,13 @@ from ldm.pipeline import Settings, TextToImage
 from ldm.progress import Bar
 from ldm.recipes.base import Assembly
 from ldm.recipes.sources import (
+    cache_hashes,
     load_autoencoder,
     load_network,
     load_towers,
     network,
     text_encoder,
     training_data,
-    weights_hash,
 )
 from ldm.rng import seed_torch
 from ldm.train.trainer import TrainConfig, Trainer
@@ -147,6 +147,7 @@ def cached(folder: Path, data: DataConfig, codec: LatentCodec, towers: Sequence[
     config = EncodeConfig(
         path=data.path, splits=(data.split,), size=data.size, buckets=data.buckets, fit=data.fit, crop=data.crop,
         flip=data.flip, variants=2 if data.flip or data.crop == "random" else 1, template=data.template, part=512,
+        require_captions=data.require_captions,
     )  # fmt: skip
     encode_text = text_encoder(towers)
     with Bar("encoding", "pictures") as bar:
@@ -169,7 +170,7 @@ def cached(folder: Path, data: DataConfig, codec: LatentCodec, towers: Sequence[
 
 def hashes(autoencoder: Autoencoder, towers: Sequence[TextTower]) -> dict[str, str]:
     """What a cache must have been made with."""
-    return {"vae": weights_hash(autoencoder), "text": weights_hash(*towers)}
+    return cache_hashes(autoencoder, towers)
 
 
 def check_channels(unet: UNet, process: Process, codec: LatentCodec) -> None:

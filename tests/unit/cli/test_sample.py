@@ -196,7 +196,7 @@ def test_prompt_files_of_any_encoding_and_line_end(encoding: str, end: str, tmp_
 def test_a_prompt_file_that_cannot_be_read_is_named(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "latin.txt"
     path.write_bytes("é".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin\.txt.*neither UTF-8 nor UTF-16"):
+    with pytest.raises(ValueError, match=r"latin\.txt.*save it as UTF-8"):
         _prompts_in(path)
     path.write_text("a cat --n dull --d 5")
     assert _prompts_in(path) == ["a cat --n dull --d 5"]
