@@ -21,7 +21,7 @@ from ldm.data.stream import Stream, Tokenize
 from ldm.models import openclip
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.openclip import AnyClip
-from ldm.models.shipped import SHIPPED, locate
+from ldm.models.shipped import locate, named
 from ldm.models.text import ClipConfig, TextTower, build_clip, encode_texts
 from ldm.models.unet import UNet, UNetConfig
 from ldm.pipeline import TextToImage
@@ -107,7 +107,7 @@ def load_network(source: str) -> UNet:
 
 
 def _below(source: str) -> Path:
-    folder = SHIPPED.get(source, Path(source))
+    folder = named(source)
     return folder / "export" if is_model(folder / "export") and not is_model(folder) else folder
 
 

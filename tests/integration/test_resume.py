@@ -207,7 +207,18 @@ def test_the_network_of_the_start_trains_and_is_written(
     assert not (tmp_path / "other").exists()
 
 
-def test_what_is_no_model_is_named(root: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_exported_by_its_own_name(
+    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, source in enumerate((f"{done}@1", done / "checkpoints" / "step-1")):
+        assert main(["export", str(source), str(tmp_path / str(number))]) == 0
+        assert f"{tmp_path / str(number)}: step 1," in capsys.readouterr().out
+    assert main(["export", f"{done}@1", str(tmp_path / "c"), "--step", "2"]) == 2
+    assert main(["export", str(done.parent / "data"), str(tmp_path / "c")]) == 2
+    assert "no config.yaml in it: it is a data set" in capsys.readouterr().err
+
+
+def test_what_is_no_model_is_named(root: Path, done: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--model .*it is a data set"):
         usable(root / "data", "--model")
     (tmp_path / "notes").mkdir()
@@ -217,7 +228,7 @@ def test_what_is_no_model_is_named(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"it holds a\.txt"):
         usable(tmp_path / "notes")
     with pytest.raises(ValueError, match=r"no checkpoint of step 7, only of \[1, 2\]"):
-        usable(f"{root / 'done'}@7")
+        usable(f"{done}@7")
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +276,28 @@ def test_a_fine_tuning_says_what_it_was(
     assert tuned(out, "--batch", "3", "--lr", "3e-4", steps=4) == 2
     assert "another base model (task.base: other weights" in capsys.readouterr().err
     weights.write_bytes(kept)
+
+
+def test_a_fine_tuning_begins_anew_with_other_pictures(
+    tuned: Callable[..., int], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own shards and cache go aside too; a start that fails on the way puts all back."""
+    out, more = tmp_path / "lora", tmp_path / "more"
+    assert tuned(out) == 0
+    before = content(out)
+    shutil.copytree(root / "subject", more)
+    (more / "white.png").write_bytes(miniature.picture("white", "dot"))
+    (more / "white.txt").write_text("a white dot")
+    assert tuned(out, "--images", str(more), steps=3) == 2
+    assert "other pictures" in capsys.readouterr().err
+    assert content(out) == before
+    broken = ("--from-scratch", "--images", str(more), "--set", "train.optim.weight_decay=0.5", "--targets", "nothing")
+    assert tuned(out, *broken) == 2
+    assert content(out) == before
+    assert tuned(out, "--from-scratch", "--images", str(more)) == 0
+    assert content(out / "earlier-1") == {k: v for k, v in before.items() if not k.startswith("lock")}
+    told = read_state(out / "checkpoints" / "step-2")["trained_with"]["content"]["data"]
+    assert [d["samples"] for d in told] == [4]
 
 
 def test_a_student_says_what_its_teacher_was(
