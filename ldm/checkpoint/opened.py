@@ -95,11 +95,11 @@ class Opened:
     def load(self, dtype: torch.dtype = torch.float32) -> Components:
         """Read all weights as `dtype`."""
         self.check()
-        unet = fill(empty(self.unet_config), self.unet, dtype)
-        autoencoder = fill(empty(self.vae_config), self.vae, dtype)
+        unet = fill(empty(self.unet_config), self.unet, dtype, f"{self.where}: U-Net")
+        autoencoder = fill(empty(self.vae_config), self.vae, dtype, f"{self.where}: autoencoder")
         assert isinstance(unet, UNet)
         assert isinstance(autoencoder, Autoencoder)
-        text = [load_tower(tower, dtype) for tower in self.text]
+        text = [load_tower(tower, dtype, f"{self.where}: text tower") for tower in self.text]
         return Components(unet, autoencoder, LatentCodec.of(autoencoder), text, dict(self.scheduler))
 
 
@@ -116,14 +116,14 @@ def shapes_of(config: UNetConfig | AutoencoderConfig | TextConfig) -> dict[str, 
     return {k: v.shape for k, v in empty(config).state_dict().items()}
 
 
-def fill(model: nn.Module, source: Source, dtype: torch.dtype) -> nn.Module:
+def fill(model: nn.Module, source: Source, dtype: torch.dtype, where: str = "weights") -> nn.Module:
     """Give an empty module its weights, and no more memory than they need."""
-    model.load_state_dict(weights.read_all(source, dtype), strict=True, assign=True)
+    model.load_state_dict(weights.read_all(source, dtype, where), strict=True, assign=True)
     return model.eval()
 
 
-def load_tower(opened: OpenedText, dtype: torch.dtype) -> TextTower:
+def load_tower(opened: OpenedText, dtype: torch.dtype, where: str = "weights") -> TextTower:
     """A frozen tower with its tokenizer."""
     tower = TextTower(opened.config)
-    tower.model.load_state_dict(weights.read_all(opened.source, dtype), strict=True, assign=True)
+    tower.model.load_state_dict(weights.read_all(opened.source, dtype, where), strict=True, assign=True)
     return tower.to(dtype).requires_grad_(False).eval()

@@ -68,14 +68,14 @@ def shapes(source: Source) -> dict[str, torch.Size]:
     return {k: e.shape for k, e in source.items()}
 
 
-def read_all(source: Source, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def read_all(source: Source, dtype: torch.dtype | None = None, where: str = "weights") -> dict[str, Tensor]:
     """All tensors in memory of their own, floating-point ones as `dtype`.
 
-    Raises ValueError naming those that hold NaN or infinity, as `dtype` or before.
+    Raises ValueError naming `where` and those that hold NaN or infinity, as `dtype` or before.
     """
     found = {k: cast(e.read(), dtype, copy=True) for k, e in source.items()}
     if bad := [k for k, v in found.items() if not finite(v)]:
-        raise ValueError(f"not numbers (NaN or infinity) in {listed(bad, 4)}: the weights are damaged")
+        raise ValueError(f"{where}: not numbers (NaN or infinity) in {listed(bad, 4)}; the weights are damaged")
     return found
 
 
