@@ -87,8 +87,6 @@ def index(
     config = remote or RemoteConfig()
     tars, odd = find(folder, out, Remote(config))
     out = Path(folder) if out is None else out
-    if where is not None and any(tables.table_of(Path(t.place)) for t in tars if not is_remote(t.place)):
-        tables.library()
     _check_writable(out, {(out / t.index).parent for t in tars})
     jobs = [_Job(tar, out, split, where, buckets is not None, config) for tar in tars]
     results = [Indexed(None, 0, (problem,), reasons=("compressed",)) for problem in odd]
@@ -226,7 +224,7 @@ def _index_one(job: _Job) -> Indexed:
     except NotTar as error:
         return _unusable(job, "not_a_tar", error.what)
     except (ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in _FULL:
+        if isinstance(error, tables.MissingLibrary) or (isinstance(error, OSError) and error.errno in _FULL):
             raise
         return _unusable(job, "unreadable", str(getattr(error, "strerror", None) or error))
 
@@ -336,6 +334,8 @@ def _table(job: _Job, reader: LocalReader, odd: list[tuple[str, str]]) -> dict[s
         return {}
     try:
         return tables.rows(place)
+    except tables.MissingLibrary:
+        raise
     except ValueError as error:
         odd.append(("bad_table", f"{error}; its fields count as missing"))
         return {}
