@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ldm.checkpoint.scheduler_classes import DEFAULTS, OwnSampler, given, own_sampler, resolved
 from ldm.diffusion.prediction import PREDICTIONS, Epsilon, Sample, V, Velocity
 from ldm.diffusion.schedule import Betas, Discrete, Flow
 
@@ -17,6 +18,8 @@ _BETAS: dict[str, Betas] = {
 }
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 FLOW = "FlowMatchEulerDiscreteScheduler"
+FLOWS = (FLOW, "FlowMatchHeunDiscreteScheduler")
+STUDENTS = ("LCMScheduler", "TCDScheduler")
 LEARNED = "DDPMScheduler"
 
 
@@ -25,6 +28,7 @@ class SchedulerSettings:
     """What a scheduler config says: the process, and how its authors sample from it.
 
     `last_alpha_one`: the step after the last time ends at alpha_bar = 1, not at alpha_bar[0] (`set_alpha_to_one`).
+    `own`: the sampler that the config's class is; None where none here is, for a reason that `unlike` tells.
     """
 
     schedule: Discrete | Flow
@@ -34,6 +38,8 @@ class SchedulerSettings:
     last_alpha_one: bool = True
     clip: bool = False
     variance: Literal["fixed", "learned"] = "fixed"
+    own: OwnSampler | None = None
+    unlike: str = ""
 
 
 def scheduler_to_diffusers(
@@ -74,36 +80,79 @@ def scheduler_to_diffusers(
 
 
 def scheduler_from_diffusers(config: Mapping[str, Any]) -> SchedulerSettings:
-    """Read a scheduler config; keys that are absent have diffusers' defaults.
+    """Read a scheduler config; keys that are absent or null have the defaults of diffusers' class.
 
-    Raises ValueError for a schedule or a prediction that is not known.
+    `spacing`, `offset`, `last_alpha_one` and `clip` are those of diffusers' DDIM on this config, whatever its class.
+    Raises ValueError naming the class or the key for a process that is not known. How the class itself draws is `own`;
+    where no sampler here does, `unlike` says why, and the process is still the model's.
     """
-    steps = int(config.get("num_train_timesteps", 1000))
-    if config.get("_class_name") == FLOW:
-        flow = Flow(steps=steps, shift=float(config.get("shift", 1.0)))
-        return SchedulerSettings(schedule=flow, prediction=Velocity(), spacing="trailing")
-    betas, prediction = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
-    if betas not in _BETAS:
-        raise ValueError(f"scheduler: beta_schedule {betas!r} is not one of {sorted(_BETAS)}")
-    if prediction not in _PREDICTIONS:
-        raise ValueError(f"scheduler: prediction_type {prediction!r} is not one of {sorted(_PREDICTIONS)}")
-    if config.get("trained_betas") is not None:
-        raise ValueError("scheduler: trained_betas are not supported")
-    if config.get("variance_type") == "learned":
+    settings = resolved(config)
+    _check_flow(settings)
+    own, unlike = _own(settings, config)
+    if settings["_class_name"] in FLOWS or settings.get("use_flow_sigmas"):
+        shift = _number(settings, "shift" if settings["_class_name"] in FLOWS else "flow_shift")
+        flow = Flow(steps=int(_number(settings, "num_train_timesteps")), shift=shift)
+        return SchedulerSettings(schedule=flow, prediction=Velocity(), spacing="trailing", own=own, unlike=unlike)
+    _one_of(settings, "beta_schedule", _BETAS)
+    _one_of(settings, "prediction_type", _PREDICTIONS)
+    _one_of(settings | {"timestep_type": settings.get("timestep_type", "discrete")}, "timestep_type", ("discrete",))
+    if settings["trained_betas"] is not None:
+        raise ValueError("scheduler: trained_betas are not supported; only beta_schedule is")
+    variance = config.get("variance_type")
+    if variance == "learned":
         raise ValueError("scheduler: variance_type 'learned' is not supported; 'learned_range' is")
     schedule = Discrete(
-        betas=_BETAS[betas],
-        steps=steps,
-        beta_start=float(config.get("beta_start", 0.0001)),
-        beta_end=float(config.get("beta_end", 0.02)),
-        zero_terminal_snr=bool(config.get("rescale_betas_zero_snr", False)),
+        betas=_BETAS[settings["beta_schedule"]],
+        steps=int(_number(settings, "num_train_timesteps")),
+        beta_start=_number(settings, "beta_start"),
+        beta_end=_number(settings, "beta_end"),
+        zero_terminal_snr=bool(config.get("rescale_betas_zero_snr")),
     )
+    ddim = given(config, DEFAULTS["DDIMScheduler"])
+    _one_of(ddim, "timestep_spacing", ("leading", "linspace", "trailing"))
     return SchedulerSettings(
         schedule=schedule,
-        prediction=PREDICTIONS[_PREDICTIONS[prediction]],
-        spacing=str(config.get("timestep_spacing", "leading")),
-        offset=int(config.get("steps_offset", 0)),
-        last_alpha_one=bool(config.get("set_alpha_to_one", True)),
+        prediction=PREDICTIONS[_PREDICTIONS[settings["prediction_type"]]],
+        spacing=ddim["timestep_spacing"],
+        offset=int(_number(ddim, "steps_offset")),
+        last_alpha_one=bool(ddim["set_alpha_to_one"]),
         clip=bool(config.get("clip_sample", False)),
-        variance="learned" if config.get("variance_type") == "learned_range" else "fixed",
+        variance="learned" if variance == "learned_range" else "fixed",
+        own=own,
+        unlike=unlike,
     )
+
+
+def _own(settings: dict[str, Any], config: Mapping[str, Any]) -> tuple[OwnSampler | None, str]:
+    """(how the class draws, or None and why no sampler here draws so)."""
+    cls = settings["_class_name"]
+    if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in settings and cls not in FLOWS:
+        return None, f"scheduler: {cls} leaves rescale_betas_zero_snr out, which the model is taken to be trained with"
+    try:
+        return own_sampler(settings), ""
+    except ValueError as error:
+        if cls in STUDENTS:  # a few-step student is drawn so unless something else is asked for
+            raise
+        return None, str(error)
+
+
+def _number(settings: Mapping[str, Any], key: str) -> float:
+    value = settings[key]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"scheduler: {key} {value!r} is not a number")
+    return float(value)
+
+
+def _one_of(settings: Mapping[str, Any], key: str, allowed: Collection[str]) -> None:
+    if settings[key] not in allowed:
+        raise ValueError(f"scheduler: {key} {settings[key]!r} is not one of {sorted(allowed)}")
+
+
+def _check_flow(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for a flow whose times depend on more than its shift, or that half of the keys tell of."""
+    for key, neutral in (("use_dynamic_shifting", False), ("invert_sigmas", False), ("shift_terminal", None)):
+        if settings.get(key, neutral) not in (neutral, False):
+            raise ValueError(f"scheduler: {key} {settings[key]!r} is not supported; only {neutral!r} is")
+    flow = bool(settings.get("use_flow_sigmas")), settings.get("prediction_type") == "flow_prediction"
+    if any(flow) and not all(flow):
+        raise ValueError("scheduler: use_flow_sigmas and prediction_type 'flow_prediction' are supported only together")

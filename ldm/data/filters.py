@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
+
+from ldm.words import near
 
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Lt: operator.lt,
@@ -56,6 +58,11 @@ def names(expression: str) -> set[str]:
     tree = ast.parse(expression, mode="eval").body
     called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and id(node) not in called}
+
+
+def absent(expression: str, seen: Collection[str]) -> list[str]:
+    """The fields of a filter that no sample had, each with the nearest of those that were `seen`."""
+    return [f"{name!r}{near(name, seen)}" for name in sorted(names(expression) - set(seen))]
 
 
 def _check(node: ast.AST, expression: str) -> None:

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import multiprocessing
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -22,7 +23,7 @@ from ldm.data import tables
 from ldm.data.buckets import BucketConfig, Shape, assign
 from ldm.data.buckets import name as bucket_name
 from ldm.data.decode import IMAGES, BadSample, image_member, metadata, upright_size
-from ldm.data.filters import compile_filter, names
+from ldm.data.filters import absent, compile_filter, names
 from ldm.data.manifest import NAME, Manifest, Shard, bucket_report, json_line, sha256
 from ldm.data.offsets import Index
 from ldm.data.remote import Remote, RemoteConfig, RemoteDamage, is_remote
@@ -86,8 +87,6 @@ def index(
     config = remote or RemoteConfig()
     tars, odd = find(folder, out, Remote(config))
     out = Path(folder) if out is None else out
-    if where is not None and any(tables.table_of(Path(t.place)) for t in tars if not is_remote(t.place)):
-        tables.library()
     _check_writable(out, {(out / t.index).parent for t in tars})
     jobs = [_Job(tar, out, split, where, buckets is not None, config) for tar in tars]
     results = [Indexed(None, 0, (problem,), reasons=("compressed",)) for problem in odd]
@@ -143,9 +142,13 @@ def _results(jobs: list[_Job], workers: int) -> Iterator[Indexed]:
     while done < len(jobs):
         try:
             with _pool(min(workers, len(jobs))) as pool:
-                for result in pool.map(_index_one, jobs[done:]):
-                    done += 1
-                    yield result
+                try:
+                    for result in pool.map(_index_one, jobs[done:]):
+                        done += 1
+                        yield result
+                except (KeyboardInterrupt, GeneratorExit):  # does not wait for the tars that nobody has begun
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
         except BrokenProcessPool:
             try:
                 with _pool(1) as pool:
@@ -157,7 +160,8 @@ def _results(jobs: list[_Job], workers: int) -> Iterator[Indexed]:
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("forkserver"))
+    ignore = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}  # Ctrl-C is the parent's
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("forkserver"), **ignore)
 
 
 def _gone(out: Path, files: set[str]) -> list[Indexed]:
@@ -220,7 +224,7 @@ def _index_one(job: _Job) -> Indexed:
     except NotTar as error:
         return _unusable(job, "not_a_tar", error.what)
     except (ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in _FULL:
+        if isinstance(error, tables.MissingLibrary) or (isinstance(error, OSError) and error.errno in _FULL):
             raise
         return _unusable(job, "unreadable", str(getattr(error, "strerror", None) or error))
 
@@ -294,13 +298,13 @@ def _hashes(index: Index) -> NDArray[np.uint64]:
 
 
 def _filter(job: _Job, path: Path, found: Index) -> tuple[Index, int, list[tuple[str, str]]]:
-    """The samples that are kept, how many have json that does not parse, and what was odd about the parquet."""
+    """The samples that are kept, how many have json that does not parse, and what was odd: parquet, absent fields."""
     assert job.where is not None
     keep = compile_filter(job.where)
     reader = LocalReader(str(path), found, os.open(path, os.O_RDONLY))
     odd: list[tuple[str, str]] = []
     table = _table(job.where, path, reader, odd)
-    rows, bad, met = [], 0, 0
+    rows, bad, met, seen = [], 0, 0, {"aspect"}
     for i in range(len(found)):
         try:
             fields = metadata(reader.read(i, only=("json",)))
@@ -313,10 +317,12 @@ def _filter(job: _Job, path: Path, found: Index) -> tuple[Index, int, list[tuple
         width, height = fields.get("width"), fields.get("height")
         if isinstance(width, (int, float)) and isinstance(height, (int, float)) and height:
             fields.setdefault("aspect", width / height)
+        seen |= fields.keys()
         if keep(fields):
             rows.append(i)
     if table and not met and len(found):
         odd.append(("bad_table", "the parquet beside it has none of its keys; its fields count as missing"))
+    odd += [("no_field", f"no sample has the field {field}") for field in absent(job.where, seen)]
     return found.take(rows), bad, odd
 
 
@@ -332,6 +338,8 @@ def _table(where: str, path: Path, reader: LocalReader, odd: list[tuple[str, str
         return {}
     try:
         return tables.rows(place)
+    except tables.MissingLibrary:
+        raise
     except ValueError as error:
         odd.append(("bad_table", f"{str(error).replace(str(place), place.name)}; its fields count as missing"))
         return {}

@@ -20,6 +20,7 @@ from ldm.data.images import Fit, to_float
 from ldm.data.manifest import Manifest, Shard, json_line, resolve
 from ldm.data.order import Order, mix
 from ldm.data.remote import RemoteConfig
+from ldm.data.resized import Regrouped, Resized
 from ldm.data.samples import Samples
 from ldm.data.stream import Stream
 from ldm.types import Batch
@@ -143,8 +144,20 @@ class Loader(Stream[DataConfig]):
             expect=expected(config, self._expect),
             remote=config.remote,
         )
-        self.order = make_order(config, self.samples.shards.shards, self.global_batch, self._seed)
+        self.order: Order | BucketedOrder | Resized | Regrouped = self._ordered(self.global_batch)
         self.quarantine = Quarantine(config.quarantine, config.max_bad)
+
+    def _ordered(self, batch: int) -> Order | BucketedOrder:
+        return make_order(self.config, self.samples.shards.shards, batch, self._seed)
+
+    def _resize(self) -> None:
+        order = self._ordered(self.sizes.parts[0][1])
+        if len(self.sizes.parts) == 1:
+            self.order = order
+        elif isinstance(order, BucketedOrder):
+            self.order = Regrouped(order, self.sizes)
+        else:
+            self.order = Resized(order, self.sizes)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -163,13 +176,13 @@ class Loader(Stream[DataConfig]):
 
     def batch(self, step: int, micro_step: int) -> Batch:
         """One micro-batch, a pure function of its place."""
-        return self.batch_at(step, micro_step, step)
+        return self.batch_at(step, micro_step, self.sizes.first(step))
 
-    def batch_at(self, step: int, micro_step: int, outer_step: int) -> Batch:
-        """The samples of this stream's step, at the global positions of another step (of a mixture)."""
+    def batch_at(self, step: int, micro_step: int, first: int) -> Batch:
+        """The samples of this stream's step, at global positions from `first` on (of a mixture's step)."""
         chosen = self._slots(micro_step)
         ids = self.order.ids(step, chosen).tolist()
-        return self.assemble(ids, (outer_step * self.global_batch + chosen).tolist())
+        return self.assemble(ids, (first + chosen).tolist())
 
     def assemble(self, ids: list[int], positions: list[int]) -> Batch:
         """The batch of samples at global positions; bad ones are replaced."""

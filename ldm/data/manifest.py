@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.remote import Remote, RemoteConfig, is_remote
+from ldm.words import expanded, near
 
 FORMAT = "ldm-data"
 VERSION = 1
@@ -104,7 +105,7 @@ class Manifest:
             place = address if address.endswith(".json") else f"{address.rstrip('/')}/{NAME}"
             data = Remote(remote or RemoteConfig()).read(place)
             return _parse(data, place, Path(), place.rsplit("/", 1)[0])
-        path = Path(path)
+        path = Path(expanded(str(path)))
         path = path / NAME if path.is_dir() else path
         if not path.is_file():
             raise ValueError(f"data {str(path)!r}: no such manifest; `ldm data index` makes one for existing tars")
@@ -157,7 +158,7 @@ def resolve(path: str | Path) -> Path | str:
     """The manifest of a shipped data set's name, a folder or a path; an address stays. ValueError if there is none."""
     if isinstance(path, str) and is_remote(path):
         return path
-    given = Path(path)
+    given = Path(expanded(str(path)))
     if given.is_dir() or given.is_file():
         target = given / NAME if given.is_dir() else given
         if target.suffix == ".json" and target.is_file():
@@ -169,7 +170,9 @@ def resolve(path: str | Path) -> Path | str:
     if given.name == str(path) and (shipped / str(path) / NAME).is_file():
         return shipped / str(path) / NAME
     names = sorted(p.parent.name for p in shipped.glob(f"*/{NAME}"))
-    raise ValueError(f"data.path: {str(path)!r} is no folder, no manifest and no shipped data; shipped: {names}")
+    raise ValueError(
+        f"data.path: {str(path)!r} is no folder, no manifest and no shipped data; shipped: {names}{near(path, names)}"
+    )
 
 
 def sha256(path: Path) -> str:

@@ -14,14 +14,14 @@ from torch import Tensor
 from ldm.data import decode, images
 from ldm.data.arrays import decode_arrays
 from ldm.data.cache import CachedReader, check
-from ldm.data.captions import Captions, captions_of
+from ldm.data.captions import TEXTS, Captions, captions_of
 from ldm.data.decode import BadSample
 from ldm.data.manifest import Manifest
 from ldm.data.remote import RemoteConfig
 from ldm.data.shards import Shards
 
 _RECORD_BYTES = 2048  # assumed size of a kept caption record
-_TEXT = ("json", "txt")
+_TEXT = ("json", *TEXTS)
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,8 @@ class Samples:
         if known is not None:
             return known
         shape = self.shape(sample)
-        data = decode.image_member(self.shards.read(sample, only=decode.IMAGES)[1])
+        members = self.shards.read(sample, only=decode.IMAGES)[1] or self.shards.read(sample)[1]
+        data = decode.image_member(members)
         values, (whole_width, whole_height) = decode.upright(data, at_least=shape)
         array = images.fit_pixels(values, shape, self._fit)
         meta = self.meta(sample)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from ldm.data.decode import IMAGES
+from ldm.data.formats import IMAGES, passed_over
 from ldm.data.offsets import Index, index_of
 
 CACHED = "cache.safetensors"
@@ -170,12 +170,12 @@ def _note(found: _Walk, member: tarfile.TarInfo, length: int) -> bool:
         target = member.linkname
         if member.issym() and not target.startswith("/"):
             target = posixpath.join(posixpath.dirname(name), target)
-        if "." in base and not _META.match(name) and not _is_hidden(name):
+        if "." in base and not _META.match(name) and not passed_over(name):
             found.links.append((len(found.files), name, target))
     elif member.isfile():
         if "." not in base or _META.match(name):
             found.others.append((name, *where))
-        elif _is_hidden(name):
+        elif passed_over(name):
             found.hidden.append(name)
             found.others.append((name, *where))
         elif sparse:
@@ -183,10 +183,6 @@ def _note(found: _Walk, member: tarfile.TarInfo, length: int) -> bool:
         else:
             found.files.append((name, *where))
     return True
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
 def _with_links(walk: _Walk) -> tuple[list[tuple[str, int, int]], list[str]]:

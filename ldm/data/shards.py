@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm.data.decode import BadSample
+from ldm.data.bad import BadSample
 from ldm.data.manifest import Manifest, Shard, printable
 from ldm.data.offsets import Index, index_of
 from ldm.data.remote import Remote, RemoteConfig, RemoteDamage, RemoteError, ShardCache, is_remote, join
 from ldm.data.scan import scan
+from ldm.progress import line
 
 _MAX_OPEN = 512
 _BLOBS = 256 << 20
@@ -373,9 +374,8 @@ class Shards:
 
 
 def say(message: str) -> None:
-    """Print a line to standard error, on whatever rank: it is about what this process met."""
-    sys.stderr.write(printable(message) + "\n")
-    sys.stderr.flush()
+    """Print a line to standard error, on whatever rank, above a progress bar: it is about what this process met."""
+    line(printable(message), sys.stderr)
 
 
 def _scanned(name: str) -> Index:

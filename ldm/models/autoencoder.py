@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ldm.config.load import accepts
+from ldm.models import others
 from ldm.models.layers import (
     Downsample,
     NormSiLU,
@@ -25,6 +27,7 @@ EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)
 
 
+@accepts(others.autoencoder)
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
     """The keys of diffusers' AutoencoderKL `config.json`."""

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ldm.config.load import accepts
+from ldm.models import others
 from ldm.models.layers import (
     Downsample,
     Embedding,
@@ -57,6 +59,7 @@ _FIXED = {
 }
 
 
+@accepts(others.unet)
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
     """The keys of diffusers' UNet2DConditionModel `config.json`; one value, or one a level from the finest.

@@ -24,6 +24,7 @@ from ldm.models.discriminator import Discriminator, DiscriminatorConfig
 from ldm.objectives.autoencoder import AutoencoderLoss, AutoencoderObjective, Features
 from ldm.recipes.base import Assembly
 from ldm.recipes.sources import training_data
+from ldm.rng import seed_torch
 from ldm.train.trainer import TrainConfig, Trainer
 from ldm.types import Batch
 
@@ -83,7 +84,7 @@ def held_out(data: Data, split: str, limit: int = 512) -> Batch:
 
 def build(task: AutoencoderTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:
     """The autoencoder and its discriminator, the pictures, and validation."""
-    torch.manual_seed(seed)  # initial weights
+    seed_torch(seed)  # initial weights
     autoencoder, discriminator = Autoencoder(task.model), Discriminator(task.discriminator)
     device = dist.device()
     features: Features | None = None

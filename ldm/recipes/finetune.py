@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ldm import dist
 from ldm.adapters.full import FullAdapter, FullConfig
 from ldm.adapters.lora import LoraAdapter, LoraConfig
+from ldm.adapters.sites import all_sites
 from ldm.adapters.tokens import TokensAdapter, TokensConfig
 from ldm.checkpoint import embedding_files, files, lora_files
 from ldm.checkpoint.convert import save_diffusers
@@ -34,6 +34,7 @@ from ldm.recipes.page import write_page
 from ldm.recipes.pictures import prepare
 from ldm.recipes.sources import cache_hashes, text_encoder, training_data
 from ldm.recipes.text_to_image import SampleHook, Samples
+from ldm.rng import seed_torch
 from ldm.train.trainer import TrainConfig, Trainer
 from ldm.types import Cond
 
@@ -107,7 +108,7 @@ def assembled(
     images: Path | None,
 ) -> Assembly:
     """Caches, adapter, objective, loader, sample pictures and export of a prepared data set."""
-    torch.manual_seed(seed)  # initial weights of the adapter
+    seed_torch(seed)  # initial weights of the adapter
     codec, towers, live = pipeline.codec, pipeline.text, adapter.trains_text
     if isinstance(adapter, TokensAdapter) and train.optim.weight_decay:
         raise ValueError(
@@ -216,10 +217,11 @@ def write_export(base: str, adapter: AnyAdapter, weights: dict[str, Tensor], fol
     folder.mkdir(parents=True, exist_ok=True)
     names: dict[str, list[str]]
     if isinstance(adapter, LoraAdapter):
-        lora = adapter.lora(weights)
+        lora, sites = adapter.lora(weights), all_sites(fresh.unet, fresh.text)
         config = fresh.unet.config
         lora_files.write_lora(folder / lora_files.NAME, lora, config)
-        lora_files.write_lora(folder / "kohya.safetensors", lora, config, form="kohya")
+        if lora_files.kohya_holds(lora, folder / "kohya.safetensors"):
+            lora_files.write_lora(folder / "kohya.safetensors", lora, config, form="kohya", sites=sites)
         names = {"loras": [lora_files.NAME], "embeddings": []}
     else:
         names = {"loras": [], "embeddings": _write_tokens(adapter, weights, folder)}

@@ -20,6 +20,10 @@ from ldm.types import Cond, Denoise
 Clip = Callable[[Tensor], Tensor]
 Noise = Callable[[int], Tensor]
 Progress = Callable[[int, Tensor], None]
+"""(solver step, x after it)."""
+
+Count = Callable[[int, int], object]
+"""(solver steps done, solver steps in all)."""
 
 
 class Node(NamedTuple):
@@ -174,3 +178,12 @@ def clamp(bound: float) -> Clip:
     if not bound > 0:
         raise ValueError(f"clip must be above 0, got {bound}")
     return lambda x0: x0.clamp(-bound, bound)
+
+
+def counted(progress: Count, before: int, total: int) -> Progress:
+    """A solver's callback that counts the steps of all batches."""
+
+    def step(i: int, _: Tensor) -> None:
+        progress(before + i + 1, total)
+
+    return step

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from ldm.diffusion.schedule import Schedule
+from ldm.words import near
 
 _AYS = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
 _CEILING = 4096.0  # sigma / alpha where alpha is 0; alpha_bar = 2^-24
@@ -27,7 +28,7 @@ def times(
     Raises ValueError for an unknown spacing (naming all) and for steps below 1 or, on a discrete schedule, above T.
     """
     if spacing not in SPACINGS:
-        raise ValueError(f"spacing {spacing!r} is not one of {sorted(SPACINGS)}")
+        raise ValueError(f"spacing {spacing!r} is not one of {sorted(SPACINGS)}{near(spacing, SPACINGS)}")
     check_steps(schedule, steps)
     if spacing in ("karras", "exponential", "ays"):
         return _by_noise(schedule, _NOISE[spacing](schedule, steps, rho))
@@ -128,15 +129,20 @@ def _even_flow(steps: int) -> list[float]:
     return [1 - i / steps for i in range(steps)]
 
 
-def _karras(schedule: Schedule, steps: int, rho: float) -> list[float]:
-    high, low = _range(schedule)
+def between(high: float, low: float, steps: int, spacing: str, rho: float = 7.0) -> list[float]:
+    """`steps` values of sigma / alpha from `high` to `low`, spaced "karras" (EDM, eq. 5) or "exponential"."""
     part = [i / max(steps - 1, 1) for i in range(steps)]
+    if spacing == "exponential":
+        return [high * (low / high) ** p for p in part]
     return [(high ** (1 / rho) + p * (low ** (1 / rho) - high ** (1 / rho))) ** rho for p in part]
 
 
+def _karras(schedule: Schedule, steps: int, rho: float) -> list[float]:
+    return between(*_range(schedule), steps, "karras", rho)
+
+
 def _exponential(schedule: Schedule, steps: int, rho: float) -> list[float]:
-    high, low = _range(schedule)
-    return [high * (low / high) ** (i / max(steps - 1, 1)) for i in range(steps)]
+    return between(*_range(schedule), steps, "exponential")
 
 
 def _ays(schedule: Schedule, steps: int, rho: float) -> list[float]:

@@ -1,0 +1,137 @@
+"""Text of any editor; captions of any json."""
+
+import codecs
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldm.cli.sample import _prompts_in
+from ldm.data.captions import captions_of
+from ldm.data.decode import BadSample
+from ldm.data.texts import captions_in, lines, read_lines, text
+
+SAID = "café 日本 🍎, red"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        SAID.encode(),
+        codecs.BOM_UTF8 + SAID.encode(),
+        SAID.encode("utf-16"),
+        codecs.BOM_UTF16_BE + SAID.encode("utf-16-be"),
+        codecs.BOM_UTF16_LE + SAID.encode("utf-16-le"),
+        SAID.encode("utf-32"),
+        codecs.BOM_UTF32_BE + SAID.encode("utf-32-be"),
+        (SAID + "\r\n").encode("utf-16"),
+    ],
+)
+def test_text_is_read_by_its_mark(data: bytes) -> None:
+    assert text(data) == SAID
+    assert captions_of({"txt": data})[0].texts == (SAID,)
+    record = {"caption": None, "text": SAID}
+    encoding = "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    assert captions_of({"json": json.dumps(record, ensure_ascii=False).encode(encoding)})[0].texts == (SAID,)
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"caf\xe9", "byte 0xe9 at character 3"),
+        ("a cat".encode("utf-16-le"), "zero bytes, as UTF-16 without a byte order mark"),
+        (codecs.BOM_UTF16_LE + b"a\0b", "UTF-16"),
+        (b"a" + b"\xed\xa0\x80", "byte 0xed"),
+    ],
+)
+def test_what_is_no_text_is_said(data: bytes, what: str) -> None:
+    with pytest.raises(BadSample, match=what) as info:
+        text(data)
+    assert info.value.reason == "not_utf8"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_prompt_files_of_any_editor(end: str, encoding: str, tmp_path: Path) -> None:
+    """kohya-ss/sd-scripts#513. U+2028, form feeds and U+0085 are inside a line, not ends of it; a prompt has blanks."""
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(end.join(["a red apple", "", "  cat\u2028face\x0con\x85grass  "]).encode(encoding))
+    assert read_lines(path) == ["a red apple", "cat\u2028face\x0con\x85grass"]
+    assert _prompts_in(path) == ["a red apple", "cat face on grass"]
+
+
+def test_a_prompt_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "odd.txt"
+    path.write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match=r"odd\.txt.*byte 0xe9"):
+        _prompts_in(path)
+    with pytest.raises(ValueError, match=r"no\.txt"):
+        read_lines(tmp_path / "no.txt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_lines(tmp_path)
+
+
+def test_files_put_together_leave_no_marks_in_lines() -> None:
+    assert lines("a\n\ufeffb\n\ufeff\n") == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"caption": ["a cat", "a sleeping cat"]}, ("a cat", "a sleeping cat")),  # rom1504/img2dataset#244
+        ({"caption": [None, "a cat", "", "  "]}, ("a cat",)),
+        ({"caption": None, "text": "a cat"}, ("a cat",)),
+        ({"caption": "", "text": ["a cat"]}, ("a cat",)),
+        ({"caption": [], "text": "a cat"}, ("a cat",)),
+        ({"caption": 7}, ("7",)),
+        ({"caption": [1, 2.5]}, ("1", "2.5")),
+        ({"captions": None, "caption": "a cat"}, ("a cat",)),
+        ({"captions": "a cat"}, ("a cat",)),
+        ({"captions": [None, "a cat", ["b", 0.5]]}, ("a cat", "b")),
+        ({"captions": [], "caption": "a cat"}, ("a cat",)),
+        ({"caption": None}, ("from the txt",)),
+        ({"caption": float("nan")}, ("from the txt",)),
+        ({}, ("from the txt",)),
+    ],
+)
+def test_captions_of_any_json(record: dict[str, Any], expected: tuple[str, ...]) -> None:
+    members = {"json": json.dumps(record).encode(), "txt": b"from the txt"}
+    assert captions_of(members)[0].texts == expected
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        ({"caption": {"en": "a cat"}}, "caption holds"),
+        ({"caption": True}, "caption holds True"),
+        ({"caption": ["a", {"b": 1}]}, "caption holds"),
+        ({"captions": {"a": 1}}, "captions: "),
+        ({"captions": [["a", "b"]]}, "captions hold"),
+        ({"captions": [["a", -1]]}, "negative"),
+        ({"captions": [["a", float("inf")]]}, "no number"),
+        ({"captions": [["a", float("nan")]]}, "no number"),
+    ],
+)
+def test_captions_that_are_none_are_refused_with_the_txt_of_str_beside_them(record: dict[str, Any], why: str) -> None:
+    """img2dataset writes `str(value)` beside: those brackets are nothing to learn."""
+    with pytest.raises(BadSample, match=why) as info:
+        captions_of({"json": json.dumps(record).encode(), "txt": b"{'en': 'a cat'}"})
+    assert info.value.reason == "bad_json"
+
+
+def test_other_members_of_text() -> None:
+    assert captions_of({"caption": b"a cat"})[0].texts == ("a cat",)
+    assert captions_of({"text": b"a cat", "txt": b" "})[0].texts == ("a cat",)
+
+
+@pytest.mark.parametrize("data", [b"[" * 200_000, b'{"a": 1', b"\xff", b"{}x"])
+def test_broken_json_has_a_reason(data: bytes) -> None:
+    with pytest.raises(BadSample) as info:
+        captions_of({"json": data, "txt": b"a cat"})
+    assert info.value.reason == "bad_json"
+
+
+def test_half_a_surrogate_pair_is_no_caption() -> None:
+    with pytest.raises(BadSample, match="lone surrogate U\\+D83C"):
+        captions_in(json.loads('"\\ud83c"'), "caption")
