@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from ldm.checkpoint import weights
 from ldm.checkpoint.pickled import Inert
+from ldm.cli.__main__ import main
 
 
 def test_what_a_file_is_instead_is_said(tmp_path: Path) -> None:
@@ -36,10 +37,38 @@ def test_what_a_file_is_instead_is_said(tmp_path: Path) -> None:
             weights.open_file(path)
         assert "\n" not in str(e.value)
         assert name in str(e.value)
-    for name, content in (("page.ckpt", b"<!DOCTYPE html>"), ("empty.pt", b""), ("text.bin", b"nothing at all")):
+    for name, content, words in (
+        ("page.ckpt", b"<!DOCTYPE html>", "a web page"),
+        ("empty.pt", b"", "it is empty"),
+        ("text.bin", b"nothing at all", "text.bin"),
+    ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(ValueError, match=rf"{name}.*{words}|{words}"):
             weights.open_file(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["page", "empty", "pointer", "short"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_a_damaged_model_is_one_line(
+    name: str, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = {"page": b"<html>", "empty": b"", "pointer": b"version https://git-lfs", "short": b"12345"}[name]
+    path = tmp_path / f"{name}{suffix}"
+    path.write_bytes(content)
+    assert main(["sample", "x", "--model", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert main(["sample", "x", "--lora", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert main(["sample", "x", "--embedding", str(path), "--out", str(tmp_path / "out")]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if str(path) in line]
+    assert len(lines) == 3
+
+
+def test_folders_of_before_safetensors(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    assert set(weights.open_folder(tmp_path, "model")) == {"a"}
+    torch.save({"b": torch.ones(1)}, tmp_path / "diffusion_pytorch_model.bin")
+    assert set(weights.open_folder(tmp_path, "diffusion_pytorch_model")) == {"b"}
+    with pytest.raises(ValueError, match=r"no other\.safetensors; it holds diffusion_pytorch_model\.bin"):
+        weights.open_folder(tmp_path, "other")
 
 
 def test_a_file_is_what_it_holds_not_what_it_is_called(tmp_path: Path) -> None:
