@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import errno
+import io
 import math
 import os
 import re
@@ -20,6 +22,8 @@ CLOSED = 141
 """Exit code after the reader of our output went away, as a shell shows SIGPIPE."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as a shell shows SIGINT."""
+FULL = 74
+"""Exit code after output that could not be written (EX_IOERR)."""
 _OPTION = re.compile(r"--?[A-Za-z]")
 
 
@@ -33,7 +37,7 @@ class Help(argparse.HelpFormatter):
         escaped = shown.replace("%", "%%")
         if text.endswith(f"({escaped})"):
             return f"{text[: -len(escaped) - 2]}(default: {escaped})"
-        return text if shown in text and "default" in text else f"{text} (default: {escaped})".lstrip()
+        return text if f"default: {escaped}" in text else f"{text} (default: {escaped})".lstrip()
 
 
 class RawHelp(Help, argparse.RawDescriptionHelpFormatter):
@@ -62,6 +66,7 @@ class Parser(argparse.ArgumentParser):
         chosen = options.get("formatter_class", Help)
         options["formatter_class"] = chosen if issubclass(chosen, Help) else Help
         super().__init__(*args, **options)
+        self._given: list[str] = []
         for kind, read in ((None, home), (str, home), (int, integer), (float, number), (Path, path)):
             self.register("type", kind, read)
 
@@ -72,6 +77,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, but an unknown option is refused here, where the known ones are known."""
+        self._given = list(sys.argv[1:] if args is None else args)
         found, rest = super().parse_known_args(args, namespace)
         for word in rest:
             if _OPTION.match(word):
@@ -89,7 +95,22 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line on standard error, and exit code 2."""
         text = message.replace("\n", " ")
+        if text.startswith(("the following arguments are required", "unrecognized arguments")):
+            text = self._misspelt() or text  # which tells more
         self.exit(2, f"{self.prog}: {text}; `{self.prog} --help` tells more\n")
+
+    def _misspelt(self) -> str:
+        """What is to be said of the first given option that there is not."""
+        parser: Parser = self
+        for word in self._given:
+            below = [a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+            if below and word in below[0]:
+                parser = below[0][word]
+            name = word.split("=", 1)[0]
+            known = [o for action in parser._actions for o in action.option_strings]
+            if _OPTION.match(word) and not any(o.startswith(name) for o in known):
+                return f"there is no option {name}{parser._near(name)}"
+        return ""
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is None or value in action.choices:
@@ -180,21 +201,25 @@ def ended(prog: str, run: Callable[[], int]) -> int:
     _streams()
     restore = _listen(prog)
     try:
-        try:
-            code = run()
-        finally:
-            _flush()
+        code = run()
+        _flush()
         return code
     except KeyboardInterrupt:
-        _say(prog, "interrupted")
+        if os.environ.get("RANK", "0") in ("", "0"):
+            _say(prog, "interrupted")
         return INTERRUPTED
     except BrokenPipeError:
         if not _reader_gone():
             raise
-        _hush()
         return CLOSED
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        _say(prog, f"standard output: {error.strerror}")
+        return FULL
     finally:
         restore()
+        _settle()
 
 
 def _streams() -> None:
@@ -208,11 +233,8 @@ def _streams() -> None:
         stream = sys.__dict__[name]
         if stream is None:
             setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115
-        elif isinstance(stream, _TextIO):
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-
-
-_TextIO = type(sys.__stdout__ or sys.__stderr__)
 
 
 def _listen(prog: str) -> Callable[[], None]:
@@ -273,12 +295,13 @@ def _reader_gone() -> bool:
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
-def _hush() -> None:
-    """What is still to be flushed goes nowhere, so that the interpreter's end says nothing."""
-    for number in (1, 2):
-        poll = select.poll()
-        poll.register(number, 0)
-        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+def _settle() -> None:
+    """What cannot be written goes nowhere, so that the interpreter's end says nothing of it."""
+    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+        try:
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except OSError:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, number)
             os.close(null)

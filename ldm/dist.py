@@ -54,8 +54,11 @@ _LEFT_OVER = (
 )
 
 
-def check() -> None:
-    """Raise ValueError unless the variables of the process group fit together; names the one that does not."""
+def check(*, meeting: bool = True) -> None:
+    """Raise ValueError unless the variables of the process group fit together; names the one that does not.
+
+    Without `meeting` the ranks only share work and need no place to meet.
+    """
     world, own, local = world_size(), rank(), local_rank()
     if world < 1:
         raise ValueError(f"WORLD_SIZE: must be at least 1, got {world}; {_LEFT_OVER}")
@@ -70,10 +73,10 @@ def check() -> None:
         raise ValueError(f"LOCAL_RANK: {local} is not below LOCAL_WORLD_SIZE, {beside}; {_LEFT_OVER}")
     if world == 1:
         return
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if meeting else ("RANK",):
         if _named(name) is None:
             raise ValueError(f"{name} is not set, but WORLD_SIZE is {world}; {_LEFT_OVER}")
-    if not 1 <= (port := _env("MASTER_PORT", 0)) <= 65535:
+    if meeting and not 1 <= (port := _env("MASTER_PORT", 0)) <= 65535:
         raise ValueError(f"MASTER_PORT: {port} is not in [1, 65535]; {_LEFT_OVER}")
 
 
@@ -169,8 +172,9 @@ def _patience(host: str) -> float:
 
 
 def _meet(host: str, port: int, seconds: float) -> torch_dist.Store:
-    """The store of rank 0, which all reach at the port of the host."""
-    first = rank() == 0
+    """The store of rank 0, which all reach at the port of the host; under torchrun that of its agent."""
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    first = rank() == 0 and not agent
     if first:
         with socket.socket() as probe:  # before torch, whose own complaint is long
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -186,9 +190,10 @@ def _meet(host: str, port: int, seconds: float) -> torch_dist.Store:
     else:
         _reach(host, port, seconds)
     try:
-        return torch_dist.TCPStore(
+        store = torch_dist.TCPStore(
             host, port, world_size(), is_master=first, timeout=timedelta(seconds=seconds), wait_for_workers=False
         )
+        return torch_dist.PrefixStore(f"ldm {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     except (RuntimeError, ValueError) as error:
         text = str(error).splitlines()[0]
         raise ValueError(f"MASTER_ADDR {host!r}, MASTER_PORT {port}: no rendezvous: {text}") from error

@@ -22,7 +22,7 @@ from ldm.data.grid import to_pil
 from ldm.data.images import to_float
 from ldm.models.control import controlled
 from ldm.models.openclip import AnyClip, fitted, tokenizer_of
-from ldm.pipeline import Guide, Progress, Settings, StepProgress, TextToImage
+from ldm.pipeline import Guide, Progress, Settings, TextToImage
 from ldm.rng import Rng
 from ldm.sampling import prompt_to_prompt as p2p
 from ldm.sampling.editing import img2img_times, inpaint_cond, keep
@@ -30,6 +30,7 @@ from ldm.sampling.editing import inpaint as inpaint_denoiser
 from ldm.sampling.editing import invert as invert_latents
 from ldm.sampling.guidance import similarity
 from ldm.sampling.memory import enough_memory
+from ldm.sampling.run import Progress as StepProgress
 from ldm.sampling.run import counted
 from ldm.sampling.settings import Size
 from ldm.types import Cond, Denoise

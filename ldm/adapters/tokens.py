@@ -125,6 +125,8 @@ def within(rows: Tensor, bound: float) -> Tensor:
 
 def bound_of(tower: TextTower, config: TokensConfig) -> float:
     """The largest norm that a new row of this tower may have; 0 is none."""
+    if not config.max_norm:
+        return 0.0
     table = tower.model.token_embedding.weight.detach().float()
     return config.max_norm * float(table.norm(dim=1).median())
 

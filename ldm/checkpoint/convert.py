@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from ldm.checkpoint import weights
-from ldm.checkpoint.folder import open_folder, open_text, open_unet, open_vae, write_folder
+from ldm.checkpoint.folder import open_folder, open_unet, open_vae, write_folder
 from ldm.checkpoint.opened import Components, Opened, OpenedText, fill, load_tower, shapes_of
 from ldm.checkpoint.opened import empty as _empty
 from ldm.checkpoint.single import open_single, write_single
+from ldm.checkpoint.towers import open_text
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.shipped import SHIPPED
 from ldm.models.text import Output, TextTower

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm.checkpoint.schedulers import scheduler_from_diffusers
+from ldm.checkpoint.settings import read_json
+
 log = logging.getLogger(__name__)
 SD, XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
 INPAINT, XL_INPAINT = "StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline"
@@ -77,3 +80,26 @@ def two_towers(index: Mapping[str, Any], folder: Path) -> bool:
     if part is ...:
         return (folder / "text_encoder_2").is_dir() and index.get("_class_name") not in ONE
     return isinstance(part, list) and len(part) == 2 and part[1] is not None
+
+
+def read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
+    """`scheduler_config.json` as diffusers' pipeline of this index makes its scheduler of it.
+
+    The index tells the class; Stable Diffusion's pipelines with one text encoder take `steps_offset` 1 and do not clip
+    latents, whatever old files say. Raises ValueError for a process that is not known.
+    """
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    part = index.get("scheduler")
+    own, told = config.get("_class_name"), part[1] if isinstance(part, list) and len(part) == 2 else None
+    if own is not None:
+        scheduler_from_diffusers(config)
+    if told is not None and told != own:
+        if own is not None:
+            log.warning("%s: model_index.json says %s, scheduler_config.json %s: the first is taken", folder, told, own)
+        config = config | {"_class_name": told}
+    if index.get("_class_name") in (SD, INPAINT, "StableDiffusionImg2ImgPipeline"):
+        leading = config.get("timestep_spacing") in (None, "leading")
+        config |= {"steps_offset": 1} if leading and config.get("steps_offset") != 1 else {}
+        config |= {"clip_sample": False} if config.get("clip_sample") is not False else {}
+    scheduler_from_diffusers(config)
+    return config

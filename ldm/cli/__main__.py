@@ -67,7 +67,7 @@ def _main(argv: list[str]) -> int:
         return 2
     try:
         return importlib.import_module(f"ldm.cli.{verb}").main(rest)
-    except (ValueError, FloatingPointError, FileExistsError, NotADirectoryError, PermissionError) as error:
+    except (ValueError, FloatingPointError) as error:
         _say(verb, str(error))
         return 2
     except BrokenPipeError:
@@ -76,10 +76,10 @@ def _main(argv: list[str]) -> int:
         if error.errno in _DISK:
             _say(verb, f"{error.filename or 'the disk'}: {error.strerror}")
             return 74  # sysexits' EX_IOERR, as when a checkpoint cannot be written
-        if error.filename is not None and error.errno is not None:
-            _say(verb, f"{os.fspath(error.filename)!r}: {error.strerror}")
-            return 2
-        raise
+        if error.filename is None and not isinstance(error, (FileExistsError, NotADirectoryError, PermissionError)):
+            raise
+        _say(verb, _about_file(error))
+        return 2
     except (RuntimeError, MemoryError) as error:
         if (told := _explained(error)) is None:
             raise
@@ -88,10 +88,21 @@ def _main(argv: list[str]) -> int:
         os._exit(1)  # what waits for the other ranks would wait for ever
 
 
+def _about_file(error: OSError) -> str:
+    if error.filename is None or error.errno is None:
+        return str(error)
+    name = os.fsdecode(error.filename)
+    if error.errno == errno.EEXIST and not os.path.isdir(name):
+        return f"{name!r}: there, and no folder" + (" but a link to nothing" if os.path.islink(name) else "")
+    return f"{name!r}: {error.strerror}"
+
+
 def _explained(error: BaseException) -> str | None:
     """A sentence for what is nobody's mistake and no fault of the program: ranks that are gone, memory that is full."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory: {(str(error).splitlines() or [''])[0]}"
+    if str(error).startswith("Symlink loop"):
+        return str(error)
     dist = sys.modules.get("ldm.dist")
     return None if dist is None else dist.lost(error)
 

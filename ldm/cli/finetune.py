@@ -21,7 +21,7 @@ def parser() -> Parser:
     methods = p.add_subparsers(dest="method", required=True)
 
     d = methods.add_parser("dreambooth", help="a subject under a rare word", epilog=_EPILOG)
-    _common(d)
+    _common(d, "400, with --lora 500", "5e-6, of a shipped model 1e-4; with --lora 1e-4 and 4e-3")
     d.add_argument("--identifier", default="sks", help="the rare word that names the subject")
     d.add_argument("--class", dest="noun", required=True, metavar="NOUN", help="what the subject is one of: dog")
     d.add_argument("--instance-prompt", metavar="TEXT", help="caption of the pictures (default: a IDENTIFIER NOUN)")
@@ -37,7 +37,7 @@ def parser() -> Parser:
 
     t = methods.add_parser("textual-inversion", help="a new word for a subject or style",
                            epilog=_EPILOG)  # fmt: skip
-    _common(t)
+    _common(t, "500", "5e-3, of a shipped model 1e-2")
     t.add_argument("--placeholder-token", "--token", dest="token", default="<thing>", help="the new word")
     t.add_argument("--initializer-token", dest="initializer", nargs="+", default=[], metavar="WORD",
                    help="words to start from, each one token")  # fmt: skip
@@ -48,21 +48,21 @@ def parser() -> Parser:
 
     r = methods.add_parser("lora", help="a style or many things, from captioned pictures",
                            epilog=_EPILOG)  # fmt: skip
-    _common(r)
+    _common(r, "1000", "1e-4, of a shipped model 4e-3")
     r.add_argument("--train-text-encoder", action="store_true", help="adapt the text towers too")
     _lora(r)
     return p
 
 
-def _common(p: Parser) -> None:
+def _common(p: Parser, steps: str, rates: str) -> None:
     p.add_argument("--images", "--instance-data-dir", dest="images", type=Path, required=True, metavar="FOLDER",
                    help="of pictures, or a data set that `ldm data build` or `ldm data index` made")  # fmt: skip
     p.add_argument("--base", default="emoji", help="shipped name, run or diffusers folder, single file or hub id")
     p.add_argument("--out", type=Path, help="run folder (default: runs/METHOD_FOLDER)")
-    p.add_argument("--steps", "--max-train-steps", dest="steps", type=int, help="optimizer steps")
+    p.add_argument("--steps", "--max-train-steps", dest="steps", type=int, help=f"optimizer steps (default: {steps})")
     p.add_argument("--batch", "--train-batch-size", dest="batch", type=int, default=2, help="on all processes together")
     p.add_argument("--accumulate", "--gradient-accumulation-steps", dest="accumulate", type=int, default=1)
-    p.add_argument("--lr", "--learning-rate", dest="lr", type=float, help="learning rate")
+    p.add_argument("--lr", "--learning-rate", dest="lr", type=float, help=f"learning rate (default: {rates})")
     p.add_argument("--size", "--resolution", dest="size", type=int, help="side in pixels (default: the base's own)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--prompt", action="append", default=[], help="drawn before, after and between; may be repeated")

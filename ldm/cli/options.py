@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -87,6 +89,7 @@ class Parser(options.Parser):
         if {"-h", "--help"} & set(args or ()):
             self.print_help()
             self.exit()
+        self._given = list(sys.argv[1:] if args is None else args)
         words = [a for a in self._actions if not a.option_strings and a.dest != "overrides"]
         last = next(a for a in self._actions if a.dest == "overrides")
         required = {a.dest: (a.nargs, a.choices) for a in words}
@@ -105,7 +108,10 @@ class Parser(options.Parser):
         if len(plain) > len(words):
             raise ValueError(f"override {plain[len(words)]!r}: expected key=value, such as train.steps=100")
         for action, word in zip(words, plain):
-            self._check_value(action, word)
+            try:
+                self._check_value(action, word)
+            except argparse.ArgumentError as error:
+                self.error(str(error))
             setattr(found, action.dest, word)
         if len(plain) < len(words):
             missing = words[len(plain)]

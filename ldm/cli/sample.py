@@ -54,10 +54,10 @@ def parser() -> Parser:
     p.add_argument("--negative", default="", help="negative prompt")
     p.add_argument("--clip-guidance", type=float, default=0.0, metavar="S", help="strength of CLIP guidance; 0 is none")
     p.add_argument("--clip", default="clip_emoji", help="the CLIP of --clip-guidance, as in ldm evaluate --clip")
-    p.add_argument("--eta", type=float, help="DDIM's noise, 0 to 1")
-    p.add_argument("--spacing", help="how the sampler's times are spaced")
+    p.add_argument("--eta", type=float, help="DDIM's noise, 0 to 1 (default: the sampler's own)")
+    p.add_argument("--spacing", help="how the sampler's times are spaced (default: its own)")
     p.add_argument("--seed", type=int, default=0, help="any whole number")
-    p.add_argument("--count", type=int, help="pictures of each prompt (1)")
+    p.add_argument("--count", type=int, help="pictures of each prompt (default: 1)")
     p.add_argument(
         "--index", type=int, nargs="+", metavar="N",
         help="only these of all pictures, from 0; their batches are drawn whole, so that every bit is the same",
@@ -67,7 +67,7 @@ def parser() -> Parser:
         type=int,
         nargs="+",
         metavar="PIXELS",
-        help="side, or height and width, multiples of 8 (the model's own)",
+        help="side, or height and width, multiples of 8 (default: the model's own)",
     )
     p.add_argument("--batch", type=int, default=16, help="pictures at a time")
     p.add_argument("--prompt-weights", action="store_true", help='read "(word:1.3)", "((word))", "[word]"')
@@ -244,7 +244,8 @@ class _Drawing:
         if self.job.only is not None or not self.shown:
             return
         pictures = [self.shown[k] for k in sorted(self.shown)]
-        path = self.album.name(sheet(pictures, columns), "grid", {**self.record, "prompts": self.job.prompts})
+        name = f"grid-{self.album.first:04d}" if self.album.first else "grid"
+        path = self.album.name(sheet(pictures, columns), name, {**self.record, "prompts": self.job.prompts})
         if len(pictures) < self.done:
             _say([f"{path.name} shows {len(pictures)} of {self.done} pictures"])
         print(path)
@@ -348,8 +349,8 @@ def _prompts_in(path: Path | None) -> list[str]:
 
     lines = [" ".join(line.split()) for line in read_lines(path)]
     prompts = [line for line in lines if not line.startswith("#")]
-    if comments := [line for line in lines if line.startswith("#")]:
-        _say([f"{path}: {len(comments)} lines that begin with # are left out as comments"])
+    if comments := len(lines) - len(prompts):
+        _say([f"{path}: {comments} lines that begin with # are left out as comments"])
     if odd := next((m for line in prompts if (m := _LINE_OPTION.search(line))), None):
         _say([f"{path}: {odd[0].strip()!r} is read as words: lines have no options here"])
     return prompts

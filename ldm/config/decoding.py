@@ -107,6 +107,8 @@ class Decoder:
     def _scalar(self, hint: Any, data: Any, where: str) -> Any:
         if hint in (str, Path):
             data = self._text(data, where)
+        if hint is Path and data is None and (place := self._written(where)) is not None and place.text == "~":
+            data = "~"  # YAML's other null
         try:
             if hint is Path and isinstance(data, (str, Path)):
                 if not str(data):

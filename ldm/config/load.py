@@ -33,20 +33,18 @@ def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     else:
         path = Path(expanded(str(source)))
         tree, places = _read_file(path, depth=0)
-    given = OmegaConf.create({})
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key or key.startswith("-"):
             raise ValueError(f"override {override!r}: expected key=value, such as train.optim.lr=1e-4")
         try:
             value, place = parse_value(text)
-            OmegaConf.update(given, key, value, force_add=True)
+            OmegaConf.update(tree, key, value, force_add=True)
         except (ValueError, TypeError, IndexError, OmegaConfBaseException) as error:
             raise ValueError(f"override {override!r}: {_first_line(error)}") from error
-        places[key] = place
+        places = {k: p for k, p in places.items() if not k.startswith((f"{key}.", f"{key}["))} | {key: place}
     try:
-        merged = OmegaConf.merge(tree, given)
-        plain = OmegaConf.to_container(merged, resolve=True)
+        plain = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {_first_line(error)}") from error
     assert isinstance(plain, dict)

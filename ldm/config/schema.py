@@ -9,7 +9,7 @@ from typing import Any
 
 from ldm.config import load as config
 from ldm.data.mixture import Data
-from ldm.recipes import Task
+from ldm.recipes import Task, check_validation
 from ldm.recipes.models import with_usable
 from ldm.recipes.text_to_image import TextToImageTask, settled
 from ldm.train.trainer import TrainConfig
@@ -32,6 +32,7 @@ class RunConfig:
             raise ValueError("name must not be empty")
         if self.workers < 0:
             raise ValueError(f"workers must be at least 0, got {self.workers}")
+        check_validation(self.task, self.train)
 
 
 def load_run(path: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:

@@ -24,7 +24,7 @@ from ldm.data import decode, images
 from ldm.data.buckets import BucketConfig, Shape, assign, name
 from ldm.data.decode import BadSample
 from ldm.data.manifest import Manifest, Shard
-from ldm.data.sources import CaptionsFrom, Item, captions_beside, find, remarks
+from ldm.data.sources import CaptionsFrom, Item, captions_beside, find, read, remarks
 from ldm.data.write import ShardWriter
 
 _EXTENSION = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -173,9 +173,9 @@ def _sizes(items: list[Item], config: BuildConfig) -> dict[str, Shape]:
 def _sizes_of(config: BuildConfig, items: list[Item]) -> list[tuple[str, Shape]]:
     found = []
     for item in items:
-        with contextlib.suppress(BadSample, OSError):
+        with contextlib.suppress(BadSample):
             _captions(item, config)
-            size = decode.upright_size(item.path.read_bytes())
+            size = decode.upright_size(read(item))
             if min(size) >= config.min_side and size[0] * size[1] <= config.max_pixels:
                 found.append((item.key, size))
     return found
@@ -252,11 +252,7 @@ def prepare(item: Item, shape: Shape | None, config: BuildConfig) -> _Done:
     """One item's members, large enough for a bucket's shape, or what is wrong with it."""
     try:
         captions = _captions(item, config)
-        try:
-            data = item.path.read_bytes()
-        except OSError as error:
-            raise BadSample("unreadable", str(error)) from error
-        stored = _picture(data, shape, config)
+        stored = _picture(read(item), shape, config)
     except BadSample as error:
         return _Done(item, None, (error.reason, error.detail))
     record: dict[str, Any] = {

@@ -21,6 +21,8 @@ from ldm.data.shards import ShardReader, Shards
 
 MEMBER = CACHED
 PER_VARIANT = ("moments", "original_size", "crop_top_left")
+LATER = ("text_settings",)
+"""What caches of versions up to 0.1 do not record."""
 _DTYPES = {"F16": np.float16, "F32": np.float32, "BF16": np.uint16}
 _KEPT_BYTES = 128  # of a kept reference to a layout, which samples of one form share
 _HEAD = 1024  # most headers are shorter
@@ -38,6 +40,11 @@ def check(manifest: Manifest, *, cached: bool, buckets: bool = False, expect: Ma
         raise ValueError(f"data.buckets: the cache {manifest.name!r} needs buckets: {allowed}, as it was made")
     for key, value in (expect or {}).items():
         have = manifest.cached.get(key)
+        if key in LATER and key not in manifest.cached:
+            raise ValueError(
+                f"data {manifest.name!r}: the cache was made by an older version, which did not record {key}: the same "
+                "`ldm data encode` again checks it and adds that, or says that it must be encoded anew"
+            )
         if have != value:
             raise ValueError(
                 f"data {manifest.name!r}: the cache was made with {key}={have!r}, this run has {value!r}; "
@@ -196,6 +203,8 @@ def parse(header: bytes, size: int) -> Layout:
             if name == "__metadata__":
                 continue
             start, end = told["data_offsets"]
+            if not all(type(n) is int for n in (start, end, *told["shape"])):
+                raise ValueError(f"{name} of shape {told['shape']} at {start} to {end}")
             entry = Entry(first + start, _DTYPES[told["dtype"]], tuple(told["shape"]))
             if not (entry.shape and min(entry.shape) > 0 and start >= 0 and first + end <= size):
                 raise ValueError(f"{name} of shape {entry.shape} at {start} to {end} of {size} bytes")
@@ -206,7 +215,7 @@ def parse(header: bytes, size: int) -> Layout:
             raise ValueError("no tensors")
         texts = [e.shape[0] for name, e in entries.items() if name not in PER_VARIANT]
         return Layout(entries, min(texts) if texts else None)
-    except (AttributeError, ValueError, KeyError, TypeError) as error:  # whatever spoiled json may hold
+    except (AttributeError, ValueError, KeyError, TypeError, RecursionError) as error:  # whatever spoiled json may hold
         raise BadSample("damaged", f"{MEMBER}: {type(error).__name__}: {error}") from error
 
 

@@ -102,6 +102,29 @@ def load(path: Path, *, stencil: bool = False) -> Image.Image:
     return _named(path, partial(picture, background=BLACK)) if stencil and _is_white(shown) else shown
 
 
+def notes(path: Path) -> tuple[dict[str, str], bytes | str | None]:
+    """The texts in a picture file by key, and EXIF's user comment as it is stored. Raises ValueError that names it."""
+
+    def found(data: bytes) -> tuple[dict[str, str], bytes | str | None]:
+        image = _opened(data)
+        image.load()  # texts may follow the pixels
+        texts = {k: v for k, v in image.info.items() if isinstance(k, str) and isinstance(v, str)}
+        comment = None
+        with contextlib.suppress(Exception):  # whatever Pillow's parser meets
+            comment = image.getexif().get_ifd(0x8769).get(0x9286)
+        return texts, comment if isinstance(comment, (bytes, str)) else None
+
+    return _named(path, lambda data: _guarded(lambda: found(data)))
+
+
+def frames(path: Path) -> int:
+    """Frames or pages of a picture file, of which the first is taken; 1 where it cannot be read."""
+    with contextlib.suppress(BadSample, OSError):
+        data = path.read_bytes()
+        return _guarded(lambda: _frames(_opened(data)))
+    return 1
+
+
 def _is_white(image: Image.Image) -> bool:
     return image.getextrema() == ((255, 255),) * 3
 
@@ -111,7 +134,7 @@ def load_mask(path: Path) -> Image.Image:
     return _named(path, mask)
 
 
-def _named(path: Path, how: Callable[[bytes], Image.Image]) -> Image.Image:
+def _named(path: Path, how: Callable[[bytes], _T]) -> _T:
     try:
         return how(path.read_bytes())
     except OSError as error:
@@ -262,6 +285,9 @@ def _layers(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """Colours as RGB in sRGB, and opacity as L if there is any transparency; the result carries no notes."""
     profile, opacity = image.info.get("icc_profile"), None
     if image.mode.startswith("I") or image.mode == "F":
+        clear = image.info.get("transparency")
+        if isinstance(clear, int):  # the value that a deep grey PNG calls transparent
+            opacity = Image.fromarray(np.where(np.asarray(image) == clear, 0, 255).astype(np.uint8), "L")
         image = _deep(image)
     elif image.has_transparency_data:
         image = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode))

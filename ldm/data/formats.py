@@ -70,6 +70,31 @@ _STARTS: tuple[tuple[bytes, str], ...] = (
 )
 
 
+_MAGIC = (
+    (b"\xff\xd8\xff", "a JPEG", ".jpg"),
+    (b"\x89PNG\r\n\x1a\n", "a PNG", ".png"),
+    (b"GIF87a", "a GIF", ".gif"),
+    (b"GIF89a", "a GIF", ".gif"),
+)
+_OTHERS = (
+    "txt text caption json jsonl ndjson csv tsv parquet xml yaml yml toml md html htm pdf doc docx xls xlsx py log",
+    "tar gz zip 7z rar index lock npy npz pt pth safetensors ckpt bin db sqlite lnk url aae xmp",
+)
+_NO_PICTURES = frozenset(" ".join(_OTHERS).split())
+
+
+def misnamed(start: bytes) -> str | None:
+    """What to do about a picture by its first bytes whose name has no picture's suffix; None if it is no picture."""
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        return "a WebP by its content; name it .webp"
+    return next((f"{what} by its content; name it {end}" for m, what, end in _MAGIC if start.startswith(m)), None)
+
+
+def may_be_misnamed(name: str) -> bool:
+    """Whether a file's name leaves open that it is a picture."""
+    return not (suffix(name) in _NO_PICTURES or f".{suffix(name)}" in SUFFIXES or suffix(name) in UNREAD)
+
+
 def suffix(name: str) -> str:
     """A file name's last suffix without the dot, in lower case."""
     return os.path.splitext(name)[1][1:].lower()

@@ -27,7 +27,7 @@ from ldm.data.filters import absent, compile_filter, names
 from ldm.data.manifest import NAME, Manifest, Shard, bucket_report, json_line, sha256
 from ldm.data.offsets import Index
 from ldm.data.remote import Remote, RemoteConfig, is_remote
-from ldm.data.scan import CACHED, scan
+from ldm.data.scan import CACHED, NotTar, scan
 from ldm.data.shards import LocalReader
 from ldm.data.tars import Tar, find
 
@@ -87,8 +87,6 @@ def index(
     config = remote or RemoteConfig()
     tars, odd = find(folder, out, Remote(config))
     out = Path(folder) if out is None else out
-    if where is not None and any(tables.table_of(Path(t.place)) for t in tars if not is_remote(t.place)):
-        tables.library()
     _check_writable(out, {(out / t.index).parent for t in tars})
     jobs = [_Job(tar, out, split, where, buckets is not None, config) for tar in tars]
     results = [Indexed(None, 0, (problem,), reasons=("compressed",)) for problem in odd]
@@ -223,15 +221,16 @@ def _index_one(job: _Job) -> Indexed:
     try:
         with _at_hand(job) as path:
             return _indexed(job, path)
+    except NotTar as error:
+        return _unusable(job, "not_a_tar", error.what)
     except (ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in _FULL:
+        if isinstance(error, tables.MissingLibrary) or (isinstance(error, OSError) and error.errno in _FULL):
             raise
-        said = str(error.strerror or error) if isinstance(error, OSError) else str(error)
-        return _unusable(job, "unreadable" if isinstance(error, OSError) else "not_a_tar", said)
+        return _unusable(job, "unreadable", str(getattr(error, "strerror", None) or error))
 
 
 def _unusable(job: _Job, reason: str, said: str) -> Indexed:
-    return Indexed(None, 0, (f"{job.tar.name}: {said.replace(repr(job.tar.place) + ' ', '')}",), reasons=(reason,))
+    return Indexed(None, 0, (f"{job.tar.name}: {said}",), reasons=(reason,))
 
 
 @contextlib.contextmanager
@@ -305,7 +304,7 @@ def _filter(job: _Job, path: Path, found: Index) -> tuple[Index, int, list[tuple
     for i in range(len(found)):
         try:
             fields = metadata(reader.read(i, only=("json",)))
-        except BadSample:
+        except (ValueError, RecursionError):  # BadSample, and what a parser makes of nested or endless numbers
             bad += 1
             continue
         own = table.get(os.path.basename(found.key(i)))
@@ -329,12 +328,14 @@ def _table(job: _Job, reader: LocalReader, odd: list[tuple[str, str]]) -> dict[s
     if place is None or job.where is None:
         return {}
     known: dict[str, Any] = {}
-    with contextlib.suppress(BadSample):
+    with contextlib.suppress(ValueError, RecursionError):
         known = metadata(reader.read(0, only=("json",))) if len(reader) else {}
     if names(job.where) <= {*known, "aspect"}:
         return {}
     try:
         return tables.rows(place)
+    except tables.MissingLibrary:
+        raise
     except ValueError as error:
         odd.append(("bad_table", f"{error}; its fields count as missing"))
         return {}

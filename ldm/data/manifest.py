@@ -196,9 +196,9 @@ def bucket_report(shards: Iterable[Shard], noted: Mapping[str, Any]) -> dict[str
     }
 
 
-def json_line(tree: Mapping[str, Any]) -> str:
+def json_line(tree: Mapping[str, Any], separators: tuple[str, str] | None = None) -> str:
     """One line of JSON as UTF-8 can hold it: bytes of names that are no UTF-8 are escaped."""
-    return _escaped(json.dumps(tree, ensure_ascii=False))
+    return _escaped(json.dumps(tree, ensure_ascii=False, separators=separators))
 
 
 def _escaped(text: str) -> str:

@@ -34,6 +34,14 @@ _MAGIC = (
 )
 
 
+class NotTar(ValueError):
+    """A file that is no plain tar; `what` says what it is or lacks."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(f"shard {str(path)!r} is not a plain tar: {what}")
+        self.what = f"not a plain tar: {what}"
+
+
 @dataclass
 class Scan:
     """What a tar holds and what was odd about it: `problems` are (reason, sentence), the reason a word to count by."""
@@ -61,7 +69,7 @@ def scan(path: Path) -> Scan:
 
     The key is the path up to the first dot of the base name, the extension (lower) the rest, as in WebDataset. Hidden
     files do not count; links are followed inside the tar; past damage it goes on with the next whole header. Of a tar
-    that is cut short the whole samples are kept. Raises ValueError for a file that is no plain tar.
+    that is cut short the whole samples are kept. Raises NotTar for a file that is none.
     """
     with path.open("rb") as file:
         walk = _walk(path, file)
@@ -96,12 +104,12 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def _refuse(path: Path, head: bytes) -> None:
-    """Raise ValueError for a file whose first block is no header, saying what it looks like."""
+    """Raise NotTar for a file whose first block is no header, saying what it looks like."""
     if not head:
-        raise ValueError(f"shard {str(path)!r} is not a plain tar: empty file")
+        raise NotTar(path, "empty file")
     for magic, what in _MAGIC:
         if (head.lstrip() if magic in (b"<", b"{") else head).startswith(magic):
-            raise ValueError(f"shard {str(path)!r} is not a plain tar: {what}")
+            raise NotTar(path, what)
 
 
 def _walk(path: Path, file: BinaryIO) -> _Walk:
@@ -117,10 +125,10 @@ def _walk(path: Path, file: BinaryIO) -> _Walk:
         # Past zeros and damage it looks for a first header, so that only a file without any is refused.
         tar = tarfile.TarFile(fileobj=file, mode="r", ignore_zeros=True, encoding=_NAMES, errors="surrogateescape")
     except (tarfile.TarError, ValueError, OverflowError) as error:
-        raise ValueError(f"shard {str(path)!r} is not a plain tar: {error}") from error
-    if tar.firstmember is None:
+        raise NotTar(path, str(error)) from error
+    if next(iter(tar), None) is None:
         if any(head):
-            raise ValueError(f"shard {str(path)!r} is not a plain tar: no header of a member in it")
+            raise NotTar(path, "no header of a member in it")
         found.ended = True
         return found
     tar.offset = place = 0

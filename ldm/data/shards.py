@@ -267,6 +267,11 @@ class Shards:
                     self._readers.popitem(last=False)
             return reader
 
+    def index(self, number: int) -> Index:
+        """A shard's index; the tar is not opened. BadSample if it does not fit the manifest."""
+        shard = self.shards[number]
+        return self._index(join(self.manifest.root, shard.file), shard)
+
     def key(self, sample: int) -> str:
         """The sample's key."""
         shard, index = self.locate(sample)
@@ -346,6 +351,8 @@ class Shards:
             told = f"shard {name!r} has {size} bytes, the manifest says {shard.bytes}: copied in part or changed"
             why = BadSample("truncated" if size < shard.bytes else "changed", told)
             how = "`ldm data index` makes the manifest anew"
+            if self.manifest.cached is not None:
+                how = "the same `ldm data encode` again encodes its part anew"
             say(f"data: {told}; {int(lost.sum())} of its {len(index)} samples are left out ({how})")
         try:
             return LocalReader(name, index, os.open(name, os.O_RDONLY | os.O_CLOEXEC), lost, why)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ldm.data.bad import BadSample
-from ldm.data.formats import SUFFIXES, UNREAD, passed_over, suffix
+from ldm.data.formats import SUFFIXES, UNREAD, may_be_misnamed, misnamed, passed_over, suffix
 from ldm.data.listing import Row, file_named, is_table, table_rows
 from ldm.data.texts import captions_in, json_of, lines, text
 
@@ -61,8 +62,14 @@ def candidates(source: Path, captions_from: CaptionsFrom = "files") -> list[Item
         if not is_table(source):
             raise ValueError(f"source {str(source)!r}: expected a folder, or a metadata.jsonl, .csv, .tsv or .parquet")
         return _unique(list(_listed(source, _Folder(source.parent), captions_from)))
-    folders = list(_walk(source))
     items: list[Item] = []
+
+    def closed(error: OSError) -> None:
+        path = Path(error.filename)
+        name = path.relative_to(source).as_posix()
+        items.append(Item(_key(name), _printable(name), path, problem=("unreadable", f"folder: {error.strerror}")))
+
+    folders = list(_walk(source, closed))
     named: set[Path] = set()
     if captions_from != "none":
         for folder in reversed(folders):  # the metadata nearest to a picture is its own
@@ -73,6 +80,18 @@ def candidates(source: Path, captions_from: CaptionsFrom = "files") -> list[Item
     for folder in folders:
         items += [i for i in _pictures(folder, source, captions_from) if i.path not in named]
     return _unique(items)
+
+
+def read(item: Item) -> bytes:
+    """The bytes of the item's picture. Raises BadSample for its own problem, or where they cannot be had."""
+    if item.problem is not None:
+        raise BadSample(*item.problem)
+    try:
+        if item.path.exists() and not item.path.is_file():
+            raise BadSample("unreadable", "no regular file")
+        return item.path.read_bytes()
+    except OSError as error:
+        raise BadSample("unreadable", str(error.strerror)) from error
 
 
 def captions_beside(item: Item) -> list[tuple[str, float]]:
@@ -155,11 +174,11 @@ def _plain(name: str) -> str:
     return _composed(name).casefold()
 
 
-def _walk(source: Path) -> Iterator[_Folder]:
+def _walk(source: Path, closed: Callable[[OSError], None]) -> Iterator[_Folder]:
     """Folders from the top down, each once whatever links lead there; hidden ones are passed over."""
     kohya: dict[str, tuple[int, str] | None] = {}
     seen: set[tuple[int, int]] = set()
-    for folder, folders, files in os.walk(source, followlinks=True):
+    for folder, folders, files in os.walk(source, onerror=closed, followlinks=True):
         told = os.stat(folder)
         if (told.st_dev, told.st_ino) in seen:
             folders[:] = []
@@ -175,19 +194,30 @@ def _walk(source: Path) -> Iterator[_Folder]:
 def _pictures(folder: _Folder, source: Path, captions_from: CaptionsFrom) -> Iterator[Item]:
     kohya = folder.kohya if captions_from in ("files", "none") else None
     for file in folder.files:
-        kind = suffix(file)
-        if passed_over(file) or not (f".{kind}" in SUFFIXES or kind in UNREAD):
+        if passed_over(file):
             continue
         path = folder.path / file
         name = path.relative_to(source).as_posix()
         item = Item(_key(name), _printable(name), path, repeats=kohya[0] if kohya else 1)
-        if kind in UNREAD:
+        if (kind := suffix(file)) in UNREAD:
             what = f"{UNREAD[kind]} is not read here; convert it to PNG or JPEG"
             yield replace(item, problem=("unsupported", what))
+        elif f".{kind}" not in SUFFIXES:
+            if may_be_misnamed(file) and (what := misnamed(_start(path))) is not None:
+                yield replace(item, problem=("suffix", what))
         elif item.repeats < 1:
             yield replace(item, problem=("no_repeats", f"its folder's name says {item.repeats} repeats"))
         else:
             yield _captioned(item, folder, captions_from, kohya)
+
+
+def _start(path: Path) -> bytes:
+    """A regular file's first bytes; nothing of any other."""
+    with contextlib.suppress(OSError):
+        if path.is_file():
+            with path.open("rb") as file:
+                return file.read(16)
+    return b""
 
 
 def _captioned(item: Item, folder: _Folder, captions_from: CaptionsFrom, kohya: tuple[int, str] | None) -> Item:

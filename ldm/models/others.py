@@ -8,7 +8,6 @@ refuse by name.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -18,33 +17,55 @@ AVERAGE = ("decay", "min_decay", "optimization_step", "update_after_step", "use_
 """What diffusers' `EMAModel` writes beside the settings of a model that it averaged."""
 
 
-def plain(data: dict[str, Any], where: str, meant: Collection[str] = ()) -> dict[str, Any]:
-    """Without keys that change nothing and without nulls, except for the keys whose null is `meant`."""
+_EARLIEST = {
+    "image_size": "sample_size",
+    "num_res_blocks": "layers_per_block",
+    "block_channels": "block_out_channels",
+    "downscale_freq_shift": "freq_shift",
+    "resnet_num_groups": "norm_num_groups",
+    "resnet_act_fn": "act_fn",
+    "resnet_eps": "norm_eps",
+    "num_head_channels": "attention_head_dim",
+}
+"""Names of diffusers before 0.2, and today's."""
+
+
+def plain(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """Without nulls and keys that change nothing, a square `sample_size` as one number, SiLU by its one name."""
     if told := sorted(set(data) & {*ORIGIN, *AVERAGE}):
         log.info("%s: these keys change nothing: %s", where, ", ".join(told))
-    return {k: v for k, v in data.items() if k not in told and (v is not None or k in meant)}
+    data = {_EARLIEST.get(k, k): v for k, v in data.items() if k not in told and v is not None}
+    if _alike(size := data.get("sample_size")):
+        data["sample_size"] = size[0]
+    if data.get("act_fn") == "swish":
+        data["act_fn"] = "silu"
+    return data
 
 
 def unet(data: dict[str, Any], where: str) -> dict[str, Any]:
-    """Of diffusers' UNet2DConditionModel; a null middle block or group count would mean none."""
-    data = _square(plain(data, where, ("mid_block_type", "norm_num_groups")))
-    only = data.get("only_cross_attention")
-    return data | {"only_cross_attention": only[0]} if _alike(only) else data
+    """Of diffusers' UNet2DConditionModel; values that ask for what is so anyway are left out."""
+    data = plain(data, where)
+    for key in ("down_block_types", "up_block_types"):
+        if isinstance(types := data.get(key), (list, tuple)):
+            data[key] = [t.removeprefix("UNetRes") if isinstance(t, str) else t for t in types]
+    if _alike(only := data.get("only_cross_attention")):
+        data["only_cross_attention"] = only[0]
+    depth, back = data.get("transformer_layers_per_block"), data.get("reverse_transformer_layers_per_block")
+    neutral = {
+        "mid_block_only_cross_attention": data.get("mid_block_only_cross_attention") is False,
+        "addition_embed_type_num_heads": data.get("addition_embed_type") != "text",
+        "reverse_transformer_layers_per_block": isinstance(depth, list) and back == depth[::-1],
+    }
+    return {k: v for k, v in data.items() if not neutral.get(k)}
 
 
 def autoencoder(data: dict[str, Any], where: str) -> dict[str, Any]:
     """Of diffusers' AutoencoderKL; a mean of 0 and a deviation of 1 for every channel are none."""
-    data = _square(plain(data, where))
+    data = plain(data, where)
     neutral = [k for k, v in (("latents_mean", 0), ("latents_std", 1)) if _alike(data.get(k)) and data[k][0] == v]
     return {k: v for k, v in data.items() if k not in neutral}
 
 
 def _alike(value: Any) -> bool:
-    """A list of equal values, one for each level or channel."""
+    """A list of equal values, one for each level, channel or side."""
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(v == value[0] for v in value)
-
-
-def _square(data: dict[str, Any]) -> dict[str, Any]:
-    """A square `sample_size` as one number."""
-    size = data.get("sample_size")
-    return data | {"sample_size": size[0]} if isinstance(size, (list, tuple)) and _alike(size) else data

@@ -29,13 +29,28 @@ EMOJI_BPE = Path(__file__).resolve().parents[1] / "assets" / "clip_emoji" / "bpe
 
 
 @dataclass(frozen=True, kw_only=True)
+class Added:
+    """A token that a model's own tokenizer has beyond its merges; its row is in the tower's table.
+
+    `any_case`: it is found whatever the case of its letters, as transformers' tokens are that are not special.
+    """
+
+    text: str
+    id: int
+    any_case: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextConfig:
     """A CLIP text tower and which of its states conditions the U-Net.
 
     `output`: "last" is the last layer after the final norm (SD 1.x, ours), "penultimate_norm" the layer before it after
     the final norm (SD 2.x), "penultimate" that layer without the norm (SDXL). `pad` is what follows the end token.
     `bpe`: "standard" (49,408 tokens), "emoji" (4,096, shipped) or a path to a merges file, plain or gzip.
-    `zero_empty`: the unconditional input is zeros instead of the encoded empty prompt (SDXL).
+    `zero_empty`: the unconditional input is zeros instead of the encoded empty prompt (SDXL). `max_length`: prompts are
+    cut at, and padded to, fewer tokens than `context_length`. `added`: tokens of the model's own tokenizer.
+    `pooled_at`: the pooled vector is that of the first end token, or of the largest id of the table (transformers' rule
+    for old files, another one where added tokens have larger ids than the end token).
     """
 
     width: int = 768
@@ -50,8 +65,17 @@ class TextConfig:
     pad: Pad = "eot"
     bpe: str = "standard"
     zero_empty: bool = False
+    max_length: int | None = None
+    added: tuple[Added, ...] = ()
+    pooled_at: Literal["end", "largest"] = "end"
 
     def __post_init__(self) -> None:
+        if self.activation not in (known := ("gelu", "quick_gelu")):
+            raise ValueError(f"activation {self.activation!r} is not one of {list(known)}")
+        if self.max_length is not None and not 3 <= self.max_length <= self.context_length:
+            raise ValueError(f"max_length must lie in [3, {self.context_length}], got {self.max_length}")
+        if high := [a.text for a in self.added if a.id >= self.vocab_size]:
+            raise ValueError(f"added token {high[0]!r}: its id is beyond the table of {self.vocab_size} rows")
         _check_tower("", self.width, self.heads, self.layers, self.context_length)
         if self.output != "last" and self.layers < 2:
             raise ValueError(f"output {self.output!r} needs at least 2 layers, got {self.layers}")
@@ -123,12 +147,22 @@ class Overlong:
 class Tokenizer:
     """open_clip's byte-pair tokenizer on a merges file; cuts after `context` - 1 tokens and ends with the end token."""
 
-    def __init__(self, bpe: str = "standard", *, context: int = 77, pad: Pad = "eot") -> None:
+    def __init__(
+        self, bpe: str = "standard", *, context: int = 77, pad: Pad = "eot", added: Sequence[Added] = ()
+    ) -> None:
         self.bpe, self.context, self.pad = bpe, context, pad
         self._simple = _simple_tokenizer(bpe)
         self.start, self.end = self._simple.sot_token_id, self._simple.eot_token_id
         self.vocab_size: int = self._simple.vocab_size
         self.added: dict[str, list[int]] = {}
+        self._any_case: dict[str, list[int]] = {}
+        self._words: set[str] = set()
+        """Those that `add` added: a folder's own are found inside words too, as transformers does."""
+        for token in added:
+            ids = _numbered(token, added)
+            self.added[token.text] = ids
+            if token.any_case:
+                self._any_case[_folded(token.text)] = ids
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Token ids (B, T) int64."""
@@ -150,24 +184,36 @@ class Tokenizer:
         """Ids of one text without markers, of any length; an added token stands for all its ids."""
         if not self.added:
             return self._simple.encode(text)
-        parts = re.split("(" + "|".join(map(_whole, sorted(self.added, key=len, reverse=True))) + ")", text)
-        return [i for part in parts for i in self.added.get(part) or self._simple.encode(part)]
+        parts = re.split("(" + "|".join(map(self._pattern, sorted(self.added, key=len, reverse=True))) + ")", text)
+        return [i for part in parts for i in self._own(part) or self._simple.encode(part)]
+
+    def _pattern(self, token: str) -> str:
+        if token in self._words:
+            return _whole(token)
+        if _folded(token) not in self._any_case:
+            return re.escape(token)
+        return "(?i:" + r"\s+".join(map(re.escape, token.split())) + ")"
+
+    def _own(self, part: str) -> list[int] | None:
+        """The ids of an added token."""
+        return self.added.get(part) or self._any_case.get(_folded(part))
 
     def add(self, token: str, ids: Sequence[int]) -> None:
         """Let a token stand for ids. Raises ValueError when the vocabulary or an earlier addition has it."""
         if not token or token != " ".join(token.split()):
             raise ValueError(f"token {token!r}: expected words with one space between them, such as <thing>")
-        if token in self.added:
+        if self._own(token):
             raise ValueError(f"token {token!r}: exists already; choose another name")
         if len(known := self._simple.encode(token)) < 2:
             raise ValueError(
                 f"token {token!r}: the vocabulary has it already ({known}); choose another, such as <thing>"
             )
         self.added[token] = list(ids)
+        self._words.add(token)
 
     def free(self, token: str) -> bool:
         """Whether `add` would take it."""
-        return bool(token) and token not in self.added and len(self._simple.encode(token)) > 1
+        return bool(token) and not self._own(token) and len(self._simple.encode(token)) > 1
 
     def alias(self, token: str, of: str) -> None:
         """Let another name stand for what an added token stands for."""
@@ -198,6 +244,18 @@ class Tokenizer:
         return sorted(self._simple.bpe_ranks, key=self._simple.bpe_ranks.__getitem__)
 
 
+def _folded(token: str) -> str:
+    return " ".join(token.lower().split())
+
+
+def _numbered(token: Added, added: Sequence[Added]) -> list[int]:
+    """The ids that a token stands for: its own, and those of <token>_1, <token>_2 ... (diffusers' several vectors)."""
+    ids, by_text = [token.id], {a.text: a.id for a in added}
+    while (further := by_text.get(f"{token.text}_{len(ids)}")) is not None:
+        ids.append(further)
+    return ids
+
+
 def _whole(token: str) -> str:
     """A pattern for a token that is not a part of a longer word."""
     start, end = (r"\b" if c.isalnum() else "" for c in (token[0], token[-1]))
@@ -226,7 +284,11 @@ def _simple_tokenizer(bpe: str) -> Any:
 
 def build_tokenizer(config: TextConfig | ClipConfig) -> Tokenizer:
     """The tokenizer that belongs to a tower; raises ValueError if its vocabulary has another size."""
-    tokenizer = Tokenizer(config.bpe, context=config.context_length, pad=config.pad)
+    if isinstance(config, TextConfig):
+        context = config.max_length or config.context_length
+        tokenizer = Tokenizer(config.bpe, context=context, pad=config.pad, added=config.added)
+    else:
+        tokenizer = Tokenizer(config.bpe, context=config.context_length, pad=config.pad)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"vocab_size {config.vocab_size}: bpe {config.bpe!r} has {tokenizer.vocab_size} tokens")
     return tokenizer
@@ -322,7 +384,7 @@ class TextTower(nn.Module):
     @property
     def context(self) -> int:
         """T."""
-        return self.config.context_length
+        return self.tokenizer.context
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Token ids (B, T) int64; longer prompts are cut as CLIP does, `tokenizer.too_long` tells which."""
@@ -341,11 +403,17 @@ class TextTower(nn.Module):
             for block in model.transformer.resblocks:
                 before, x = x, block(x, attn_mask=mask)
             last = model.ln_final(x)
-            end = last[torch.arange(len(tokens), device=tokens.device), (tokens == self.tokenizer.end).int().argmax(1)]
+            end = last[torch.arange(len(tokens), device=tokens.device), self._pooled_at(tokens)]
             pooled = end if model.text_projection is None else end @ model.text_projection
             if rule == "last":
                 return {"text": last, "pooled": pooled}
             return {"text": model.ln_final(before) if rule == "penultimate_norm" else before, "pooled": pooled}
+
+    def _pooled_at(self, tokens: Tensor) -> Tensor:
+        """Where the pooled vector is taken, (B,)."""
+        if self.config.pooled_at == "largest":  # new vectors beyond the table have no part in it
+            return tokens.masked_fill(tokens >= self.config.vocab_size, -1).argmax(1)
+        return (tokens == self.tokenizer.end).int().argmax(1)
 
     def forward(self, texts: Sequence[str]) -> Cond:
         """`encode(tokenize(texts))`, with zeros for empty prompts where the family says so."""

@@ -32,7 +32,7 @@ from ldm.pipeline import TextToImage
 from ldm.recipes.base import Assembly
 from ldm.recipes.page import write_page
 from ldm.recipes.pictures import prepare
-from ldm.recipes.sources import text_encoder, training_data, weights_hash
+from ldm.recipes.sources import cache_hashes, text_encoder, training_data
 from ldm.recipes.text_to_image import SampleHook, Samples
 from ldm.rng import seed_torch
 from ldm.train.trainer import TrainConfig, Trainer
@@ -114,7 +114,7 @@ def assembled(
         raise ValueError(
             f"train.optim.weight_decay: {train.optim.weight_decay} would pull new tokens to zero; write 0 for them"
         )
-    expect = {"vae": weights_hash(codec.autoencoder)} | ({} if live else {"text": weights_hash(*towers)})
+    expect = cache_hashes(codec.autoencoder, None if live else towers)
     if task.cache is not None:
         data = with_caches(data, task.cache, lambda data, folder: _cached(folder, data, codec, towers, expect))
     loader = training_data(data, train, seed, workers, expect=expect if data.cached else None)
@@ -180,6 +180,7 @@ def _cached(
     config = EncodeConfig(
         path=data.path, splits=(data.split,), size=data.size, fit=data.fit, crop=data.crop, flip=data.flip,
         variants=2 if data.flip else 1, template=data.template, dtype="float32", part=16, buckets=data.buckets,
+        require_captions=data.require_captions,
     )  # fmt: skip
     encode_text = text_encoder(towers)
     encode(

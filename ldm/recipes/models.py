@@ -23,6 +23,7 @@ from ldm.recipes.record import MODELS
 from ldm.recipes.sources import is_model, seen
 from ldm.train.chosen import choose
 from ldm.train.trainer import TrainConfig
+from ldm.words import expanded
 
 EXPORTS = "exports"
 _NOTE = "made_of.json"
@@ -38,6 +39,7 @@ def usable(source: str | Path, key: str = "model") -> str:
     text = str(source)
     if text in SHIPPED:
         return text
+    text = expanded(text)
     path, step = _split(text)
     if step is not None:
         return str(_exported(path, step, key))
@@ -54,6 +56,24 @@ def usable(source: str | Path, key: str = "model") -> str:
         assert newest is not None
         return str(_exported(run, files.step_of(newest), key))
     raise ValueError(f"{key} {text!r}: no model in this folder: {seen(path)}")
+
+
+def run_of(source: str | Path) -> tuple[Path, int | None]:
+    """A run's folder by its own path, its export's, `RUN/checkpoints[/step-N]` or `RUN@N`; and the step asked for.
+
+    Raises ValueError naming what was found where there is no run.
+    """
+    path, step = _split(expanded(str(source)))
+    if path.parent.name == "checkpoints" and (path / "state.json").is_file():
+        path, step = path.parent.parent, files.step_of(path)
+    elif path.name in ("checkpoints", "export") and not (path / "config.yaml").is_file():
+        path = path.parent
+    if not path.is_dir():
+        raise ValueError(f"run {str(source)!r}: no config.yaml in it: there is no such folder")
+    if not (path / "config.yaml").is_file():
+        found = "it is a model" if is_model(path) else seen(path)
+        raise ValueError(f"run {str(source)!r}: no config.yaml in it: {found}")
+    return path, step
 
 
 def with_usable(task: T) -> T:

@@ -22,7 +22,7 @@ from ldm.data.captions import TEXTS, captions_of
 from ldm.data.images import pixels, resize
 from ldm.data.manifest import NAME, Manifest, Shard
 from ldm.data.shards import Shards
-from ldm.data.sources import Item, captions_beside, find
+from ldm.data.sources import Item, captions_beside, find, read
 from ldm.data.write import ShardWriter
 
 FEW = 3
@@ -90,16 +90,7 @@ def entries(folder: Path, *, own: bool = False) -> list[Entry]:
 
 def of_item(item: Item) -> Entry:
     """The picture of an item that `find` gave."""
-
-    def data() -> bytes:
-        if item.problem is not None:
-            raise BadSample(*item.problem)
-        try:
-            return item.path.read_bytes()
-        except OSError as error:
-            raise BadSample("unreadable", str(error)) from error
-
-    return Entry(item.name, item.repeats, data, lambda: captions_beside(item))
+    return Entry(item.name, item.repeats, lambda: read(item), lambda: captions_beside(item))
 
 
 def _of_sample(shards: Shards, sample: int) -> Entry:
@@ -111,12 +102,23 @@ def _of_sample(shards: Shards, sample: int) -> Entry:
     return Entry(shards.key(sample), repeats, lambda: decode.image_member(shards.read(sample)[1]), captions)
 
 
+def first(folder: Path, count: int) -> list[Image.Image]:
+    """The first pictures of a folder or built set that can be read."""
+    found: list[Image.Image] = []
+    for entry in entries(folder):
+        if len(found) == count:
+            break
+        with contextlib.suppress(BadSample):
+            found.append(entry.open())
+    return found
+
+
 def check(folder: Path, size: int, *, own: bool = False) -> Found:
     """Read all pictures of a folder or built set and look for trouble: few, small, damaged, the same twice.
 
     With `own` captions, one without any is left out. Raises ValueError when there is no folder or no picture is left.
     """
-    kept: list[tuple[Entry, Image.Image, tuple[tuple[str, float], ...]]] = []
+    kept: list[tuple[Entry, decode.Decoded, tuple[tuple[str, float], ...]]] = []
     bad: list[dict[str, str]] = []
     for entry in entries(folder, own=own):
         try:
@@ -124,13 +126,14 @@ def check(folder: Path, size: int, *, own: bool = False) -> Found:
             if own and not captions:
                 beside = Path(entry.name).with_suffix(".txt").name
                 raise BadSample("no_caption", f"{entry.name} has no caption; write one into {beside}")
-            kept.append((entry, entry.open(), captions))
+            kept.append((entry, decode.decoded(entry.data()), captions))
         except BadSample as error:
             bad.append({"name": entry.name, "reason": error.reason, "error": error.detail})
     remarks = [f"{b['name']}: left out, {b['reason']}: {b['error']}" for b in bad]
     if not kept:
         raise ValueError(f"images {str(folder)!r}: none of the pictures can be used: {'; '.join(remarks[:3])}")
-    names, pictures = [e.name for e, _, _ in kept], [p for _, p, _ in kept]
+    remarks += [f"{e.name}: the first of {d.frames} frames or pages" for e, d, _ in kept if d.frames > 1]
+    names, pictures = [e.name for e, _, _ in kept], [d.image for _, d, _ in kept]
     small = [f"{n} ({p.width}x{p.height})" for n, p in zip(names, pictures, strict=True) if min(p.size) < size]
     if small:
         remarks.append(f"smaller than {size} pixels, will be blurred: {', '.join(small[:5])}")

@@ -15,8 +15,9 @@ from ldm.checkpoint import files
 from ldm.config.load import decode
 from ldm.data.loader import DataConfig
 from ldm.data.manifest import Manifest, resolve
-from ldm.models.shipped import SHIPPED
+from ldm.models.shipped import SHIPPED, named
 from ldm.train.changes import Record
+from ldm.words import near
 
 PARTS = {"vae": ("vae",), "text": ("clip", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")}
 """Of a model's folder, what the keys `task.vae` and `task.text` take."""
@@ -50,9 +51,14 @@ def data_content(config: dict[str, Any]) -> list[dict[str, Any] | None]:
     data, task = config.get("data"), config.get("task") or {}
     if not data:
         return []
-    written = bool(task.get("images") or task.get("concepts"))
+    written = writes_data(task)
     sources = [s["data"] for s in data["sources"]] if "sources" in data else [data]
     return [_data(decode(DataConfig, source, "data"), written) for source in sources]
+
+
+def writes_data(task: dict[str, Any]) -> bool:
+    """Whether a recipe writes the pictures of a folder as shards, at `data.path`."""
+    return bool(task.get("images") or task.get("concepts"))
 
 
 def _data(config: DataConfig, written: bool) -> dict[str, Any] | None:
@@ -81,8 +87,11 @@ def model_hash(source: str, parts: tuple[str, ...] | None = None) -> str:
     place = _place(source)
     if place is None:
         return source
-    total = hashlib.sha256()
-    for name, path in _files_of(place, parts):
+    total, found = hashlib.sha256(), list(_files_of(place, parts))
+    size = sum(path.stat().st_size for _, path in found) / 2**30
+    if size > 1:
+        dist.say(f"reading {source!r} ({size:.1f} GiB), to know it again")
+    for name, path in found:
         total.update(f"{name} {_file_hash(path)}\n".encode())
     adapter = place / "adapter.json"
     if parts is None and adapter.is_file():
@@ -92,13 +101,14 @@ def model_hash(source: str, parts: tuple[str, ...] | None = None) -> str:
 
 
 def _place(source: str) -> Path | None:
-    found = SHIPPED.get(source, Path(source))
+    found = named(source)
     if (found / "export").is_dir():
         return found / "export"
     if found.exists():
         return found
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise ValueError(f"model {source!r}: not a shipped model ({', '.join(SHIPPED)}) and no such folder or file")
+        known = f"not a shipped model ({', '.join(SHIPPED)}) and no such folder or file"
+        raise ValueError(f"model {source!r}: {known}{near(source, SHIPPED)}")
     from huggingface_hub import snapshot_download
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import typing
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from ldm.checkpoint import files
 from ldm.checkpoint.lock import RunLock, RunLocked
 from ldm.precision import DTYPES, chosen
 from ldm.recipes import record as records
+from ldm.recipes.aside import set_aside
 from ldm.recipes.base import Assembly
 from ldm.recipes.pictures import on_first as told_on_first
 from ldm.train import engine, state
@@ -24,9 +26,6 @@ from ldm.train.changes import Change, Record, compare, told
 from ldm.train.stop import before_training
 from ldm.train.trainer import TrainConfig, Trainer
 from ldm.train.writer import on_first
-
-OF_A_RUN = ("checkpoints", "ema", "log", "samples", "export", "config.yaml", "done.json", "page.html", "run.html")
-"""What a run writes into its folder, beside data and caches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,21 +190,6 @@ def _check_gone(out: Path, start: Start) -> None:
         )
 
 
-def _set_aside(out: Path) -> None:
-    """Move what an earlier run wrote into a folder of its own."""
-    there = [out / name for name in OF_A_RUN if (out / name).exists()]
-    if not there:
-        return
-    number = 1
-    while (out / f"earlier-{number}").exists():
-        number += 1
-    aside = out / f"earlier-{number}"
-    aside.mkdir()
-    for path in there:
-        path.rename(aside / path.name)
-    dist.say(f"{out}: begins at step 0; what was there is in {aside}")
-
-
 def _train(
     build: Callable[[], Assembly],
     train: TrainConfig,
@@ -218,14 +202,13 @@ def _train(
     seed: int,
     resolved: str,
 ) -> int:
-    assembly = build()
-    told_on_first(lambda: _complete(out, found, record, start))
-    trainer = Trainer(
-        train, assembly.objective, assembly.loader, out, seed=seed, settings=resolved, guard=guard,
-        record=record if dist.rank() == 0 else None, changes=_shared(found.changes),
-    )  # fmt: skip
-    if start.scratch:
-        on_first(lambda: _set_aside(out))
+    with _room(out, record, start, guard):
+        assembly = build()
+        told_on_first(lambda: _complete(out, found, record, start))
+        trainer = Trainer(
+            train, assembly.objective, assembly.loader, out, seed=seed, settings=resolved, guard=guard,
+            record=record if dist.rank() == 0 else None, changes=_shared(found.changes),
+        )  # fmt: skip
     trainer.resume(found.step)
 
     def begin() -> None:
@@ -249,6 +232,19 @@ def _train(
         on_first(finish)
         dist.say(f"finished {trainer.step} steps; exported to {out / 'export'}")
     return code
+
+
+def _room(
+    out: Path, record: Record, start: Start, guard: Callable[[], None]
+) -> contextlib.AbstractContextManager[None]:
+    """Where a start begins anew, what was there is set aside; data that the recipe writes of pictures too."""
+    if not start.scratch:
+        return contextlib.nullcontext()
+    task = (record.get("config") or {}).get("task") or {}
+    writes = bool(dist.from_first(int(records.writes_data(task))))
+    if writes and record:
+        record["content"]["data"] = [None for _ in record["content"]["data"]]
+    return set_aside(out, writes, guard)
 
 
 def _complete(out: Path, found: _Found, record: Record, start: Start) -> None:

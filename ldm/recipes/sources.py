@@ -21,7 +21,7 @@ from ldm.data.stream import Stream, Tokenize
 from ldm.models import openclip
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.openclip import AnyClip
-from ldm.models.shipped import SHIPPED, locate
+from ldm.models.shipped import locate, named
 from ldm.models.text import ClipConfig, TextTower, build_clip, encode_texts
 from ldm.models.unet import UNet, UNetConfig
 from ldm.pipeline import TextToImage
@@ -107,7 +107,7 @@ def load_network(source: str) -> UNet:
 
 
 def _below(source: str) -> Path:
-    folder = SHIPPED.get(source, Path(source))
+    folder = named(source)
     return folder / "export" if is_model(folder / "export") and not is_model(folder) else folder
 
 
@@ -171,6 +171,23 @@ def weights_hash(*modules: nn.Module) -> str:
             total.update(name.encode())
             total.update(_bytes(value))
     return total.hexdigest()
+
+
+def cache_hashes(autoencoder: Autoencoder | None = None, towers: Sequence[TextTower] | None = None) -> dict[str, str]:
+    """What a cache must have been made with: weights, and the text's tokens and layers, which weights do not tell."""
+    told = {} if autoencoder is None else {"vae": weights_hash(autoencoder)}
+    if towers is not None:
+        told |= {"text": weights_hash(*towers), "text_settings": text_settings(towers)}
+    return told
+
+
+_PROBES = ("", "a photo of a cat", "Zwölf GROSSE Äpfel, 12.5 % (sehr) süß!", "a red apple on a table, " * 40)
+
+
+def text_settings(towers: Sequence[TextTower]) -> str:
+    """A short hash of what decides text states beside the weights: how a few texts become tokens, and which layer."""
+    told = [[t.config.output, t.config.activation, t.config.heads, t.tokenize(list(_PROBES)).tolist()] for t in towers]
+    return hashlib.blake2b(json.dumps(told).encode(), digest_size=8).hexdigest()
 
 
 def _bytes(value: Tensor) -> bytes:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,13 +31,13 @@ from ldm.pipeline import Settings, TextToImage
 from ldm.progress import Bar
 from ldm.recipes.base import Assembly
 from ldm.recipes.sources import (
+    cache_hashes,
     load_autoencoder,
     load_network,
     load_towers,
     network,
     text_encoder,
     training_data,
-    weights_hash,
 )
 from ldm.rng import seed_torch
 from ldm.train.trainer import TrainConfig, Trainer
@@ -122,11 +123,23 @@ class SampleHook:
         world, rank = dist.world_size(), dist.rank()
         share = math.ceil(len(prompts) / world)  # equal on all ranks: the network may be divided over them
         indices = [(rank * share + i) % len(prompts) for i in range(share)]
-        with trainer.averaged(), trainer.engine.autocast():
+        with trainer.averaged(), trainer.engine.autocast(), without_dropout(self.pipeline.unet):
             own = self.pipeline.sample([prompts[i] for i in indices], settings=self.config.settings, indices=indices)
         images = dist.gather(own)[: len(prompts)]
         if rank == 0:
             save_grid(images, trainer.out / "samples" / f"step-{step:07d}.png", columns=math.ceil(len(prompts) ** 0.5))
+
+
+@contextmanager
+def without_dropout(unet: UNet) -> Iterator[None]:
+    """The network as it draws, inside; nothing where it has no dropout."""
+    was = unet.training
+    if unet.config.dropout:
+        unet.eval()
+    try:
+        yield
+    finally:
+        unet.train(was)
 
 
 def cached(folder: Path, data: DataConfig, codec: LatentCodec, towers: Sequence[TextTower]) -> Path:
@@ -134,6 +147,7 @@ def cached(folder: Path, data: DataConfig, codec: LatentCodec, towers: Sequence[
     config = EncodeConfig(
         path=data.path, splits=(data.split,), size=data.size, buckets=data.buckets, fit=data.fit, crop=data.crop,
         flip=data.flip, variants=2 if data.flip or data.crop == "random" else 1, template=data.template, part=512,
+        require_captions=data.require_captions,
     )  # fmt: skip
     encode_text = text_encoder(towers)
     with Bar("encoding", "pictures") as bar:
@@ -156,7 +170,7 @@ def cached(folder: Path, data: DataConfig, codec: LatentCodec, towers: Sequence[
 
 def hashes(autoencoder: Autoencoder, towers: Sequence[TextTower]) -> dict[str, str]:
     """What a cache must have been made with."""
-    return {"vae": weights_hash(autoencoder), "text": weights_hash(*towers)}
+    return cache_hashes(autoencoder, towers)
 
 
 def check_channels(unet: UNet, process: Process, codec: LatentCodec) -> None:

@@ -44,7 +44,7 @@ class Stop:
             os._exit(INTERRUPTED)
         if not self.asked:
             how = "Ctrl-C again to end at once" if number == signal.SIGINT else signal.Signals(number).name
-            write(f"stopping: this step is finished and saved first ({how})")
+            write(f"stopping: finishing this step and saving ({how})")
         self.asked = True
 
 

@@ -16,7 +16,7 @@ from ldm.data.resized import Sizes
 from ldm.data.stream import Stream
 from ldm.objectives import Objective
 from ldm.precision import measured
-from ldm.rng import Rng
+from ldm.rng import Rng, key
 from ldm.train import guards, state
 from ldm.train.changes import Change, Record
 from ldm.train.ema import Ema, EmaConfig
@@ -293,6 +293,7 @@ class Trainer:
         for _ in range(self.config.accumulate):
             batch = self._meter.next(batches)
             rng = Rng.of(self.seed, batch["position"])
+            torch.manual_seed(key(self.seed, rng.positions[0], "dropout"))  # torch's dropout takes no generator
             if self._flops.total or self.config.engine.compile != "off":
                 with self._meter.forward():
                     loss, metrics = self.engine.forward(batch, rng)

@@ -207,7 +207,18 @@ def test_the_network_of_the_start_trains_and_is_written(
     assert not (tmp_path / "other").exists()
 
 
-def test_what_is_no_model_is_named(root: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_exported_by_its_own_name(
+    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, source in enumerate((f"{done}@1", done / "checkpoints" / "step-1")):
+        assert main(["export", str(source), str(tmp_path / str(number))]) == 0
+        assert f"{tmp_path / str(number)}: step 1," in capsys.readouterr().out
+    assert main(["export", f"{done}@1", str(tmp_path / "c"), "--step", "2"]) == 2
+    assert main(["export", str(done.parent / "data"), str(tmp_path / "c")]) == 2
+    assert "no config.yaml in it: it is a data set" in capsys.readouterr().err
+
+
+def test_what_is_no_model_is_named(root: Path, done: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--model .*it is a data set"):
         usable(root / "data", "--model")
     (tmp_path / "notes").mkdir()
@@ -217,4 +228,95 @@ def test_what_is_no_model_is_named(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"it holds a\.txt"):
         usable(tmp_path / "notes")
     with pytest.raises(ValueError, match=r"no checkpoint of step 7, only of \[1, 2\]"):
-        usable(f"{root / 'done'}@7")
+        usable(f"{done}@7")
+
+
+@pytest.fixture(scope="module")
+def tuned(root: Path) -> Callable[..., int]:
+    """`ldm finetune lora` of the miniature teacher on three captioned pictures."""
+    miniature.teacher(root)
+    (root / "subject").mkdir()
+    for color in ("red", "green", "blue"):
+        (root / "subject" / f"{color}.png").write_bytes(miniature.picture(color, "cross"))
+        (root / "subject" / f"{color}.txt").write_text(f"a {color} cross")
+
+    def act(out: Path, *options: str, steps: int = 2) -> int:
+        plain = ("--images", root / "subject", "--base", root / "teacher", "--out", out, "--steps", steps, "--size", 16)
+        sets = ("train.checkpoint.every=1", "train.log.tensorboard=false", "train.engine.precision=fp32")
+        words = [*map(str, plain), *(w for s in sets for w in ("--set", s)), "--samples-every", "0"]
+        return main(["finetune", "lora", *words, *options])
+
+    return act
+
+
+def test_a_fine_tuning_says_what_it_was(
+    tuned: Callable[..., int], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank, batch and rate by their names; another base by its content."""
+    out = tmp_path / "lora"
+    assert tuned(out) == 0
+    before = content(out)
+    for options, said in (
+        (("--rank", "16"), "another adapter (task.adapter.rank 4 → 16)"),
+        (("--alpha", "8"), "another adapter (task.adapter.alpha none → 8)"),
+        (("--seed", "1"), "another seed (seed 0 → 1)"),
+        (("--set", "task.weighting.kind=min_snr"), "another objective (task.weighting uniform → min_snr)"),
+    ):
+        capsys.readouterr()
+        assert tuned(out, *options, steps=3) == 2
+        assert said in capsys.readouterr().err
+        assert content(out) == before
+    assert tuned(out, "--batch", "3", "--lr", "3e-4", steps=3) == 0
+    said = capsys.readouterr().err
+    assert "train.batch 2 → 3" in said
+    assert "train.optim.lr 0.0001 → 0.0003" in said
+    weights = next((root / "teacher" / "unet").glob("*.safetensors"))
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    assert tuned(out, "--batch", "3", "--lr", "3e-4", steps=4) == 2
+    assert "another base model (task.base: other weights" in capsys.readouterr().err
+    weights.write_bytes(kept)
+
+
+def test_a_fine_tuning_begins_anew_with_other_pictures(
+    tuned: Callable[..., int], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own shards and cache go aside too; a start that fails on the way puts all back."""
+    out, more = tmp_path / "lora", tmp_path / "more"
+    assert tuned(out) == 0
+    before = content(out)
+    shutil.copytree(root / "subject", more)
+    (more / "white.png").write_bytes(miniature.picture("white", "dot"))
+    (more / "white.txt").write_text("a white dot")
+    assert tuned(out, "--images", str(more), steps=3) == 2
+    assert "other pictures" in capsys.readouterr().err
+    assert content(out) == before
+    broken = ("--from-scratch", "--images", str(more), "--set", "train.optim.weight_decay=0.5", "--targets", "nothing")
+    assert tuned(out, *broken) == 2
+    assert content(out) == before
+    assert tuned(out, "--from-scratch", "--images", str(more)) == 0
+    assert content(out / "earlier-1") == {k: v for k, v in before.items() if not k.startswith("lock")}
+    told = read_state(out / "checkpoints" / "step-2")["trained_with"]["content"]["data"]
+    assert [d["samples"] for d in told] == [4]
+
+
+def test_a_student_says_what_its_teacher_was(
+    tuned: Callable[..., int], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a checkpoint may stand for the teacher: of one without an export, it is written once."""
+    assert tuned(tmp_path / "lora") == 0
+    shutil.rmtree(tmp_path / "lora" / "export")
+    method = {"kind": "lcm", "solver_steps": 10}
+    config = miniature.distill(root, method, teacher=f"{tmp_path / 'lora'}@1", guidance_embedding=None)
+    config["task"]["samples"] = {"prompts": [], "every": 0}
+    config["task"]["method"]["w"] = [2.0, 2.0]
+    config["out"] = str(tmp_path / "lcm")
+    config["train"] |= {"steps": 1, "checkpoint": {"every": 1}}
+    path = miniature.write(config, tmp_path / "config.yaml")
+    assert main(["distill", "lcm", str(path)]) == 0
+    written = yaml.safe_load((tmp_path / "lcm" / "config.yaml").read_text())["task"]["teacher"]
+    assert written == str(tmp_path / "lora" / "exports" / "step-1")
+    capsys.readouterr()
+    assert main(["distill", "lcm", str(path), "train.steps=2", f"task.teacher={root / 'teacher'}"]) == 2
+    assert "another teacher (task.teacher: other weights" in capsys.readouterr().err
+    assert main(["distill", "lcm", str(path), "train.steps=2"]) == 0

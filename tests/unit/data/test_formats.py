@@ -193,6 +193,8 @@ def test_deep_pictures_are_scaled_by_their_full_scale() -> None:
     ):
         shown = seen(saved(Image.fromarray(values), kind))[0, :, 0]
         assert np.abs(shown - np.arange(256)).max() <= 1, (values.dtype, values.max(), kind)
+    keyed = seen(saved(Image.fromarray(np.array([[300, 60_000]], np.uint16)), "PNG", transparency=300))
+    assert keyed[0, :, 0].tolist() == [255, 233]
     dark = saved(Image.fromarray(np.full((4, 4), 200, np.uint16)), "PNG")  # 200 of 65535 is black
     assert seen(dark).max() <= 1
 

@@ -328,6 +328,38 @@ def test_frames_are_said(tmp_path: Path) -> None:
     assert build(root, tmp_path / "out", BuildConfig()).remarks == ("a.gif: the first of 2 frames or pages",)
 
 
+def test_pictures_under_other_names_are_listed(tmp_path: Path) -> None:
+    """What downloads leave: no suffix, or one that no program knows."""
+    jpeg = b"\xff\xd8\xff\xe0\0\x10JFIF"
+    files: dict[str, bytes | str | None] = {"a.png": None, "photo": jpeg, "b.jpg_large": jpeg, "c.jpg?w=10": jpeg}
+    files |= {"d.webp!m": b"RIFF\0\0\0\0WEBP", "e": b"text", "f.dat": b"GIF89a", "g.txt": jpeg, "h.bin": jpeg}
+    root = files_of(tmp_path / "in", files)
+    problems = {i.name: i.problem for i in find(root) if i.problem is not None}
+    assert set(problems) == {"photo", "b.jpg_large", "c.jpg?w=10", "d.webp!m", "f.dat"}
+    assert problems["photo"] == ("suffix", "a JPEG by its content; name it .jpg")
+
+
+def test_folders_that_cannot_be_opened_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = files_of(tmp_path / "in", {"a.png": None, "closed/b.png": None})
+    scan = os.scandir
+
+    def refuse(path: str) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert told(root) == {"a.png": ([], 1), "closed": "unreadable"}
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    root = files_of(tmp_path / "in", {"a.png": None, "a.txt": "a", "pipe.txt": "p", "gone.txt": "g"})
+    os.mkfifo(root / "pipe.png")
+    (root / "gone.png").symlink_to(root / "nowhere.png")
+    report = build(root, tmp_path / "out", BuildConfig())
+    assert {b["name"]: b["reason"] for b in report.bad} == {"pipe.png": "unreadable", "gone.png": "unreadable"}
+
+
 def test_caption_members_survive_a_build(tmp_path: Path) -> None:
     """Several lines are several captions, of any line end."""
     root = files_of(tmp_path / "in", {"a.png": None, "a.txt": "one\rtwo\r\n\r\nthree\u2028still".encode("utf-16")})

@@ -103,6 +103,13 @@ def test_texts_are_not_opened_where_captions_are_given(tmp_path: Path) -> None:
     assert found.remarks == ()
 
 
+def test_animations_are_said(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), (c, 0, 0)) for c in (250, 10)]
+    frames[0].save(folder(tmp_path / "in", a=None) / "b.gif", save_all=True, append_images=frames[1:])
+    assert "b.gif: the first of 2 frames or pages" in pictures.check(tmp_path / "in", 8).remarks
+    assert len(pictures.first(tmp_path / "in", 16)) == 2
+
+
 @pytest.fixture
 def built(tmp_path: Path) -> Path:
     root = folder(tmp_path / "in", **{"2_x__a": "red\nalso red", "2_x__b": "green", "1_y__c": "blue"})
