@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -111,8 +112,9 @@ def empty(config: UNetConfig | AutoencoderConfig | TextConfig) -> nn.Module:
         return Autoencoder(config) if isinstance(config, AutoencoderConfig) else TextTower(config).model
 
 
-def shapes_of(config: UNetConfig | AutoencoderConfig | TextConfig) -> dict[str, torch.Size]:
-    """Native names and shapes."""
+@functools.lru_cache(maxsize=16)
+def shapes_of(config: UNetConfig | AutoencoderConfig | TextConfig) -> Mapping[str, torch.Size]:
+    """Native names and shapes, to be read alone: they are kept."""
     return {k: v.shape for k, v in empty(config).state_dict().items()}
 
 
