@@ -24,6 +24,7 @@ from ldm.data.buckets import BucketConfig, Shape, assign
 from ldm.data.buckets import name as bucket_name
 from ldm.data.decode import IMAGES, BadSample, image_member, metadata, upright_size
 from ldm.data.filters import absent, compile_filter, names
+from ldm.data.formats import UNREAD
 from ldm.data.manifest import NAME, Manifest, Shard, bucket_report, json_line, sha256
 from ldm.data.offsets import Index
 from ldm.data.remote import Remote, RemoteConfig, RemoteDamage, is_remote
@@ -254,7 +255,9 @@ def _indexed(job: _Job, path: Path) -> Indexed:
     problems = list(found.problems)
     everything = kept = found.index
     if without := len(kept) - int(_with_picture(kept).sum()):
-        problems.append(("no_picture", f"{without} samples without a picture"))
+        other = sorted({UNREAD[e] for e in kept.extensions if e in UNREAD})
+        what = f"; there are members of {', '.join(other)}, which is not read here" if other else ""
+        problems.append(("no_picture", f"{without} samples without a picture{what}"))
     left_out = 0
     if job.where is not None:
         kept, bad, odd = _filter(job, path, kept)
