@@ -1,18 +1,24 @@
-# make demo | test | checks | bench | chaos | clean.  PYTHON=python3.12 picks the interpreter, PIP_ARGS adds options to pip.
+# make demo | test | checks | newest | bench | chaos | clean.  PYTHON=python3.12 picks the interpreter, PIP_ARGS adds options to pip.
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+# The versions that were tested; `make demo CONSTRAINTS=` takes the newest that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
+# What tests need beside the package: `dev`, or `ci` with the clients and peers whose tests are otherwise skipped.
+EXTRA ?= dev
 BIN := $(VENV)/bin
 # Stamps live in the environment: deleting it is all it takes to install again.
 INSTALLED := $(VENV)/.installed
-TEST_INSTALLED := $(VENV)/.installed-test
+TEST_INSTALLED := $(VENV)/.installed-$(EXTRA)
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -q $(addprefix -c ,$(CONSTRAINTS)) $(PIP_ARGS)
 
-.PHONY: help demo test checks bench chaos clean
+.PHONY: help demo test checks newest constraints bench chaos clean
 help:
 	@echo "make demo    train a small text-to-image model, sample it and write a gallery page"
 	@echo "make test    style, types, import contracts and tests"
 	@echo "make checks  the first three of these"
+	@echo "make newest  the same tests with the newest versions that pyproject.toml allows, in an environment of their own"
 	@echo "make bench   side-by-side measurements against named peers"
 	@echo "make chaos   kill trainings, fill disks and pull cables: the long form of what make test does (with root: a cluster)"
 	@echo "make clean   remove caches and build products (runs/ and $(VENV)/ stay)"
@@ -23,15 +29,18 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	echo "No virtual environment could be made; on Debian: apt install python3-venv" >&2; exit 1; }
 
-$(INSTALLED): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -e .
+$(INSTALLED): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	@echo "Installing ldm into $(VENV)/ (PyTorch and what it needs, about 6 GB on Linux): once, 2 to 5 minutes and no output." >&2
+	@$(INSTALL) -e .
 	@touch $@
 
-$(TEST_INSTALLED): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -e '.[test,dev]'
+$(TEST_INSTALLED): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	@echo "Installing ldm and what its tests need into $(VENV)/ (about 6 GB on Linux): once, 2 to 5 minutes and no output." >&2
+	@$(INSTALL) -e '.[$(EXTRA)]'
 	@touch $(INSTALLED) $@
 
 demo: $(INSTALLED)
+	@echo "The demo trains, draws, measures and edits on the embedded pictures: about 10 minutes on two cores." >&2
 	$(BIN)/ldm demo
 
 checks: $(TEST_INSTALLED)
@@ -40,13 +49,27 @@ checks: $(TEST_INSTALLED)
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# One thread a process: tests that start several ranks would otherwise fight over the cores. What starts no processes of
-# its own runs on two workers first.
-ALONE := tests/unit/ tests/parity/
+# One thread a process: tests that start several ranks would otherwise fight over the cores.
 test: export OMP_NUM_THREADS ?= 1
-test: checks
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(PYTEST_ARGS) $(ALONE)
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS) $(filter-out $(ALONE) tests/__pycache__/,$(wildcard tests/*/))
+test: $(TEST_INSTALLED)
+	@echo "Style, contracts, types, then the tests in two parts and a sum of both: about 25 minutes on two cores." >&2
+	@$(MAKE) --no-print-directory checks
+	$(BIN)/python -m tests $(PYTEST_ARGS)
+
+newest: export OMP_NUM_THREADS ?= 1
+newest:
+	@rm -f .venv-newest/.installed*
+	@$(MAKE) --no-print-directory VENV=.venv-newest CONSTRAINTS= PIP_ARGS="--upgrade --upgrade-strategy eager" .venv-newest/.installed-$(EXTRA)
+	.venv-newest/bin/python -m tests $(PYTEST_ARGS)
+
+# Resolves the newest that pyproject.toml allows for every Python it names, within the file CAP if one is given; the result is
+# committed after the tests have passed with it.
+constraints:
+	@$(PYTHON) -m venv .venv-uv && .venv-uv/bin/python -m pip install --disable-pip-version-check -q uv
+	.venv-uv/bin/uv pip compile -q --universal --python-version 3.10 --all-extras --no-header --no-annotate \
+	  $(addprefix -c ,$(CAP)) pyproject.toml -o .venv-uv/resolved.txt
+	@{ head -1 constraints.txt && cat .venv-uv/resolved.txt; } > .venv-uv/constraints.txt
+	@mv .venv-uv/constraints.txt constraints.txt
 
 bench: $(TEST_INSTALLED)
 	$(BIN)/python -m bench
@@ -59,4 +82,4 @@ chaos: $(TEST_INSTALLED)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

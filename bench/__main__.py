@@ -8,7 +8,10 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+
+from launch.options import Parser, RawHelp, ended, near
 
 NAMES = {
     "step": "a training step against a bare PyTorch loop, and what DeepSpeed and the EMA cost",
@@ -24,11 +27,15 @@ NAMES = {
 
 def main(argv: list[str]) -> int:
     """Measure; one name runs here, several run one process each."""
-    parser = argparse.ArgumentParser(
+    return ended("bench", partial(_main, argv))
+
+
+def _main(argv: list[str]) -> int:
+    parser = Parser(
         prog="python -m bench",
         description="Side-by-side measurements. Keep the machine quiet meanwhile.",
         epilog="\n".join(f"{name:<10} {text}" for name, text in NAMES.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=RawHelp,
     )
     parser.add_argument("names", nargs="*", metavar="name", help="default: all of those below")
     parser.add_argument("--quick", action="store_true", help="the smallest size, only to see that it runs")
@@ -41,7 +48,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     unknown = [n for n in args.names if n not in NAMES]
     if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}; one of {', '.join(NAMES)}")
+        parser.error(f"unknown: {', '.join(unknown)}; one of {', '.join(NAMES)}{near(unknown[0], NAMES)}")
     names = args.names or list(NAMES)
     if len(names) > 1:
         rest = [a for a in argv if a not in NAMES]

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from launch.options import Parser, ended, expanded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; the exit code. A user's mistake is one line on standard error and code 2."""
     args = list(sys.argv[1:] if argv is None else argv)
+    return ended("launch", partial(_main, args))
+
+
+def _main(args: list[str]) -> int:
     own, command = _split(args)
-    parser = _parser()
-    options = parser.parse_args(own)
+    options = _parser().parse_args(own)
     options.command = tuple(command)
     try:
         return int(options.run(options))
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"launch {options.verb}: {error}\n")
+        sys.stderr.write(f"launch {options.verb}: {' '.join(str(error).split())}\n")
         return 2
 
 
@@ -33,7 +42,7 @@ def _split(args: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m launch", description="Start a command as many processes.")
+    parser = Parser(prog="python -m launch", description="Start a command as many processes.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _local(verbs)
     _slurm(verbs)
@@ -43,11 +52,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _local(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _local(verbs: argparse._SubParsersAction[Parser]) -> None:
     parser = verbs.add_parser("local", help="processes on this machine", usage="%(prog)s [options] -- COMMAND ...")
-    parser.add_argument("--procs", type=int, default=1, help="processes to start (default 1)")
-    parser.add_argument("--port", type=int, default=0, help="of the rendezvous (default: a free one)")
-    parser.add_argument("--threads", type=int, default=0, help="OMP_NUM_THREADS of each (default: cores / procs)")
+    parser.add_argument("--procs", type=int, default=1, help="processes to start")
+    parser.add_argument("--port", type=int, default=0, help="of the rendezvous; 0 takes a free one")
+    parser.add_argument("--threads", type=int, default=0, help="OMP_NUM_THREADS of each; 0 is cores / procs")
     parser.add_argument("--log-dir", type=Path, help="also write DIR/rank-N.log")
     parser.set_defaults(run=_run_local)
 
@@ -66,7 +75,7 @@ def _run_local(options: argparse.Namespace) -> int:
     return local.run(job)
 
 
-def _slurm(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _slurm(verbs: argparse._SubParsersAction[Parser]) -> None:
     parser = verbs.add_parser(
         "slurm",
         help="a job for a SLURM cluster",
@@ -80,10 +89,10 @@ def _slurm(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     numbers = {
         "nodes": "(default 1)",
         "min-nodes": "go on with this few nodes when some are lost (default: all)",
-        "spares": "nodes allocated beside, used when preflight finds a bad one",
-        "gpus-per-node": "one rank is started on each",
+        "spares": "nodes allocated beside, used when preflight finds a bad one (default 0)",
+        "gpus-per-node": "one rank is started on each (default 0)",
         "ranks-per-node": "for clusters without GPUs (default 1)",
-        "cpus-per-task": "cores of a rank",
+        "cpus-per-task": "cores of a rank (default: the cluster's own)",
         "lead": "seconds before the time limit to save in (default 120)",
         "min-free": "GB that must be free on each disk that preflight checks (default 1)",
         "max-restarts": "requeue at most this often (default 1000)",
@@ -121,6 +130,8 @@ def _run_slurm(options: argparse.Namespace) -> int:
         given.pop(name)
     path = site or _default_site()
     values = {"workdir": Path.cwd(), **(read_site(path) if path else {}), **given}
+    values["disks"] = tuple(map(expanded, values.get("disks", ())))
+    values["mounts"] = tuple(map(_mount, values.get("mounts", ())))
     values["log_dir"] = values["workdir"] / values.get("log_dir", "slurm-logs")
     job = SlurmJob(**values)
     if dry_run:
@@ -132,14 +143,22 @@ def _run_slurm(options: argparse.Namespace) -> int:
     return 0
 
 
+def _mount(text: str) -> str:
+    """SOURCE:TARGET with ~ in the source."""
+    source, colon, target = text.partition(":")
+    return expanded(source) + colon + target
+
+
 def _default_site() -> Path | None:
     if named := os.environ.get("LAUNCH_SITE"):
-        return Path(named)
-    places = (Path("launch.toml"), Path.home() / ".config" / "launch.toml")
+        return Path(expanded(named))
+    places = [Path("launch.toml")]
+    with contextlib.suppress(RuntimeError):  # no home folder
+        places.append(Path.home() / ".config" / "launch.toml")
     return next((place for place in places if place.is_file()), None)
 
 
-def _task(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _task(verbs: argparse._SubParsersAction[Parser]) -> None:
     parser = verbs.add_parser("task", help="one rank under srun", usage="%(prog)s [options] -- COMMAND ...")
     parser.add_argument("--log-dir", type=Path, default=Path("slurm-logs"), help="for rank-N.log")
     parser.set_defaults(run=_run_task)
@@ -151,7 +170,7 @@ def _run_task(options: argparse.Namespace) -> int:
     return task.run(options.command, options.log_dir)
 
 
-def _preflight(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _preflight(verbs: argparse._SubParsersAction[Parser]) -> None:
     parser = verbs.add_parser(
         "preflight", help="are the nodes fit? (under srun)", usage="%(prog)s [options] [-- COMMAND]"
     )
@@ -159,10 +178,10 @@ def _preflight(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument(
         "--disk", dest="disks", type=Path, action="append", default=[], help="must be writable and free"
     )
-    parser.add_argument("--min-free", type=float, default=1.0, help="GB on each disk (default 1)")
+    parser.add_argument("--min-free", type=float, default=1.0, help="GB on each disk")
     parser.add_argument("--gpus", type=int, default=0, help="that a node must have")
     parser.add_argument("--check", default="", help="command that rank 0 runs once")
-    parser.add_argument("--timeout", type=float, default=120, help="seconds for each phase (default 120)")
+    parser.add_argument("--timeout", type=float, default=120, help="seconds for each phase")
     parser.add_argument("--no-collective", dest="collective", action="store_false", help="without the all-reduce")
     parser.set_defaults(run=_run_preflight)
 
@@ -182,7 +201,7 @@ def _run_preflight(options: argparse.Namespace) -> int:
     return preflight.run(wanted, options.report)
 
 
-def _logs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _logs(verbs: argparse._SubParsersAction[Parser]) -> None:
     parser = verbs.add_parser("logs", help="the logs of all ranks as one")
     parser.add_argument("folder", type=Path, help="LOG_DIR/JOB")
     parser.add_argument("--rank", type=int, help="only this one")

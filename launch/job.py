@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from launch.options import expanded
+
 RUN_AGAIN = 75
 """EX_TEMPFAIL of sysexits.h: the command saved its state and wants to be started again."""
 BAD_NODE = 69
@@ -95,6 +97,13 @@ class SlurmJob:
             raise ValueError(f"name: only letters, digits and . _ + - are allowed, got {self.name!r}")
         if self.time and seconds(self.time) <= self.lead:
             raise ValueError(f"time: {self.time} is not longer than the {self.lead} s of lead needed for saving")
+        for name in self.env:
+            if not re.fullmatch(r"[A-Za-z_]\w*", name):
+                raise ValueError(f"env: {name!r} is no name of a variable")
+        if self.container and self.container_runtime == "pyxis":
+            for folder in (self.workdir, self.log_dir):
+                if set(str(folder)) & set(",:"):
+                    raise ValueError(f"container: {str(folder)!r} cannot be mounted, pyxis divides names at , and :")
         for line in (*self._words(), *self.sbatch):
             if "\n" in line:
                 raise ValueError(f"no line break is allowed in {line!r}")
@@ -144,10 +153,12 @@ def _typed(where: str, spec: dataclasses.Field[Any], value: Any) -> Any:
     if type(value) is not wanted:
         raise ValueError(f"{where}: expected {kind}, got {value!r}")
     if wanted is list:
-        return tuple(map(str, value))
+        return tuple(expanded(v) if (v := str(word)).startswith("~/") else v for word in value)
     if wanted is dict:
         return {str(k): str(v) for k, v in value.items()}
-    return Path(value).expanduser() if kind == "Path" else value
+    if kind == "Path":
+        return Path(expanded(value))
+    return expanded(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _toml(path: Path) -> dict[str, Any]:
@@ -159,7 +170,7 @@ def _toml(path: Path) -> dict[str, Any]:
         except ImportError as error:
             raise ValueError(f"{path}: reading a site file needs Python 3.11, or pip install tomli") from error
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not readable as TOML: {error}") from error
 

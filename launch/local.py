@@ -29,9 +29,13 @@ def run(job: LocalJob) -> int:
     """Start the job's processes, wait for all, and return the exit code of the first that failed, or 0.
 
     Signals in FORWARDED reach each process itself, not its children; a second SIGINT or SIGTERM kills.
-    Raises ValueError if the command cannot be found.
+    Raises ValueError if the command cannot be found or the port is taken, BrokenPipeError when nobody reads our output.
     """
     command = resolve(job.command)
+    if job.port and not is_free(job.port, "127.0.0.1"):
+        raise ValueError(
+            f"--port: {job.port} of 127.0.0.1 is taken by another program; without --port a free one is used"
+        )
     port = job.port or _free_port()
     if job.log_dir is not None:
         job.log_dir.mkdir(parents=True, exist_ok=True)
@@ -39,7 +43,7 @@ def run(job: LocalJob) -> int:
     group.forward_signals()
     try:
         for rank in range(job.procs):
-            group.start(rank, command, _environment(job, rank, port), _output(job, rank))
+            group.start(rank, command, _environment(job, rank, port), _output(job, rank, group))
         return group.wait()
     finally:
         group.close()
@@ -77,6 +81,8 @@ class Group:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._pumps: list[threading.Thread] = []
         self._signals = 0
+        self._interrupts = 0
+        self.unread = False  # nobody reads our output any more
         self._all_started = False
         self._early: signal.Signals | None = None  # came before all were started: the rest are not
         self._fail_grace = fail_grace
@@ -127,6 +133,8 @@ class Group:
                 if code != 0 and first is None:
                     first = exit_code(code)
                     kill_at = time.monotonic() + self._after_first(rank, process.pid, first, list(running.values()))
+            if self.unread:
+                raise BrokenPipeError
             if time.monotonic() > kill_at or self._signals > 1:
                 for process in running.values():
                     _kill_group(process)
@@ -134,7 +142,7 @@ class Group:
                 time.sleep(_POLL)
         for thread in self._pumps:
             thread.join(timeout=2)
-        return first or 0
+        return 128 + signal.SIGINT if self._interrupts > 1 else first or 0
 
     def close(self) -> None:
         """Kill what still runs."""
@@ -157,6 +165,7 @@ class Group:
     def _forward(self, number: int, frame: object) -> None:
         if number in (signal.SIGINT, signal.SIGTERM):
             self._signals += 1
+            self._interrupts += number == signal.SIGINT
         if not self._all_started:
             self._early = signal.Signals(number)
         for process in list(self._processes.values()):
@@ -204,7 +213,18 @@ def _environment(job: LocalJob, rank: int, port: int) -> dict[str, str]:
     return env
 
 
-def _output(job: LocalJob, rank: int) -> Callable[[bytes], None] | None:
+def is_free(port: int, host: str = "") -> bool:
+    """Whether nobody listens on a port of this machine."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _output(job: LocalJob, rank: int, group: Group) -> Callable[[bytes], None] | None:
     """Rank 0 keeps the terminal (progress bars); the others' lines carry a prefix; all go to files if asked."""
     if job.log_dir is None and rank == 0:
         return None
@@ -215,8 +235,13 @@ def _output(job: LocalJob, rank: int) -> Callable[[bytes], None] | None:
         if log is not None:
             log.write(lines)
         shown = b"".join(prefix + line for line in lines.splitlines(keepends=True)) if prefix else lines
-        sys.stderr.buffer.write(shown)
-        sys.stderr.buffer.flush()
+        if group.unread:
+            return
+        try:
+            sys.stderr.buffer.write(shown)
+            sys.stderr.buffer.flush()
+        except BrokenPipeError:
+            group.unread = True
 
     return sink
 

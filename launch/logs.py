@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import sys
 import time
@@ -31,7 +32,7 @@ def follow(folder: Path, rank: int | None = None, every: float = 1.0) -> Iterato
     while True:
         fresh: list[tuple[str, int, str]] = []
         for path in find(folder, rank):
-            with path.open(errors="replace") as file:
+            with path.open(encoding="utf-8", errors="replace") as file:
                 file.seek(seen.get(path, 0))
                 block = file.read()
             whole = block[: block.rfind("\n") + 1]
@@ -44,19 +45,17 @@ def follow(folder: Path, rank: int | None = None, every: float = 1.0) -> Iterato
 def show(folder: Path, rank: int | None, following: bool) -> int:
     """Print the merged view."""
     lines = follow(folder, rank) if following else merge(find(folder, rank))
-    try:
+    with contextlib.suppress(KeyboardInterrupt):  # the usual end of following
         for line in lines:
             sys.stdout.write(line + "\n")
             if following:
                 sys.stdout.flush()
-    except (BrokenPipeError, KeyboardInterrupt):
-        sys.stderr.close()
     return 0
 
 
 def _lines(path: Path) -> Iterator[tuple[str, int, str, str]]:
     entry = _entry(path)
-    with path.open(errors="replace") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             yield entry(line.rstrip("\n"))
 

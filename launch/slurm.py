@@ -36,11 +36,14 @@ def submit(job: SlurmJob) -> str:
     if shutil.which("sbatch") is None:
         raise ValueError("sbatch: not found on PATH; --dry-run shows the script without a cluster")
     job.log_dir.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(["sbatch", "--parsable"], input=render(job), capture_output=True, text=True, cwd=job.workdir)
+    done = subprocess.run(
+        ["sbatch", "--parsable"], input=render(job), capture_output=True, encoding="utf-8", errors="surrogateescape",
+        cwd=job.workdir,
+    )  # fmt: skip
     if done.returncode != 0:
         raise ValueError(done.stderr.strip().replace("\n", "; ") or f"sbatch ended with {done.returncode}")
     number = done.stdout.strip().split(";")[0]
-    (job.log_dir / f"{number}.sbatch").write_text(render(job))
+    (job.log_dir / f"{number}.sbatch").write_text(render(job), encoding="utf-8", errors="surrogateescape")
     return number
 
 
@@ -62,12 +65,13 @@ def _options(job: SlurmJob) -> Iterator[str]:
         if value:
             yield f"--{name}={shlex.quote(value)}"
     if job.dependency:
-        yield f"--dependency={job.dependency}"
+        yield f"--dependency={shlex.quote(job.dependency)}"
         yield "--kill-on-invalid-dep=yes"
     yield f"--signal=B:{job.signal}@{job.lead}"
     yield "--requeue" if job.requeue else "--no-requeue"
     yield "--open-mode=append"
-    yield f"--output={job.log_dir}/%j.out"
+    folder = str(job.log_dir).replace("%", "%%")  # a % of its own begins SLURM's patterns
+    yield f"--output={shlex.quote(f'{folder}/%j.out')}"
     yield from job.sbatch
 
 

@@ -31,19 +31,16 @@ _TAIL = 20
 def variables(env: Mapping[str, str]) -> dict[str, str]:
     """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ... from the environment of an srun step.
 
-    Raises ValueError naming the variable that is missing outside of a step.
+    Raises ValueError naming the variables that are missing outside of a step, or that contradict each other.
     """
-    missing = [name for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST") if name not in env]
-    if missing:
-        raise ValueError(f"{missing[0]}: not set; `launch task` runs under srun")
-    world = env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"]
-    per_node = hostlist.counts(env.get("SLURM_STEP_TASKS_PER_NODE") or env["SLURM_TASKS_PER_NODE"])
-    job, step, restart = (int(env.get(f"SLURM_{n}") or 0) for n in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+    world, per_node, node = _checked(env)
+    job, step, restart = (
+        _whole(f"SLURM_{n}", env.get(f"SLURM_{n}") or "0") for n in ("JOB_ID", "STEP_ID", "RESTART_COUNT")
+    )
     port = _PORTS[(job * 31 + step * 7 + restart * 1009) % len(_PORTS)]
-    node = int(env["SLURM_NODEID"])
     return {
         "RANK": env["SLURM_PROCID"],
-        "WORLD_SIZE": world,
+        "WORLD_SIZE": str(world),
         "LOCAL_RANK": env["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(per_node[node]),
         "NODE_RANK": str(node),
@@ -51,6 +48,33 @@ def variables(env: Mapping[str, str]) -> dict[str, str]:
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": env.get("OMP_NUM_THREADS") or _threads(env, per_node[node]),
     }
+
+
+def _checked(env: Mapping[str, str]) -> tuple[int, list[int], int]:
+    """The number of ranks, how many each node has, and which node this is, of variables that fit together."""
+    wanted = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_NODELIST")
+    missing = [name for name in wanted if not env.get(name)]
+    either = (("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"))
+    chosen = [next((n for n in names if env.get(n)), "") for names in either]
+    missing += [names[0] for names, name in zip(either, chosen, strict=True) if not name]
+    if missing:
+        raise ValueError(f"{', '.join(missing)}: not set; `launch task` runs under srun")
+    world, rank, local_rank, node = (
+        _whole(n, env[n]) for n in (chosen[0], "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
+    )
+    per_node = hostlist.counts(env[chosen[1]])
+    if not rank < world:
+        raise ValueError(f"SLURM_PROCID: {rank} is not below {chosen[0]}, {world}; is one of them left over?")
+    if not node < len(per_node) or not local_rank < per_node[node]:
+        told = f"SLURM_NODEID {node}, SLURM_LOCALID {local_rank}"
+        raise ValueError(f"{told}: do not fit {chosen[1]}, {env[chosen[1]]!r}; is one of them left over?")
+    return world, per_node, node
+
+
+def _whole(name: str, text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"{name}: {text!r} is not a whole number")
+    return int(text)
 
 
 def fill(command: Sequence[str], env: Mapping[str, str]) -> list[str]:
@@ -72,7 +96,7 @@ def run(command: Sequence[str], log_dir: Path) -> int:
     own = variables(os.environ)
     rank, restart = int(own["RANK"]), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     log_dir.mkdir(parents=True, exist_ok=True)
-    if rank == 0 and not _is_free(int(own["MASTER_PORT"])):
+    if rank == 0 and not local.is_free(int(own["MASTER_PORT"])):
         local.say(f"port {own['MASTER_PORT']} of {own['MASTER_ADDR']} is taken; asking for another start")
         _note(log_dir / f"again-{restart}", "port")
         return 0
@@ -139,7 +163,9 @@ class _Log:
     """rank-N.log with the time on every line; rank 0's lines also go to the job's output."""
 
     def __init__(self, folder: Path, rank: int, restart: int) -> None:
-        self._file = (folder / f"rank-{rank:05d}.log").open("a", buffering=1)
+        self._file = (folder / f"rank-{rank:05d}.log").open(
+            "a", buffering=1, encoding="utf-8", errors="backslashreplace"
+        )
         self._label = f"{socket.gethostname()}/{restart}"
         self._shown = rank == 0
 
@@ -171,13 +197,3 @@ def _note(path: Path, text: str) -> bool:
 def _threads(env: Mapping[str, str], local_world: int) -> str:
     given = int(env.get("SLURM_CPUS_PER_TASK") or 0)
     return str(given or max(1, local.cores() // local_world))
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-    return True

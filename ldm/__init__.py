@@ -12,10 +12,11 @@ __all__ = ["__version__", "load"]
 
 
 def load(source: str, **options: Any) -> TextToImage:
-    """Load a text-to-image pipeline from a diffusers folder, a run folder or the name of a shipped model.
+    """Load a text-to-image pipeline from a diffusers folder, a run folder or checkpoint, or a shipped model's name.
 
     Raises ValueError when the source is not one of these.
     """
     from ldm.pipeline import TextToImage  # torch loads only when a pipeline is asked for
+    from ldm.recipes.models import usable
 
-    return TextToImage.load(source, **options)
+    return TextToImage.load(usable(source), **options)

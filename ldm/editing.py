@@ -7,7 +7,7 @@ pixels.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,17 +17,22 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ldm.data.decode import to_mask, to_rgb
 from ldm.data.grid import to_pil
 from ldm.data.images import to_float
 from ldm.models.control import controlled
 from ldm.models.openclip import AnyClip, fitted, tokenizer_of
-from ldm.pipeline import Guide, Settings, TextToImage
+from ldm.pipeline import Guide, Progress, Settings, TextToImage
 from ldm.rng import Rng
 from ldm.sampling import prompt_to_prompt as p2p
 from ldm.sampling.editing import img2img_times, inpaint_cond, keep
 from ldm.sampling.editing import inpaint as inpaint_denoiser
 from ldm.sampling.editing import invert as invert_latents
 from ldm.sampling.guidance import similarity
+from ldm.sampling.memory import enough_memory
+from ldm.sampling.run import Progress as StepProgress
+from ldm.sampling.run import counted
+from ldm.sampling.settings import Size
 from ldm.types import Cond, Denoise
 
 
@@ -44,11 +49,42 @@ class Change:
     weights: Mapping[str, float] | None = None
 
 
-def encode(pipe: TextToImage, image: Image.Image, size: int | tuple[int, int] | None = None) -> Tensor:
-    """Latents (1, Z, h, w) of a picture, scaled to the size that the model draws."""
-    _, h, w = pipe.latent_shape(size)
-    pixels = image.convert("RGB").resize((w * pipe.codec.factor, h * pipe.codec.factor), Image.Resampling.BICUBIC)
-    return pipe.codec.encode(_pixels(pixels).to(pipe.device))
+@dataclass(frozen=True)
+class Canvas:
+    """A picture as it is edited: `picture` at its final size, `padded` to what the model can draw, its settings.
+
+    Without a size in the settings the picture keeps its own, padded right and below by copies of its edge.
+    """
+
+    picture: Image.Image
+    padded: Image.Image
+    settings: Settings
+
+    @staticmethod
+    def of(pipe: TextToImage, image: Image.Image, settings: Settings) -> Canvas:
+        """The picture at the settings' size, or its own. Raises ValueError for a size that the model cannot make."""
+        rgb = to_rgb(image)
+        if settings.size is not None:
+            height, width = pipe.size(settings.size)
+            picture = rgb.resize((width, height), Image.Resampling.BICUBIC)
+            return Canvas(picture, picture, replace(settings, size=(height, width)))
+        multiple = max(8, pipe.codec.factor)
+        more = [(0, -side % multiple) for side in (rgb.height, rgb.width)]
+        padded = Image.fromarray(np.pad(np.asarray(rgb), [*more, (0, 0)], mode="edge")) if any(map(max, more)) else rgb
+        return Canvas(rgb, padded, replace(settings, size=(padded.height, padded.width)))
+
+    def latents(self, pipe: TextToImage) -> Tensor:
+        """(1, Z, h, w) of the padded picture."""
+        return pipe.codec.encode(_pixels(self.padded).to(pipe.device))
+
+    def cut(self, pictures: Sequence[Image.Image]) -> list[Image.Image]:
+        """Pictures of the padded size without what was added."""
+        return [p if p.size == self.picture.size else p.crop((0, 0, *self.picture.size)) for p in pictures]
+
+
+def encode(pipe: TextToImage, image: Image.Image, size: Size | None = None) -> Tensor:
+    """Latents (1, Z, h, w) of a picture scaled to a size in pixels, or of its own size as `Canvas` has it."""
+    return Canvas.of(pipe, image, Settings(size=size)).latents(pipe)
 
 
 def _pixels(image: Image.Image) -> Tensor:
@@ -56,35 +92,75 @@ def _pixels(image: Image.Image) -> Tensor:
     return to_float(np.array(image, np.uint8)[None])
 
 
-def _pictures(pipe: TextToImage, latents: Tensor) -> list[Image.Image]:
-    with torch.no_grad():
-        return to_pil(pipe.codec.decode(latents).clamp(-1, 1).cpu())
+def _pictures(pipe: TextToImage, latents: Tensor, settings: Settings) -> list[Image.Image]:
+    return to_pil(pipe.decode(latents, settings))
+
+
+Batch = Callable[[int, Rng, StepProgress | None], Tensor]
+"""(rows, their randomness, progress) -> latents (rows, Z, h, w)."""
+
+
+def _batches(
+    pipe: TextToImage, canvas: Canvas, prompt: str, count: int, draw: Batch, steps: int, progress: Progress | None
+) -> list[Image.Image]:
+    """`count` pictures, `settings.batch` at a time; picture i's noise belongs to (seed, i)."""
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    settings, found = canvas.settings, []
+    pipe.check([prompt], settings)
+    starts = range(0, count, settings.batch)
+    for k, start in enumerate(starts):
+        rows = min(settings.batch, count - start)
+        step = None if progress is None else counted(progress, k * steps, len(starts) * steps)
+        with enough_memory(pipe.size(settings.size), rows):
+            latents = draw(rows, Rng(settings.seed, tuple(range(start, start + rows))), step)
+            found += _pictures(pipe, latents, settings)
+    return canvas.cut(found)
 
 
 def img2img(
-    pipe: TextToImage, image: Image.Image, prompt: str, *, strength: float = 0.7, settings: Settings, count: int = 1
+    pipe: TextToImage,
+    image: Image.Image,
+    prompt: str,
+    *,
+    strength: float = 0.7,
+    settings: Settings,
+    count: int = 1,
+    progress: Progress | None = None,
 ) -> list[Image.Image]:
-    """A picture drawn again under a prompt from its own noised latents (SDEdit, arXiv 2108.01073).
+    """A picture drawn again under a prompt from its own noised latents (SDEdit, arXiv 2108.01073), at `Canvas`' size.
 
     Raises ValueError unless 0 < strength < 1: at 0 nothing would change, at 1 nothing of the picture would be left.
     """
     times = img2img_times(pipe.process.schedule, settings.steps, strength, settings.spacing or "trailing")
-    known = encode(pipe, image, settings.size).expand(count, -1, -1, -1)
-    rng = Rng(settings.seed, tuple(range(count)))
-    prompts = [prompt] * count
-    x = rng.normal("start", known.shape[1:]).to(known)
-    return _pictures(pipe, pipe.latents(prompts, settings, rng, x=x, start=known, times=times))
+    canvas = Canvas.of(pipe, image, settings)
+    known = canvas.latents(pipe)
+
+    def draw(rows: int, rng: Rng, step: StepProgress | None) -> Tensor:
+        x = rng.normal("start", known.shape[1:]).to(known)
+        start = known.expand(rows, -1, -1, -1)
+        return pipe.latents([prompt] * rows, canvas.settings, rng, step, x=x, start=start, times=times)
+
+    return _batches(pipe, canvas, prompt, count, draw, len(times), progress)
 
 
 def inpaint(
-    pipe: TextToImage, image: Image.Image, mask: Image.Image, prompt: str, *, settings: Settings, count: int = 1
+    pipe: TextToImage,
+    image: Image.Image,
+    mask: Image.Image,
+    prompt: str,
+    *,
+    settings: Settings,
+    count: int = 1,
+    progress: Progress | None = None,
 ) -> list[Image.Image]:
-    """Draw the white of `mask` anew under a prompt; the black is the picture, pixel for pixel.
+    """Draw the white of `mask` anew under a prompt; the black is the picture at `Canvas`' size, pixel for pixel.
 
     Any base model does: its estimate outside the mask is the picture. A 9-channel inpainting model is told the mask and
-    the picture without its white instead. Raises ValueError for a mask of another size than the picture, and for a
-    U-Net of other channels.
+    the picture without its white instead. What is transparent in the mask is black. Raises ValueError for a mask of
+    another size than the picture, and for a U-Net of other channels.
     """
+    image, mask = to_rgb(image), to_mask(mask)
     if mask.size != image.size:
         raise ValueError(
             f"mask: {mask.size[0]} x {mask.size[1]} pixels, the picture has {image.width} x {image.height}"
@@ -93,24 +169,30 @@ def inpaint(
     takes = pipe.unet.config.in_channels
     if takes not in (channels, 2 * channels + 1):
         raise ValueError(f"inpainting: the U-Net takes {takes} channels, expected {channels} or {2 * channels + 1}")
-    known = encode(pipe, image, settings.size).expand(count, -1, -1, -1)
-    size = (known.shape[3] * pipe.codec.factor, known.shape[2] * pipe.codec.factor)
-    inside = np.asarray(mask.convert("L").resize(size, Image.Resampling.BILINEAR)) > 127
-    base = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    wide = torch.from_numpy(inside.astype(np.float32))[None, None]
+    canvas = Canvas.of(pipe, image, settings)
+    known = canvas.latents(pipe)
+    inside = np.asarray(mask.resize(canvas.picture.size, Image.Resampling.BILINEAR)) > 127
+    more = [(0, whole - part) for whole, part in zip(pipe.size(canvas.settings.size), inside.shape, strict=True)]
+    wide = torch.from_numpy(np.pad(inside, more).astype(np.float32))[None, None]
     # a latent pixel changes if any of its picture pixels does
     latent_mask = F.max_pool2d(wide, pipe.codec.factor).to(known)
-    rng = Rng(settings.seed, tuple(range(count)))
-    x = rng.normal("start", known.shape[1:]).to(known)
-    if takes == channels:
-        wrap, start = functools.partial(inpaint_denoiser, known=known, mask=latent_mask), known
-    else:
-        rest = pipe.codec.encode((_pixels(base) * (1 - wide)).to(pipe.device)).expand_as(known)
-        wrap, start = functools.partial(_told, mask=latent_mask, rest=rest), None
-    latents = pipe.latents([prompt] * count, settings, rng, x=x, start=start, wrap=wrap)
-    drawn = _pictures(pipe, keep(latents, known, latent_mask))
+    rest = None
+    if takes != channels:
+        rest = pipe.codec.encode((_pixels(canvas.padded) * (1 - wide)).to(pipe.device))
+
+    def draw(rows: int, rng: Rng, step: StepProgress | None) -> Tensor:
+        x = rng.normal("start", known.shape[1:]).to(known)
+        old = known.expand(rows, -1, -1, -1)
+        if rest is None:
+            wrap, start = functools.partial(inpaint_denoiser, known=old, mask=latent_mask), old
+        else:
+            wrap, start = functools.partial(_told, mask=latent_mask, rest=rest.expand_as(old)), None
+        latents = pipe.latents([prompt] * rows, canvas.settings, rng, step, x=x, start=start, wrap=wrap)
+        return keep(latents, old, latent_mask)
+
+    drawn = _batches(pipe, canvas, prompt, count, draw, settings.steps, progress)
     pixel_mask = Image.fromarray(inside)
-    return [Image.composite(picture, base, pixel_mask) for picture in drawn]
+    return [Image.composite(picture, canvas.picture, pixel_mask) for picture in drawn]
 
 
 def _told(denoise: Denoise, *, mask: Tensor, rest: Tensor) -> Denoise:
@@ -127,19 +209,27 @@ def invert(pipe: TextToImage, image: Image.Image, prompt: str = "", *, settings:
 
     `settings.steps` must be those of the drawing. Unlike sampling noise it is already at the last time's level.
     """
-    plain = replace(settings, guidance=1.0)
-    denoise = pipe.denoiser(plain)
-    cond = pipe.encode_text([prompt])
+    canvas = Canvas.of(pipe, image, replace(settings, guidance=1.0, negative=""))
+    pipe.check([prompt], canvas.settings)
+    denoise = pipe.denoiser(canvas.settings)
+    cond = pipe.encode_text([prompt], canvas.settings.size)
     spacing = settings.spacing or "trailing"
-    known = encode(pipe, image, settings.size)
+    known = canvas.latents(pipe)
     schedule = pipe.process.schedule
     return invert_latents(denoise, known, cond, schedule=schedule, steps=settings.steps, spacing=spacing, refine=refine)
 
 
-def redraw(pipe: TextToImage, noise: Tensor, prompt: str, *, settings: Settings) -> list[Image.Image]:
-    """Draw from inverted noise (1, Z, h, w) with deterministic DDIM, under the same or another prompt."""
-    ddim = replace(settings, sampler="ddim", eta=0.0, spacing=settings.spacing or "trailing")
-    return _pictures(pipe, pipe.latents([prompt], ddim, Rng(0, (0,)), x=noise))
+def redraw(
+    pipe: TextToImage, noise: Tensor, prompt: str, *, settings: Settings, size: tuple[int, int] | None = None
+) -> list[Image.Image]:
+    """Draw from inverted noise (1, Z, h, w) with deterministic DDIM, under the same or another prompt.
+
+    `size` (width, height): of the picture that was inverted, where it was padded.
+    """
+    whole = (noise.shape[2] * pipe.codec.factor, noise.shape[3] * pipe.codec.factor)
+    ddim = replace(settings, sampler="ddim", eta=0.0, spacing=settings.spacing or "trailing", size=whole)
+    drawn = _pictures(pipe, pipe.latents([prompt], ddim, Rng(0, (0,)), x=noise), ddim)
+    return drawn if size is None else [picture.crop((0, 0, *size)) for picture in drawn]
 
 
 def edit(
@@ -162,23 +252,30 @@ def edit(
     words = None
     if change.local:
         words = [_all_places(pipe, p, change.local) for p in (source, target)]
-    control = p2p.PromptToPrompt([made], steps=settings.steps, cross=change.cross, own=change.own, words=words)
     one = Rng(settings.seed, (0,))
     x = one.normal("start", pipe.latent_shape(settings.size)) if noise is None else noise
+    whole = (x.shape[2] * pipe.codec.factor, x.shape[3] * pipe.codec.factor)
+    settings = replace(settings, size=whole)
+    pipe.check([source, target], settings)
+    control = p2p.PromptToPrompt(
+        [made], steps=settings.steps, cross=change.cross, own=change.own, words=words, shape=(x.shape[2], x.shape[3])
+    )
     x = x.to(pipe.device).expand(2, -1, -1, -1)
     same = Rng(settings.seed, (0, 0))
     with controlled(pipe.unet, control):
         latents = pipe.latents([source, target], settings, same, control.progress, x=x, wrap=control.blend)
-    pictures = _pictures(pipe, latents)
+    pictures = _pictures(pipe, latents, settings)
     return pictures[0], pictures[1]
 
 
 def attention_maps(pipe: TextToImage, prompt: str, *, settings: Settings) -> tuple[Image.Image, dict[str, Image.Image]]:
     """The prompt's picture, and for each word where the network looked for it: mean over layers and steps."""
-    maps = p2p.AttentionMaps(rows=1)
+    pipe.check([prompt], settings)
+    _, h, w = pipe.latent_shape(settings.size)
+    maps = p2p.AttentionMaps(rows=1, shape=(h, w))
     with controlled(pipe.unet, maps, own=False):
         latents = pipe.latents([prompt], settings, Rng(settings.seed, (0,)))
-    picture = _pictures(pipe, latents)[0]
+    picture = _pictures(pipe, latents, settings)[0]
     found = {}
     for word in dict.fromkeys(prompt.replace(",", " ").split()):
         heat = maps.of(0, _places(pipe, prompt, word))

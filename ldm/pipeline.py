@@ -8,11 +8,9 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,29 +20,29 @@ from torch import Tensor
 
 from ldm import allocator
 from ldm.adapters.low_rank import Loras
-from ldm.adapters.tokens import add_concept
 from ldm.checkpoint import students
+from ldm.checkpoint.attached import attach_embedding, attach_lora
 from ldm.checkpoint.convert import load_model
-from ldm.checkpoint.embedding_files import read_embeddings
-from ldm.checkpoint.lora_files import read_lora
 from ldm.checkpoint.scheduler_classes import OwnSampler, Plan
 from ldm.checkpoint.schedulers import scheduler_from_diffusers
 from ldm.data.grid import to_pil
 from ldm.diffusion.process import Process
-from ldm.dist import compute_dtype
 from ldm.models.attention import sliced
 from ldm.models.latents import LatentCodec
 from ldm.models.layers import unchanging
-from ldm.models.prompts import count_chunks, encode_prompts
-from ldm.models.shipped import SHIPPED
+from ldm.models.prompts import count_chunks, encode_prompts, notes, too_long
+from ldm.models.shipped import named
 from ldm.models.text import TextTower, encode_texts
 from ldm.models.unet import UNet
+from ldm.precision import chosen, compute_dtype
 from ldm.rng import Rng
-from ldm.sampling import SAMPLERS, lookup
+from ldm.sampling import SAMPLERS
 from ldm.sampling import sample as run_sampler
-from ldm.sampling.guidance import check_guide, classifier_free, perpendicular, projected, times_of, told_guidance
+from ldm.sampling.guidance import classifier_free, perpendicular, projected, times_of, told_guidance
+from ldm.sampling.memory import check_memory, enough_memory
 from ldm.sampling.run import Count as Progress
 from ldm.sampling.run import counted
+from ldm.sampling.settings import Settings, Size, checked_size, far_size, said
 from ldm.sampling.times import times as spaced
 from ldm.types import Cond, Denoise, Net
 
@@ -55,52 +53,6 @@ KV_BYTES = 1 << 28
 Wrap = Callable[[Denoise], Denoise]
 Guide = Callable[..., Denoise]
 """(denoise, *, prompts) -> a denoiser that steers these prompts' batch."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How pictures are drawn; None means the sampler's or the model's own. `size` is in pixels, one side or (H, W).
-
-    `weights` reads "(word:1.3)" in prompts, `long` takes prompts beyond the towers' context in chunks. What SDXL is
-    told of a picture, in pixels (H, W): `original` and `target` sizes (None: the size drawn), `crop` its top and left.
-    Less memory: `tile`, pixels a side of the parts in which pictures are decoded; `slices`, one picture decoded at a
-    time; `queries`, how many pixels attend at a time. `guide`: see `ldm.sampling.guidance`; `interval` in shares of T.
-    """
-
-    sampler: str = "ddim"
-    steps: int = 50
-    guidance: float = 7.5
-    guide: Literal["cfg", "projected", "perpendicular"] = "cfg"
-    interval: tuple[float, float] | None = None
-    rescale: float = 0.0
-    negative: str = ""
-    eta: float | None = None
-    spacing: str | None = None
-    seed: int = 0
-    size: int | tuple[int, int] | None = None
-    batch: int = 16
-    weights: bool = False
-    long: bool = False
-    original: tuple[int, int] | None = None
-    crop: tuple[int, int] = (0, 0)
-    target: tuple[int, int] | None = None
-    tile: int | None = None
-    slices: bool = False
-    queries: int | None = None
-
-    def __post_init__(self) -> None:
-        lookup(self.sampler)
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
-        if not (math.isfinite(self.guidance) and self.guidance >= 0):
-            raise ValueError(f"guidance must be at least 0, got {self.guidance}")
-        check_guide(self.guide, self.rescale, self.interval)
-        if self.batch < 1:
-            raise ValueError(f"batch must be at least 1, got {self.batch}")
-        for name, least in (("tile", 64), ("queries", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 class TextToImage:
@@ -131,26 +83,28 @@ class TextToImage:
         self._compiled: Net | None = None
 
     @staticmethod
-    def load(source: str | Path, *, device: str | torch.device = "cpu", precision: str = "fp32") -> TextToImage:
+    def load(
+        source: str | Path, *, device: str | torch.device = "cpu", precision: str = "fp32", lenient: bool = False
+    ) -> TextToImage:
         """From a shipped model's name (emoji), a run folder, a diffusers folder, a single file or a hub id.
 
-        `precision` of the U-Net is auto, fp32, bf16 or fp16 (autocast; the autoencoder stays in float32).
-        Raises ValueError when it is none of these.
+        `precision` of the U-Net is auto, fp32, bf16 or fp16 (autocast; the autoencoder stays in float32); `lenient`
+        leaves unknown tensors out and names them. Raises ValueError when it is none of these.
         """
-        found = SHIPPED.get(str(source), Path(source))
+        found = named(source)
         for folder in (found, found / "export"):
             if (folder / "adapter.json").is_file():
-                return _adapted(folder, device, precision)
+                return _adapted(folder, device, precision, lenient)
         if (found / "checkpoints").is_dir() and not (found / "export" / "model_index.json").is_file():
             raise ValueError(f"run {str(source)!r}: not exported yet; the export is written when training ends")
-        parts = load_model(found / "export" if (found / "export").is_dir() else found)
+        parts = load_model(found / "export" if (found / "export").is_dir() else found, lenient=lenient)
         how = scheduler_from_diffusers(parts.scheduler)
         process = Process(schedule=how.schedule, prediction=how.prediction, variance=how.variance)
         unet = parts.unet.eval().requires_grad_(False)
         parts.codec.autoencoder.eval().requires_grad_(False)
         pipeline = TextToImage(
             unet, parts.codec, parts.text, process, spacing=how.spacing, offset=how.offset,
-            end="data" if how.last_alpha_one else "first", precision=precision,
+            end="data" if how.last_alpha_one else "first", precision=chosen(precision, device),
         )  # fmt: skip
         pipeline.student = students.few_steps(parts.scheduler, guided=unet.config.time_cond_proj_dim is None)
         pipeline.own = how.own
@@ -201,14 +155,16 @@ class TextToImage:
         self._compiled = call
         return self
 
-    def load_lora(self, path: str | Path, weight: float = 1.0, *, name: str | None = None) -> str:
-        """Merge a LoRA file (diffusers' or kohya's) into the weights; the name to change or unload it by.
+    def load_lora(
+        self, path: str | Path, weight: float = 1.0, *, name: str | None = None, lenient: bool = False
+    ) -> str:
+        """Merge a LoRA file, a PEFT folder or a run into the weights; the name to change or unload it by.
 
-        Raises ValueError for a file that does not fit this model.
+        Embeddings that the file bundles are added too. Raises ValueError for a file that does not fit this model; with
+        `lenient` what does not fit is left out and named, as long as something fits.
         """
         name = Path(path).stem if name is None else name
-        self._merged().add(name, read_lora(path, self.unet, self.text), weight)
-        return name
+        return attach_lora(self._merged(), self.unet, self.text, path, weight, name, lenient)
 
     def set_loras(self, weights: Mapping[str, float]) -> None:
         """Change the weights of loaded LoRAs by name; 0 is as without."""
@@ -219,14 +175,12 @@ class TextToImage:
         self._merged().remove(*names)
 
     def load_embedding(self, path: str | Path, token: str | None = None) -> list[str]:
-        """Teach the towers the tokens of a textual-inversion file (diffusers' or A1111's); their names for prompts.
+        """Teach the towers the tokens of a textual-inversion file (diffusers' or A1111's) or run; what prompts say.
 
-        `token` renames the only one. Raises ValueError when it does not fit, or the token exists.
+        A file of one token is called by its own name too. `token` renames the only one. Raises ValueError when it does
+        not fit, or the token exists.
         """
-        found = read_embeddings(path, token)
-        for name, rows in found.items():
-            add_concept(self.text, name, rows)
-        return list(found)
+        return attach_embedding(self.text, path, token)
 
     def _merged(self) -> Loras:
         if self._loras is None:
@@ -263,27 +217,74 @@ class TextToImage:
         progress: Progress | None = None,
         guide: Guide | None = None,
     ) -> Tensor:
-        """Pictures (N, 3, H, W) in [-1, 1] on the CPU, one a prompt.
+        """Pictures (N, 3, H, W) in [-1, 1] on the CPU, one a prompt; warns as `check` does.
 
         Picture i's noise belongs to (seed, `indices[i]`) alone, so the batch size does not change it. `guide` wraps the
         guided denoiser of each batch's prompts. Raises ValueError for a size that the model cannot make.
         """
+        self.check(prompts, settings)
+        found: dict[int, Tensor] = {}
+        for places, images in self.drawn(prompts, settings=settings, indices=indices, progress=progress, guide=guide):
+            found |= zip(places, images, strict=True)
+        return torch.stack([found[i] for i in range(len(prompts))])
+
+    @torch.no_grad()
+    def drawn(
+        self,
+        prompts: Sequence[str],
+        *,
+        settings: Settings,
+        indices: Sequence[int] | None = None,
+        only: Collection[int] | None = None,
+        progress: Progress | None = None,
+        guide: Guide | None = None,
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """`sample` a batch at a time: places in `prompts` and their pictures, as soon as they are drawn.
+
+        With `only`, these places alone: the batches that they are in are drawn whole, so that every bit is the same.
+        """
+        indices = list(range(len(prompts)) if indices is None else indices)
+        batches = self.batches(prompts, settings)
+        chosen = [b for b in batches if only is None or not set(b).isdisjoint(only)]
+        for k, places in enumerate(chosen):
+            rng = Rng(settings.seed, tuple(indices[i] for i in places))
+            step = None if progress is None else counted(progress, k * settings.steps, len(chosen) * settings.steps)
+            batch = [prompts[i] for i in places]
+            wrap = None if guide is None else functools.partial(guide, prompts=batch)
+            with enough_memory(self.size(settings.size), len(batch)):
+                images = self.decode(self.latents(batch, settings, rng, step, wrap=wrap), settings)
+            rows = [row for row, place in enumerate(places) if only is None or place in only]
+            yield [places[row] for row in rows], images[rows]
+
+    def batches(self, prompts: Sequence[str], settings: Settings) -> list[list[int]]:
+        """Places in `prompts` that are drawn together: in their order, long prompts only with others as long.
+
+        Empty chunks of text would change a picture, and what it is may not depend on its neighbours.
+        """
+        groups: dict[int, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            groups.setdefault(self._chunks([prompt], settings), []).append(i)
+        size = settings.batch
+        return [places[k : k + size] for places in groups.values() for k in range(0, len(places), size)]
+
+    def check(self, prompts: Sequence[str], settings: Settings) -> None:
+        """Warn of what may not be drawn as it was meant: parts of prompts, what is cut off, guidance, a far size.
+
+        Raises ValueError without a prompt, and for a size that the model or this machine's memory cannot make.
+        """
         if not prompts:
             raise ValueError("expected at least one prompt, got none")
-        indices = list(range(len(prompts)) if indices is None else indices)
-        if not settings.long:
-            self._warn_long([*prompts, settings.negative])
-        done: list[Tensor] = []
-        batches = math.ceil(len(prompts) / settings.batch)
-        for k in range(batches):
-            chosen = slice(k * settings.batch, (k + 1) * settings.batch)
-            rng = Rng(settings.seed, tuple(indices[chosen]))
-            step = None if progress is None else counted(progress, k * settings.steps, batches * settings.steps)
-            batch = list(prompts[chosen])
-            wrap = None if guide is None else functools.partial(guide, prompts=batch)
-            latents = self.latents(batch, settings, rng, step, wrap=wrap)
-            done.append(self.decode(latents, settings))
-        return torch.cat(done)
+        every = list(dict.fromkeys([*prompts, settings.negative]))
+        lines = notes(every, weighted=settings.weights, long=settings.long)
+        cuts = [] if settings.long else too_long(self.text[0].tokenizer, every, weighted=settings.weights)
+        lines += [f"prompt of {c.tokens} tokens is longer than {c.limit}; left out: {c.cut!r}" for c in cuts]
+        lines += said(settings, told=self.unet.config.time_cond_proj_dim is not None)
+        size, own = self.size(settings.size), self.size(None)
+        check_memory(self.codec, size, settings, self.device)
+        if self.unet.config.sample_size is not None and (far := far_size(size, own)):
+            lines.append(far)
+        for line in lines:
+            warnings.warn(line, stacklevel=3)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, settings: Settings) -> Tensor:
@@ -359,10 +360,7 @@ class TextToImage:
 
         As many chunks as the longest of `together`, all prompts of the batch, and the negative prompt needs.
         """
-        chunks = 1
-        if settings.long:
-            every = [*together, settings.negative]
-            chunks = max(count_chunks(tower.tokenizer, every, weighted=settings.weights) for tower in self.text)
+        chunks = self._chunks(together, settings)
         with self._used(*self.text):
             cond = encode_prompts(self.text, prompts, weighted=settings.weights, chunks=chunks)
         cond |= self._sizes(len(prompts), settings.size, settings)
@@ -372,12 +370,18 @@ class TextToImage:
                 cond["kv"] = self.unet.keys_values(cond.pop("text"))
         return cond
 
-    def _sizes(self, count: int, size: int | tuple[int, int] | None, told: Settings | None = None) -> Cond:
+    def _chunks(self, prompts: Sequence[str], settings: Settings) -> int:
+        """How many contexts the longest of the prompts and the negative one fill."""
+        if not settings.long:
+            return 1
+        every = [*prompts, settings.negative]
+        return max(count_chunks(tower.tokenizer, every, weighted=settings.weights) for tower in self.text)
+
+    def _sizes(self, count: int, size: Size | None, told: Settings | None = None) -> Cond:
         """SDXL's time_ids (N, 6): height and width before cropping, the crop's top and left, height and width."""
         if self.unet.config.addition_embed_type != "text_time":
             return {}
-        height, width = (side * self.codec.factor for side in self.latent_shape(size)[1:])
-        own = (height, width)
+        own = self.size(size)
         original, crop, target = (own, (0, 0), own) if told is None else (told.original, told.crop, told.target)
         ids = torch.tensor([[*(original or own), *crop, *(target or own)]], dtype=torch.float32, device=self.device)
         return {"time_ids": ids.expand(count, -1)}
@@ -395,7 +399,7 @@ class TextToImage:
         path = None if known is None else spaced(schedule, settings.steps, known, offset=self.offset)
         return Plan(path, self.end if sampler == "ddim" else None)
 
-    def encode_text(self, prompts: Sequence[str], size: int | tuple[int, int] | None = None) -> Cond:
+    def encode_text(self, prompts: Sequence[str], size: Size | None = None) -> Cond:
         """What the U-Net is given for prompts; SDXL's also for pictures of a size in pixels that are not cropped."""
         with self._used(*self.text):
             return encode_texts(self.text, prompts) | self._sizes(len(prompts), size)
@@ -416,29 +420,25 @@ class TextToImage:
         small = mask[..., :: self.codec.factor, :: self.codec.factor].expand(len(images), -1, -1, -1)
         return {"concat": torch.cat([small.to(known), known], dim=1)}
 
-    def latent_shape(self, size: int | tuple[int, int] | None) -> tuple[int, int, int]:
-        """(Z, h, w) for a size in pixels. Raises ValueError unless it is a multiple of what the model can make."""
+    def latent_shape(self, size: Size | None) -> tuple[int, int, int]:
+        """(Z, h, w) for a size in pixels. Raises ValueError unless it is a multiple of 8 (or more, if a latent is)."""
         factor = self.codec.factor
         if size is None:
             side = self.unet.config.sample_size or 64
             return (self.codec.channels, side, side)
-        height, width = (size, size) if isinstance(size, int) else size
-        multiple = max(8, factor * 2 ** (len(self.unet.config.block_out_channels) - 1))
-        for value in (height, width):
-            if value < multiple or value % multiple:
-                raise ValueError(f"size: {value} is not a multiple of {multiple} pixels")
+        height, width = checked_size(size, max(8, factor))
         return (self.codec.channels, height // factor, width // factor)
 
-    def _warn_long(self, prompts: Sequence[str]) -> None:
-        for cut in self.text[0].tokenizer.too_long(list(dict.fromkeys(prompts))):
-            message = f"prompt of {cut.tokens} tokens is longer than {cut.limit}; left out: {cut.cut!r}"
-            warnings.warn(message, stacklevel=3)
+    def size(self, size: Size | None) -> tuple[int, int]:
+        """(H, W) in pixels of a size, or of the model's own. Raises ValueError as `latent_shape` does."""
+        _, h, w = self.latent_shape(size)
+        return (h * self.codec.factor, w * self.codec.factor)
 
 
-def _adapted(folder: Path, device: str | torch.device, precision: str) -> TextToImage:
+def _adapted(folder: Path, device: str | torch.device, precision: str, lenient: bool) -> TextToImage:
     """The base model of a fine-tuning with its adapter's files."""
     told = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
-    pipeline = TextToImage.load(told["base"], device=device, precision=precision)
+    pipeline = TextToImage.load(told["base"], device=device, precision=precision, lenient=lenient)
     for name in told["loras"]:
         pipeline.load_lora(folder / name)
     for name in told["embeddings"]:

@@ -12,9 +12,26 @@ from torch import Tensor
 
 
 def key(seed: int, position: int, purpose: str) -> int:
-    """63-bit key of one random draw; neighbouring seeds and positions give unrelated keys."""
-    digest = hashlib.blake2b(struct.pack("<qq", seed, position) + purpose.encode(), digest_size=8).digest()
+    """63-bit key of one random draw; neighbouring seeds and positions give unrelated keys.
+
+    Any whole number is a seed of its own, negative ones and those beyond 64 bits too: no two are the same.
+    """
+    place = struct.pack("<q", position)
+    digest = hashlib.blake2b(_bytes(seed) + place + purpose.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def _bytes(seed: int) -> bytes:
+    """Eight bytes for seeds of 64 bits with their sign; behind a mark and their length for those beyond."""
+    if -(1 << 63) <= seed < 1 << 63:
+        return struct.pack("<q", seed)
+    length = seed.bit_length() // 8 + 1
+    return b"wide" + struct.pack("<q", length) + seed.to_bytes(length, "little", signed=True)
+
+
+def seed_torch(seed: int) -> None:
+    """Seed torch's own generator, which takes 64 bits: those as they are, any other whole number by its key."""
+    torch.manual_seed(seed if -(1 << 63) <= seed < 1 << 64 else key(seed, 0, "torch"))
 
 
 def generator(seed: int, position: int, purpose: str) -> torch.Generator:

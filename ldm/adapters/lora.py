@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.adapters.base import freeze
+from ldm.adapters.corrections import Corrections
 from ldm.adapters.low_rank import Lora, LowRank, row_norms
 from ldm.adapters.sites import Site, chosen, text_sites, unet_sites
 from ldm.models.text import TextTower
@@ -211,7 +212,7 @@ class LoraAdapter:
         return {_name(k): LowRank(v["down"], v["up"], alpha, v.get("magnitude")) for k, v in found.items()}
 
     @torch.no_grad()
-    def load(self, net: LoraNet, lora: Lora) -> None:
+    def load(self, net: LoraNet, lora: Corrections) -> None:
         """Undo `lora`: corrections of any alpha, brought to this one's.
 
         Raises ValueError unless they are of the same layers, rank and kind.
@@ -223,6 +224,10 @@ class LoraAdapter:
         for name, low in lora.items():
             layer = net.layers[_key(name)]
             assert isinstance(layer, Low)
+            if not isinstance(low, LowRank) or low.axis != 0:
+                raise ValueError(
+                    f"{name} is no low-rank product, or its magnitudes are by column: nothing to go on from"
+                )
             if low.rank != self.config.rank:
                 raise ValueError(f"rank {low.rank} of {name} is not the configured rank {self.config.rank}")
             if (low.magnitude is None) != (layer.magnitude is None):

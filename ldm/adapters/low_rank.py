@@ -12,22 +12,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.adapters.sites import all_sites
+from ldm.adapters.corrections import Correction, Corrections, axis_norms
+from ldm.adapters.sites import Site, all_sites, other_sites
 from ldm.models.text import TextTower
 from ldm.models.unet import UNet
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Correction):
     """One layer's correction: `down` (r, in[, kh, kw]), `up` (out, r[, 1, 1]), scaled by `alpha` / r.
 
-    `magnitude` (out,) makes it DoRA.
+    `magnitude` makes it DoRA: (out,), or with `axis` 1 (in,).
     """
 
     down: Tensor
     up: Tensor
     alpha: float
     magnitude: Tensor | None = None
+    axis: int = 0
 
     @property
     def rank(self) -> int:
@@ -39,13 +41,12 @@ class LowRank:
         """What the product is multiplied with."""
         return self.alpha / self.rank
 
-    def delta(self, weight: Tensor) -> Tensor:
-        """What is added to `weight` (out, in[, kh, kw]), in float64."""
-        base = weight.double()
-        total = base + self.scale * (self.up.double().flatten(1) @ self.down.double().flatten(1)).view(base.shape)
-        if self.magnitude is not None:
-            total = total * (self.magnitude.double() / row_norms(total)).view(-1, *[1] * (base.ndim - 1))
-        return total - base
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.up.shape[0], *self.down.shape[1:])
+
+    def change(self) -> Tensor:
+        return (self.scale * (self.up.double().flatten(1) @ self.down.double().flatten(1))).view(self.shape)
 
 
 Lora = dict[str, LowRank]
@@ -54,7 +55,7 @@ Lora = dict[str, LowRank]
 
 def row_norms(weight: Tensor) -> Tensor:
     """Norms (out,) of a weight's rows."""
-    return weight.flatten(1).norm(dim=1)
+    return axis_norms(weight)
 
 
 class Loras:
@@ -64,8 +65,8 @@ class Loras:
     """
 
     def __init__(self, unet: UNet, text: Sequence[TextTower]) -> None:
-        self._sites = all_sites(unet, text)
-        self._loaded: dict[str, tuple[Lora, float]] = {}
+        self._sites = all_sites(unet, text) | other_sites(unet, text)
+        self._loaded: dict[str, tuple[Corrections, float]] = {}
         self._before: dict[str, Tensor] = {}
 
     @property
@@ -73,7 +74,7 @@ class Loras:
         """Name -> weight of what is merged."""
         return {name: weight for name, (_, weight) in self._loaded.items()}
 
-    def add(self, name: str, lora: Lora, weight: float = 1.0) -> None:
+    def add(self, name: str, lora: Corrections, weight: float = 1.0) -> None:
         """Merge under a name.
 
         Raises ValueError for layers that the model lacks or has in another shape, and for a name that is taken.
@@ -99,15 +100,14 @@ class Loras:
                 raise ValueError(f"LoRA {name!r}: not loaded; loaded are {sorted(self._loaded)}")
             self._refresh(set(self._loaded.pop(name)[0]))
 
-    def _check(self, name: str, lora: Lora) -> None:
+    def _check(self, name: str, lora: Corrections) -> None:
         if unknown := sorted(set(lora) - set(self._sites)):
             raise ValueError(f"LoRA {name!r}: {len(unknown)} layers are not in this model, such as {unknown[0]!r}")
         for site, low in lora.items():
             shape = tuple(self._sites[site].read().shape)
-            if (low.up.shape[0], *low.down.shape[1:]) != shape:
-                found = (low.up.shape[0], *low.down.shape[1:])
+            if low.shape != shape:
                 raise ValueError(
-                    f"LoRA {name!r}: {site} has shape {found}, the model's is {shape}: another base model?"
+                    f"LoRA {name!r}: {site} has shape {low.shape}, the model's is {shape}: another base model?"
                 )
 
     @torch.no_grad()
@@ -120,16 +120,11 @@ class Loras:
             if here:
                 total = before.double()
                 for low, weight in here:
-                    total = total + weight * _to(low, before).delta(before)
+                    total = total + weight * low.to(before.device).delta(before)
                 site.read().copy_(total)
             else:
                 site.read().copy_(before)
                 del self._before[name]
-
-
-def _to(low: LowRank, like: Tensor) -> LowRank:
-    magnitude = None if low.magnitude is None else low.magnitude.to(like.device)
-    return LowRank(low.down.to(like.device), low.up.to(like.device), low.alpha, magnitude)
 
 
 @torch.no_grad()
@@ -155,12 +150,39 @@ def extract(
         delta = new[name].read().double() - weight.double()
         if not delta.any():
             continue
-        u, s, v = torch.linalg.svd(delta.flatten(1), full_matrices=False)
-        r = min(rank, len(s))
-        root = s[:r].sqrt()
-        up = (u[:, :r] * root).float().view(-1, r, *[1] * (weight.ndim - 2))
-        down = (root[:, None] * v[:r]).float().view(r, *weight.shape[1:])
-        found[name] = LowRank(down.contiguous(), up.contiguous(), float(r))
+        found[name] = nearest(delta, rank)[0]
     if not found:
         raise ValueError("the two models have the same weights: nothing to extract")
     return found
+
+
+def nearest(delta: Tensor, rank: int) -> tuple[LowRank, float]:
+    """The best product of a rank for a change (out, in[, kh, kw]) by its largest singular values; the error."""
+    u, s, v = torch.linalg.svd(delta.double().flatten(1), full_matrices=False)
+    r = min(rank, len(s))
+    root = s[:r].sqrt()
+    up = (u[:, :r] * root).float().view(-1, r, *[1] * (delta.ndim - 2))
+    down = (root[:, None] * v[:r]).float().view(r, *delta.shape[1:])
+    total = float(s.norm())
+    return LowRank(down.contiguous(), up.contiguous(), float(r)), float(s[r:].norm()) / total if total else 0.0
+
+
+@torch.no_grad()
+def as_plain(lora: Corrections, sites: Mapping[str, Site], rank: int) -> tuple[Lora, dict[str, tuple[float, float]]]:
+    """The same corrections as plain low-rank products, those of another kind at most of `rank`.
+
+    Also the norms of each one's error and of the whole change.
+
+    Raises KeyError for a layer that `sites` lacks; vectors have no such form and must not be among them.
+    """
+    found: Lora = {}
+    errors: dict[str, tuple[float, float]] = {}
+    for name, low in lora.items():
+        if isinstance(low, LowRank) and low.magnitude is None:
+            found[name] = low
+        else:
+            base = sites[name].read()
+            delta = low.to(base.device).delta(base)
+            found[name], error = nearest(delta, rank)
+            errors[name] = (error * float(delta.norm()), float(delta.norm()))
+    return found, errors

@@ -24,7 +24,10 @@ _TEXT = {
 
 @dataclass(frozen=True)
 class Site:
-    """Rows `[start, stop)` of one layer's weight. `module` is the layer, or the attention that holds the rows."""
+    """Rows `[start, stop)` of one layer's weight. `module` is the layer, or the attention that holds the rows.
+
+    `transposed`: the weight is stored as (in, out).
+    """
 
     name: str
     group: str
@@ -33,6 +36,7 @@ class Site:
     bias: Tensor | None
     start: int
     stop: int
+    transposed: bool = False
 
     @property
     def conv(self) -> nn.Conv2d | None:
@@ -40,8 +44,9 @@ class Site:
         return self.module if isinstance(self.module, nn.Conv2d) else None
 
     def read(self) -> Tensor:
-        """The layer's weight (out, in[, kh, kw]), without gradient."""
-        return self.weight.detach()[self.start : self.stop]
+        """The layer's weight (out, in[, kh, kw]), without gradient; writing into it changes the model."""
+        weight = self.weight.detach()
+        return (weight.T if self.transposed else weight)[self.start : self.stop]
 
     def read_bias(self) -> Tensor | None:
         """The layer's bias (out,)."""
@@ -89,6 +94,36 @@ def text_sites(text: Sequence[TextTower], *, pooled: bool | None = None) -> list
 def all_sites(unet: UNet, text: Sequence[TextTower]) -> dict[str, Site]:
     """Every site of a model by name."""
     return {site.name: site for site in [*unet_sites(unet), *text_sites(text)]}
+
+
+def other_sites(unet: UNet, text: Sequence[TextTower]) -> dict[str, Site]:
+    """What only others' files correct: norms, biases under NAME.bias, the towers' projections."""
+    found = {}
+
+    def add(name: str, module: nn.Module, weight: Tensor | None, bias: Tensor | None) -> None:
+        for own, value, group in ((name, weight, "norm"), (f"{name}.bias", bias, "bias")):
+            if value is not None:
+                found[own] = Site(own, group, module, value, None, 0, len(value))
+
+    for name, module in unet.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            add(f"unet.{name}", module, None, module.bias)
+        elif isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+            add(f"unet.{name}", module, module.weight, module.bias)
+    for site in text_sites(text):
+        if site.bias is not None:
+            own = f"{site.name}.bias"
+            found[own] = Site(own, "bias", site.module, site.bias, None, site.start, site.stop)
+    for component, tower in zip(COMPONENTS, text, strict=False):
+        for i, block in enumerate(tower.model.transformer.resblocks):
+            for k, norm in enumerate((block.ln_1, block.ln_2), 1):
+                add(f"{component}.text_model.encoder.layers.{i}.layer_norm{k}", norm, norm.weight, norm.bias)  # type: ignore[arg-type]
+        final, projection = tower.model.ln_final, tower.model.text_projection
+        add(f"{component}.text_model.final_layer_norm", final, final.weight, final.bias)  # type: ignore[arg-type]
+        if isinstance(projection, nn.Parameter):
+            own = f"{component}.text_projection"
+            found[own] = Site(own, "projection", tower.model, projection, None, 0, projection.shape[1], True)
+    return found
 
 
 def chosen(sites: Sequence[Site], targets: Sequence[str]) -> list[Site]:

@@ -125,6 +125,8 @@ def within(rows: Tensor, bound: float) -> Tensor:
 
 def bound_of(tower: TextTower, config: TokensConfig) -> float:
     """The largest norm that a new row of this tower may have; 0 is none."""
+    if not config.max_norm:
+        return 0.0
     table = tower.model.token_embedding.weight.detach().float()
     return config.max_norm * float(table.norm(dim=1).median())
 
@@ -147,16 +149,27 @@ def start(tower: TextTower, new: NewToken) -> Tensor:
     return table[[ids[i % len(ids)] for i in range(new.vectors)]]
 
 
-def add_concept(text: Sequence[TextTower], token: str, rows: Sequence[Tensor]) -> None:
-    """Teach the towers a token from a file: its rows (n, D) for each.
+_WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL's second tower"}
 
-    Raises ValueError when widths or the number of towers differ, or the token exists.
+
+def add_concept(text: Sequence[TextTower], token: str, rows: Sequence[Tensor], also: Sequence[str] = ()) -> list[str]:
+    """Teach the towers a token from a file: its rows (n, D) for each; the words that call it, `also` where they can.
+
+    A file's name that is a word of the vocabulary calls it in angle brackets. Raises ValueError when widths or the
+    number of towers differ, or the token exists.
     """
     if len(rows) != len(text):
         raise ValueError(f"embedding {token!r}: is for {len(rows)} text towers, the model has {len(text)}")
     for tower, own in zip(text, rows, strict=True):
         if own.ndim != 2 or own.shape[1] != tower.width:
-            raise ValueError(f"embedding {token!r}: has width {own.shape[-1]}, the text tower {tower.width}")
+            widths = [f"{w} ({_WIDTHS[w]})" if w in _WIDTHS else str(w) for w in (own.shape[-1], tower.width)]
+            raise ValueError(f"embedding {token!r}: has width {widths[0]}, the text tower {widths[1]}")
+    words = [w for w in dict.fromkeys([token, *also]) if all(t.tokenizer.free(w) for t in text)]
+    if not words and token in also and token not in text[0].tokenizer.added:
+        words = [f"<{token}>"]
     for tower, own in zip(text, rows, strict=True):
         kept = own.detach().to(tower.model.token_embedding.weight)
-        tower.add_token(token, len(kept), lambda kept=kept: kept)
+        tower.add_token(words[0] if words else token, len(kept), lambda kept=kept: kept)
+        for word in words[1:]:
+            tower.tokenizer.alias(word, words[0])
+    return words

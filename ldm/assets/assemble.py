@@ -41,6 +41,7 @@ def main() -> None:
         return
     task = load_run(args.config).task
     assert isinstance(task, TextToImageTask)
+    assert task.unet is not None
     unet = UNet(task.unet) if args.unet is None else load_unet(args.unet / "unet")
     if args.unet is None:
         autoencoder, tower = load_autoencoder(args.autoencoder), clip_tower(args.clip)

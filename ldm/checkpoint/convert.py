@@ -16,8 +16,10 @@ from ldm.checkpoint.opened import empty as _empty
 from ldm.checkpoint.single import open_single, write_single
 from ldm.checkpoint.towers import open_text
 from ldm.models.autoencoder import Autoencoder
+from ldm.models.shipped import SHIPPED
 from ldm.models.text import Output, TextTower
 from ldm.models.unet import UNet
+from ldm.words import expanded, near
 
 __all__ = [
     "Components",
@@ -55,7 +57,7 @@ def save_diffusers(
 
 def load_diffusers(folder: Path, *, variant: str | None = None, dtype: torch.dtype = torch.float32) -> Components:
     """Read a folder written by us or by diffusers; weights become `dtype`."""
-    return open_folder(Path(folder), variant=variant).load(dtype)
+    return open_folder(Path(folder), variant=variant).fitted().load(dtype)
 
 
 def save_single(
@@ -75,7 +77,7 @@ def load_single(
     path: Path, *, ema: bool = False, prediction: str | None = None, dtype: torch.dtype = torch.float32
 ) -> Components:
     """Read a CompVis or Stability single file; weights become `dtype`."""
-    return open_single(Path(path), ema=ema, prediction=prediction).load(dtype)
+    return open_single(Path(path), ema=ema, prediction=prediction).fitted().load(dtype)
 
 
 def load_model(
@@ -84,28 +86,34 @@ def load_model(
     variant: str | None = None,
     ema: bool = False,
     prediction: str | None = None,
+    lenient: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Components:
     """Read a diffusers folder, a single file or a hub id such as "stabilityai/stable-diffusion-2-1"."""
-    return open_model(source, variant=variant, ema=ema, prediction=prediction).load(dtype)
+    return open_model(source, variant=variant, ema=ema, prediction=prediction, lenient=lenient).load(dtype)
 
 
 def open_model(
-    source: str | Path, *, variant: str | None = None, ema: bool = False, prediction: str | None = None
+    source: str | Path,
+    *,
+    variant: str | None = None,
+    ema: bool = False,
+    prediction: str | None = None,
+    lenient: bool = False,
 ) -> Opened:
-    """A diffusers folder, a single file or a hub id, without its weights.
+    """A diffusers folder, a single file or a hub id, without its weights; `lenient` leaves unknown tensors out.
 
     Raises ValueError if it is none of these, or a hub id that is neither stored here nor reachable.
     """
-    path = Path(source)
+    path = Path(expanded(str(source)))
     if path.is_file():
-        return open_single(path, ema=ema, prediction=prediction)
+        return open_single(path, ema=ema, prediction=prediction, lenient=lenient).fitted(lenient=lenient)
     if path.is_dir():
-        return open_folder(path, variant=variant)
+        return open_folder(path, variant=variant, lenient=lenient).fitted(lenient=lenient)
     text = str(source)
     if text.count("/") != 1 or text.startswith((".", "/", "~")) or path.suffix in (".safetensors", ".ckpt"):
-        raise ValueError(f"{text}: no such file or folder, and not a hub id (owner/name)")
-    return open_folder(_from_hub(text), variant=variant)
+        raise ValueError(f"{text}: no such file or folder, and not a hub id (owner/name){near(text, SHIPPED)}")
+    return open_folder(_from_hub(text), variant=variant, lenient=lenient).fitted(lenient=lenient)
 
 
 def _from_hub(name: str) -> Path:
@@ -128,8 +136,9 @@ def _from_hub(name: str) -> Path:
 def load_unet(folder: Path, *, variant: str | None = None, dtype: torch.dtype = torch.float32) -> UNet:
     """A U-Net from its own folder."""
     config, source = open_unet(Path(folder), variant=variant)
+    source = weights.reshaped(source, shapes_of(config))
     weights.check_keys(str(folder), shapes_of(config), weights.shapes(source))
-    model = fill(_empty(config), source, dtype)
+    model = fill(_empty(config), source, dtype, str(folder))
     assert isinstance(model, UNet)
     return model
 
@@ -137,8 +146,9 @@ def load_unet(folder: Path, *, variant: str | None = None, dtype: torch.dtype = 
 def load_autoencoder(folder: Path, *, variant: str | None = None, dtype: torch.dtype = torch.float32) -> Autoencoder:
     """An autoencoder from its own folder."""
     config, source = open_vae(Path(folder), variant=variant)
+    source = weights.reshaped(source, shapes_of(config))
     weights.check_keys(str(folder), shapes_of(config), weights.shapes(source))
-    model = fill(_empty(config), source, dtype)
+    model = fill(_empty(config), source, dtype, str(folder))
     assert isinstance(model, Autoencoder)
     return model
 
@@ -155,7 +165,7 @@ def load_text(
     """A frozen text tower from HF `CLIPTextModel(WithProjection)` files."""
     opened = open_text(Path(folder), Path(tokenizer), output=output, zero_empty=zero_empty, variant=variant)
     weights.check_keys(str(folder), shapes_of(opened.config), weights.shapes(opened.source))
-    return load_tower(opened, dtype)
+    return load_tower(opened, dtype, str(folder))
 
 
 def convert(
@@ -167,6 +177,7 @@ def convert(
     variant: str | None = None,
     ema: bool = False,
     prediction: str | None = None,
+    lenient: bool = False,
 ) -> dict[str, int]:
     """Read one format, write another, a tensor at a time; returns the number of tensors of each part.
 
@@ -176,7 +187,7 @@ def convert(
         raise ValueError(f"format {to!r} is not one of {list(FORMATS)}")
     if target.exists():
         raise ValueError(f"{target}: exists already")
-    model = open_model(source, variant=variant, ema=ema, prediction=prediction).check()
+    model = open_model(source, variant=variant, ema=ema, prediction=prediction, lenient=lenient).check()
     target.parent.mkdir(parents=True, exist_ok=True)
     if to == "compvis":
         write_single(target, model, dtype=dtype)

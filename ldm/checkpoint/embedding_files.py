@@ -11,13 +11,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from ldm.checkpoint import weights
+from ldm.checkpoint.pickled import Inert, read_pickled
+from ldm.words import expanded
 
 NAME = "learned_embeds.safetensors"
 Format = Literal["diffusers", "a1111", "a1111_pt"]
 _TOWERS = ("clip_l", "clip_g")
+_OTHER_TOWERS = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
 def write_embeddings(path: Path, concepts: Mapping[str, Sequence[Tensor]], *, form: Format = "diffusers") -> None:
@@ -60,50 +65,99 @@ def _old(token: str, rows: Tensor) -> dict[str, Any]:
 
 
 def read_embeddings(path: str | Path, token: str | None = None) -> dict[str, list[Tensor]]:
-    """Token -> rows (n, D) of each tower, from a file or a folder that holds `learned_embeds.safetensors`.
+    """Token -> rows (n, D) of each tower, from a file, a folder that holds `learned_embeds.safetensors`, or a run.
 
     `token` renames the only one; a form without a name takes the file's. Raises ValueError for other files.
     """
-    path = Path(path)
-    path = path / NAME if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"embedding {str(path)!r}: no such file, nor a folder that holds {NAME}")
-    tree, name = _open(path)
-    where = f"embedding {str(path)!r}"
-    if "string_to_param" in tree:
-        found = {str(tree.get("name") or path.stem): [_rows(v, where) for v in tree["string_to_param"].values()][:1]}
-    elif set(tree) == set(_TOWERS):
-        found = {name or path.stem: [_rows(tree[k], where) for k in _TOWERS]}
-    elif len(tree) == 1 and next(iter(tree)) in ("emb_params", *_TOWERS):
-        found = {name or path.stem: [_rows(next(iter(tree.values())), where)]}
-    else:
-        found = {str(k): [_rows(v, where)] for k, v in tree.items()}
+    found = read_named(path)
     if token is not None:
         if len(found) != 1:
-            raise ValueError(f"{where}: holds {sorted(found)}, so one name {token!r} is not enough")
+            raise ValueError(f"embedding {str(path)!r}: holds {sorted(found)}, so one name {token!r} is not enough")
         found = {token: next(iter(found.values()))}
     return found
 
 
+def read_named(path: str | Path) -> dict[str, list[Tensor]]:
+    """Token -> rows (n, D) of each tower, by the names that the file itself gives."""
+    path = locate_embedding(path)
+    where = f"embedding {str(path)!r}"
+    tree, name = _open(path)
+    name, stem = name or _stem(path), _stem(path)
+    known = {k: v for k, v in tree.items() if k in _TOWERS or k in _OTHER_TOWERS or k == "emb_params"}
+    if "string_to_param" in tree:
+        return {str(tree.get("name") or stem): [_only(tree["string_to_param"], where)]}
+    if known and len(known) < len(tree):
+        odd = sorted(set(tree) - set(known))
+        raise ValueError(f"{where}: {odd[0]!r} beside {sorted(known)} is not known; it would be left out")
+    if known:
+        by_tower = {_OTHER_TOWERS.get(k, k): v for k, v in known.items()}
+        return {name: [_rows(by_tower[k], where) for k in (*_TOWERS, "emb_params") if k in by_tower]}
+    if odd := sorted(k for k in tree if k.endswith(("_out", "t5", "t5xxl")) or k.startswith("lora_")):
+        raise ValueError(f"{where}: {odd[0]!r} is no embedding of a text tower here")
+    if not tree:
+        raise ValueError(f"{where}: holds no tensors")
+    return {str(k): [_rows(v, where)] for k, v in tree.items()}
+
+
+def file_names(path: str | Path) -> list[str]:
+    """What other tools call an embedding by: its file's name, where it holds one and has a name of its own."""
+    path = Path(expanded(str(path)))
+    stem = _stem(path)
+    own = path.is_file() and stem and not stem.startswith(("learned_embeds", "pytorch_model", "embeddings"))
+    return [stem] if own and len(read_named(path)) == 1 else []
+
+
+def _stem(path: Path) -> str:
+    return " ".join(path.stem.split())
+
+
+def locate_embedding(path: str | Path) -> Path:
+    """The file of an embedding, of a folder or of a run. Raises ValueError for none."""
+    path = Path(expanded(str(path)))
+    if path.is_file():
+        if path.suffix.lower() not in _SUFFIXES:
+            raise ValueError(f"embedding {str(path)!r}: expected a file that ends in {', '.join(_SUFFIXES)}")
+        return path
+    for folder in (path, path / "export"):
+        for name in (NAME, "learned_embeds.bin"):
+            if (folder / name).is_file():
+                return folder / name
+        own = sorted((folder / "a1111").glob("*.safetensors"))
+        if len(own) == 1:
+            return own[0]
+        if own:
+            raise ValueError(f"embedding {str(path)!r}: holds {[p.name for p in own]}; give one of them")
+    if (path / "checkpoints").is_dir() and not (path / "export").is_dir():
+        raise ValueError(f"embedding {str(path)!r}: not exported yet; the export is written when training ends")
+    raise ValueError(f"embedding {str(path)!r}: no such file, nor a folder that holds {NAME}")
+
+
 def _open(path: Path) -> tuple[dict[str, Any], str | None]:
     """(tensors or A1111's tree, the name in the header)."""
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, "pt") as handle:
-                tensors = {k: handle.get_tensor(k) for k in handle.keys()}  # noqa: SIM118 (not a dict)
-                return tensors, (handle.metadata() or {}).get("name")
-        except SafetensorError as error:
-            raise ValueError(f"embedding {str(path)!r}: not a safetensors file: {error}") from error
-    try:
-        tree = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch names no class of its own for these
-        raise ValueError(f"embedding {str(path)!r}: not readable without running code from it") from error
+    if not weights.is_pickled(path):
+        source = weights.open_file(path, prefix="embedding ")
+        return {k: e.read() for k, e in source.items()}, weights.metadata(path).get("name")
+    tree = read_pickled(path)
+    if isinstance(tree, Tensor):
+        return {"emb_params": tree}, None
     if not isinstance(tree, dict):
         raise ValueError(f"embedding {str(path)!r}: expected names and tensors")
-    return tree, None
+    return {str(k): v for k, v in tree.items()}, None
+
+
+def _only(rows: Any, where: str) -> Tensor:
+    """The vectors of A1111's tree; of the first scripts' ParameterDict what its state holds."""
+    if isinstance(rows, Inert):
+        rows = (rows.state or {}).get("_parameters", {})
+    if not isinstance(rows, dict) or len(rows) != 1:
+        raise ValueError(f"{where}: expected one token in string_to_param, got {len(rows) if rows else 0}")
+    return _rows(next(iter(rows.values())), where)
 
 
 def _rows(value: Any, where: str) -> Tensor:
-    if not isinstance(value, Tensor) or value.ndim not in (1, 2):
-        raise ValueError(f"{where}: expected vectors, got {type(value).__name__}")
+    if not isinstance(value, Tensor) or value.ndim not in (1, 2) or not value.is_floating_point():
+        shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{where}: expected vectors, got {shape}")
+    if not weights.finite(value):
+        raise ValueError(f"{where}: its vectors hold NaN or infinity")
     return value.detach().float().view(-1, value.shape[-1])

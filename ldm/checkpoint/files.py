@@ -139,10 +139,30 @@ def damage(folder: Path) -> str | None:
 def newest(root: Path, upto: int | None = None) -> Path | None:
     """The newest undamaged checkpoint (of at most step `upto`), or None; each damaged one is named in a warning and
     left where it is."""
+    return search(root, upto)[0]
+
+
+def search(root: Path, upto: int | None = None) -> tuple[Path | None, list[str]]:
+    """`newest`, and what is wrong with each later one that is damaged."""
+    problems: list[str] = []
     for step in reversed([s for s in steps(root) if upto is None or s <= upto]):
         folder = root / f"step-{step}"
         problem = damage(folder)
         if problem is None:
-            return folder
-        warnings.warn(f"checkpoint {folder} is damaged ({problem}); trying the one before", stacklevel=2)
-    return None
+            return folder, problems
+        warnings.warn(f"checkpoint {folder} is damaged ({problem}); trying the one before", stacklevel=3)
+        problems.append(f"{folder.name}: {problem}")
+    return None, problems
+
+
+def newest_of_run(root: Path) -> Path | None:
+    """`newest`; None where there has never been one. Raises ValueError when there are some and all are damaged."""
+    found, problems = search(root)
+    if found is None and problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            f"{root}: every checkpoint is damaged ({'; '.join(problems[:3])}{more}): there is nothing to go on from. "
+            "Put a whole one back, or take another `out`, or begin again at step 0 with --from-scratch, which keeps "
+            "what is there"
+        )
+    return found

@@ -70,8 +70,8 @@ def write_folder(
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def open_folder(folder: Path, *, variant: str | None = None) -> Opened:
-    """A folder written by us or by diffusers.
+def open_folder(folder: Path, *, variant: str | None = None, lenient: bool = False) -> Opened:
+    """A folder written by us or by diffusers; `lenient` leaves out a text tower's tensors that are not known.
 
     Raises ValueError for a part that is missing or of a kind we do not have, and for configs we cannot honour.
     """
@@ -86,7 +86,7 @@ def open_folder(folder: Path, *, variant: str | None = None) -> Opened:
     text = []
     for i in range(1 + two):
         where, tokenizer = folder / _numbered("text_encoder", i), folder / _numbered("tokenizer", i)
-        text.append(open_text(where, tokenizer, output=output, zero_empty=zeros, variant=variant))
+        text.append(open_text(where, tokenizer, output=output, zero_empty=zeros, variant=variant, lenient=lenient))
     unet_config, unet = open_unet(folder / "unet", variant=variant)
     vae_config, vae = open_vae(folder / "vae", variant=variant)
     return Opened(str(folder), unet_config, unet, vae_config, vae, tuple(text), scheduler)

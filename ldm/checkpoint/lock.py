@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
+from ldm import dist
+
 LEASE = 20.0
 
 
@@ -176,6 +178,9 @@ class RunLock:
 
         By our clock alone: those of hosts differ.
         """
+        dist.say(
+            f"{self.folder}: locked by {owner}, who may be dead; waits up to {2 * self._lease:g} s for a sign of life"
+        )
         before = self._pulse(owner)
         end = time.monotonic() + self._lease
         while time.monotonic() < end and self._read() == owner:

@@ -1,100 +1,259 @@
 """LoRA files both ways: diffusers' and PEFT's `pytorch_lora_weights.safetensors`, and kohya's single file.
 
-kohya names a layer `lora_unet_` or `lora_te_` and its name with underscores; for SDXL the U-Net's layers have CompVis'
-names there and the towers are `lora_te1_` and `lora_te2_`.
+Read are these and what other tools write: LyCORIS' LoCon, LoHa, LoKr, DoRA, whole differences and norms, OneTrainer's
+names and bundled embeddings, PEFT's folders, pickled files that hold no code.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ldm.adapters.base import COMPONENTS
+from ldm.adapters.corrections import Correction, Corrections
 from ldm.adapters.lora import to_peft
-from ldm.adapters.low_rank import Lora, LowRank
-from ldm.adapters.sites import all_sites
-from ldm.checkpoint.maps import unet_to_compvis
+from ldm.adapters.low_rank import Lora, LowRank, as_plain
+from ldm.adapters.sites import Site, all_sites, other_sites
+from ldm.checkpoint import weights
+from ldm.checkpoint.lora_names import Named, is_xl, known_names, kohya_names, kohyas_own, plain, split
+from ldm.checkpoint.lora_parts import Misfit, assemble
+from ldm.checkpoint.lora_settings import PEFT_FILES, header_alpha, settings_of
+from ldm.models.shipped import named as shipped
 from ldm.models.text import TextTower
 from ldm.models.unet import UNet, UNetConfig
 
+log = logging.getLogger(__name__)
 NAME = "pytorch_lora_weights.safetensors"
+FIT_RANK = 64
+"""Rank of the plain products that stand for what a form cannot hold, such as DoRA in kohya's."""
 Format = Literal["diffusers", "kohya"]
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_NAMES = (NAME, "pytorch_lora_weights.bin", *PEFT_FILES, "lora.safetensors")
+_BUNDLED = re.compile(r"bundle_emb\.(.+?)\.(clip_l|clip_g|string_to_param\.\*|emb_params)$")
 
-_KINDS = {
-    "lora_A": "down",
-    "lora_B": "up",
-    "lora.down": "down",
-    "lora.up": "up",
-    "lora_linear_layer.down": "down",
-    "lora_linear_layer.up": "up",
-    "lora_down": "down",
-    "lora_up": "up",
-    "lora_magnitude_vector": "magnitude",
-    "dora_scale": "magnitude",
-    "alpha": "alpha",
-}
-_ENDING = re.compile(
-    r"\.(" + "|".join(re.escape(k) for k in sorted(_KINDS, key=len, reverse=True)) + r")(\.default)?(\.weight)?$"
-)
-_PROCESSOR = re.compile(r"\.processor\.(to_\w+)_lora\.(down|up)\.weight$")
+
+@dataclass(frozen=True)
+class LoraFile:
+    """What a file holds: corrections by our layers' names, and token embeddings that OneTrainer puts beside them."""
+
+    corrections: dict[str, Correction] = field(default_factory=dict)
+    embeddings: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
 def write_lora(
     path: Path,
-    lora: Lora,
+    lora: Corrections,
     unet: UNetConfig,
     *,
     form: Format = "diffusers",
     dtype: torch.dtype = torch.float32,
     metadata: Mapping[str, str] | None = None,
+    sites: Mapping[str, Site] | None = None,
+    rank: int = FIT_RANK,
 ) -> None:
-    """Write one file; `unet` is the base model's config, since kohya's names depend on it."""
+    """Write one file; `unet` is the base model's config, since kohya's names depend on it.
+
+    What a form cannot hold (in kohya's DoRA, in both LoHa and LoKr) is written as plain products of at most `rank`,
+    which needs the base's `sites`; layers that its readers ignore are left out. Both are said. Raises ValueError where
+    nothing is left.
+    """
+    held = _held(path, lora, form, sites, rank)
     notes = {"format": "pt", **(metadata or {})}
     if form == "diffusers":
-        tensors = to_peft(lora)
+        tensors = to_peft(held)
     else:
-        tensors = to_kohya(lora, unet)
-        notes |= _kohya_notes(lora, unet)
+        tensors = to_kohya(held, unet)
+        notes |= _kohya_notes(held, unet)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in tensors.items()}, path, metadata=notes)
 
 
-def read_lora(path: str | Path, unet: UNet, text: Sequence[TextTower]) -> Lora:
-    """The corrections of a file of any of these forms, under this model's layer names.
+def kohya_holds(lora: Corrections, path: Path) -> bool:
+    """Whether kohya's form holds any of these layers; a file that would be empty is left out with a word."""
+    if any(kohyas_own(n) and len(low.shape) > 1 for n, low in lora.items()):
+        return True
+    log.warning("%s: left out, since kohya's scripts know none of these layers, such as %s", path, next(iter(lora), ""))
+    return False
 
-    Raises ValueError for a file that is none of them, or with layers that this model does not have.
+
+def _held(path: Path, lora: Corrections, form: Format, sites: Mapping[str, Site] | None, rank: int) -> Lora:
+    """The corrections as the form can hold them."""
+    left = [n for n, low in lora.items() if len(low.shape) < 2 or (form == "kohya" and not kohyas_own(n))]
+    kept = {n: low for n, low in lora.items() if n not in left}
+    if not kept:
+        raise ValueError(f"{path}: form {form!r} holds none of these {len(lora)} layers, such as {left[:1]}")
+    if left:
+        why = "which kohya's scripts ignore" if form == "kohya" else "which this form cannot hold"
+        log.warning("%s: left out %s, %s", path, weights.listed(left, 6), why)
+
+    def whole(low: Correction) -> bool:
+        return isinstance(low, LowRank) and (low.magnitude is None or (form == "diffusers" and low.axis == 0))
+
+    odd = {n: low for n, low in kept.items() if not whole(low)}
+    fitted: Lora = {}
+    if odd:
+        if sites is None:
+            raise ValueError(f"{path}: form {form!r} needs the base's weights for {next(iter(odd))} and others")
+        fitted, errors = as_plain(odd, sites, rank)
+        off, size = (sum(e[i] ** 2 for e in errors.values()) ** 0.5 for i in (0, 1))
+        log.warning(
+            "%s: %d layers of DoRA, LoHa or LoKr are written as plain products of rank %d at most, since %s; "
+            "relative error of the change %.2g", path, len(odd), rank,
+            "kohya's scripts read no magnitudes and ComfyUI divides by another norm" if form == "kohya"
+            else "PEFT has another form for them", off / size if size else 0.0,
+        )  # fmt: skip
+    plain_ones = {n: low for n, low in kept.items() if isinstance(low, LowRank)} | fitted
+    return {n: plain_ones[n] for n in kept}
+
+
+def read_lora(
+    path: str | Path, unet: UNet, text: Sequence[TextTower], *, lenient: bool = False
+) -> dict[str, Correction]:
+    """The corrections of a file, as `read_adapter` reads them."""
+    return read_adapter(path, unet, text, lenient=lenient).corrections
+
+
+def read_adapter(path: str | Path, unet: UNet, text: Sequence[TextTower], *, lenient: bool = False) -> LoraFile:
+    """A file of any of these forms, a folder that holds one, or a run, under this model's layer names.
+
+    Tensors that fit no layer are refused, or with `lenient` left out and named as long as others fit. Raises ValueError
+    for a file that is none of these forms or is damaged.
     """
-    path = Path(path)
-    path = path / NAME if path.is_dir() else path
-    if path.suffix != ".safetensors" or not path.is_file():
-        raise ValueError(f"LoRA {str(path)!r}: no such .safetensors file, nor a folder that holds {NAME}")
-    try:
-        with safe_open(path, "pt") as handle:
-            tensors = {k: handle.get_tensor(k) for k in handle.keys()}  # noqa: SIM118 (not a dict)
-            notes = handle.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"LoRA {str(path)!r}: not a safetensors file: {error}") from error
+    found, embeddings = LoraFile(), {}
+    for file in locate_lora(path):
+        one = _read_file(file, unet, text, lenient)
+        found.corrections.update(one.corrections)
+        embeddings |= one.embeddings
+    return LoraFile(found.corrections, embeddings)
+
+
+def locate_lora(path: str | Path) -> list[Path]:
+    """The files of a LoRA: one, or one for each component of a folder that PEFT wrote. Raises ValueError for none."""
+    path = shipped(path)
     where = f"LoRA {str(path)!r}"
-    names = _known_names(unet, text)
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        layer, kind = _split(key, where)
-        if layer not in names:
-            raise ValueError(f"{where}: {key!r} names no layer of this model; is it for another base model?")
-        found.setdefault(names[layer], {})[kind] = value.float()
-    return {name: _assemble(name, parts, _Scales(notes), where) for name, parts in found.items()}
+    if path.is_file():
+        if path.suffix.lower() not in _SUFFIXES:
+            raise ValueError(f"{where}: expected a file that ends in {', '.join(_SUFFIXES)}")
+        return [path]
+    if not path.is_dir():
+        raise ValueError(f"{where}: no such .safetensors file, nor a folder that holds {NAME}")
+    for folder in (path, path / "export", path / "lora"):
+        for name in _NAMES:
+            if (folder / name).is_file():
+                return [folder / name]
+        parts = [folder / c / n for c in ("unet", *COMPONENTS) for n in PEFT_FILES if (folder / c / n).is_file()]
+        if parts:
+            return parts
+    if (path / "export" / "model_index.json").is_file() or (path / "model_index.json").is_file():
+        raise ValueError(f"{where}: holds a whole model, no LoRA; give it as --model")
+    if (path / "checkpoints").is_dir() and not (path / "export").is_dir():
+        raise ValueError(f"{where}: not exported yet; the export is written when training ends")
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES and not p.name.startswith("."))
+    if len(files) == 1:
+        return files
+    many = f"; it holds {[p.name for p in files[:4]]}: give one of them" if files else ""
+    raise ValueError(f"{where}: no {NAME} in it{many}")
+
+
+def is_lora(path: str | Path) -> bool:
+    """Whether this is a LoRA's file, or a folder that holds one and no model; false where there is nothing."""
+    found = shipped(path)
+    if found.is_file() and found.suffix.lower() in _SUFFIXES:
+        names = [split(k) for k in weights.open_file(found)]
+        return sum(n is not None for n in names) > len(names) / 2
+    if not found.is_dir() or any((found / n).exists() for n in ("model_index.json", "export", "checkpoints")):
+        return False
+    return any((found / n).is_file() for n in _NAMES) and not (found / "adapter.json").is_file()
+
+
+def _read_file(path: Path, unet: UNet, text: Sequence[TextTower], lenient: bool) -> LoraFile:
+    where = f"LoRA {str(path)!r}"
+    source, notes = weights.open_file(path, prefix="LoRA "), weights.metadata(path)
+    own = all_sites(unet, text) | other_sites(unet, text)
+    names = known_names(own, unet.config)
+    component = f"{path.parent.name}." if path.name in PEFT_FILES and path.parent.name in ("unet", *COMPONENTS) else ""
+    parts: dict[str, dict[str, Tensor]] = {}
+    bundled: dict[str, dict[str, Tensor]] = {}
+    keys: dict[str, list[str]] = {}
+    unknown, adapters = [], set()
+    for key, value in weights.read_all(source, where=where).items():
+        if match := _BUNDLED.match(key):
+            bundled.setdefault(match[1], {})[match[2]] = value.float().view(-1, value.shape[-1])
+            continue
+        named = split(key)
+        site = None if named is None else names.get(plain(component + named.layer))
+        if named is None or site is None or not (value.is_floating_point() or named.part == "alpha"):
+            unknown.append(key)
+            continue
+        adapters |= {named.adapter} - {""}
+        _put(parts.setdefault(site, {}), named, value.float(), key, where)
+        keys.setdefault(site, []).append(key)
+    if len(adapters) > 1:
+        raise ValueError(f"{where}: holds the adapters {sorted(adapters)}; one a file is read")
+    told = any("alpha" in p for p in parts.values())
+    settings = settings_of(path, notes, any(k.startswith("base_model.model.") for k in source), told)
+    if not told:
+        header_alpha(notes, path)
+    found: dict[str, Correction] = {}
+    misfits = []
+    for site, own_parts in parts.items():
+        try:
+            found |= _checked(assemble(site, own_parts, own[site].read().shape, settings), own)
+        except Misfit as error:
+            misfits.append(str(error))
+            unknown += keys[site]
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    _say_unknown(where, unknown, misfits, len(source), lenient)
+    return LoraFile(found, {k: _bundle(v) for k, v in bundled.items()})
+
+
+def _put(parts: dict[str, Tensor], named: Named, value: Tensor, key: str, where: str) -> None:
+    if named.part in parts:
+        raise ValueError(f"{where}: {key!r} is there under two names")
+    parts[named.part] = value
+
+
+def _checked(found: dict[str, Correction], sites: Mapping[str, Site]) -> dict[str, Correction]:
+    """The same; Misfit where a bias is corrected that the model lacks or has in another length."""
+    for name, low in found.items():
+        shape = tuple(sites[name].read().shape) if name in sites else None
+        if low.shape != shape:
+            raise Misfit(f"{name} has shape {low.shape}, the model's is {shape}: another base model?")
+    return found
+
+
+def _bundle(rows: Mapping[str, Tensor]) -> list[Tensor]:
+    return [rows[k] for k in ("clip_l", "clip_g") if k in rows] or [next(iter(rows.values()))]
+
+
+def _say_unknown(where: str, unknown: list[str], misfits: list[str], total: int, lenient: bool) -> None:
+    """Raise for tensors that fit nothing; with `lenient` name them, as long as some fit."""
+    if not unknown:
+        return
+    fit = total - len(unknown)
+    why = misfits[0] if misfits else f"{unknown[0]!r} names no layer of this model; is it for another base model?"
+    if not fit:
+        raise ValueError(f"{where}: none of its {total} tensors fits this model: {why}")
+    names = weights.listed(sorted(unknown), 12 if lenient else 3)
+    rest = f"{fit} of {total} tensors fit this model; not used: {names}"
+    if not lenient:
+        more = f" ({why})" if misfits else ""
+        raise ValueError(f"{where}: {rest}{more}; --lenient (lenient=True in Python) loads those that fit")
+    log.warning("%s: %s", where, rest)
 
 
 def to_kohya(lora: Lora, unet: UNetConfig) -> dict[str, Tensor]:
-    """Tensors under kohya's names, with alpha."""
+    """Tensors under kohya's names, with alpha; of plain corrections, since its scripts read no magnitudes."""
     names = kohya_names(lora, unet)
     out = {}
     for name, low in lora.items():
@@ -102,98 +261,7 @@ def to_kohya(lora: Lora, unet: UNetConfig) -> dict[str, Tensor]:
         out[f"{key}.lora_down.weight"] = low.down
         out[f"{key}.lora_up.weight"] = low.up
         out[f"{key}.alpha"] = torch.tensor(low.alpha)
-        if low.magnitude is not None:
-            out[f"{key}.dora_scale"] = low.magnitude.view(-1, *[1] * (low.down.ndim - 1))
     return out
-
-
-def kohya_names(sites: Sequence[str] | Mapping[str, Any], unet: UNetConfig) -> dict[str, str]:
-    """Layer name -> kohya's."""
-    wide = is_xl(unet)
-    inner = [s.removeprefix("unet.") for s in sites if s.startswith("unet.")]
-    compvis = _compvis(inner, unet) if wide else {n: n for n in inner}
-    out = {}
-    for site in sites:
-        component, _, name = site.partition(".")
-        if component == "unet":
-            out[site] = "lora_unet_" + compvis[name].replace(".", "_")
-        else:
-            te = ("te2" if component == "text_encoder_2" else "te1") if wide else "te"
-            out[site] = f"lora_{te}_" + name.replace(".", "_")
-    return out
-
-
-def is_xl(unet: UNetConfig) -> bool:
-    """Whether this is an SDXL U-Net."""
-    return unet.addition_embed_type == "text_time"
-
-
-def _compvis(names: Sequence[str], config: UNetConfig) -> dict[str, str]:
-    layers = list(config.per_level("layers_per_block"))
-    attend_up = ["CrossAttn" in kind for kind in config.up_block_types]
-    full = unet_to_compvis([f"{n}.weight" for n in names], layers, attend_up)
-    return {k.removesuffix(".weight"): v.removesuffix(".weight") for k, v in full.items()}
-
-
-def _known_names(unet: UNet, text: Sequence[TextTower]) -> dict[str, str]:
-    """Every name that a file may give a layer -> ours."""
-    sites = list(all_sites(unet, text))
-    names = {s: s for s in sites} | {v: k for k, v in kohya_names(sites, unet.config).items()}
-    for site in sites:
-        component, _, name = site.partition(".")
-        if component == "unet":
-            names["lora_unet_" + name.replace(".", "_")] = site
-            names[name] = site
-        else:
-            names[f"{component}.{name.removeprefix('text_model.')}"] = site
-            if component == "text_encoder":
-                names["lora_te_" + name.replace(".", "_")] = site
-    return names
-
-
-def _split(key: str, where: str) -> tuple[str, str]:
-    """(layer name as in the file, what the tensor is)."""
-    plain = key.removeprefix("base_model.model.")
-    if match := _PROCESSOR.search(plain):
-        layer = match[1] + (".0" if match[1] == "to_out" else "")
-        return f"{plain[: match.start()]}.{layer}", match[2]
-    if match := _ENDING.search(plain):
-        return plain[: match.start()], _KINDS[match[1]]
-    raise ValueError(f"{where}: {key!r} is no tensor of a LoRA")
-
-
-class _Scales:
-    """What a file's header says of alpha: diffusers writes PEFT's settings there as JSON."""
-
-    def __init__(self, notes: Mapping[str, str]) -> None:
-        try:
-            self._settings: dict[str, Any] = json.loads(notes.get("lora_adapter_metadata", "{}"))
-        except ValueError:
-            self._settings = {}
-
-    def alpha(self, site: str, rank: int) -> float:
-        component, _, name = site.partition(".")
-        get = lambda key, default: self._settings.get(f"{component}.{key}", default)  # noqa: E731
-        alpha = get("lora_alpha", None)
-        for pattern, value in (get("alpha_pattern", None) or {}).items():
-            if re.search(rf"(^|\.){pattern}$", name):
-                alpha = value
-        if alpha is None:
-            return float(rank)
-        return float(alpha) * (math.sqrt(rank) if get("use_rslora", False) else 1.0)
-
-
-def _assemble(name: str, parts: dict[str, Tensor], scales: _Scales, where: str) -> LowRank:
-    if "down" not in parts or "up" not in parts:
-        raise ValueError(f"{where}: {name} has {sorted(parts)}, and needs both down and up")
-    down, up = parts["down"], parts["up"]
-    if down.shape[0] != up.shape[1]:
-        raise ValueError(f"{where}: {name} has ranks {down.shape[0]} and {up.shape[1]}")
-    if name.endswith((".proj_in", ".proj_out")) and down.ndim != up.ndim:
-        raise ValueError(f"{where}: {name} mixes a convolution and a linear layer")
-    alpha = float(parts["alpha"]) if "alpha" in parts else scales.alpha(name, down.shape[0])
-    magnitude = parts.get("magnitude")
-    return LowRank(down, up, alpha, None if magnitude is None else magnitude.flatten())
 
 
 def _kohya_notes(lora: Lora, unet: UNetConfig) -> dict[str, str]:

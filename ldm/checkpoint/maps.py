@@ -26,16 +26,19 @@ class Part:
 Plan = dict[str, Part]
 
 
-def follow(plan: Plan, source: Source, what: str) -> dict[str, Entry]:
+def follow(plan: Plan, source: Source, what: str, left: list[str] | None = None) -> dict[str, Entry]:
     """The tensors of the new format, each made when it is read.
 
-    Raises ValueError listing tensors that the plan needs and the source lacks, and those that nothing uses.
+    Raises ValueError listing tensors that the plan needs and the source lacks, and those that nothing uses; `left`
+    takes the latter instead.
     """
     used = {name for part in plan.values() for name in part.sources}
     if missing := sorted(used - set(source)):
         raise ValueError(f"{what}: missing {listed(missing)}")
     if extra := sorted(set(source) - used):
-        raise ValueError(f"{what}: not known {listed(extra)}")
+        if left is None:
+            raise ValueError(f"{what}: not known {listed(extra)}")
+        left += extra
     return {name: _entry(part, source) for name, part in plan.items()}
 
 
@@ -71,13 +74,27 @@ _HF_TOP = {
     "final_layer_norm.bias": "ln_final.bias",
 }
 _NATIVE_LAYER = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)$")
-CONSTANTS = ("embeddings.position_ids",)  # what old files carry beside the weights
+_UNUSED = re.compile(r"(.*\.)?(position_ids|logit_scale|attn_mask)$|(vision_model|visual_projection|visual)\.")
 
 
 def text_layers(names: Iterable[str]) -> int:
     """Number of layers of a tower with native names."""
     found = [m for m in map(_NATIVE_LAYER.match, names) if m]
     return 1 + max((int(m[1]) for m in found), default=-1)
+
+
+def hf_layers(names: Iterable[str]) -> int:
+    """The same of a tower with Hugging Face's names."""
+    found = [m for m in (re.match(r"(?:text_model\.)?encoder\.layers\.(\d+)\.", n) for n in names) if m]
+    return 1 + max((int(m[1]) for m in found), default=-1)
+
+
+def open_text(source: Source) -> dict[str, Entry]:
+    """A tower with native names, whose projection some tools store the other way round, as a linear layer's weight."""
+    out = {k: e for k, e in source.items() if k != "text_projection.weight"}
+    if "text_projection.weight" in source:
+        out["text_projection"] = _entry(Part(("text_projection.weight",), _transpose), source)
+    return out
 
 
 def text_to_hf(names: Iterable[str]) -> Plan:
@@ -124,12 +141,15 @@ def text_from_hf(names: Iterable[str]) -> Plan:
 
 
 def without_constants(source: Source) -> dict[str, Entry]:
-    """Without the constants that old files carry."""
-    return {k: e for k, e in source.items() if not k.endswith(CONSTANTS)}
+    """A tower's tensors without the constants that old files carry, and without the other half of a whole CLIP."""
+    return {k: e for k, e in source.items() if not _UNUSED.match(k)}
 
 
 # ---- autoencoder: files of diffusers before 0.18 name the attention's layers otherwise ----
 
+_OLD_COMPVIS = re.compile(r"(.*\.mid\.attn_1\.)(to_q|to_k|to_v|to_out\.0|query|key|value|proj_attn|group_norm)\.")
+_COMPVIS_VAE = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "query": "q", "key": "k", "value": "v",
+                "proj_attn": "proj_out", "group_norm": "norm"}  # fmt: skip
 _OLD_VAE = re.compile(r"(.*mid_block\.attentions\.0\.)(query|key|value|proj_attn)\.(weight|bias)$")
 _NEW_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -141,6 +161,12 @@ def modern_vae(source: Source) -> dict[str, Entry]:
         match = _OLD_VAE.match(key)
         out[f"{match[1]}{_NEW_VAE[match[2]]}.{match[3]}" if match else key] = entry
     return out
+
+
+def compvis_vae(source: Source) -> dict[str, Entry]:
+    """The autoencoder's tensors under CompVis' names, also where a converter left diffusers' in the attention."""
+    rename = lambda m: f"{m[1]}{_COMPVIS_VAE[m[2]]}."  # noqa: E731
+    return {_OLD_COMPVIS.sub(rename, k): e for k, e in source.items()}
 
 
 # ---- CompVis and Stability single files ----

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.latents import LatentCodec
 from ldm.models.text import TextConfig, TextTower
 from ldm.models.unet import UNet, UNetConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -61,6 +65,26 @@ class Opened:
             scheduler,
         )
 
+    def fitted(self, *, lenient: bool = False) -> Opened:
+        """The same with each tensor in its config's shape, where ones at its end alone differ.
+
+        With `lenient` tensors that the configs do not know are left out and named.
+        """
+
+        def own(what: str, source: Source, config: UNetConfig | AutoencoderConfig | TextConfig) -> Source:
+            shapes = shapes_of(config)
+            if lenient and (extra := sorted(set(source) - set(shapes))):
+                log.warning("%s: %s: left out %s", self.where, what, weights.listed(extra))
+                source = {k: e for k, e in source.items() if k in shapes}
+            return weights.reshaped(source, shapes)
+
+        return replace(
+            self,
+            unet=own("U-Net", self.unet, self.unet_config),
+            vae=own("autoencoder", self.vae, self.vae_config),
+            text=tuple(replace(t, source=own("text tower", t.source, t.config)) for t in self.text),
+        )
+
     def check(self) -> Opened:
         """This, or ValueError listing keys that are missing, unknown or of another shape."""
         weights.check_keys(f"{self.where}: U-Net", shapes_of(self.unet_config), weights.shapes(self.unet))
@@ -72,11 +96,11 @@ class Opened:
     def load(self, dtype: torch.dtype = torch.float32) -> Components:
         """Read all weights as `dtype`."""
         self.check()
-        unet = fill(empty(self.unet_config), self.unet, dtype)
-        autoencoder = fill(empty(self.vae_config), self.vae, dtype)
+        unet = fill(empty(self.unet_config), self.unet, dtype, f"{self.where}: U-Net")
+        autoencoder = fill(empty(self.vae_config), self.vae, dtype, f"{self.where}: autoencoder")
         assert isinstance(unet, UNet)
         assert isinstance(autoencoder, Autoencoder)
-        text = [load_tower(tower, dtype) for tower in self.text]
+        text = [load_tower(tower, dtype, f"{self.where}: text tower") for tower in self.text]
         return Components(unet, autoencoder, LatentCodec.of(autoencoder), text, dict(self.scheduler))
 
 
@@ -88,19 +112,20 @@ def empty(config: UNetConfig | AutoencoderConfig | TextConfig) -> nn.Module:
         return Autoencoder(config) if isinstance(config, AutoencoderConfig) else TextTower(config).model
 
 
-def shapes_of(config: UNetConfig | AutoencoderConfig | TextConfig) -> dict[str, torch.Size]:
-    """Native names and shapes."""
+@functools.lru_cache(maxsize=16)
+def shapes_of(config: UNetConfig | AutoencoderConfig | TextConfig) -> Mapping[str, torch.Size]:
+    """Native names and shapes, to be read alone: they are kept."""
     return {k: v.shape for k, v in empty(config).state_dict().items()}
 
 
-def fill(model: nn.Module, source: Source, dtype: torch.dtype) -> nn.Module:
+def fill(model: nn.Module, source: Source, dtype: torch.dtype, where: str = "weights") -> nn.Module:
     """Give an empty module its weights, and no more memory than they need."""
-    model.load_state_dict(weights.read_all(source, dtype), strict=True, assign=True)
+    model.load_state_dict(weights.read_all(source, dtype, where), strict=True, assign=True)
     return model.eval()
 
 
-def load_tower(opened: OpenedText, dtype: torch.dtype) -> TextTower:
+def load_tower(opened: OpenedText, dtype: torch.dtype, where: str = "weights") -> TextTower:
     """A frozen tower with its tokenizer."""
     tower = TextTower(opened.config)
-    tower.model.load_state_dict(weights.read_all(opened.source, dtype), strict=True, assign=True)
+    tower.model.load_state_dict(weights.read_all(opened.source, dtype, where), strict=True, assign=True)
     return tower.to(dtype).requires_grad_(False).eval()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ldm.checkpoint import maps, weights
+from ldm.checkpoint.layouts import beside, cautions, one_layout, say_beside, say_left
 from ldm.checkpoint.opened import Opened, OpenedText, shapes_of
 from ldm.checkpoint.schedulers import scheduler_from_diffusers, scheduler_to_diffusers
 from ldm.checkpoint.weights import Entry, Source
@@ -34,32 +35,30 @@ HF_ONE, OPEN_ONE = "cond_stage_model.transformer.", "cond_stage_model.model."
 HF_TWO, OPEN_TWO = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 CONFIG = "ldm.config"
 _FAMILIES = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
-# Schedule tables, averages of the weights and training state that such files carry beside the model.
-_BESIDE = re.compile(
-    r"(betas|alphas_cumprod|alphas_cumprod_prev|sqrt_\w+|log_one_minus_\w+|posterior_\w+|lvlb_weights|logvar|"
-    r"scale_factor|global_step|v_pred|ztsnr|model_ema\..*|denoiser\..*|first_stage_model\.loss\..*|"
-    r".*\.position_ids|.*\.logit_scale|.*\.attn_mask)$"
-)
 
 
-def open_single(path: Path, *, ema: bool = False, prediction: str | None = None) -> Opened:
+def open_single(path: Path, *, ema: bool = False, prediction: str | None = None, lenient: bool = False) -> Opened:
     """A `.safetensors` or `.ckpt` file; `ema` takes the averaged U-Net, `prediction` names what an SD 2.x one predicts.
 
-    Raises ValueError for a file that is no known family, lacks the average asked for, or has keys left over.
+    Raises ValueError for a file that is no known family, lacks the average asked for, or has keys left over, which
+    `lenient` leaves out.
     """
-    source = weights.open_file(path)
+    source, turbo = one_layout(weights.open_file(path), path)
     about = weights.metadata(path)
     if CONFIG in about:
         unet_config, vae_config, texts, scheduler = _written(about[CONFIG], path)
     else:
-        unet_config, vae_config, texts, scheduler = _recognised(source, about, path, prediction)
+        unet_config, vae_config, texts, scheduler = _recognised(source, about, path, prediction, turbo)
+    left: dict[str, list[str]] = {"U-Net": [], "autoencoder": [], "text tower": []}
     names = _unet_names(unet_config)
-    unet = maps.follow(maps.renaming(names, back=True), _unet_source(source, names, ema, path), f"{path}: U-Net")
-    vae = _vae(source, vae_config, path)
-    text = tuple(OpenedText(c, _tower(source, i, path)) for i, c in enumerate(texts))
+    plan = maps.renaming(names, back=True)
+    unet = maps.follow(plan, _unet_source(source, names, ema, path), f"{path}: U-Net", left["U-Net"])
+    vae = _vae(source, vae_config, path, left["autoencoder"])
+    text = tuple(OpenedText(c, _tower(source, i, c, path, left["text tower"])) for i, c in enumerate(texts))
     known = (UNET, VAE, "cond_stage_model.", "conditioner.embedders.")
-    if extra := sorted(k for k in source if not k.startswith(known) and not _BESIDE.match(k)):
-        raise ValueError(f"{path}: not known {weights.listed(extra)}")
+    left["file"] = [k for k in source if not k.startswith(known) and not beside(k)]
+    say_left(path, left, len(source), lenient=lenient)
+    say_beside(source, path, ema=ema)
     return Opened(str(path), unet_config, unet, vae_config, vae, text, scheduler)
 
 
@@ -71,12 +70,17 @@ def write_single(path: Path, model: Opened, *, dtype: torch.dtype | None = None)
         raise ValueError(f"{path}: a single file carries no tokenizer; this model's own is {own[0]!r}")
     out = tensors(model)
     about = _about(model)
-    beside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    how = scheduler_from_diffusers(model.scheduler)
+    zero = isinstance(how.schedule, Discrete) and how.schedule.zero_terminal_snr
+    told = model.unet_config.time_cond_proj_dim is not None
+    for line in cautions(how.prediction.kind, zero, len(model.text), told):
+        log.warning("%s: %s", path, line)
+    new = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        weights.write_file(beside, out, dtype=dtype, metadata=about)
-        os.replace(beside, path)
+        weights.write_file(new, out, dtype=dtype, metadata=about)
+        os.replace(new, path)
     finally:
-        beside.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
 
 
 def tensors(model: Opened) -> dict[str, Entry]:
@@ -120,12 +124,13 @@ def _written(text: str, path: Path) -> tuple[UNetConfig, AutoencoderConfig, tupl
 
 
 def _recognised(
-    source: Source, about: dict[str, str], path: Path, prediction: str | None
+    source: Source, about: dict[str, str], path: Path, prediction: str | None, turbo: bool
 ) -> tuple[UNetConfig, AutoencoderConfig, tuple[TextConfig, ...], dict[str, Any]]:
     first, last, keys = f"{UNET}input_blocks.0.0.weight", f"{UNET}out.2.weight", re.compile(r".*\.attn2\.to_k\.weight$")
     widths = {source[k].shape[1] for k in source if k.startswith(UNET) and keys.match(k)}
     if first not in source or last not in source or len(widths) != 1 or not widths <= set(_FAMILIES):
-        raise ValueError(f"{path}: not recognised as a single file of SD 1.x, SD 2.x or SDXL base")
+        hint = "; a refiner is not known here" if widths == {1280} else ""
+        raise ValueError(f"{path}: not recognised as a single file of SD 1.x, SD 2.x or SDXL base{hint}")
     family = _FAMILIES[widths.pop()]
     unet = replace(presets.UNETS[family], in_channels=source[first].shape[1], out_channels=source[last].shape[0])
     label = f"{UNET}label_emb.0.0.weight"
@@ -134,14 +139,20 @@ def _recognised(
         unet = replace(unet, class_embed_type="projection", projection_class_embeddings_input_dim=width)
     texts = presets.TEXTS[family]
     if family == "sd21":
-        layers = maps.text_layers(maps.under(OPEN_ONE, source))
+        layers = max(maps.text_layers(maps.under(OPEN_ONE, source)), maps.hf_layers(maps.under(HF_ONE, source)))
+        if not layers:
+            raise ValueError(f"{path}: no text tower number 1")
         texts = (replace(texts[0], layers=layers, output="penultimate_norm" if layers == 24 else "last"),)
-        if f"{OPEN_ONE}text_projection" not in source:
+        if not any(k.startswith((f"{OPEN_ONE}text_projection", f"{HF_ONE}text_projection")) for k in source):
             texts = (replace(texts[0], projection=None),)
     vae = presets.AUTOENCODERS["kl_f8_sdxl" if family == "sdxl" else "kl_f8"]
+    if turbo and prediction is None:  # only SD-Turbo's file is laid out so; it predicts epsilon at trailing times
+        log.warning("%s: laid out as SD-Turbo's: epsilon, and 1 to 4 steps at guidance 1 are its own", path)
+        scheduler = scheduler_to_diffusers(Discrete(), PREDICTIONS["epsilon"])
+        return unet, vae, texts, scheduler | {"timestep_spacing": "trailing"}
     kind = _prediction(source, about, path, family, prediction)
-    schedule = Discrete(zero_terminal_snr="ztsnr" in source)
-    return unet, vae, texts, scheduler_to_diffusers(schedule, PREDICTIONS[kind])
+    zero = ("ztsnr" in source or about.get("ss_zero_terminal_snr") == "True") and kind == "v"
+    return unet, vae, texts, scheduler_to_diffusers(Discrete(zero_terminal_snr=zero), PREDICTIONS[kind])
 
 
 def _prediction(source: Source, about: dict[str, str], path: Path, family: str, asked: str | None) -> str:
@@ -150,8 +161,13 @@ def _prediction(source: Source, about: dict[str, str], path: Path, family: str, 
             raise ValueError(f"prediction {asked!r} is not one of {sorted(PREDICTIONS)}")
         return asked
     told = {"v": "v", "v_prediction": "v", "epsilon": "epsilon"}.get(about.get("modelspec.prediction_type", ""))
-    if told or "v_pred" in source:
-        return told or "v"
+    if "v_pred" in source or about.get("ss_v_parameterization") == "True":
+        return "v"
+    if told:
+        return told
+    step = source.get("global_step")
+    if family == "sd21" and step is not None and step.shape.numel() == 1 and int(step.read()) == 875_000:
+        return "epsilon"  # the published 512 px base
     if family == "sd21":
         log.warning("%s: nothing tells if this SD 2.x model predicts v or epsilon; v is taken (768 px models do)", path)
         return "v"
@@ -173,21 +189,27 @@ def _unet_source(source: Source, names: maps.Names, ema: bool, path: Path) -> di
     return {other: source[flat] for other, flat in averages.items()}
 
 
-def _vae(source: Source, config: AutoencoderConfig, path: Path) -> dict[str, Entry]:
+def _vae(source: Source, config: AutoencoderConfig, path: Path, left: list[str]) -> dict[str, Entry]:
     plan = maps.renaming(maps.vae_to_compvis(shapes_of(config), len(config.block_out_channels)), back=True)
-    inner = {k: e for k, e in maps.under(VAE, source).items() if not k.startswith("loss.")}
-    return maps.follow(plan, inner, f"{path}: autoencoder")
+    inner = maps.compvis_vae({k: e for k, e in maps.under(VAE, source).items() if not beside(VAE + k)})
+    return maps.follow(plan, inner, f"{path}: autoencoder", left)
 
 
-def _tower(source: Source, index: int, path: Path) -> dict[str, Entry]:
-    """A text tower with native names, whichever of the two ways it is stored."""
+def _tower(source: Source, index: int, config: TextConfig, path: Path, left: list[str]) -> dict[str, Entry]:
+    """A text tower with native names, whichever way it is stored; without a projection that nothing uses."""
+    found: dict[str, Entry] = {}
     for prefix in (HF_ONE, HF_TWO) if index == 0 else ("conditioner.embedders.1.transformer.",):
-        if hf := maps.without_constants(maps.under(prefix, source)):
-            return maps.follow(maps.text_from_hf(hf), hf, f"{path}: text tower")
+        if not found and (hf := maps.without_constants(maps.under(prefix, source))):
+            found = maps.follow(maps.text_from_hf(hf), hf, f"{path}: text tower", left)
     for prefix in (OPEN_ONE, "conditioner.embedders.0.model.") if index == 0 else (OPEN_TWO,):
-        if found := maps.under(prefix, source):
-            return {k: e for k, e in found.items() if k not in ("logit_scale", "attn_mask")}
-    raise ValueError(f"{path}: no text tower number {index + 1}")
+        if not found and (tower := maps.without_constants(maps.under(prefix, source))):
+            found = maps.open_text(tower)
+    if not found:
+        raise ValueError(f"{path}: no text tower number {index + 1}")
+    if config.projection is None and found.pop("text_projection", None) is not None:
+        log.info("%s: not used: the text tower's projection", path)
+    left += sorted(set(found) - set(known := shapes_of(config)))
+    return {k: e for k, e in found.items() if k in known}
 
 
 def _tower_out(tower: OpenedText, index: int, count: int) -> dict[str, Entry]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ldm.checkpoint import maps, weights
+from ldm.checkpoint.layouts import say_left
 from ldm.checkpoint.opened import OpenedText
 from ldm.checkpoint.settings import read_json
 from ldm.checkpoint.tokenizers import Added, find_tokenizer
@@ -40,14 +41,18 @@ def open_text(
     output: Output = "last",
     zero_empty: bool = False,
     variant: str | None = None,
+    lenient: bool = False,
 ) -> OpenedText:
     """A text tower from HF `CLIPTextModel(WithProjection)` files, with the tokenizer of another folder.
 
-    Raises ValueError for another model, and naming the key for settings that are not supported.
+    Raises ValueError for another model, for tensors that are not known unless `lenient`, and naming the key for
+    settings that are not supported.
     """
     hf = text_settings(read_json(folder / "config.json"), folder)
     source = maps.without_constants(weights.open_folder(folder, STEM, variant))
-    native = maps.follow(maps.text_from_hf(source), source, str(folder))
+    left: list[str] = []
+    native = maps.follow(maps.text_from_hf(source), source, str(folder), left)
+    say_left(folder, {"text tower": left}, len(source), lenient=lenient)
     context, width, rows = hf["max_position_embeddings"], hf["hidden_size"], hf["vocab_size"]
     found = find_tokenizer(tokenizer, context)
     config = TextConfig(

@@ -11,16 +11,16 @@ import json
 import logging
 import re
 import struct
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from ldm.checkpoint.pickled import named_tensors, read_pickled
 
 log = logging.getLogger(__name__)
 SHARD_BYTES = 10 * 1000**3
@@ -29,6 +29,8 @@ _TYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -66,9 +68,23 @@ def shapes(source: Source) -> dict[str, torch.Size]:
     return {k: e.shape for k, e in source.items()}
 
 
-def read_all(source: Source, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """All tensors in memory of their own, floating-point ones as `dtype`."""
-    return {k: cast(e.read(), dtype, copy=True) for k, e in source.items()}
+def read_all(source: Source, dtype: torch.dtype | None = None, where: str = "weights") -> dict[str, Tensor]:
+    """All tensors in memory of their own, floating-point ones as `dtype`.
+
+    Raises ValueError naming `where` and those that hold NaN or infinity, as `dtype` or before.
+    """
+    found = {k: cast(e.read(), dtype, copy=True) for k, e in source.items()}
+    if bad := [k for k, v in found.items() if not finite(v)]:
+        raise ValueError(f"{where}: not numbers (NaN or infinity) in {listed(bad, 4)}; the weights are damaged")
+    return found
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether no number in it is NaN or infinite."""
+    if not tensor.is_floating_point():
+        return True
+    whole = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    return bool(torch.isfinite(whole).all())
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None, copy: bool = False) -> Tensor:
@@ -76,23 +92,67 @@ def cast(tensor: Tensor, dtype: torch.dtype | None, copy: bool = False) -> Tenso
     return tensor.to(dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype, copy=copy)
 
 
-def open_file(path: Path) -> dict[str, Entry]:
-    """The tensors of a `.safetensors`, `.ckpt`, `.pt`, `.pth` or `.bin` file.
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
-    Raises ValueError naming the file if it is missing, damaged, of another kind, or holds code.
+
+def open_file(path: Path, *, prefix: str = "") -> dict[str, Entry]:
+    """The tensors of a `.safetensors`, `.ckpt`, `.pt`, `.pth` or `.bin` file, whichever of both forms it really has.
+
+    Names lose what compiling and data parallelism put before them. Raises ValueError naming the file (behind `prefix`)
+    if it is missing, damaged, of another kind, or holds code.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
-        return _open_safetensors(path)
-    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
-        return of_state(_open_pickle(path))
-    raise ValueError(f"{path}: expected .safetensors, .ckpt, .pt, .pth or .bin")
+        raise ValueError(f"{prefix}{path}: no such file")
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{prefix}{path}: expected {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+    try:
+        if is_pickled(path):
+            if what := _instead(path):
+                raise ValueError(f"{path}: not readable as weights: {what}")
+            return plain_names(of_state(named_tensors(read_pickled(path), path)))
+        return unscaled(plain_names(_open_safetensors(path)), path)
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from error
+
+
+def is_pickled(path: Path) -> bool:
+    """Whether the file begins as torch's do; one that is neither form is taken for what its name says."""
+    with path.open("rb") as file:
+        start = file.read(16)
+    if start[8:9] == b"{":
+        return False
+    return start[:4] == b"PK\x03\x04" or start[:1] == b"\x80" or path.suffix.lower() != ".safetensors"
+
+
+def plain_names(source: Source) -> dict[str, Entry]:
+    """Without `_orig_mod.` of compiled models and a `module.` before all names."""
+    out = {re.sub(r"(^|\.)_orig_mod\.", r"\1", k): e for k, e in source.items()}
+    while out and all(k.startswith("module.") for k in out):
+        out = {k.removeprefix("module."): e for k, e in out.items()}
+    return out
+
+
+def unscaled(source: Source, path: Path) -> dict[str, Entry]:
+    """With the factors that ComfyUI's scaled float8 files keep beside the weights multiplied in."""
+    if "scaled_fp8" not in source:
+        return dict(source)
+
+    def scaled(weight: Entry, factor: Entry) -> Entry:
+        read = lambda: weight.read().float() * factor.read().float()  # noqa: E731
+        return Entry(weight.shape, torch.float32, read)
+
+    out = {k: e for k, e in source.items() if k != "scaled_fp8" and not k.endswith((".scale_weight", ".scale_input"))}
+    for key in [k for k in source if k.endswith(".scale_weight")]:
+        own = key.removesuffix("scale_weight") + "weight"
+        if own not in out:
+            raise ValueError(f"{path}: {key!r} scales a weight that is not there")
+        out[own] = scaled(out[own], source[key])
+    return out
 
 
 def metadata(path: Path) -> dict[str, str]:
     """What a safetensors file says about itself; empty for other kinds."""
-    return dict(_header(path)[0].get("__metadata__", {})) if path.suffix == ".safetensors" else {}
+    return {} if is_pickled(path) else dict(_header(path)[0].get("__metadata__") or {})
 
 
 def _open_safetensors(path: Path) -> dict[str, Entry]:
@@ -100,7 +160,7 @@ def _open_safetensors(path: Path) -> dict[str, Entry]:
         with safe_open(str(path), framework="pt", device="cpu"):  # checks the header against the size of the file
             header, start = _header(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+        raise ValueError(f"{path}: not a whole safetensors file: {_damage(path) or error}") from error
     header.pop("__metadata__", None)
     out = {}
     for name, about in header.items():
@@ -131,24 +191,38 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     """The header, and where the data begin."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
+        if length > path.stat().st_size:
+            raise ValueError(f"a header of {length} bytes")
         return json.loads(file.read(length)), 8 + length
 
 
-def _open_pickle(path: Path) -> dict[str, Tensor]:
+def _instead(path: Path) -> str | None:
+    """What a file is instead of weights, as far as its first bytes tell."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(512).lstrip()
+    if not start:
+        return f"it is empty ({size} bytes); download or copy it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a git-LFS pointer; `git lfs pull` fetches the weights"
+    if start[:1] == b"<":
+        return "it is a web page (HTML), as a download without a login gives; download it again"
+    return None
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a safetensors file that cannot be read, as far as its beginning and its size tell."""
+    if what := _instead(path):
+        return what
+    size = path.stat().st_size
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        text = str(error)
-        found = re.search(r"GLOBAL (\S+)", text)
-        if found or "weights_only" in text or "nsupported" in text:
-            what = f"it would run {found[1]}" if found else "it holds more than tensors"
-            raise ValueError(f"{path}: refused: {what} on loading; give it as safetensors") from error
-        raise ValueError(f"{path}: not readable as weights: {text.splitlines()[0] if text else error!r}") from error
-    while isinstance(data, dict) and isinstance(data.get("state_dict"), dict):
-        data = data["state_dict"]
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected named tensors, got {type(data).__name__}")
-    return {str(k): v for k, v in data.items() if isinstance(v, Tensor)}
+        header, begin = _header(path)
+        end = begin + max((e["data_offsets"][1] for k, e in header.items() if k != "__metadata__"), default=0)
+    except (ValueError, struct.error, KeyError, TypeError, OSError, MemoryError, OverflowError):
+        return None
+    if size < end:
+        return f"it ends after {size} of {end} bytes; download or copy it again"
+    return f"{size - end} bytes stand behind its last tensor" if size > end else None
 
 
 def open_folder(folder: Path, stem: str, variant: str | None = None) -> dict[str, Entry]:
@@ -167,9 +241,15 @@ def open_folder(folder: Path, stem: str, variant: str | None = None) -> dict[str
             if name and not variant:
                 log.info("%s: using variant %s, the only one there", folder, name)
             return open_file(whole) if whole.is_file() else _open_shards(folder, index)
-    pickled = sorted(p.name for p in folder.glob("*.bin"))
-    hint = f"; {pickled[0]} is pickled and not read here" if pickled else ""
-    raise ValueError(f"{folder}: no {stem}{'.' + variant if variant else ''}.safetensors{hint}")
+    dot = f".{variant}" if variant else ""
+    for name in (f"{stem}{dot}.bin", f"pytorch_{stem}{dot}.bin"):  # as before safetensors; read without running code
+        if (folder / name).is_file():
+            return open_file(folder / name)
+        if (index := folder / name.replace(f"{dot}.bin", f".bin.index{dot}.json")).is_file():
+            return _open_shards(folder, index)
+    there = sorted(p.name for p in folder.iterdir() if p.suffix in SUFFIXES)
+    hint = f"; it holds {', '.join(there[:3])}" if there else ""
+    raise ValueError(f"{folder}: no {stem}{dot}.safetensors{hint}")
 
 
 def _variants(folder: Path, stem: str) -> list[str]:
@@ -241,7 +321,11 @@ def write_file(
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
-            tensor = cast(source[name].read(), dtype).contiguous().cpu()
+            before = source[name].read()
+            tensor = cast(before, dtype).contiguous().cpu()
+            if not finite(tensor):
+                where = "it does not fit into that type" if finite(before) else "the weights are damaged"
+                raise ValueError(f"{path}: not numbers (NaN or infinity) in {name!r} as {tensor.dtype}: {where}")
             if tensor.shape != source[name].shape:
                 raise ValueError(
                     f"{path}: {name!r} has shape {list(tensor.shape)}, {list(source[name].shape)} expected"
@@ -259,13 +343,39 @@ def listed(names: Sequence[str], most: int = 12) -> str:
     return f"{len(names)} key(s): " + ", ".join(names[:most]) + rest
 
 
+def alike(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether two shapes differ by ones at their end alone, as those of a linear layer and of a 1x1 convolution do."""
+    return _cut(one) == _cut(other)
+
+
+def _cut(shape: Sequence[int]) -> tuple[int, ...]:
+    kept = list(shape)
+    while len(kept) > 1 and kept[-1] == 1:
+        kept.pop()
+    return tuple(kept)
+
+
+def reshaped(source: Source, expected: Mapping[str, torch.Size]) -> dict[str, Entry]:
+    """The same tensors, with the ones at the end of their shapes that are expected."""
+
+    def own(entry: Entry, shape: torch.Size) -> Entry:
+        return Entry(shape, entry.dtype, lambda: entry.read().reshape(shape))
+
+    wrong = {k for k, e in source.items() if k in expected and e.shape != expected[k] and alike(e.shape, expected[k])}
+    return {k: own(e, expected[k]) if k in wrong else e for k, e in source.items()}
+
+
+LENIENT = "--lenient (lenient=True in Python) leaves them out"
+
+
 def check_keys(what: str, expected: Mapping[str, torch.Size], given: Mapping[str, torch.Size]) -> None:
     """Raise ValueError listing missing, extra and wrong-shaped keys."""
     problems = []
     if missing := sorted(set(expected) - set(given)):
         problems.append(f"missing {listed(missing)}")
     if extra := sorted(set(given) - set(expected)):
-        problems.append(f"not known {listed(extra)}")
+        fit = f"{len(given) - len(extra)} of {len(given)} tensors fit, {LENIENT}; " if not missing else ""
+        problems.append(f"{fit}not known {listed(extra)}")
     both = sorted(set(expected) & set(given))
     if wrong := [f"{k} {list(given[k])} instead of {list(expected[k])}" for k in both if given[k] != expected[k]]:
         problems.append(f"wrong shape {listed(wrong)}")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import sys
+from functools import partial
 
+from launch.options import ended, near
 from ldm import __version__
 
 VERBS = {
@@ -23,6 +26,12 @@ VERBS = {
     "show": "noising strips and run pages",
     "serve": "a page in the browser: prompt -> pictures",
 }
+_OTHERS = {
+    "txt2img": "sample", "generate": "sample", "draw": "sample", "infer": "sample", "inference": "sample",
+    "img2img": "edit", "inpaint": "edit", "fit": "train", "finetuning": "finetune", "dreambooth": "finetune",
+    "lora": "finetune", "textual-inversion": "finetune", "eval": "evaluate", "test": "evaluate", "web": "serve",
+    "ui": "serve", "gui": "serve", "prepare": "data", "encode": "data", "lcm": "distill",
+}  # fmt: skip
 _DISK = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO)
 
 
@@ -38,7 +47,13 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run a verb; users' mistakes end in one line on standard error and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
+    return ended(" ".join(["ldm", *argv[:1]]) if argv and argv[0] in VERBS else "ldm", partial(_main, argv))
+
+
+def _main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
+        if argv[1:] and argv[1] in VERBS:
+            return _main([argv[1], "--help"])
         print(usage())
         return 0 if argv else 2
     if argv[0] in ("-V", "--version"):
@@ -46,24 +61,55 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     verb, rest = argv[0], argv[1:]
     if verb not in VERBS:
-        print(f"ldm: unknown verb {verb!r}; one of {', '.join(VERBS)}", file=sys.stderr)
+        other = _OTHERS.get(verb.lower().replace("_", "-"))
+        hint = f"; did you mean {other!r}?" if other else near(verb, VERBS)
+        print(f"ldm: unknown verb {verb!r}; one of {', '.join(VERBS)}{hint}", file=sys.stderr)
         return 2
     try:
         return importlib.import_module(f"ldm.cli.{verb}").main(rest)
-    except (ValueError, FloatingPointError, FileExistsError, NotADirectoryError, PermissionError) as error:
-        print(f"ldm {verb}: {error}", file=sys.stderr)
+    except (ValueError, FloatingPointError) as error:
+        _say(verb, str(error))
         return 2
     except BrokenPipeError:
-        sys.stderr.close()
-        return 141
+        raise
     except OSError as error:
-        if error.errno not in _DISK:
+        if error.errno in _DISK:
+            _say(verb, f"{error.filename or 'the disk'}: {error.strerror}")
+            return 74  # sysexits' EX_IOERR, as when a checkpoint cannot be written
+        if error.filename is None and not isinstance(error, (FileExistsError, NotADirectoryError, PermissionError)):
             raise
-        print(f"ldm {verb}: {error.filename or 'the disk'}: {error.strerror}", file=sys.stderr)
-        return 74  # sysexits' EX_IOERR, as when a checkpoint cannot be written
-    except KeyboardInterrupt:
-        print(f"ldm {verb}: interrupted", file=sys.stderr)
-        return 130
+        _say(verb, _about_file(error))
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if (told := _explained(error)) is None:
+            raise
+        _say(verb, told)
+        sys.stdout.flush()
+        os._exit(1)  # what waits for the other ranks would wait for ever
+
+
+def _about_file(error: OSError) -> str:
+    if error.filename is None or error.errno is None:
+        return str(error)
+    name = os.fsdecode(error.filename)
+    if error.errno == errno.EEXIST and not os.path.isdir(name):
+        return f"{name!r}: there, and no folder" + (" but a link to nothing" if os.path.islink(name) else "")
+    return f"{name!r}: {error.strerror}"
+
+
+def _explained(error: BaseException) -> str | None:
+    """A sentence for what is nobody's mistake and no fault of the program: ranks that are gone, memory that is full."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory: {(str(error).splitlines() or [''])[0]}"
+    if str(error).startswith("Symlink loop"):
+        return str(error)
+    dist = sys.modules.get("ldm.dist")
+    return None if dist is None else dist.lost(error)
+
+
+def _say(verb: str, text: str) -> None:
+    """One line, whatever the error's own text was broken into."""
+    print(f"ldm {verb}: {' '.join(text.split())}", file=sys.stderr)
 
 
 if __name__ == "__main__":

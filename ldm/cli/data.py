@@ -6,7 +6,9 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ldm.cli.options import Parser
 
 if TYPE_CHECKING:
     from ldm.data.buckets import BucketConfig
@@ -20,36 +22,12 @@ def main(argv: list[str]) -> int:
     return run(args)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ldm data", description="Make data sets and look at them.")
+def _parser() -> Parser:
+    parser = Parser(prog="ldm data", description="Make data sets and look at them.")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
+    _add_build(verbs)
 
-    build = verbs.add_parser("build", help="shards from a folder of pictures with captions")
-    build.add_argument(
-        "source", type=Path, help="folder (.txt beside each picture, or metadata.jsonl), or the metadata"
-    )
-    build.add_argument("out", type=Path, help="folder to make")
-    build.add_argument("--size", type=int, help="shrink the short side to this many pixels")
-    build.add_argument("--format", choices=("keep", "jpg", "png", "webp"), default="keep")
-    build.add_argument("--quality", type=int, default=95, help="of jpg and webp (95)")
-    build.add_argument("--heldout", type=float, default=0.0, help="share of samples for the split heldout (0)")
-    build.add_argument("--captions-from", choices=("files", "folder", "name"), default="files")
-    build.add_argument("--without-captions", action="store_true", help="keep pictures that have no caption")
-    build.add_argument("--min-side", type=int, default=1, help="leave out pictures with a shorter side (1)")
-    build.add_argument("--max-pixels", type=int, default=100_000_000, help="refuse larger pictures (100 million)")
-    _add_buckets(build)
-    build.add_argument("--shard-bytes", type=int, default=256 << 20, help="largest tar (256 MiB)")
-    build.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    build.set_defaults(run=_build)
-
-    index = verbs.add_parser("index", help="manifest and offset indexes for existing tars")
-    index.add_argument("folder", type=Path)
-    index.add_argument("--split", default="train")
-    index.add_argument("--where", help="keep samples by their json, as in 'width >= 256 and pwatermark < 0.5'")
-    index.add_argument("--name", help="the data set's name (the folder's)")
-    _add_buckets(index)
-    index.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    index.set_defaults(run=_index)
+    _add_index(verbs.add_parser("index", help="manifest and offset indexes for existing tars"))
 
     inspect = verbs.add_parser("inspect", help="contact sheet and statistics")
     inspect.add_argument("data", help="a shipped data set's name, a folder or a manifest")
@@ -81,7 +59,42 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_buckets(parser: argparse.ArgumentParser) -> None:
+def _add_build(verbs: Any) -> None:
+    build = verbs.add_parser("build", help="shards from a folder of pictures with captions")
+    build.add_argument("source", type=Path, help="folder of pictures, or its metadata.jsonl, .csv, .tsv or .parquet")
+    build.add_argument("out", type=Path, help="folder to make")
+    build.add_argument("--size", type=int, help="shrink the short side to this many pixels")
+    build.add_argument("--format", choices=("keep", "jpg", "png", "webp"), default="keep")
+    build.add_argument("--quality", type=int, default=95, help="of jpg and webp (95)")
+    build.add_argument("--heldout", type=float, default=0.0, help="share of samples for the split heldout (0)")
+    build.add_argument("--captions-from", choices=("files", "folder", "name"), default="files")
+    build.add_argument("--without-captions", action="store_true", help="keep pictures that have no caption")
+    build.add_argument("--min-side", type=int, default=1, help="leave out pictures with a shorter side (1)")
+    build.add_argument("--max-pixels", type=int, default=100_000_000, help="refuse larger pictures (100 million)")
+    _add_buckets(build)
+    build.add_argument("--shard-bytes", type=int, default=256 << 20, help="largest tar (256 MiB)")
+    build.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    build.set_defaults(run=_build)
+
+
+def _add_index(index: Parser) -> None:
+    index.add_argument(
+        "folder", help="a folder of tars, or an address (https://, s3://, gs://, hf://), as with {00000..00099}.tar"
+    )
+    index.add_argument(
+        "--out",
+        type=Path,
+        help="folder for manifest and indexes (the folder of the tars); the tars stay where they are",
+    )
+    index.add_argument("--split", default="train")
+    index.add_argument("--where", help="keep samples by their json, as in 'width >= 256 and pwatermark < 0.5'")
+    index.add_argument("--name", help="the data set's name (the folder's)")
+    _add_buckets(index)
+    index.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    index.set_defaults(run=_index)
+
+
+def _add_buckets(parser: Parser) -> None:
     parser.add_argument("--buckets", type=int, metavar="SIZE", help="aspect-ratio buckets, at most SIZE x SIZE pixels")
     parser.add_argument("--bucket-step", type=int, default=64, help="sides are multiples of this (64)")
     parser.add_argument("--bucket-ratio", type=float, default=2.0, help="longest aspect (2)")
@@ -98,6 +111,7 @@ def _buckets(args: argparse.Namespace) -> BucketConfig | None:
 
 def _build(args: argparse.Namespace) -> int:
     from ldm.data.build import BuildConfig, build, quiet
+    from ldm.progress import Bar
 
     quiet()
     config = BuildConfig(
@@ -113,12 +127,16 @@ def _build(args: argparse.Namespace) -> int:
         shard_bytes=args.shard_bytes,
         workers=args.workers,
     )
-    with _Progress("pictures") as progress:
-        report = build(args.source, args.out, config, progress.update)
+    with Bar("reading", "pictures") as bar:
+        report = build(args.source, args.out, config, bar.to)
     for entry in report.bad[:20]:
         print(f"left out: {entry['name']}: {entry['reason']}: {entry['error']}")
     if len(report.bad) > 20:
         print(f"... and {len(report.bad) - 20} more in {args.out / 'quarantine.jsonl'}")
+    for remark in report.remarks[:20]:
+        print(f"note: {remark}")
+    if len(report.remarks) > 20:
+        print(f"... and {len(report.remarks) - 20} more notes of this kind")
     _print_buckets(report.manifest)
     splits = ", ".join(f"{report.manifest.samples(s)} {s}" for s in report.manifest.splits)
     print(f"{report.written} of {report.found} pictures in {len(report.manifest.shards)} shards ({splits}): {args.out}")
@@ -128,43 +146,51 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
-    from ldm.data.indexing import index, quarantine
+    from ldm.data.indexing import index, quarantine, repeated
+    from ldm.data.manifest import printable
+    from ldm.progress import Bar
 
-    with _Progress("tars") as progress:
+    with Bar("indexing", "tars") as bar:
         manifest, results = index(
             args.folder,
+            out=args.out,
             split=args.split,
             where=args.where,
             name=args.name,
             buckets=_buckets(args),
             workers=args.workers,
-            progress=progress.update,
+            progress=bar.to,
         )
     problems = [p for r in results for p in r.problems]
     for problem in problems[:20]:
-        print(f"problem: {problem}")
+        print(printable(f"problem: {problem}"))
     if problems:
-        print(f"{len(problems)} problems in {quarantine(args.folder, results)}")
+        print(f"{len(problems)} problems in {quarantine(manifest.folder, results)}")
+    if note := repeated(results):
+        print(printable(f"note: {note}"))
     _print_buckets(manifest)
     left_out = sum(r.left_out for r in results)
     print(f"{manifest.samples()} samples in {len(manifest.shards)} shards, {left_out} left out by the filter")
+    if unusable := sum(r.shard is None for r in results):
+        print(f"{unusable} of {len(results)} tars cannot be used")
     return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:
     from ldm.data.inspection import inspect
     from ldm.data.manifest import Manifest, resolve
+    from ldm.progress import Bar
 
     manifest = Manifest.read(resolve(args.data))
     if manifest.cached is not None:
         raise ValueError(f"data {args.data!r} holds cached latents; inspect the data set it was made from")
     out = args.out or Path(f"{manifest.name}-inspect")
-    with _Progress("samples") as progress:
-        summary = inspect(
-            manifest, out, split=args.split, limit=args.limit, pictures=args.pictures, progress=progress.update
-        )
+    with Bar("looking", "samples") as bar:
+        summary = inspect(manifest, out, split=args.split, limit=args.limit, pictures=args.pictures, progress=bar.to)
     for key in ("samples", "looked_at", "bad", "formats", "width", "height", "aspect", "caption_words"):
         print(f"{key.replace('_', ' ')}: {summary[key]}")
+    for bucket, count in summary["buckets"].items():
+        print(f"bucket {bucket}: {count} pictures")
     print(f"look-alike groups: {summary['look_alike_groups']}")
     print(f"page: {out / 'index.html'}   contact sheet: {out / 'contact.png'}")
     return 0
@@ -175,7 +201,8 @@ def _encode(args: argparse.Namespace) -> int:
     from ldm.allocator import keep_freed_memory
     from ldm.data.encode import EncodeConfig, encode, finish, missing
     from ldm.models.latents import LatentCodec
-    from ldm.recipes.sources import load_autoencoder, load_towers, text_encoder, weights_hash
+    from ldm.progress import Bar
+    from ldm.recipes.sources import cache_hashes, load_autoencoder, load_towers, text_encoder
 
     if args.vae is None and args.text is None:
         raise ValueError("nothing to encode: give --vae, --text or both")
@@ -191,20 +218,21 @@ def _encode(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         batch=args.batch,
     )
+    dist.check(meeting=False)
     device = dist.device()
     keep_freed_memory(device.type)
     hashes, moments, text = {}, None, None
     if args.vae is not None:
         autoencoder = load_autoencoder(args.vae).to(device)
         codec = LatentCodec.of(autoencoder)
-        hashes["vae"] = weights_hash(autoencoder)
+        hashes |= cache_hashes(autoencoder)
         moments = codec.moments
     if args.text is not None:
         towers = [tower.to(device) for tower in load_towers(args.text)]
         encode_text = text_encoder(towers)
-        hashes["text"] = weights_hash(*towers)
+        hashes |= cache_hashes(towers=towers)
         text = lambda texts: dict(encode_text(texts))  # noqa: E731
-    with _Progress("pictures") as progress:
+    with Bar("encoding", "pictures") as bar:
         encode(
             config,
             args.out,
@@ -213,7 +241,7 @@ def _encode(args: argparse.Namespace) -> int:
             hashes=hashes,
             rank=dist.rank(),
             world=dist.world_size(),
-            progress=progress.more,
+            progress=bar.update,
         )
     if left := missing(config, args.out):
         print(f"done here; {left} parts are left to other processes, the last of which writes the manifest")
@@ -230,25 +258,3 @@ def _print_buckets(manifest: Manifest) -> None:
     for bucket, entry in manifest.notes.get("buckets", {}).items():
         merged = ", ".join(f"{n} from {shape}" for shape, n in entry["merged"].items())
         print(f"bucket {bucket}: {entry['pictures']} pictures" + (f" ({merged})" if merged else ""))
-
-
-class _Progress:
-    """A tqdm bar that learns its total with the first update."""
-
-    def __init__(self, unit: str) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(unit=f" {unit}", disable=None)
-
-    def update(self, done: int, total: int) -> None:
-        self._bar.total = total
-        self._bar.update(done - self._bar.n)
-
-    def more(self, done: int) -> None:
-        self._bar.update(done)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
+from ldm.cli.options import Parser
 
-def main(argv: list[str]) -> int:
-    """Train a small model, draw, measure, and write the gallery; running it again goes on where it stopped."""
-    parser = argparse.ArgumentParser(
+
+def parser() -> Parser:
+    """Options of the verb."""
+    parser = Parser(
         prog="ldm demo",
         description="Train a small text-to-image model on the embedded emoji and write a gallery page.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="of the demo's config, such as train.steps=100"
@@ -21,7 +21,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder")
     parser.add_argument("--procs", type=int, default=2, help="training processes")
     parser.add_argument("--seed", type=int, default=0, help="of the pictures")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Train a small model, draw, measure, and write the gallery; running it again goes on where it stopped."""
+    args = parser().parse_words(argv)
     if args.procs < 1:
         raise ValueError(f"--procs: must be at least 1, got {args.procs}")
 

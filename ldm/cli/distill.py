@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ldm.cli import starts
+from ldm.cli.options import Parser
+
 if TYPE_CHECKING:
     from ldm.config.schema import RunConfig
     from ldm.recipes.distill import DistillTask
+    from ldm.recipes.run import Start
 
 METHODS = {
     "lcm": "latent consistency distillation, of all weights or as LCM-LoRA",
@@ -19,9 +22,9 @@ METHODS = {
 }
 
 
-def main(argv: list[str]) -> int:
-    """Distil; running the same command again resumes, in whichever round."""
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """Options of the verb."""
+    parser = Parser(
         prog="ldm distill",
         description="Train a few-step student. The same command again resumes.",
         epilog="methods: " + "; ".join(f"{name}: {text}" for name, text in METHODS.items()),
@@ -30,7 +33,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("config", help="a YAML file, such as configs/distill/lcm_emoji.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=100 out=runs/try")
     parser.add_argument("--print-rounds", action="store_true", help="print the rounds of progressive, and stop")
-    args = parser.parse_args(argv)
+    starts.add(parser)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Distil; running the same command again resumes, in whichever round."""
+    args = parser().parse_words(argv)
 
     from ldm.config.schema import load_run
     from ldm.recipes.distill import DistillTask
@@ -41,11 +50,11 @@ def main(argv: list[str]) -> int:
     if config.task.method.kind != args.method:
         raise ValueError(f"task.method.kind: {config.task.method.kind!r} in the config is not {args.method!r}")
     if args.method != "progressive":
-        return _run(config)
-    return _progressive(config, config.task, args.print_rounds)
+        return _run(config, starts.start(args))
+    return _progressive(config, config.task, args.print_rounds, starts.start(args))
 
 
-def _progressive(config: RunConfig, task: DistillTask, show: bool) -> int:
+def _progressive(config: RunConfig, task: DistillTask, show: bool, start: Start) -> int:
     import shutil
 
     from ldm import dist
@@ -57,7 +66,7 @@ def _progressive(config: RunConfig, task: DistillTask, show: bool) -> int:
         return 0
     for r in planned:
         dist.say(f"{r.name}: from {r.task.teacher}")
-        code = _run(replace(config, name=f"{config.name}-{r.name}", out=config.out / r.name, task=r.task))
+        code = _run(replace(config, name=f"{config.name}-{r.name}", out=config.out / r.name, task=r.task), start)
         if code:
             return code
     last, export = config.out / planned[-1].name / "export", config.out / "export"
@@ -72,14 +81,14 @@ def _progressive(config: RunConfig, task: DistillTask, show: bool) -> int:
     return 0
 
 
-def _run(config: RunConfig) -> int:
+def _run(config: RunConfig, start: Start) -> int:
     from ldm.config.load import dump
     from ldm.recipes import assemble
     from ldm.recipes.run import run
 
     config.train.micro_batch(_world())  # refuse before anything is built
     build = partial(assemble, config.task, config.data, config.train, config.seed, config.workers)
-    return run(build, config.train, config.out, seed=config.seed, resolved=dump(config))
+    return run(build, config.train, config.out, seed=config.seed, resolved=dump(config), start=start)
 
 
 def _world() -> int:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ldm.cli.options import Parser
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -12,17 +16,26 @@ if TYPE_CHECKING:
     from ldm.pipeline import Settings, TextToImage
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Options of the verb."""
-    p = argparse.ArgumentParser(prog="ldm edit", description="Change pictures with a text-to-image model.")
-    common = argparse.ArgumentParser(add_help=False)
+    p = Parser(prog="ldm edit", description="Change pictures with a text-to-image model.")
+    common = Parser(add_help=False)
     common.add_argument("--model", default="emoji", help="shipped name, run or diffusers folder, file or hub id")
+    common.add_argument("--lenient", action="store_true", help="leave out, and name, tensors that are not known")
     common.add_argument("--sampler", default="ddim")
     common.add_argument("--steps", type=int, default=50)
     common.add_argument("--guidance", type=float, default=3.0)
     common.add_argument("--negative", default="")
-    common.add_argument("--seed", type=int, default=0)
+    common.add_argument("--seed", type=int, default=0, help="any whole number")
     common.add_argument("--count", type=int, default=1)
+    common.add_argument("--batch", type=int, default=16, help="pictures at a time")
+    common.add_argument(
+        "--size", type=int, nargs="+", metavar="PIXELS", help="side, or height and width, multiples of 8 (the picture's"
+        " own, else the model's)",
+    )  # fmt: skip
+    common.add_argument("--prompt-weights", action="store_true", help='read "(word:1.3)", "((word))", "[word]"')
+    common.add_argument("--long-prompts", action="store_true", help="take prompts beyond the text tower's context")
+    common.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the U-Net")
     common.add_argument("--device", default=None)
     common.add_argument("--out", type=Path, default=Path("edited"), help="folder for the pictures")
     verbs = p.add_subparsers(dest="verb", required=True)
@@ -54,29 +67,59 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Run the verb; ValueError for users' mistakes."""
     args = parser().parse_args(argv)
+    if args.count < 1:
+        raise ValueError(f"--count: must be at least 1, got {args.count}")
+    if args.size is not None and len(args.size) > 2:
+        raise ValueError(f"--size: expected one or two numbers, got {args.size}")
     from ldm import dist
+    from ldm.cli.drawn import Album, fingerprint
     from ldm.pipeline import Settings, TextToImage
+    from ldm.progress import line
+    from ldm.recipes.models import usable
 
     settings = Settings(
-        sampler=args.sampler, steps=args.steps, guidance=args.guidance, negative=args.negative, seed=args.seed
+        sampler=args.sampler, steps=args.steps, guidance=args.guidance, negative=args.negative, seed=args.seed,
+        batch=args.batch, size=None if args.size is None else (args.size[0], args.size[-1]),
+        weights=args.prompt_weights, long=args.long_prompts,
+    )  # fmt: skip
+    pipe = TextToImage.load(
+        usable(args.model, "--model"),
+        device=args.device or dist.device(),
+        precision=args.precision,
+        lenient=args.lenient,
     )
-    pipe = TextToImage.load(args.model, device=args.device or dist.device())
-    pictures = _VERBS[args.verb](args, pipe, settings)
-    args.out.mkdir(parents=True, exist_ok=True)
+    album = Album(args.out)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        pictures = _VERBS[args.verb](args, pipe, settings)
+    for said in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)):
+        print(f"ldm edit: {said}", file=sys.stderr)
+    record = {
+        "command": ["edit", *argv],
+        "inputs": {name: _digest(vars(args)[name]) for name in ("image", "mask") if name in vars(args)},
+        "weights": fingerprint([pipe.unet, pipe.codec.autoencoder, *pipe.text]),
+    }
     for name, picture in pictures.items():
-        path = args.out / f"{name}.png"
-        picture.save(path)
-        print(path)
+        place = int(name) if name.isdecimal() else None
+        path = album.name(picture, name, record) if place is None else album.add(picture, place, "", record)
+        line(str(path))
     return 0
 
 
-def _open(path: Path) -> Image.Image:
-    from PIL import Image, UnidentifiedImageError
+def _digest(path: Path) -> str:
+    from ldm.checkpoint.files import digest
 
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"{path}: not a readable picture: {error}") from error
+    return digest(path)
+
+
+def _open(path: Path) -> Image.Image:
+    """A picture as a viewer shows it on white; a white stencil, of which nothing would be seen there, on black."""
+    from ldm.data.decode import frames, load
+
+    picture = load(path, stencil=True)
+    if (count := frames(path)) > 1:
+        print(f"ldm edit: {path}: the first of {count} frames or pages is taken", file=sys.stderr)
+    return picture
 
 
 def _numbered(pictures: list[Image.Image]) -> dict[str, Image.Image]:
@@ -85,16 +128,29 @@ def _numbered(pictures: list[Image.Image]) -> dict[str, Image.Image]:
 
 def _img2img(args: argparse.Namespace, pipe: TextToImage, settings: Settings) -> dict[str, Image.Image]:
     from ldm.editing import img2img
+    from ldm.progress import Bar
 
     image = _open(args.image)
-    return _numbered(img2img(pipe, image, args.prompt, strength=args.strength, settings=settings, count=args.count))
+    with Bar("drawing", "steps", leave=False) as bar:
+        how: dict[str, Any] = {"settings": settings, "count": args.count, "progress": bar.to}
+        return _numbered(img2img(pipe, image, args.prompt, strength=args.strength, **how))
 
 
 def _inpaint(args: argparse.Namespace, pipe: TextToImage, settings: Settings) -> dict[str, Image.Image]:
-    from ldm.editing import inpaint
+    import numpy as np
 
-    image, mask = _open(args.image), _open(args.mask)
-    return _numbered(inpaint(pipe, image, mask, args.prompt, settings=settings, count=args.count))
+    from ldm.data.decode import load_mask
+    from ldm.editing import inpaint
+    from ldm.progress import Bar
+
+    image, mask = _open(args.image), load_mask(args.mask)
+    white = np.asarray(mask) > 127
+    if white.all() or not white.any():
+        what = "all of it is white, so all of the picture" if white.any() else "nothing in it is white, so nothing"
+        print(f"ldm edit: {args.mask}: {what} is drawn anew", file=sys.stderr)
+    with Bar("drawing", "steps", leave=False) as bar:
+        how: dict[str, Any] = {"settings": settings, "count": args.count, "progress": bar.to}
+        return _numbered(inpaint(pipe, image, mask, args.prompt, **how))
 
 
 def _invert(args: argparse.Namespace, pipe: TextToImage, settings: Settings) -> dict[str, Image.Image]:
@@ -102,10 +158,12 @@ def _invert(args: argparse.Namespace, pipe: TextToImage, settings: Settings) -> 
 
     from ldm.editing import invert, redraw
 
-    noise = invert(pipe, _open(args.image), args.prompt, settings=settings, refine=args.refine)
+    image = _open(args.image)
+    noise = invert(pipe, image, args.prompt, settings=settings, refine=args.refine)
+    size = image.size if settings.size is None else None
     if args.target is None:
-        return {"redrawn": redraw(pipe, noise, args.prompt, settings=replace(settings, guidance=1.0))[0]}
-    return {"edited": redraw(pipe, noise, args.target, settings=settings)[0]}
+        return {"redrawn": redraw(pipe, noise, args.prompt, settings=replace(settings, guidance=1.0), size=size)[0]}
+    return {"edited": redraw(pipe, noise, args.target, settings=settings, size=size)[0]}
 
 
 def _prompt(args: argparse.Namespace, pipe: TextToImage, settings: Settings) -> dict[str, Image.Image]:

@@ -32,17 +32,21 @@ def main(args: argparse.Namespace) -> int:
     from ldm.checkpoint.files import write_text
     from ldm.pipeline import TextToImage
     from ldm.recipes import measure
+    from ldm.recipes.models import usable
     from ldm.recipes.roundtrip import round_trip
 
     drawn = measure.draw(args.data, args.split, args.count, seed=args.seed)
-    pipeline = TextToImage.load(args.model, device=args.device or dist.device(), precision=args.precision)
+    pipeline = TextToImage.load(
+        usable(args.model, "--model"), device=args.device or dist.device(), precision=args.precision
+    )
     size = pipeline.latent_shape(None)[1] * pipeline.codec.factor
     images = measure.real_pictures(args.data, args.split, drawn.ids, size)
     captions = drawn.captions if args.captions else [""] * len(images)
     found = round_trip(pipeline, images, captions, steps=args.steps, refine=args.refine, batch=args.batch)
     print(f"{len(images)} pictures of {size} pixels, data {args.data}, split {args.split}: {args.model}")
     print(f"autoencoder {found['psnr_autoencoder']:.2f} dB, after {args.steps} steps there and back ", end="")
-    print(f"{found['psnr_round_trip']:.2f} dB: {found['lost']['mean']:.3f} lost (worst {found['lost']['worst']:.3f})")
+    lost, worst = (round(found["lost"][k], 3) + 0.0 for k in ("mean", "worst"))  # no "-0.000"
+    print(f"{found['psnr_round_trip']:.2f} dB: {lost:.3f} lost (worst {worst:.3f})")
     if args.out is not None:
         protocol = {
             "measure": "inversion", "version": __version__, "data": args.data, "split": args.split,

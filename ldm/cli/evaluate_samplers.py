@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.words import expanded
+
 if TYPE_CHECKING:
     from ldm.recipes.quality import Entry
 
@@ -59,12 +61,11 @@ def main(args: argparse.Namespace) -> int:
     guidance = tuple(_number("guidance", v, float) for v in _words("guidance", args.guidance))
     clips = tuple(_number("clip-guidance", v, float) for v in _words("clip-guidance", args.clip_guidance))
 
-    from tqdm import tqdm
-
-    from ldm import dist
+    from ldm import dist, progress
     from ldm.checkpoint.files import write_text
     from ldm.pipeline import TextToImage
-    from ldm.recipes import measure, quality
+    from ldm.recipes import measure, quality, quality_table
+    from ldm.recipes.models import usable
     from ldm.recipes.sources import load_clip
     from ldm.sampling import lookup
 
@@ -83,23 +84,16 @@ def main(args: argparse.Namespace) -> int:
     device = args.device or dist.device()
 
     def load(source: str) -> TextToImage:
-        return TextToImage.load(source, device=device, precision=args.precision)
+        return TextToImage.load(usable(source, "--model"), device=device, precision=args.precision)
 
     table = quality.Table(args.out, judge, load, batch=args.batch, precision=args.precision)
-    with tqdm(unit=" step", desc="drawing", disable=True if dist.rank() else None, leave=False) as bar:
-
-        def progress(done: int, total: int) -> None:  # of one batch
-            if done < bar.n:
-                bar.reset()
-            bar.total = total
-            bar.update(done - bar.n)
-
-        rows = table.run(plan, tqdm.write, progress)
+    with progress.Bar("drawing a batch", "steps", leave=False) as bar:
+        rows = table.run(plan, progress.line, bar.to)
     if dist.rank():
         return 0
-    write_text(args.out / TABLE, quality.markdown(rows))
+    write_text(args.out / TABLE, quality_table.markdown(rows))
     write_text(args.out / FIGURE, figure(rows))
-    print(quality.markdown(rows), end="")
+    print(quality_table.markdown(rows), end="")
     print(f"written: {args.out}/results.json, {TABLE}, {FIGURE}")
     return 0
 
@@ -111,7 +105,7 @@ def entry(text: str) -> Entry:
     name, equal, rest = text.partition("=")
     if not equal:
         return Entry(name=Path(text).name or text, source=text)
-    source, *choices = rest.split(":")
+    source, *choices = expanded(rest).split(":")
     found: dict[str, Any] = {}
     for choice in choices:
         key, given, value = choice.partition("=")
@@ -153,7 +147,7 @@ def _counts(text: str) -> tuple[tuple[int, int], ...]:
 
 def figure(rows: list[dict[str, Any]]) -> str:
     """KID and R@1 of each split, against whichever was varied most: steps, guidance or CLIP guidance."""
-    from ldm.recipes.quality import BOUNDS
+    from ldm.recipes.quality_table import BOUNDS
     from ldm.web.chart import Curve
     from ldm.web.figure import Panel, svg
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 from pathlib import Path
 
+from ldm.cli.options import Parser
 
-def parser() -> argparse.ArgumentParser:
+
+def parser() -> Parser:
     """Options of the verb."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="ldm export",
         description="Write the folder that a run writes at its end (diffusers' for text to image) from one of its "
         "checkpoints. The run may be in training: only published, whole checkpoints are read.",
     )
-    p.add_argument("run", type=Path, help="a run folder")
+    p.add_argument("run", type=Path, help="a run folder, or a checkpoint of it: RUN@N, RUN/checkpoints/step-N")
     p.add_argument("out", type=Path, help="the folder to write; it must not exist")
     p.add_argument("--step", type=int, help="a checkpoint's step; the newest if left out")
     p.add_argument(
@@ -31,17 +32,19 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Run the verb; ValueError for users' mistakes."""
     args = parser().parse_args(argv)
-    if not (args.run / "config.yaml").is_file():
-        raise ValueError(f"run {str(args.run)!r}: no config.yaml in it")
     if args.out.exists():
         raise FileExistsError(f"{args.out} exists already")
 
     from ldm.config.schema import load_run
     from ldm.recipes import assemble
+    from ldm.recipes.models import run_of
     from ldm.train.chosen import choose
 
-    config = load_run(args.run / "config.yaml")
-    chosen = choose(args.run, args.step, args.ema)
+    run, step = run_of(args.run)
+    if step is not None and args.step not in (None, step):
+        raise ValueError(f"--step {args.step}: {str(args.run)!r} is the checkpoint of step {step}")
+    config = load_run(run / "config.yaml")
+    chosen = choose(run, args.step if step is None else step, args.ema)
     assembly = assemble(config.task, config.data, config.train, config.seed, 0)
     beside = args.out.with_name(f".{args.out.name}.tmp-{os.getpid()}")
     try:

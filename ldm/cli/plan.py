@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli import plan_parts as parts
+from ldm.cli.options import Parser
+from ldm.cli.plan_parts import HOW_MANY
 
 if TYPE_CHECKING:
     from ldm.config.schema import RunConfig
     from ldm.plan.report import Job
 
+MOST = 10**12
+"""Of anything that is counted."""
 
-def parser() -> argparse.ArgumentParser:
+
+def parser() -> Parser:
     """Options of the verb."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="ldm plan",
         description="Memory, throughput, time and cost of a run, and what would go wrong, without a GPU.",
     )
@@ -25,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.batch=2048")
     p.add_argument("--nodes", type=int, default=1)
     p.add_argument("--gpus-per-node", type=int, default=8)
-    p.add_argument("--gpu", default="a100-80g", help="a100-80g (default), a100-40g, h100, h200, v100-32g, l40s, ...")
+    p.add_argument("--gpu", default="a100-80g", help="a100-80g, a100-40g, h100, h200, v100-32g, l40s, ...")
     p.add_argument("--price", type=float, help="of one GPU for an hour, in any currency")
     p.add_argument("--inside", type=float, metavar="GB/s", help="link of a GPU within its node, one way")
     p.add_argument("--outside", type=float, metavar="GB/s", help="network of a node, one way, all ports together")
@@ -37,9 +45,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Run the verb; ValueError for users' mistakes."""
-    args = parser().parse_intermixed_args(argv)
-    if args.price is not None and args.price < 0:
-        raise ValueError(f"--price must not be negative, got {args.price}")
+    args = parser().parse_words(argv)
+    _check(args)
 
     from ldm.config.schema import load_run
     from ldm.plan.hardware import find
@@ -49,27 +56,61 @@ def main(argv: list[str]) -> int:
     hardware = find(args.gpu)
     links = {k: v for k, v in (("inside", args.inside), ("outside", args.outside)) if v is not None}
     cluster = Cluster(nodes=args.nodes, per_node=args.gpus_per_node, hardware=replace(hardware, **links))
-    job = job_of(load_run(args.config, args.overrides), cluster.world, gpu=not hardware.host)
-    if args.samples is not None:
-        job = replace(job, samples=args.samples)
-    plan = Planner(job, cluster, args.price).plan()
-    print(json.dumps(plan.record(), indent=1) if args.json else text(plan))
+    config = load_run(args.config, args.overrides)
+    with _in_words(args.config):
+        job = job_of(config, cluster.world, gpu=not hardware.host)
+        if args.samples is not None:
+            known = tuple(w for w in job.warnings if HOW_MANY not in w)
+            job = replace(job, samples=args.samples, warnings=known)
+        plan = Planner(job, cluster, args.price).plan()
+        told = json.dumps(plan.record(), indent=1, allow_nan=False) if args.json else text(plan)
+    print(told)
     if args.page is not None:
         from ldm.web.plan import page
 
+        args.page.parent.mkdir(parents=True, exist_ok=True)
         page(plan).write(args.page)
         if not args.json:
             print(f"\n{args.page}: the same with figures")
     return 0
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Refuse numbers that nothing can be planned with, by the option's name, before anything is counted."""
+    for name in ("nodes", "gpus_per_node", "samples"):
+        value, option = getattr(args, name), "--" + name.replace("_", "-")
+        if value is not None and not 1 <= value <= MOST:
+            raise ValueError(f"{option} must be at {'least 1' if value < 1 else f'most {MOST:,}'}, got {value}")
+    for name in ("inside", "outside", "price"):
+        value = getattr(args, name)
+        if value is not None and not (math.isfinite(value) and (value > 0 or (name == "price" and value == 0))):
+            raise ValueError(f"--{name} must be {'at least' if name == 'price' else 'above'} 0, got {value:g}")
+    if args.page is not None and args.page.is_dir():
+        raise ValueError(f"--page: {str(args.page)!r} is a folder; expected a file's name, such as plan.html")
+
+
+@contextlib.contextmanager
+def _in_words(config: str) -> Iterator[None]:
+    """What a network says of inputs that it cannot take, and numbers beyond a float, in one line."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Out of range float"):
+            raise
+        raise ValueError(f"{config}: cannot be planned: a figure is not finite") from error
+    except OverflowError as error:
+        raise ValueError(f"{config}: cannot be planned: a number is too large ({error})") from error
+    except (RuntimeError, AssertionError, IndexError, KeyError, TypeError, ZeroDivisionError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{config}: cannot be planned: its network does not run on its own inputs: {said}") from error
+
+
 def job_of(config: RunConfig, world: int, *, gpu: bool) -> Job:
-    """What the planner needs of a config. Raises ValueError for a task that it does not know."""
+    """What the planner needs of a config. Raises ValueError, naming keys and values, for parts that do not fit."""
     from ldm.cli.plan_losses import clip, distill, finetune
     from ldm.recipes.autoencoder import AutoencoderTask
     from ldm.recipes.clip import ClipTask
     from ldm.recipes.distill import DistillTask
-    from ldm.recipes.finetune import FinetuneTask
     from ldm.recipes.text_to_image import TextToImageTask
 
     task = config.task
@@ -79,29 +120,34 @@ def job_of(config: RunConfig, world: int, *, gpu: bool) -> Job:
         return _autoencoder(config, task, world, gpu)
     if isinstance(task, ClipTask):
         return clip(config, task, world, gpu)
-    if isinstance(task, FinetuneTask):
-        return finetune(config, task, world, gpu)
     if isinstance(task, DistillTask):
         return distill(config, task, world, gpu)
-    known = "autoencoder, clip, distill, finetune, text_to_image"
-    raise ValueError(f"task.kind: {task.kind!r} cannot be planned (its steps are those of finetune); {known} can")
+    return finetune(config, task, world, gpu)
 
 
 def _text_to_image(config: RunConfig, task: Any, world: int, gpu: bool) -> Job:
     import torch
     from torch import nn
 
+    from ldm.cli import plan_models as models
     from ldm.models.unet import UNet, granularity
     from ldm.plan.flops import count_flops
     from ldm.plan.report import Job
 
     said: list[str] = []
-    vae, factor, channels = _vae(task.vae, said)
-    towers, context, width, pooled = _text(task.text, said)
-    unet, chosen = task.unet, granularity(task.gradient_checkpointing)
+    unet = models.network(task.unet, task.start, said)
+    vae, settings = models.vae(task.vae, unet, said)
+    towers, channels = models.towers(task.text, unet, said), settings.latent_channels
+    configs = tuple(tower.config for tower in towers)
+    context, width, pooled = configs[0].context_length, models.width(configs), models.pooled_width(configs)
+    models.check_fit(
+        unet, configs, channels, unet_key="task.unet" if task.start is None else "task.start's U-Net",
+        text_key=f"task.text {task.text!r}", vae_key=f"task.vae {task.vae!r}",
+    )  # fmt: skip
+    chosen = granularity(task.gradient_checkpointing)
     how = "block" if chosen == "none" else chosen  # what a plan that recomputes would have
-    pixels = parts.pixels(config, (unet.sample_size or 64) * factor)
-    side = pixels // factor
+    pixels = parts.pixels(config, (unet.sample_size or 64) * vae.factor)
+    side = models.check_size(pixels, vae.factor, "data.size")
     cached = task.cache is not None or parts.cached(config)
     if task.cache is not None and not (Path(task.cache) / "manifest.json").is_file():
         said.append(f"task.cache: nothing in {str(task.cache)!r} yet: the run encodes everything first, once")
@@ -146,65 +192,11 @@ def _text_to_image(config: RunConfig, task: Any, world: int, gpu: bool) -> Job:
     )
 
 
-def _vae(source: str, said: list[str]) -> tuple[Any, int, int]:
-    """The autoencoder without weights, its factor and channels; a preset's where its folder is not here."""
-    import torch
-
-    from ldm.config.load import decode
-    from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
-    from ldm.models.presets import AUTOENCODERS
-
-    tree = _json(source, ("vae/config.json", "config.json"))
-    if tree is None:
-        name = source if source in AUTOENCODERS else "kl_f8"
-        if name != source:
-            said.append(f"task.vae: {source!r} is not here; planned as the usual autoencoder, kl_f8")
-        settings = AUTOENCODERS[name]
-    else:
-        settings = decode(AutoencoderConfig, tree, f"{source}: config.json")
-    with torch.device("meta"):
-        vae = Autoencoder(settings)
-    return vae.requires_grad_(False).eval(), vae.factor, settings.latent_channels
-
-
-def _text(source: str, said: list[str]) -> tuple[list[Any], int, int, int]:
-    """Text towers without weights; tokens, width of their states, width of the pooled vector."""
-    import torch
-
-    from ldm.models.presets import TEXTS
-    from ldm.models.text import TextTower
-    from ldm.recipes.sources import load_towers
-
-    if source in TEXTS:
-        configs = list(TEXTS[source])
-    else:
-        try:
-            configs = [tower.config for tower in load_towers(source)]
-        except ValueError:
-            said.append(f"task.text: {source!r} is not here; planned as Stable Diffusion 2's")
-            configs = list(TEXTS["sd21"])
-    with torch.device("meta"):
-        towers = [TextTower(c) for c in configs]
-    pooled = configs[-1].projection or configs[-1].width
-    return towers, configs[0].context_length, sum(c.width for c in configs), pooled
-
-
-def _json(source: str, names: tuple[str, ...]) -> dict[str, Any] | None:
-    """The config of a model by its name or folder, without the keys that say who wrote it; None if it is not here."""
-    from ldm.models.shipped import SHIPPED
-
-    folder = SHIPPED.get(source, Path(source))
-    for name in names:
-        if (folder / name).is_file():
-            tree = json.loads((folder / name).read_text(encoding="utf-8"))
-            return {k: v for k, v in tree.items() if not k.startswith("_")}
-    return None
-
-
 def _autoencoder(config: RunConfig, task: Any, world: int, gpu: bool) -> Job:
     import torch
     from torch import Tensor, nn
 
+    from ldm.cli.plan_models import check_size
     from ldm.models.autoencoder import Autoencoder
     from ldm.plan.flops import count_flops
     from ldm.plan.report import Job
@@ -222,6 +214,7 @@ def _autoencoder(config: RunConfig, task: Any, world: int, gpu: bool) -> Job:
 
     said = ["the discriminator and the perceptual network are not counted", "checkpointing is not counted"]
     size = parts.pixels(config, task.model.sample_size)
+    check_size(size, 2 ** (len(task.model.block_out_channels) - 1), "data.size")
 
     def build(recompute: bool) -> nn.Module:
         with torch.device("meta"):

@@ -10,18 +10,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ldm.cli import plan_models as models
 from ldm.cli import plan_parts as parts
 from ldm.plan.report import Frozen, Job
 from ldm.rng import Rng
 
 if TYPE_CHECKING:
+    from ldm.adapters.full import FullConfig
+    from ldm.adapters.lora import LoraConfig
+    from ldm.adapters.tokens import TokensConfig
     from ldm.config.schema import RunConfig
     from ldm.models.unet import Granularity
     from ldm.objectives import Objective
     from ldm.pipeline import TextToImage
     from ldm.recipes.clip import ClipTask
     from ldm.recipes.distill import DistillTask
+    from ldm.recipes.dreambooth import DreamboothTask
     from ldm.recipes.finetune import FinetuneTask
+    from ldm.recipes.inversion import InversionTask
 
 
 class Loss(nn.Module):
@@ -54,29 +60,33 @@ def clip(config: RunConfig, task: ClipTask, world: int, gpu: bool) -> Job:
     return _job(config, world, gpu, build, inputs, said=said)
 
 
-def finetune(config: RunConfig, task: FinetuneTask, world: int, gpu: bool) -> Job:
-    """A base model with its adapter: `unet` is frozen beside a LoRA."""
+def finetune(config: RunConfig, task: FinetuneTask | DreamboothTask | InversionTask, world: int, gpu: bool) -> Job:
+    """A base model with its adapter: `unet` is frozen beside a LoRA or new tokens."""
     from ldm.adapters.full import FullConfig
     from ldm.models.unet import granularity
     from ldm.objectives.denoise import DenoiseObjective
-    from ldm.recipes.finetune import make_adapter, open_base
+    from ldm.recipes.finetune import make_adapter
 
     how = granularity(task.gradient_checkpointing)
-    base = _on_meta(open_base(task))
-    live = make_adapter(task.adapter).trains_text
+    said: list[str] = []
+    base = models.whole(task.base, "task.base", said)
+    base.process = replace(base.process, weighting=task.weighting)
+    _fits(base, config, "task.base", task.base)
+    kind = _adapter(task)
+    live = make_adapter(kind).trains_text
 
     def build(recompute: bool) -> nn.Module:
-        model, adapter = _copied(base), make_adapter(task.adapter)
+        model, adapter = _copied(base), make_adapter(kind)
         trained = adapter.attach(model.unet, model.text)
         model.unet.enable_gradient_checkpointing(_again(how, recompute))
         encode = _live(model) if live else _states(base)
         return Loss(DenoiseObjective(trained, model.process, model.codec, encode, task.options, live=live))
 
     cached = task.cache is not None or parts.cached(config)
-    said = _attention(gpu) if live else []
+    said += _attention(gpu) if live else []
     if not cached:
         said.append("no cache: VAE and text tower run for every image of every step; set task.cache to encode once")
-    full = isinstance(task.adapter, FullConfig)
+    full = isinstance(kind, FullConfig)
     kept = [] if full else [Frozen(name="unet", bytes=_weight(base.unet))]
     kept += _beside(base, config, cached, live)
     pooled = base.unet.config.addition_embed_type is not None
@@ -90,11 +100,13 @@ def distill(config: RunConfig, task: DistillTask, world: int, gpu: bool) -> Job:
     """A student, its frozen teacher and its target; a LoRA shares the teacher's weights."""
     from ldm.models.unet import granularity
     from ldm.objectives.inputs import LatentFeed
-    from ldm.pipeline import TextToImage
     from ldm.recipes.distill import Student, make_objective, make_student
 
     how = granularity(task.gradient_checkpointing)
-    base = _on_meta(TextToImage.load(task.teacher))
+    said: list[str] = []
+    base = models.whole(task.teacher, "task.teacher", said)
+    task = replace(task, start=None)  # what the weights are does not change what they take
+    _fits(base, config, "task.teacher", task.teacher)
 
     def made(recompute: bool) -> tuple[Student, Any]:
         teacher = copy.deepcopy(base.unet)
@@ -111,7 +123,7 @@ def distill(config: RunConfig, task: DistillTask, world: int, gpu: bool) -> Job:
     if student.target is not None:
         kept.append(Frozen(name="target", bytes=4.0 * sum(t.numel() for t in student.target.tensors().values())))
     cached = task.cache is not None or parts.cached(config)
-    said = [] if cached else ["no cache: VAE and text tower run for every image of every step; set task.cache"]
+    said += [] if cached else ["no cache: VAE and text tower run for every image of every step; set task.cache"]
     pooled = base.unet.config.addition_embed_type is not None
     return _job(
         config, world, gpu, build, lambda b: (_latents(base, config, b, pooled=pooled),),
@@ -147,13 +159,26 @@ def _job(
     )  # fmt: skip
 
 
-def _on_meta(model: TextToImage) -> TextToImage:
-    """The model without the memory of its weights."""
-    model.unet.to("meta")
-    model.codec.autoencoder.to("meta")
-    for tower in model.text:
-        tower.to("meta")
-    return model
+def _adapter(task: FinetuneTask | DreamboothTask | InversionTask) -> FullConfig | LoraConfig | TokensConfig:
+    """What trains. New tokens have no bound here: there are no weights to take the norms of."""
+    from ldm.adapters.tokens import NewToken, TokensConfig
+    from ldm.recipes.inversion import InversionTask
+
+    if not isinstance(task, InversionTask):
+        return task.adapter
+    tokens = tuple(NewToken(token=c.token, vectors=c.vectors) for c in task.concepts)
+    return TokensConfig(tokens=tokens, max_norm=0.0)
+
+
+def _fits(model: TextToImage, config: RunConfig, key: str, source: str) -> None:
+    """Raise ValueError where the model's parts do not fit each other, or the data's size does not fit it."""
+    told = f"{key} {source!r}"
+    models.check_fit(
+        model.unet.config, tuple(t.config for t in model.text), model.codec.channels,
+        unet_key=f"{told}: U-Net", text_key="its text tower", vae_key="its autoencoder",
+    )  # fmt: skip
+    pixels = parts.pixels(config, (model.unet.config.sample_size or 64) * model.codec.factor)
+    models.check_size(pixels, model.codec.factor, "data.size")
 
 
 def _copied(model: TextToImage) -> TextToImage:

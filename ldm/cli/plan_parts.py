@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from ldm.plan.memory import Layout
     from ldm.plan.report import Frozen
 
+HOW_MANY = "--samples N tells how many there will be"
+
 
 def layout(config: RunConfig, world: int, gpu: bool) -> Layout:
     """How the run is divided."""
@@ -81,7 +83,7 @@ def data(config: RunConfig, encoded: float, cached: bool, said: list[str]) -> tu
     try:
         manifest = Manifest.read(resolve(config.data.path), config.data.remote)
     except (ValueError, OSError) as error:
-        said.append(f"{error}; --samples N tells how many there will be")
+        said.append(f"{error}; {HOW_MANY}")
         return None, encoded
     shards = manifest.split(config.data.split)
     samples = sum(s.samples for s in shards)

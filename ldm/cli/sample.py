@@ -3,36 +3,45 @@
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import math
 import re
+import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ldm.cli.options import Parser
 
 if TYPE_CHECKING:
     from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
 
     from ldm.checkpoint.students import FewSteps
     from ldm.pipeline import Guide, Settings, TextToImage
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Options of the verb; their names are those of diffusers' and CompVis' scripts where they have one."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="ldm sample",
         description="Draw pictures of prompts. The same seed gives the same pictures whatever the batch size.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("prompts", nargs="*", metavar="PROMPT", help='what to draw, such as "a red apple"')
     p.add_argument("--from-file", type=Path, metavar="FILE", help="one prompt a line, instead or besides")
+    p.add_argument(
+        "--from-png", type=Path, metavar="PNG",
+        help="draw this picture again: its settings, but for what is given beside; also A1111's and ComfyUI's, as far "
+        "as they are known here",
+    )  # fmt: skip
     p.add_argument("--model", default="emoji", help="shipped name, run or diffusers folder, single file or hub id")
     p.add_argument("--lora", action="append", default=[], metavar="PATH[:WEIGHT]", help="merge a LoRA; may be repeated")
     p.add_argument(
         "--embedding", action="append", default=[], metavar="PATH", help="textual inversion; may be repeated"
     )
+    p.add_argument("--lenient", action="store_true", help="leave out, and name, tensors of a file that are not known")
     own = "; of a few-step student its own, {}"
     p.add_argument("--sampler", help="see `ldm sample --list-samplers` (dpmpp_2m" + own.format("such as lcm") + ")")
     p.add_argument("--steps", type=int, help="(25" + own.format("4") + ")")
@@ -45,13 +54,23 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--negative", default="", help="negative prompt")
     p.add_argument("--clip-guidance", type=float, default=0.0, metavar="S", help="strength of CLIP guidance; 0 is none")
     p.add_argument("--clip", default="clip_emoji", help="the CLIP of --clip-guidance, as in ldm evaluate --clip")
-    p.add_argument("--eta", type=float, help="DDIM's noise, 0 to 1")
-    p.add_argument("--spacing", help="how the sampler's times are spaced")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--count", type=int, default=1, help="pictures of each prompt")
-    p.add_argument("--size", type=int, nargs="+", metavar="PIXELS", help="side, or height and width (the model's own)")
+    p.add_argument("--eta", type=float, help="DDIM's noise, 0 to 1 (default: the sampler's own)")
+    p.add_argument("--spacing", help="how the sampler's times are spaced (default: its own)")
+    p.add_argument("--seed", type=int, default=0, help="any whole number")
+    p.add_argument("--count", type=int, help="pictures of each prompt (default: 1)")
+    p.add_argument(
+        "--index", type=int, nargs="+", metavar="N",
+        help="only these of all pictures, from 0; their batches are drawn whole, so that every bit is the same",
+    )  # fmt: skip
+    p.add_argument(
+        "--size",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="side, or height and width, multiples of 8 (default: the model's own)",
+    )
     p.add_argument("--batch", type=int, default=16, help="pictures at a time")
-    p.add_argument("--prompt-weights", action="store_true", help='read "(word:1.3)" in prompts')
+    p.add_argument("--prompt-weights", action="store_true", help='read "(word:1.3)", "((word))", "[word]"')
     p.add_argument("--long-prompts", action="store_true", help="take prompts beyond the text tower's context in chunks")
     p.add_argument("--original-size", type=int, nargs=2, metavar=("H", "W"), help="what SDXL is told of the picture")
     p.add_argument("--crop", type=int, nargs=2, default=(0, 0), metavar=("TOP", "LEFT"), help="the same: its crop")
@@ -70,55 +89,194 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Run the verb; ValueError for users' mistakes."""
-    args = parser().parse_args(argv)
+    args, recorded = _parsed(argv)
     if args.list_samplers:
         from ldm.sampling import SAMPLERS
 
         print("\n".join(SAMPLERS))
         return 0
-    prompts = list(args.prompts) + _prompts_in(args.from_file)
+    job = _job(args, recorded)
+    settings = _settings(args, None)  # refuses before anything is loaded
+    pipeline, settings, record = _loaded(args, settings)
+    if recorded.get("weights", record["weights"]) != record["weights"]:
+        _say([f"{args.from_png}: drawn by a model of other weights than {args.model}: the picture will be another"])
+    return _draw(_Drawing(job, pipeline, settings, record, args.out), args)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is drawn: a prompt for each place, the index of its noise, and which places are kept (None: all)."""
+
+    prompts: list[str]
+    each: list[str]
+    indices: list[int]
+    only: list[int] | None
+
+
+def _job(args: argparse.Namespace, recorded: Mapping[str, Any]) -> _Job:
+    given = list(args.prompts) + _prompts_in(args.from_file)
+    prompts = given or list(recorded.get("prompts", [recorded["prompt"]] if "prompt" in recorded else []))
     if not prompts:
         raise ValueError('no prompt given; such as: ldm sample "a red apple"')
-    if args.count < 1:
+    if args.count is not None and args.count < 1:
         raise ValueError(f"--count: must be at least 1, got {args.count}")
     if args.size is not None and len(args.size) > 2:
         raise ValueError(f"--size: expected one or two numbers, got {args.size}")
+    if "index" in recorded and args.count is None and args.index is None and len(prompts) == 1:
+        rows = int(recorded.get("rows", 1))  # a batch of the same shape: the other rows change no bit
+        return _Job(prompts, prompts * rows, [int(recorded["index"])] * rows, [int(recorded.get("row", 0))])
+    each = [p for p in prompts for _ in range(args.count or 1)]
+    for index in args.index or ():
+        if not 0 <= index < len(each):
+            raise ValueError(
+                f"--index: {index} is none of the {len(each)} pictures, 0 to {len(each) - 1}; give the prompts and the "
+                "--count that it was drawn with"
+            )
+    return _Job(prompts, each, list(range(len(each))), args.index)
 
-    from tqdm import tqdm
 
+def _parsed(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The options, and what a picture of --from-png says, whose settings are the options' defaults."""
+    p = parser()
+    args = p.parse_args(argv)
+    if args.from_png is None:
+        return args, {}
+    from ldm.cli import drawn
+    from ldm.sampling import foreign
+
+    recorded = drawn.record(args.from_png)
+    if recorded is None:
+        try:
+            found = foreign.read(drawn.texts(args.from_png))
+        except ValueError as error:
+            raise ValueError(f"--from-png {str(args.from_png)!r}: {error}") from error
+        lines = [f"{args.from_png}: settings of {found.program}; the noise is not its own: the picture will be another"]
+        _say(lines + [f"not used: {entry}" for entry in found.unused])
+        recorded = found.options
+        p.set_defaults(model=None)
+    elif "command" in recorded:
+        command = shlex.join(["ldm", *map(str, recorded["command"])])
+        raise ValueError(f"--from-png {str(args.from_png)!r}: an edited picture; this draws it again: {command}")
+    known = {action.dest for action in p._actions} - {"prompts", "index", "out", "device", "from_png", "from_file"}
+    if odd := sorted(recorded.keys() - known - set(_TOLD)):
+        raise ValueError(f"--from-png {str(args.from_png)!r}: settings that are not known here: {', '.join(odd)}")
+    defaults = {k: v for k, v in recorded.items() if k in known}
+    if "index" in recorded:
+        defaults["count"] = None
+    p.set_defaults(**defaults)
+    args = p.parse_args(argv)
+    if args.model is None:
+        raise ValueError(f"--from-png {str(args.from_png)!r}: say with --model where its model {found.model!r} is")
+    return args, recorded
+
+
+def _loaded(args: argparse.Namespace, settings: Settings) -> tuple[TextToImage, Settings, dict[str, Any]]:
+    """The model with all that is loaded into it, the settings that it decides, and what pictures will say of both."""
     from ldm import dist
-    from ldm.data.grid import sheet, to_pil
+    from ldm.cli.drawn import fingerprint
     from ldm.pipeline import TextToImage
+    from ldm.recipes.models import usable
 
-    settings = _settings(args, None)  # refuses before anything is loaded
-    pipeline = TextToImage.load(args.model, device=args.device or dist.device(), precision=args.precision)
+    device = args.device or dist.device()
+    pipeline = TextToImage.load(
+        usable(args.model, "--model"), device=device, precision=args.precision, lenient=args.lenient
+    )
     settings = _settings(args, pipeline.student)
     args.sampler, args.steps, args.guidance = settings.sampler, settings.steps, settings.guidance
-    _adapt(pipeline, args.lora, args.embedding)
+    _adapt(pipeline, args.lora, args.embedding, args.lenient)
     if args.offload:
-        pipeline.offload(args.device or dist.device())
+        pipeline.offload(device)
     if args.compile:
         pipeline.compile()
-    each = [p for p in prompts for _ in range(args.count)]
-    meter = tqdm(unit="step", desc="sampling", leave=False, disable=None)  # disable=None: no bar where no terminal is
-    with warnings.catch_warnings(record=True) as caught, meter as bar:
-        warnings.simplefilter("always", UserWarning)
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        guide = _guide(pipeline, args.clip, args.clip_guidance)
-        pictures = to_pil(pipeline.sample(each, settings=settings, progress=progress, guide=guide))
-    for line in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)):
-        print(f"ldm sample: {line}", file=sys.stderr)
     record = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in _NOT_SETTINGS}
-    paths = [_save(p, args.out, i, each[i], {**record, "prompt": each[i], "index": i}) for i, p in enumerate(pictures)]
-    columns = args.count if args.count > 1 else min(len(pictures), 8)
-    grid = args.out / "grid.png"
-    sheet(pictures, columns).save(grid, pnginfo=_info({**record, "prompts": prompts}))
-    print("\n".join(map(str, [*paths, grid])))
-    return 0
+    record |= {
+        "size": list(pipeline.size(settings.size)), "precision": _PRECISIONS[str(pipeline.dtype)],
+        "device": str(pipeline.device), "count": args.count or 1,
+        "weights": fingerprint([pipeline.unet, pipeline.codec.autoencoder, *pipeline.text]),
+    }  # fmt: skip
+    return pipeline, settings, record
+
+
+class _Drawing:
+    """One call's pictures: each batch is written as it is drawn, and stays if the rest is interrupted."""
+
+    def __init__(
+        self, job: _Job, pipeline: TextToImage, settings: Settings, record: dict[str, Any], folder: Path
+    ) -> None:
+        from ldm.cli.drawn import GRID_PIXELS, Album
+
+        self.job, self.pipeline, self.settings, self.record = job, pipeline, settings, record
+        self.album = Album(folder)
+        chosen = range(len(job.each)) if job.only is None else sorted(set(job.only))
+        self.number = {place: k for k, place in enumerate(chosen)}
+        self.rows = {
+            place: {"row": row, "rows": len(batch)}
+            for batch in pipeline.batches(job.each, settings)
+            for row, place in enumerate(batch)
+        }
+        height, width = record["size"]
+        self.most = max(1, GRID_PIXELS // (height * width))
+        self.shown: dict[int, Image.Image] = {}
+        self.done = 0
+
+    def batches(self, guide: Guide | None) -> None:
+        """Draw, write and name each picture."""
+        from ldm.data.grid import to_pil
+        from ldm.progress import Bar, line
+
+        job = self.job
+        with Bar("sampling", "steps", leave=False) as bar:
+            for places, images in self.pipeline.drawn(
+                job.each, settings=self.settings, indices=job.indices, only=job.only, progress=bar.to, guide=guide
+            ):
+                for place, picture in zip(places, to_pil(images), strict=True):
+                    own = {"prompt": job.each[place], "index": job.indices[place], **self.rows[place]}
+                    path = self.album.add(picture, self.number[place], job.each[place], {**self.record, **own})
+                    self.done += 1
+                    line(str(path))
+                    if self.number[place] < self.most:
+                        self.shown[self.number[place]] = picture
+
+    def grid(self, columns: int) -> None:
+        """The contact sheet of what was drawn, unless single pictures were asked for."""
+        from ldm.data.grid import sheet
+
+        if self.job.only is not None or not self.shown:
+            return
+        pictures = [self.shown[k] for k in sorted(self.shown)]
+        name = f"grid-{self.album.first:04d}" if self.album.first else "grid"
+        path = self.album.name(sheet(pictures, columns), name, {**self.record, "prompts": self.job.prompts})
+        if len(pictures) < self.done:
+            _say([f"{path.name} shows {len(pictures)} of {self.done} pictures"])
+        print(path)
+
+
+def _draw(drawing: _Drawing, args: argparse.Namespace) -> int:
+    """0, or 130 when it was interrupted."""
+    job, album = drawing.job, drawing.album
+    code = 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        drawing.pipeline.check([job.each[i] for i in drawing.number], drawing.settings)
+        _say([album.told] if album.told else [], caught)
+        try:
+            drawing.batches(_guide(drawing.pipeline, args.clip, args.clip_guidance))
+        except KeyboardInterrupt:
+            code = 130
+        _say([], caught)
+    drawing.grid(args.count if (args.count or 1) > 1 else min(len(job.each), 8))
+    if code:
+        _say([f"interrupted: {drawing.done} of {len(drawing.number)} pictures are in {album.folder}"])
+    return code
+
+
+def _say(lines: list[str], caught: list[warnings.WarningMessage] | None = None) -> None:
+    """Lines on standard error, and warnings, which are taken out of their list."""
+    found = [str(w.message) for w in caught or () if issubclass(w.category, UserWarning)]
+    if caught is not None:
+        caught.clear()
+    for line in dict.fromkeys([*lines, *found]):
+        print(f"ldm sample: {line}", file=sys.stderr)
 
 
 def _settings(args: argparse.Namespace, student: FewSteps | None) -> Settings:
@@ -142,18 +300,27 @@ def _pair(values: Sequence[int] | None) -> tuple[int, int] | None:
     return None if values is None else (values[0], values[1])
 
 
-def _adapt(pipeline: TextToImage, loras: list[str], embeddings: list[str]) -> None:
+def _adapt(pipeline: TextToImage, loras: list[str], embeddings: list[str], lenient: bool) -> None:
     """Load `--lora` and `--embedding`."""
     for i, entry in enumerate(loras):
-        path, colon, weight = entry.rpartition(":")
-        path, weight = (path, weight) if colon and not Path(entry).exists() else (entry, "1")
-        try:
-            strength = float(weight)
-        except ValueError:
-            raise ValueError(f"--lora {entry!r}: expected PATH or PATH:WEIGHT, such as style.safetensors:0.8") from None
-        pipeline.load_lora(path, strength, name=f"{i} {path}")
+        path, strength = _lora(entry)
+        pipeline.load_lora(path, strength, name=f"{i} {path}", lenient=lenient)
     for path in embeddings:
-        pipeline.load_embedding(path)
+        words = " or ".join(map(repr, pipeline.load_embedding(path)))
+        print(f"ldm sample: embedding {path}: called by {words}", file=sys.stderr)
+
+
+def _lora(entry: str) -> tuple[str, float]:
+    """Path and weight; what stands behind the last colon is a weight unless the whole is a file."""
+    path, colon, weight = entry.rpartition(":")
+    if not colon or Path(entry).exists():
+        return entry, 1.0
+    with contextlib.suppress(ValueError):
+        if math.isfinite(strength := float(weight)):
+            return path, strength
+    if Path(path).exists() or not Path(entry).suffix:
+        raise ValueError(f"--lora {entry!r}: expected PATH or PATH:WEIGHT, such as style.safetensors:0.8")
+    return entry, 1.0  # a file that is not there, whose name has a colon in it
 
 
 def _guide(pipeline: TextToImage, clip: str, scale: float) -> Guide | None:
@@ -166,31 +333,27 @@ def _guide(pipeline: TextToImage, clip: str, scale: float) -> Guide | None:
     return clip_guide(pipeline, model.to(pipeline.device), config, scale)
 
 
-_NOT_SETTINGS = ("prompts", "from_file", "out", "list_samplers", "batch")
+_NOT_SETTINGS = ("prompts", "from_file", "from_png", "index", "out", "list_samplers")
+_TOLD = ("version", "prompt", "prompts", "index", "row", "rows", "weights", "device")
+"""What pictures say beside the options."""
+_PRECISIONS = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
 
 
 def _prompts_in(path: Path | None) -> list[str]:
+    """One prompt a line, in UTF-8 or with a mark of its encoding; lines that begin with # are comments."""
     if path is None:
         return []
     if not path.is_file():
         raise ValueError(f"--from-file: {str(path)!r}: no such file")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    from ldm.data.texts import read_lines
+
+    lines = [" ".join(line.split()) for line in read_lines(path)]
+    prompts = [line for line in lines if not line.startswith("#")]
+    if comments := len(lines) - len(prompts):
+        _say([f"{path}: {comments} lines that begin with # are left out as comments"])
+    if odd := next((m for line in prompts if (m := _LINE_OPTION.search(line))), None):
+        _say([f"{path}: {odd[0].strip()!r} is read as words: lines have no options here"])
+    return prompts
 
 
-def _save(picture: Image.Image, folder: Path, index: int, prompt: str, record: dict[str, object]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "empty"
-    path = folder / f"{index:04d}-{name}.png"
-    picture.save(path, pnginfo=_info(record))
-    return path
-
-
-def _info(record: dict[str, object]) -> PngInfo:
-    """The settings as PNG text, one key `ldm` of JSON."""
-    from PIL.PngImagePlugin import PngInfo
-
-    from ldm import __version__
-
-    info = PngInfo()
-    info.add_text("ldm", json.dumps({"version": __version__, **record}))
-    return info
+_LINE_OPTION = re.compile(r"(?:^|\s)--(?:[whdlsn]|prompt|negative_prompt|steps|seed|cfg_scale|width|height)\s+\S+")

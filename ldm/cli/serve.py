@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
+from ldm.cli.options import Parser
 
 EXAMPLES = ("a red apple", "a smiling face with sunglasses", "woman firefighter, medium-dark skin tone", "a red heart")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Options of the verb."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="ldm serve",
         description="Draw from words in a browser. Needs the extra `web`.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("--model", default="emoji", help="shipped name, run or diffusers folder, single file or hub id")
     p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the U-Net")
@@ -29,10 +28,13 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--port: must be in [1, 65535], got {args.port}")
     from ldm import dist
     from ldm.pipeline import TextToImage
+    from ldm.recipes.models import usable
     from ldm.web.serve import build_app, check_gradio
 
     check_gradio()
-    pipeline = TextToImage.load(args.model, device=args.device or dist.device(), precision=args.precision)
+    pipeline = TextToImage.load(
+        usable(args.model, "--model"), device=args.device or dist.device(), precision=args.precision
+    )
     app = build_app(pipeline, args.model, EXAMPLES if args.model == "emoji" else ())
     try:
         app.launch(server_name=args.host, server_port=args.port, quiet=False, share=False)

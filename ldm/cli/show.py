@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
+from ldm.cli.options import Parser
+from ldm.words import near
 
-def parser() -> argparse.ArgumentParser:
+
+def parser() -> Parser:
     """Options of the verb."""
-    p = argparse.ArgumentParser(prog="ldm show", description="Pictures that explain.")
+    p = Parser(prog="ldm show", description="Pictures that explain.")
     kinds = p.add_subparsers(dest="what", required=True)
     n = kinds.add_parser(
         "noising",
         help="strips and animations of x_t over t for each schedule, with SNR and alpha_bar curves",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     n.add_argument("image", type=Path, help="a picture file")
     n.add_argument("--out", type=Path, default=Path("noising"), help="folder for the pictures")
@@ -44,26 +47,28 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     if args.what == "run":
         return _run(args)
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
+    from ldm.data import decode
     from ldm.web import noising
 
     names = args.schedule or list(noising.SCHEDULES)
     for name in names:
         if name not in noising.SCHEDULES:
-            raise ValueError(f"schedule {name!r} is not one of {sorted(noising.SCHEDULES)}")
+            raise ValueError(
+                f"schedule {name!r} is not one of {sorted(noising.SCHEDULES)}{near(name, noising.SCHEDULES)}"
+            )
     if args.size < 1:
         raise ValueError(f"--size must be at least 1, got {args.size}")
     try:
-        with Image.open(args.image) as opened:
-            image = opened.convert("RGBA")
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"image {str(args.image)!r} cannot be read: {error}") from error
-    ground = Image.new("RGBA", image.size, "white")
-    ground.alpha_composite(image)
+        image = decode.load(args.image)
+    except ValueError as error:
+        raise ValueError(f"the picture cannot be read: {error}") from error
+    if (count := decode.frames(args.image)) > 1:
+        print(f"ldm show: {args.image}: the first of {count} frames or pages is taken", file=sys.stderr)
     scale = args.size / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    picture = ground.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    picture = image.resize(size, Image.Resampling.LANCZOS)
     schedules = {name: noising.SCHEDULES[name] for name in names}
     together = noising.strips(picture, schedules, args.frames, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from functools import partial
 
+from ldm.cli import starts
+from ldm.cli.options import Parser
 
-def main(argv: list[str]) -> int:
-    """Train; running the same command again resumes."""
-    parser = argparse.ArgumentParser(
+
+def parser() -> Parser:
+    """Options of the verb."""
+    parser = Parser(
         prog="ldm train",
         description="Train from a YAML config. The same command again resumes from the newest checkpoint.",
         epilog="Several processes: python -m launch local --procs 2 -- ldm train CONFIG. Exit codes: 0 finished, 2 a "
@@ -23,7 +25,13 @@ def main(argv: list[str]) -> int:
         "--print-config", action="store_true", help="print the resolved config and DeepSpeed's, and stop"
     )
     parser.add_argument("--dry-run", action="store_true", help="check config and data, build everything, train nothing")
-    args = parser.parse_args(argv)
+    starts.add(parser)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Train; running the same command again resumes."""
+    args = parser().parse_words(argv)
 
     from ldm.config.load import dump
     from ldm.config.schema import load_run
@@ -56,7 +64,7 @@ def main(argv: list[str]) -> int:
     from ldm.train.writer import SaveFailed
 
     try:
-        return run(build, config.train, config.out, seed=config.seed, resolved=resolved)
+        return run(build, config.train, config.out, seed=config.seed, resolved=resolved, start=starts.start(args))
     except LockLost as error:
         code, said = LOST, error
     except SaveFailed as error:

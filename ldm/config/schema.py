@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ldm.config import load as config
 from ldm.data.mixture import Data
-from ldm.recipes.autoencoder import AutoencoderTask
-from ldm.recipes.clip import ClipTask
-from ldm.recipes.distill import DistillTask
-from ldm.recipes.dreambooth import DreamboothTask
-from ldm.recipes.finetune import FinetuneTask
-from ldm.recipes.inversion import InversionTask
-from ldm.recipes.text_to_image import TextToImageTask
+from ldm.recipes import Task, check_validation
+from ldm.recipes.models import with_usable
+from ldm.recipes.text_to_image import TextToImageTask, settled
 from ldm.train.trainer import TrainConfig
-
-Task = AutoencoderTask | ClipTask | DistillTask | DreamboothTask | FinetuneTask | InversionTask | TextToImageTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +32,19 @@ class RunConfig:
             raise ValueError("name must not be empty")
         if self.workers < 0:
             raise ValueError(f"workers must be at least 0, got {self.workers}")
+        check_validation(self.task, self.train)
 
 
-def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read and check a run's config. Raises ValueError naming the key, the value and what is allowed.
+def load_run(path: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and check a run's config, a file or plain data.
 
-    `data.kind` may be left out: what lists `sources` is a mixture.
+    Raises ValueError naming the key, the value and what is allowed. `data.kind` may be left out: what lists `sources`
+    is a mixture. A checkpoint that stands for a model is written as one, and the network of `task.start` is filled in.
     """
     tree = config.read(path, overrides)
     data = tree.get("data")
     if isinstance(data, dict):
         data.setdefault("kind", "mixture" if "sources" in data else "shards")
-    return config.decode(RunConfig, tree)
+    run = config.decode(RunConfig, tree)
+    task = with_usable(run.task)
+    return replace(run, task=settled(task) if isinstance(task, TextToImageTask) else task)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,18 +51,21 @@ def nearest(size: Shape, shapes: tuple[Shape, ...]) -> Shape:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which bucket each picture goes to, and what was merged: {kept: {merged shape: pictures}}."""
+    """Which bucket each picture goes to, what was merged: {kept: {merged shape: pictures}}, and its own shape."""
 
     bucket: dict[str, Shape]
     merged: dict[Shape, dict[Shape, int]]
+    wanted: dict[str, Shape]
 
-    def report(self) -> dict[str, dict[str, object]]:
-        """By bucket: pictures in all, and how many came from merged buckets."""
-        counts = Counter(self.bucket.values())
+    def report(self, kept: Collection[str] | None = None) -> dict[str, dict[str, object]]:
+        """By bucket: pictures in all, and how many came from merged buckets; of the `kept` keys alone, if given."""
+        keys = self.bucket if kept is None else [k for k in self.bucket if k in kept]
+        counts = Counter(self.bucket[k] for k in keys)
+        wanted = Counter((self.bucket[k], self.wanted[k]) for k in keys if self.wanted[k] != self.bucket[k])
         return {
             name(shape): {
                 "pictures": counts[shape],
-                "merged": {name(s): n for s, n in sorted(self.merged.get(shape, {}).items())},
+                "merged": {name(s): n for (to, s), n in sorted(wanted.items()) if to == shape},
             }
             for shape in sorted(counts)
         }
@@ -93,7 +96,7 @@ def assign(sizes: Mapping[str, Shape], config: BucketConfig) -> Assignment:
         others = {shape: n for shape, n in parts.items() if shape != target}
         if others:
             merged[target] = others
-    return Assignment({key: goes[shape] for key, shape in wanted.items()}, merged)
+    return Assignment({key: goes[shape] for key, shape in wanted.items()}, merged, wanted)
 
 
 class BucketedOrder:
@@ -109,6 +112,15 @@ class BucketedOrder:
     def steps_per_epoch(self) -> int:
         """Steps of all buckets."""
         return int(self._ends[-1])
+
+    def turns(self, epoch: int) -> tuple[Ints, Ints]:
+        """Of all steps of an epoch: which bucket's each is, and the number of its own step in the epoch."""
+        place = np.arange(self.steps_per_epoch)
+        if self._shuffle:
+            place = permute(place, self.steps_per_epoch, mix(self._seed, epoch, -2))
+        bucket = np.searchsorted(self._ends, place, side="right")
+        first = self._ends - np.array([o.steps_per_epoch for o in self.orders])
+        return bucket, place - first[bucket]
 
     def ids(self, step: int, slots: Ints) -> Ints:
         """Sample ids of the slots of a step; all of one bucket."""

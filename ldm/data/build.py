@@ -7,12 +7,14 @@ import hashlib
 import io
 import json
 import multiprocessing
+import signal
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,10 +24,10 @@ from ldm.data import decode, images
 from ldm.data.buckets import BucketConfig, Shape, assign, name
 from ldm.data.decode import BadSample
 from ldm.data.manifest import Manifest, Shard
-from ldm.data.sources import CaptionsFrom, Item, captions_beside, find
+from ldm.data.sources import CaptionsFrom, Item, captions_beside, find, read, remarks
 from ldm.data.write import ShardWriter
 
-_EXTENSION = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "MPO": "jpg"}
+_EXTENSION = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _CHUNK = 16
 
 
@@ -66,12 +68,13 @@ class BuildConfig:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of the pictures."""
+    """What became of the pictures, and what a reader of the report may not expect of those that were kept."""
 
     manifest: Manifest
     found: int
     written: int
     bad: tuple[dict[str, str], ...]
+    remarks: tuple[str, ...] = ()
 
     @property
     def reasons(self) -> Counter[str]:
@@ -84,6 +87,7 @@ class _Done:
     item: Item
     members: dict[str, bytes] | None
     problem: tuple[str, str] | None = None
+    frames: int = 1
 
 
 def build(source: Path, out: Path, config: BuildConfig, progress: Callable[[int, int], None] | None = None) -> Report:
@@ -100,7 +104,8 @@ def build(source: Path, out: Path, config: BuildConfig, progress: Callable[[int,
     shapes = {} if assigned is None else assigned.bucket
     writers: dict[tuple[str, Shape | None, int], ShardWriter] = {}
     bad: list[dict[str, str]] = []
-    written = 0
+    said = remarks(items)
+    written: set[str] = set()
     with (out / "quarantine.jsonl").open("w", encoding="utf-8") as quarantine:
         for number, done in enumerate(_prepare_all(_in_chunks(items, shapes), config), 1):
             if done.members is not None:
@@ -109,7 +114,9 @@ def build(source: Path, out: Path, config: BuildConfig, progress: Callable[[int,
                 if place not in writers:
                     writers[place] = _writer(out, config, *place)
                 writers[place].add(done.item.key, done.members)
-                written += 1
+                written.add(done.item.key)
+                if done.frames > 1:
+                    said.append(f"{done.item.name}: the first of {done.frames} frames or pages")
             elif done.problem is not None:
                 reason, detail = done.problem
                 bad.append({"name": done.item.name, "key": done.item.key, "reason": reason, "error": detail})
@@ -122,10 +129,10 @@ def build(source: Path, out: Path, config: BuildConfig, progress: Callable[[int,
         raise ValueError(f"source {str(source)!r}: none of {len(items)} pictures can be used: {reasons}")
     notes: dict[str, Any] = {"bad": len(bad)}
     if assigned is not None:
-        notes["buckets"] = assigned.report()
+        notes["buckets"] = assigned.report(written)
     manifest = Manifest(name=out.resolve().name, shards=tuple(shards), folder=out, notes=notes)
     manifest.write()
-    return Report(manifest, len(items), written, tuple(bad))
+    return Report(manifest, len(items), len(written), tuple(bad), tuple(said))
 
 
 def _fraction(key: str) -> float:
@@ -154,21 +161,32 @@ def _in_chunks(items: list[Item], shapes: dict[str, Shape]) -> list[list[_Job]]:
 
 
 def _sizes(items: list[Item], config: BuildConfig) -> dict[str, Shape]:
-    """Sizes from the headers, without pictures that will turn out bad anyway."""
+    """Sizes from the headers, without pictures that will be left out for these or for their text."""
     chunks = [items[i : i + 256] for i in range(0, len(items), 256)]
+    measure = partial(_sizes_of, config)
     if config.workers == 1 or len(chunks) == 1:
-        return {key: size for chunk in chunks for key, size in _sizes_of(chunk)}
+        return {key: size for chunk in chunks for key, size in measure(chunk)}
     with _pool(config.workers) as pool:
-        return {key: size for part in pool.map(_sizes_of, chunks) for key, size in part}
+        return {key: size for part in pool.map(measure, chunks) for key, size in part}
 
 
-def _sizes_of(items: list[Item]) -> list[tuple[str, Shape]]:
+def _sizes_of(config: BuildConfig, items: list[Item]) -> list[tuple[str, Shape]]:
     found = []
     for item in items:
-        with contextlib.suppress(BadSample, OSError):
-            if item.problem is None:
-                found.append((item.key, decode.upright_size(item.path.read_bytes())))
+        with contextlib.suppress(BadSample):
+            _captions(item, config)
+            size = decode.upright_size(read(item))
+            if min(size) >= config.min_side and size[0] * size[1] <= config.max_pixels:
+                found.append((item.key, size))
     return found
+
+
+def _captions(item: Item, config: BuildConfig) -> list[tuple[str, float]]:
+    """The item's captions. Raises BadSample for its own problem, for text that cannot be read and for none."""
+    captions = captions_beside(item)
+    if not captions and config.require_captions:
+        raise BadSample("no_caption", "no text in the metadata or beside the picture")
+    return captions
 
 
 def _prepare_all(chunks: list[list[_Job]], config: BuildConfig) -> Iterator[_Done]:
@@ -201,12 +219,20 @@ def _prepare_all(chunks: list[list[_Job]], config: BuildConfig) -> Iterator[_Don
 def _pool(workers: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=quiet)
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_worker)
+
+
+def _worker() -> None:
+    """Begin a worker: Ctrl-C is its parent's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    quiet()
 
 
 def quiet() -> None:
-    """Let PIL not warn, in this process, of pictures whose size is checked here anyway."""
+    """Let PIL be silent in this process: of broken notes, and of large pictures, whose size is checked here anyway."""
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    Image.MAX_IMAGE_PIXELS = None
 
 
 def _alone(job: _Job, config: BuildConfig) -> _Done:
@@ -225,48 +251,46 @@ def _prepare_chunk(jobs: list[_Job], config: BuildConfig) -> list[_Done]:
 def prepare(item: Item, shape: Shape | None, config: BuildConfig) -> _Done:
     """One item's members, large enough for a bucket's shape, or what is wrong with it."""
     try:
-        if item.problem is not None:
-            raise BadSample(*item.problem)
-        captions = captions_beside(item)
-        if not captions and config.require_captions:
-            raise BadSample("no_caption", "no text in the metadata or beside the picture")
-        try:
-            data = item.path.read_bytes()
-        except OSError as error:
-            raise BadSample("unreadable", str(error)) from error
-        extension, picture, size, original = _picture(data, shape, config)
+        captions = _captions(item, config)
+        stored = _picture(read(item), shape, config)
     except BadSample as error:
         return _Done(item, None, (error.reason, error.detail))
     record: dict[str, Any] = {
         **item.extra,
         "captions": [list(c) for c in captions],
-        "width": size[0],
-        "height": size[1],
-        "original_width": original[0],
-        "original_height": original[1],
+        "width": stored.size[0],
+        "height": stored.size[1],
+        "original_width": stored.original[0],
+        "original_height": stored.original[1],
     }
-    members = {extension: picture, "json": json.dumps(record, ensure_ascii=False).encode()}
+    members = {stored.extension: stored.data, "json": json.dumps(record, ensure_ascii=False).encode()}
     if captions:
         members["txt"] = captions[0][0].encode()
-    return _Done(item, members)
+    return _Done(item, members, frames=stored.frames)
 
 
-def _picture(
-    data: bytes, shape: Shape | None, config: BuildConfig
-) -> tuple[str, bytes, tuple[int, int], tuple[int, int]]:
-    """(extension, bytes, size, size before shrinking); decodes it whole, so that damage is found now."""
-    upright = decode.picture(data, max_pixels=config.max_pixels)
+@dataclass(frozen=True)
+class _Stored:
+    """A picture as it goes into a tar, its (width, height) there and before shrinking."""
+
+    extension: str
+    data: bytes
+    size: Shape
+    original: Shape
+    frames: int
+
+
+def _picture(data: bytes, shape: Shape | None, config: BuildConfig) -> _Stored:
+    """Decodes it whole, so that damage is found now."""
+    found = decode.decoded(data, max_pixels=config.max_pixels)
+    upright = found.image
     original = upright.size
     if min(original) < config.min_side:
         raise BadSample("small", f"{original[0]}x{original[1]}, short side under {config.min_side}")
     target = shape or (None if config.size is None else (config.size, config.size))
     shrink = target is not None and original[0] > target[0] and original[1] > target[1]
-    if config.format == "keep" and not shrink:
-        with Image.open(io.BytesIO(data)) as header:
-            plain = header.mode == "RGB" and "transparency" not in header.info
-            still = header.format != "MPO" and not getattr(header, "is_animated", False)
-            if plain and still and header.format in _EXTENSION and header.getexif().get(0x0112, 1) == 1:
-                return _EXTENSION[header.format], data, original, original
+    if config.format == "keep" and not shrink and found.plain and found.format in _EXTENSION:
+        return _Stored(_EXTENSION[found.format], data, original, original, found.frames)
     if target is not None and shrink:
         upright = images.resize(upright, target, "crop")
     extension = "jpg" if config.format == "keep" else config.format
@@ -277,4 +301,4 @@ def _picture(
         upright.save(buffer, "WEBP", quality=config.quality, method=4)
     else:
         upright.save(buffer, "PNG")
-    return extension, buffer.getvalue(), upright.size, original
+    return _Stored(extension, buffer.getvalue(), upright.size, original, found.frames)

@@ -16,10 +16,13 @@ from torch import Tensor
 
 from ldm.data.decode import BadSample
 from ldm.data.manifest import Manifest
+from ldm.data.scan import CACHED
 from ldm.data.shards import ShardReader, Shards
 
-MEMBER = "cache.safetensors"
+MEMBER = CACHED
 PER_VARIANT = ("moments", "original_size", "crop_top_left")
+LATER = ("text_settings",)
+"""What caches of versions up to 0.1 do not record."""
 _DTYPES = {"F16": np.float16, "F32": np.float32, "BF16": np.uint16}
 _KEPT_BYTES = 128  # of a kept reference to a layout, which samples of one form share
 _HEAD = 1024  # most headers are shorter
@@ -37,6 +40,11 @@ def check(manifest: Manifest, *, cached: bool, buckets: bool = False, expect: Ma
         raise ValueError(f"data.buckets: the cache {manifest.name!r} needs buckets: {allowed}, as it was made")
     for key, value in (expect or {}).items():
         have = manifest.cached.get(key)
+        if key in LATER and key not in manifest.cached:
+            raise ValueError(
+                f"data {manifest.name!r}: the cache was made by an older version, which did not record {key}: the same "
+                "`ldm data encode` again checks it and adds that, or says that it must be encoded anew"
+            )
         if have != value:
             raise ValueError(
                 f"data {manifest.name!r}: the cache was made with {key}={have!r}, this run has {value!r}; "
@@ -127,30 +135,30 @@ class CachedReader:
             size = entry.row_bytes
             values = np.empty((len(ids), *entry.shape[1:]), entry.dtype)
             target = values.reshape(-1).view(np.uint8).data
-            for row, ((reader, index, column), layout) in enumerate(zip(places, layouts, strict=True)):
+            for row, ((reader, index, number), layout) in enumerate(zip(places, layouts, strict=True)):
                 here = layout.entries.get(name)
                 if here is None or (here is not entry and not here.like(entry)):
                     raise ValueError(self._differ(ids[0], ids[row], name, entry, here))
                 which = int(variants[row] * here.shape[0]) if name in PER_VARIANT else picks[row]
-                reader.fill(index, column, here.start + which * size, target[row * size : (row + 1) * size])
+                reader.fill(index, number, here.start + which * size, target[row * size : (row + 1) * size])
             out[name] = _float(values)
             for row in _not_finite(out[name]):
                 bad[row] = BadSample("damaged", f"{MEMBER}: {name} is not finite")
         return out, bad
 
     def _place(self, sample: int) -> tuple[ShardReader, int, int]:
-        """The shard, the sample's number in it, and the member's column."""
+        """The shard, the sample's number in it, and the member's number."""
         shard, index = self._shards.locate(sample)
         reader = self._shards.reader(shard)
-        column = reader.column(MEMBER)
-        if column is None or not reader.has(index, column):
+        number = reader.find(index, MEMBER)
+        if number is None:
             raise BadSample("no_cache", f"no member {MEMBER}")
-        return reader, index, column
+        return reader, index, number
 
-    def _read(self, reader: ShardReader, index: int, column: int) -> Layout:
-        size = reader.size(index, column)
+    def _read(self, reader: ShardReader, index: int, number: int) -> Layout:
+        size = reader.size(number)
         head = bytearray(min(size, _HEAD))
-        reader.fill(index, column, 0, memoryview(head))
+        reader.fill(index, number, 0, memoryview(head))
         if len(head) < 8:
             raise BadSample("damaged", f"{MEMBER}: {size} bytes")
         (length,) = struct.unpack_from("<Q", head)
@@ -158,7 +166,7 @@ class CachedReader:
             raise BadSample("damaged", f"{MEMBER}: a header of {length} in {size} bytes")
         if length > len(head) - 8:
             head = bytearray(8 + length)
-            reader.fill(index, column, 0, memoryview(head))
+            reader.fill(index, number, 0, memoryview(head))
         header = bytes(head[8 : 8 + length])
         known = self._layouts.get((header, size))
         if known is None:
@@ -195,6 +203,8 @@ def parse(header: bytes, size: int) -> Layout:
             if name == "__metadata__":
                 continue
             start, end = told["data_offsets"]
+            if not all(type(n) is int for n in (start, end, *told["shape"])):
+                raise ValueError(f"{name} of shape {told['shape']} at {start} to {end}")
             entry = Entry(first + start, _DTYPES[told["dtype"]], tuple(told["shape"]))
             if not (entry.shape and min(entry.shape) > 0 and start >= 0 and first + end <= size):
                 raise ValueError(f"{name} of shape {entry.shape} at {start} to {end} of {size} bytes")
@@ -205,7 +215,7 @@ def parse(header: bytes, size: int) -> Layout:
             raise ValueError("no tensors")
         texts = [e.shape[0] for name, e in entries.items() if name not in PER_VARIANT]
         return Layout(entries, min(texts) if texts else None)
-    except (AttributeError, ValueError, KeyError, TypeError) as error:  # whatever spoiled json may hold
+    except (AttributeError, ValueError, KeyError, TypeError, RecursionError) as error:  # whatever spoiled json may hold
         raise BadSample("damaged", f"{MEMBER}: {type(error).__name__}: {error}") from error
 
 

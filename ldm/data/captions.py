@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
-from ldm.data.decode import BadSample, metadata, text
+from ldm.data.bad import BadSample
+from ldm.data.texts import captions_in, check, metadata, text
 from ldm.rng import key as rng_key
 
 _UNIT = float(1 << 63)
@@ -60,19 +62,25 @@ def uniform(seed: int, position: int, purpose: str) -> float:
     return rng_key(seed, position, purpose) / _UNIT
 
 
+TEXTS = ("txt", "text", "caption")
+"""Members of a sample that hold a caption as plain text."""
+_FIELDS = ("caption", "text")
+
+
 def captions_of(members: dict[str, bytes], *, required: bool = True) -> tuple[Captions, dict[str, Any]]:
     """Captions and the json metadata of a sample.
 
-    Looks at json `captions` (texts or [text, weight] pairs), json `caption` or `text`, then the txt member.
-    Raises BadSample no_caption, not_utf8 or bad_json; with `required` false a missing one is the empty text.
+    Looks at json `captions` (texts or [text, weight] pairs), json `caption` or `text` (a text, a number, a list), then
+    the members of `TEXTS`; null and what is empty is none. Raises BadSample no_caption, not_utf8 or bad_json; with
+    `required` false a missing one is the empty text.
     """
     tree = metadata(members)
     pairs = _pairs(tree.get("captions"))
-    if not pairs:
-        single = tree.get("caption", tree.get("text"))
-        if not isinstance(single, str) and "txt" in members:
-            single = text(members["txt"])
-        pairs = [(single.strip(), 1.0)] if isinstance(single, str) and single.strip() else []
+    for name in _FIELDS:
+        pairs = pairs or [(one, 1.0) for one in captions_in(tree.get(name), name)]
+    for name in TEXTS:
+        if not pairs and name in members and (one := text(members[name])):
+            pairs = [(one, 1.0)]
     if not pairs:
         if required:
             raise BadSample("no_caption", f"members {sorted(members)}")
@@ -81,17 +89,24 @@ def captions_of(members: dict[str, bytes], *, required: bool = True) -> tuple[Ca
 
 
 def _pairs(value: Any) -> list[tuple[str, float]]:
+    if value is None or isinstance(value, str):
+        return [(one, 1.0) for one in captions_in(value, "captions")]
     if not isinstance(value, list):
-        return []
+        raise BadSample("bad_json", f"captions: {value!r:.80}; expected a list of texts or [text, weight]")
     pairs: list[tuple[str, float]] = []
     for entry in value:
+        if entry is None:
+            continue
         if isinstance(entry, str):
-            pairs.append((entry, 1.0))
-        elif isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str):
-            weight = float(entry[1])
-            if weight < 0:
-                raise BadSample("bad_json", f"caption weight {weight} is negative")
-            pairs.append((entry[0], weight))
+            pairs += [(one, 1.0) for one in captions_in(entry, "captions")]
+        elif isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and _is_number(entry[1]):
+            if not 0 <= entry[1] < math.inf:
+                raise BadSample("bad_json", f"caption weight {entry[1]} is negative or no number")
+            pairs.append((check(entry[0]), float(entry[1])))
         else:
-            raise BadSample("bad_json", f"captions hold {entry!r}; expected a text or [text, weight]")
+            raise BadSample("bad_json", f"captions hold {entry!r:.80}; expected a text or [text, weight]")
     return pairs if sum(w for _, w in pairs) > 0 else []
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

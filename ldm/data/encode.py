@@ -7,79 +7,30 @@ manifest when no part is missing.
 
 from __future__ import annotations
 
-import itertools
-import json
-import os
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from ldm.data.buckets import name as bucket_name
 from ldm.data.cache import MEMBER
 from ldm.data.captions import uniform
-from ldm.data.images import Fit, to_float
-from ldm.data.manifest import Manifest, Shard, resolve, shard_of
+from ldm.data.claim import SETTINGS, TextStates, claim, finished, read, settings, write
+from ldm.data.images import to_float
+from ldm.data.manifest import Manifest, Shard, bucket_report, json_line, printable, resolve, shard_of
+from ldm.data.offsets import Index
+from ldm.data.parts import EncodeConfig, Part, marker, parts_of
 from ldm.data.samples import Samples
+from ldm.data.shards import Shards
 from ldm.data.write import ShardWriter
 
 Moments = Callable[[Tensor], Tensor]
 """Images (B, 3, H, W) in [-1, 1] -> unscaled posterior moments (B, 2Z, h, w)."""
 
-TextStates = Callable[[list[str]], dict[str, Tensor]]
-"""Texts -> "text" (B, T, D) and optionally "pooled" (B, P)."""
-
-_SETTINGS = "cache.json"
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodeConfig:
-    """What is cached. `variants` pictures a sample are drawn by crop and flip (the first is plain).
-
-    With `buckets` pictures have the shapes of the data set's buckets, and `size` is not used.
-    """
-
-    path: str
-    splits: tuple[str, ...] = ("train",)
-    size: int = 64
-    buckets: bool = False
-    fit: Fit = "crop"
-    crop: Literal["center", "random"] = "center"
-    flip: bool = False
-    variants: int = 1
-    template: str = "{}"
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    seed: int = 0
-    batch: int = 64
-    part: int = 2048
-
-    def __post_init__(self) -> None:
-        if min(self.size, self.variants, self.batch, self.part) < 1:
-            raise ValueError("size, variants, batch and part must be at least 1")
-        if self.variants > 1 and self.crop == "center" and not self.flip:
-            raise ValueError(f"variants: {self.variants} would all be equal with crop=center and flip=false")
-        if "{}" not in self.template:
-            raise ValueError(f"template {self.template!r} must hold {{}} where the caption goes")
-
-
-@dataclass
-class _Part:
-    split: str
-    number: int
-    start: int
-    stop: int
-    bucket: tuple[int, int] | None
-    repeats: int
-
-    @property
-    def prefix(self) -> str:
-        return f"{self.split}-p{self.number:05d}"
 
 
 @dataclass
@@ -116,57 +67,85 @@ def encode(
     them.
     """
     out.mkdir(parents=True, exist_ok=True)
-    _claim(out, _settings(config, moments is not None, text is not None, hashes))
+    config = claim(config, out, settings(config, moments is not None, text is not None, hashes), text)
     manifest = Manifest.read(resolve(config.path))
     for split in config.splits:
-        samples = Samples(manifest, split, size=config.size, fit=config.fit, buckets=config.buckets, memory=0)
-        for part in _parts(config, manifest, split):
-            if part.number % world == rank and not _marker(out, part).is_file():
+        samples = Samples(
+            manifest,
+            split,
+            size=config.size,
+            fit=config.fit,
+            buckets=config.buckets,
+            memory=0,
+            require_captions=config.require_captions,
+        )
+        for part in parts_of(config, manifest, split):
+            if part.number % world != rank:
+                continue
+            if finished(out, part) is None:
                 _encode_part(config, out, part, samples, moments, text, progress)
-            elif part.number % world == rank and progress is not None:
+            elif progress is not None:
                 progress(part.stop - part.start)
 
 
 def finish(config: EncodeConfig, out: Path) -> Manifest:
-    """The manifest over all parts, written, and `quarantine.jsonl`; ValueError names a part that is missing."""
-    settings = json.loads((out / _SETTINGS).read_text())
+    """The manifest over all parts, written, and `quarantine.jsonl`.
+
+    Raises ValueError that names a part that is missing, or if no sample could be encoded.
+    """
+    told = read(out / SETTINGS)
+    config = replace(config, part=told["part"])
     source = Manifest.read(resolve(config.path))
     shards: list[Shard] = []
     sums: dict[str, list[float]] = {}
     bad: list[dict[str, str]] = []
     for split in config.splits:
-        for part in _parts(config, source, split):
-            marker = _marker(out, part)
-            if not marker.is_file():
+        for part in parts_of(config, source, split):
+            tree = finished(out, part)
+            if tree is None:
                 raise ValueError(f"cache {str(out)!r}: part {part.prefix} is missing; run the same encoding again")
-            tree = json.loads(marker.read_text())
             shards += [shard_of(entry) for entry in tree["shards"]]
-            bad += tree["bad"]
+            bad += _named(tree["bad"], source, part, out, tree["shards"])
             for name, pair in tree["error"].items():
                 have = sums.setdefault(name, [0.0, 0.0])
                 sums[name] = [have[0] + pair[0], have[1] + pair[1]]
+    (out / "quarantine.jsonl").write_text("".join(json_line(entry) + "\n" for entry in bad), encoding="utf-8")
     total = sum(s.samples for s in shards)
+    if not total:
+        first = "".join(f"; the first: {entry['key']}: {entry['reason']}: {entry['error']}" for entry in bad[:1])
+        raise ValueError(printable(f"cache {str(out)!r}: none of {len(bad)} samples could be encoded{first}"))
     notes: dict[str, Any] = {
         "bad": len(bad),
-        "bytes_per_sample": round(sum(s.bytes for s in shards) / max(total, 1)),
+        "bytes_per_sample": round(sum(s.bytes for s in shards) / total),
         "relative_rms_error": {k: (b / a) ** 0.5 if a else 0.0 for k, (a, b) in sorted(sums.items())},
     }
     if config.buckets:
-        notes["buckets"] = _bucket_report(shards, source.notes.get("buckets", {}))
+        notes["buckets"] = bucket_report(shards, source.notes.get("buckets", {}))
     result = Manifest(
-        name=f"{source.name}-cached", shards=tuple(shards), folder=out, cached=settings["cached"], notes=notes
+        name=f"{source.name}-cached", shards=tuple(shards), folder=out, cached=told["cached"], notes=notes
     )
     result.write()
-    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in bad]
-    (out / "quarantine.jsonl").write_text("".join(lines), encoding="utf-8")
     return result
+
+
+def _named(
+    bad: list[dict[str, str]] | int, source: Manifest, part: Part, out: Path, shards: list[dict[str, Any]]
+) -> list[dict[str, str]]:
+    """The bad samples of a part; the oldest version only counted them."""
+    if not isinstance(bad, int):
+        return bad
+    stored = {k for entry in shards for k in Index.read(out / entry["index"]).keys}
+    every = Shards(source, part.split)
+    keys = [k for i in range(part.start, part.stop) if (k := every.key(i)) not in stored]
+    return [{"key": k, "reason": "left_out", "error": "by an older version, which did not say why"} for k in keys]
 
 
 def missing(config: EncodeConfig, out: Path) -> int:
     """How many parts other processes still have to write."""
+    config = replace(config, part=read(out / SETTINGS)["part"])
     source = Manifest.read(resolve(config.path))
-    parts = (p for split in config.splits for p in _parts(config, source, split))
-    return sum(not _marker(out, part).is_file() for part in parts)
+    parts = (p for split in config.splits for p in parts_of(config, source, split))
+    return sum(not marker(out, part).is_file() for part in parts)
 
 
 def build_cache(
@@ -183,79 +162,10 @@ def build_cache(
     return finish(config, out)
 
 
-def _settings(config: EncodeConfig, moments: bool, text: bool, hashes: Mapping[str, str]) -> dict[str, Any]:
-    cached = {
-        "size": None if config.buckets else config.size,
-        "fit": config.fit,
-        "crop": config.crop,
-        "flip": config.flip,
-        "variants": config.variants,
-        "template": config.template,
-        "dtype": config.dtype,
-        "moments": moments,
-        "text_states": text,
-        **dict(sorted(hashes.items())),
-        **({"buckets": True} if config.buckets else {}),
-    }
-    source = Manifest.read(resolve(config.path))
-    content = sorted(s.sha256 for split in config.splits for s in source.split(split))
-    return {"cached": cached, "seed": config.seed, "part": config.part, "source": content}
-
-
-def _claim(out: Path, settings: dict[str, Any]) -> None:
-    path = out / _SETTINGS
-    if path.is_file():
-        have = json.loads(path.read_text())
-        for key in sorted({*have, *settings} - {"cached"}):
-            if have.get(key) != settings.get(key):
-                raise ValueError(f"cache {str(out)!r} was begun with another {key}; choose another folder")
-        for key in sorted({*have["cached"], *settings["cached"]}):
-            if have["cached"].get(key) != settings["cached"].get(key):
-                raise ValueError(
-                    f"cache {str(out)!r} was begun with {key}={have['cached'].get(key)!r}, not "
-                    f"{settings['cached'].get(key)!r}; choose another folder"
-                )
-        return
-    _write(path, settings)
-
-
-def _write(path: Path, tree: dict[str, Any]) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(tree, indent=1))
-    os.replace(beside, path)
-
-
-def _parts(config: EncodeConfig, source: Manifest, split: str) -> list[_Part]:
-    """Runs of shards of one shape and number of repeats, each cut into parts."""
-    parts: list[_Part] = []
-    start = 0
-    shards = source.split(split)
-    for (bucket, repeats), run in itertools.groupby(
-        shards, lambda s: (s.bucket if config.buckets else None, s.repeats)
-    ):
-        stop = start + sum(s.samples for s in run)
-        for first in range(start, stop, config.part):
-            parts.append(_Part(split, len(parts), first, min(first + config.part, stop), bucket, repeats))
-        start = stop
-    return parts
-
-
-def _bucket_report(shards: list[Shard], merged: dict[str, Any]) -> dict[str, Any]:
-    """As a build's: by bucket the pictures kept, and what the source had merged into it."""
-    counts: Counter[str] = Counter()
-    for shard in shards:
-        counts[bucket_name(shard.bucket) if shard.bucket else "none"] += shard.samples
-    return {b: {"pictures": n, "merged": merged.get(b, {}).get("merged", {})} for b, n in sorted(counts.items())}
-
-
-def _marker(out: Path, part: _Part) -> Path:
-    return out / f"{part.prefix}.done.json"
-
-
 def _encode_part(
     config: EncodeConfig,
     out: Path,
-    part: _Part,
+    part: Part,
     samples: Samples,
     moments: Moments | None,
     text: TextStates | None,
@@ -290,12 +200,12 @@ def _encode_part(
             for sample, stored in zip(good, tensors, strict=True):
                 captions = samples.captions(sample)
                 record = {**samples.meta(sample), "captions": [list(p) for p in zip(captions.texts, captions.weights)]}
-                data = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+                data = json_line(record, (",", ":")).encode()
                 writer.add(samples.key(sample), {"json": data, MEMBER: safetensors.torch.save(stored)})
             if progress is not None:
                 progress(len(ids))
     pairs = {name: [error.squares[name], error.lost[name]] for name in error.squares}
-    _write(_marker(out, part), {"shards": [asdict(s) for s in writer.shards], "bad": bad, "error": pairs})
+    write(marker(out, part), {"shards": [asdict(s) for s in writer.shards], "bad": bad, "error": pairs})
 
 
 def _add_moments(

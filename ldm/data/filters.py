@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
+
+from ldm.words import near
 
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Lt: operator.lt,
@@ -26,6 +28,10 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"min": min, "max": max, "len": len, "abs": abs, "lower": str.lower}
 
 
+_ODD = (TypeError, ValueError, ArithmeticError, AttributeError, RecursionError)
+"""What fields of strangers make of an expression: it is false."""
+
+
 def compile_filter(expression: str) -> Callable[[Mapping[str, Any]], bool]:
     """A predicate over json fields. A field that is absent or null makes its comparison false.
 
@@ -41,7 +47,7 @@ def compile_filter(expression: str) -> Callable[[Mapping[str, Any]], bool]:
     def keep(fields: Mapping[str, Any]) -> bool:
         try:
             return bool(_value(tree, fields))
-        except (TypeError, ZeroDivisionError):
+        except _ODD:
             return False
 
     return keep
@@ -52,6 +58,11 @@ def names(expression: str) -> set[str]:
     tree = ast.parse(expression, mode="eval").body
     called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and id(node) not in called}
+
+
+def absent(expression: str, seen: Collection[str]) -> list[str]:
+    """The fields of a filter that no sample had, each with the nearest of those that were `seen`."""
+    return [f"{name!r}{near(name, seen)}" for name in sorted(names(expression) - set(seen))]
 
 
 def _check(node: ast.AST, expression: str) -> None:
@@ -107,5 +118,5 @@ def _true(node: ast.AST, fields: Mapping[str, Any]) -> bool:
     """Truth of a part of and, or, not: what cannot be compared is false on its own."""
     try:
         return bool(_value(node, fields))
-    except (TypeError, ZeroDivisionError):
+    except _ODD:
         return False

@@ -40,10 +40,13 @@ def fit_pixels(values: NDArray[np.uint8], size: tuple[int, int], fit: Fit) -> ND
     (left, top, right, bottom), new = _plan((values.shape[1], values.shape[0]), size, fit)
     values = values[top:bottom, left:right]
     if new != (values.shape[1], values.shape[0]):
-        values = values if values.flags.writeable else values.copy()
-        planes = torch.from_numpy(values).permute(2, 0, 1)[None]
-        planes = functional.interpolate(planes, size=(new[1], new[0]), mode="bicubic", antialias=True)
-        values = planes[0].permute(1, 2, 0).numpy()
+        if new[0] == 1:  # where torch is wrong on processors without AVX2
+            values = np.asarray(Image.fromarray(values).resize(new, Image.Resampling.BICUBIC))
+        else:
+            values = values if values.flags.writeable else values.copy()
+            planes = torch.from_numpy(values).permute(2, 0, 1)[None]
+            planes = functional.interpolate(planes, size=(new[1], new[0]), mode="bicubic", antialias=True)
+            values = planes[0].permute(1, 2, 0).numpy()
     if fit == "pad" and new != size:
         ground = np.full((size[1], size[0], 3), 255, np.uint8)
         left, top = (size[0] - new[0]) // 2, (size[1] - new[1]) // 2

@@ -16,9 +16,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ldm.data import decode
+from ldm.data.buckets import name
 from ldm.data.captions import captions_of
 from ldm.data.decode import BadSample
-from ldm.data.manifest import Manifest
+from ldm.data.manifest import Manifest, printable
 from ldm.data.shards import Shards
 
 THUMB = 128
@@ -41,6 +42,7 @@ class Statistics:
     caption_words: list[int] = field(default_factory=list)
     hashes: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
     words: Counter[str] = field(default_factory=Counter)
+    buckets: Counter[str] = field(default_factory=Counter)
 
     def summary(self) -> dict[str, Any]:
         """Plain figures."""
@@ -51,6 +53,7 @@ class Statistics:
             "looked_at": self.looked_at,
             "bad": dict(self.bad),
             "bad_keys": self.bad_keys[:100],
+            "buckets": dict(sorted(self.buckets.items())),
             "formats": dict(self.formats),
             "width": _spread(self.widths),
             "height": _spread(self.heights),
@@ -75,7 +78,8 @@ def inspect(
 ) -> dict[str, Any]:
     """Write contact.png, statistics.json and index.html into `out`; gives the statistics.
 
-    At most `limit` samples, evenly spaced, are looked at.
+    At most `limit` samples, evenly spaced, are looked at; by bucket those are counted that can be used. Raises
+    ValueError, when all is written, if none can.
     """
     shards = Shards(manifest, split)
     ids = np.unique(np.linspace(0, len(shards) - 1, min(limit, len(shards))).astype(int)).tolist()
@@ -83,10 +87,13 @@ def inspect(
     figures = Statistics(total=len(shards))
     tiles: list[tuple[Image.Image, str]] = []
     for number, sample in enumerate(ids, 1):
-        key, members = shards.read(sample)
         figures.looked_at += 1
+        key = printable(shards.key(sample))
         try:
-            picture, caption = _look(key, members, figures)
+            picture, caption = _look(key, shards.read(sample)[1], figures)
+            bucket = shards.shards[shards.locate(sample)[0]].bucket
+            if bucket is not None:
+                figures.buckets[name(bucket)] += 1
             if sample in shown:
                 tiles.append((picture, caption))
         except BadSample as error:
@@ -100,6 +107,9 @@ def inspect(
     sheet = contact_sheet(tiles)
     sheet.save(out / "contact.png")
     (out / "index.html").write_text(_page(manifest.name, summary, sheet), encoding="utf-8")
+    if figures.looked_at == sum(figures.bad.values()):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in figures.bad.most_common())
+        raise ValueError(f"data {manifest.name!r}: none of {figures.looked_at} samples can be used: {reasons}")
     return summary
 
 
@@ -134,6 +144,8 @@ def look_alikes(hashes: Mapping[int, list[str]]) -> list[list[str]]:
     Few are at most 16 of the 256, and an eighth of the bits that are set in the two: plain pictures have few.
     """
     codes = list(hashes)
+    if not codes:
+        return []
     raw = np.frombuffer(b"".join(code.to_bytes(32, "big") for code in codes), np.uint8).reshape(-1, 32)
     bits = np.unpackbits(raw, axis=1).astype(np.float32)
     ones = bits.sum(1)

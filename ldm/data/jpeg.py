@@ -1,12 +1,13 @@
 """Plain JPEGs by the fastest decoder at hand, to the same pixels whichever it is.
 
 simplejpeg, torchvision and PIL all run libjpeg-turbo with its exact transform. What is not a plain picture (CMYK,
-turned by EXIF, damaged) is left to PIL's slower path.
+turned by EXIF, of another colour profile, damaged) is left to PIL's slower path.
 """
 
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,12 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ldm.data import colour
+
 Decoder = Literal["simplejpeg", "torchvision", "pil"]
 Decode = Callable[[bytes, "Header", int], NDArray[np.uint8]]
 _SCALES = (8, 4, 2, 1)
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
-_START, _SCAN, _APP1, _APP14 = b"\xff\xd8", 0xDA, 0xE1, 0xEE
+_START, _SCAN, _APP1, _APP2, _APP14 = b"\xff\xd8", 0xDA, 0xE1, 0xE2, 0xEE
 _ORIENTATION = 0x0112
+_XMP, _ICC = b"http://ns.adobe.com/xap/1.0/\0", b"ICC_PROFILE\0"
+_XMP_TURNED = re.compile(rb"tiff:Orientation(=\"|>)[02-9]")
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Header:
 
 def header(data: bytes) -> Header | None:
     """The header of a plain picture; None for any other bytes."""
+    profile = b""
     try:
         for marker, body in _segments(data):
             if marker == _APP1 and body[:6] == b"Exif\0\0":
@@ -46,11 +52,16 @@ def header(data: bytes) -> Header | None:
                 exif.load(body)
                 if exif.get(_ORIENTATION, 1) != 1:
                     return None
+            elif marker == _APP1 and body.startswith(_XMP) and _XMP_TURNED.search(body):
+                return None
+            elif marker == _APP2 and body.startswith(_ICC):
+                profile += body[len(_ICC) + 2 :]
             elif marker == _APP14 and body[:5] == b"Adobe" and body[11] != 1:
                 return None
             elif marker in _FRAMES:
                 precision, height, width, components = struct.unpack_from(">BHHB", body)
                 plain = precision == 8 and components == 3 and body[6::3] != b"RGB"
+                plain = plain and (not profile or colour.is_srgb(profile))
                 return Header(width, height) if plain and width and height else None
             elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
                 return None

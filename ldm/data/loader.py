@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,9 +17,10 @@ from ldm.data.buckets import BucketedOrder, name
 from ldm.data.captions import Tags, uniform
 from ldm.data.decode import BadSample
 from ldm.data.images import Fit, to_float
-from ldm.data.manifest import Manifest, Shard, resolve
+from ldm.data.manifest import Manifest, Shard, json_line, resolve
 from ldm.data.order import Order, mix
 from ldm.data.remote import RemoteConfig
+from ldm.data.resized import Regrouped, Resized
 from ldm.data.samples import Samples
 from ldm.data.stream import Stream
 from ldm.types import Batch
@@ -32,11 +32,12 @@ class DataConfig:
 
     `path` is a shipped data set's name (emoji), a folder or an address with a manifest.json, or the manifest. `size` is
     the side of the square pictures. `captions`: "weighted" draws among a sample's captions by their weights, "first"
-    takes the plain one. `template` wraps the caption, `tags` shuffles and drops its parts (not of cached text). Each
-    sample comes `repeats` times an epoch (times what its folder's name asked for). With `buckets` every batch has the
-    shape of one bucket of the data set, and `size` is not used. `memory` bounds in bytes what is kept decoded. `last`
-    is the rule for an epoch's last partial batch. Bad samples are replaced and listed in `quarantine`; above the rate
-    `max_bad` the run stops. `arrays` names npy and safetensors members that the batch shall hold.
+    takes the plain one, "none" opens no text, whose faults then cost no picture. `template` wraps the caption, `tags`
+    shuffles and drops its parts (not of cached text). Each sample comes `repeats` times an epoch (times what its
+    folder's name asked for). With `buckets` every batch has the shape of one bucket of the data set, and `size` is not
+    used. `memory` bounds in bytes what is kept decoded. `last` is the rule for an epoch's last partial batch. Bad
+    samples are replaced and listed in `quarantine`; above the rate `max_bad` the run stops. `arrays` names npy and
+    safetensors members that the batch shall hold.
     """
 
     kind: Literal["shards"] = "shards"
@@ -46,7 +47,7 @@ class DataConfig:
     fit: Fit = "crop"
     crop: Literal["center", "random"] = "center"
     flip: bool = False
-    captions: Literal["weighted", "first"] = "weighted"
+    captions: Literal["weighted", "first", "none"] = "weighted"
     template: str = "{}"
     require_captions: bool = True
     arrays: tuple[str, ...] = ()
@@ -65,6 +66,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(f"size must be at least 1, got {self.size}")
+        if self.captions == "none" and self.cached:
+            raise ValueError("captions: none is for pictures; a cache has its texts")
         check_names(self.arrays)
         if self.arrays and self.cached:
             raise ValueError("arrays: a cache holds no other members; leave them out or train without it")
@@ -107,11 +110,12 @@ class Quarantine:
                 line = {"key": key, "shard": shard, "reason": error.reason, "error": error.detail}
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    file.write(json_line(line) + "\n")
             if self.bad > max(self.max_bad * max(self.seen, 100), 1):
                 worst = ", ".join(f"{n} x {reason} in {shard}" for (shard, reason), n in self.counts.most_common(3))
                 raise ValueError(
-                    f"data: {self.bad} of {self.seen} samples are bad, more than max_bad={self.max_bad}: {worst}"
+                    f"data: {self.bad} of {self.seen} samples are bad, more than max_bad={self.max_bad}: {worst}; "
+                    f"the last: {error.detail}"
                 )
 
 
@@ -139,12 +143,25 @@ class Loader(Stream[DataConfig]):
             buckets=config.buckets,
             memory=config.memory,
             require_captions=config.require_captions,
+            texts=config.captions != "none",
             arrays=config.arrays,
             expect=expected(config, self._expect),
             remote=config.remote,
         )
-        self.order = make_order(config, self.samples.shards.shards, self.global_batch, self._seed)
+        self.order: Order | BucketedOrder | Resized | Regrouped = self._ordered(self.global_batch)
         self.quarantine = Quarantine(config.quarantine, config.max_bad)
+
+    def _ordered(self, batch: int) -> Order | BucketedOrder:
+        return make_order(self.config, self.samples.shards.shards, batch, self._seed)
+
+    def _resize(self) -> None:
+        order = self._ordered(self.sizes.parts[0][1])
+        if len(self.sizes.parts) == 1:
+            self.order = order
+        elif isinstance(order, BucketedOrder):
+            self.order = Regrouped(order, self.sizes)
+        else:
+            self.order = Resized(order, self.sizes)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -163,13 +180,13 @@ class Loader(Stream[DataConfig]):
 
     def batch(self, step: int, micro_step: int) -> Batch:
         """One micro-batch, a pure function of its place."""
-        return self.batch_at(step, micro_step, step)
+        return self.batch_at(step, micro_step, self.sizes.first(step))
 
-    def batch_at(self, step: int, micro_step: int, outer_step: int) -> Batch:
-        """The samples of this stream's step, at the global positions of another step (of a mixture)."""
+    def batch_at(self, step: int, micro_step: int, first: int) -> Batch:
+        """The samples of this stream's step, at global positions from `first` on (of a mixture's step)."""
         chosen = self._slots(micro_step)
         ids = self.order.ids(step, chosen).tolist()
-        return self.assemble(ids, (outer_step * self.global_batch + chosen).tolist())
+        return self.assemble(ids, (first + chosen).tolist())
 
     def assemble(self, ids: list[int], positions: list[int]) -> Batch:
         """The batch of samples at global positions; bad ones are replaced."""
@@ -205,7 +222,7 @@ class Loader(Stream[DataConfig]):
         return batch
 
     def _picks(self, ids: Sequence[int], positions: Sequence[int]) -> list[int]:
-        if self.config.captions == "first":
+        if self.config.captions != "weighted":
             return [0] * len(ids)
         known = [self.samples.captions(i) for i in ids]
         pairs = zip(known, positions, strict=True)

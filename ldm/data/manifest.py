@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ldm.data.remote import Remote, RemoteConfig, is_remote
+from ldm.words import expanded, near
 
 FORMAT = "ldm-data"
 VERSION = 1
@@ -22,7 +24,8 @@ NAME = "manifest.json"
 class Shard:
     """One tar. `file` and `index` are relative to the manifest's folder; `bucket` is (width, height) or None.
 
-    Each of its samples comes `repeats` times in an epoch.
+    Each of its samples comes `repeats` times in an epoch. `rows` is the digest of its index, which says what samples of
+    the tar these are and in which order; None in manifests of versions up to 0.1.
     """
 
     file: str
@@ -33,6 +36,7 @@ class Shard:
     split: str = "train"
     bucket: tuple[int, int] | None = None
     repeats: int = 1
+    rows: str | None = None
 
     def __post_init__(self) -> None:
         if self.samples < 0 or self.bytes < 0:
@@ -85,11 +89,11 @@ class Manifest:
             "name": self.name,
             "cached": self.cached,
             "notes": self.notes,
-            "shards": [asdict(s) for s in sorted(self.shards, key=lambda s: s.file)],
+            "shards": [_plain(s) for s in sorted(self.shards, key=lambda s: s.file)],
         }
         path = folder / NAME
         beside = folder / f".{NAME}.{os.getpid()}"
-        beside.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        beside.write_text(_escaped(json.dumps(tree, indent=1, ensure_ascii=False)) + "\n", encoding="utf-8")
         os.replace(beside, path)
         return path
 
@@ -101,7 +105,7 @@ class Manifest:
             place = address if address.endswith(".json") else f"{address.rstrip('/')}/{NAME}"
             data = Remote(remote or RemoteConfig()).read(place)
             return _parse(data, place, Path(), place.rsplit("/", 1)[0])
-        path = Path(path)
+        path = Path(expanded(str(path)))
         path = path / NAME if path.is_dir() else path
         if not path.is_file():
             raise ValueError(f"data {str(path)!r}: no such manifest; `ldm data index` makes one for existing tars")
@@ -130,6 +134,10 @@ def _parse(data: bytes, where: str, folder: Path, address: str | None) -> Manife
         raise ValueError(f"data {where!r}: manifest lacks or has a wrong key: {error}") from error
 
 
+def _plain(shard: Shard) -> dict[str, Any]:
+    return {k: v for k, v in asdict(shard).items() if k != "rows" or v is not None}
+
+
 def shard_of(entry: dict[str, Any]) -> Shard:
     """From plain data."""
     bucket = entry.get("bucket")
@@ -150,7 +158,7 @@ def resolve(path: str | Path) -> Path | str:
     """The manifest of a shipped data set's name, a folder or a path; an address stays. ValueError if there is none."""
     if isinstance(path, str) and is_remote(path):
         return path
-    given = Path(path)
+    given = Path(expanded(str(path)))
     if given.is_dir() or given.is_file():
         target = given / NAME if given.is_dir() else given
         if target.suffix == ".json" and target.is_file():
@@ -162,7 +170,9 @@ def resolve(path: str | Path) -> Path | str:
     if given.name == str(path) and (shipped / str(path) / NAME).is_file():
         return shipped / str(path) / NAME
     names = sorted(p.parent.name for p in shipped.glob(f"*/{NAME}"))
-    raise ValueError(f"data.path: {str(path)!r} is no folder, no manifest and no shipped data; shipped: {names}")
+    raise ValueError(
+        f"data.path: {str(path)!r} is no folder, no manifest and no shipped data; shipped: {names}{near(path, names)}"
+    )
 
 
 def sha256(path: Path) -> str:
@@ -172,3 +182,29 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def bucket_report(shards: Iterable[Shard], noted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """By bucket the samples that shards hold, and what was merged into it as noted, where it holds as many as then."""
+    counts: dict[str, int] = {}
+    for shard in shards:
+        name = "none" if shard.bucket is None else f"{shard.bucket[0]}x{shard.bucket[1]}"
+        counts[name] = counts.get(name, 0) + shard.samples
+    return {
+        b: {"pictures": n, "merged": noted[b]["merged"] if b in noted and noted[b]["pictures"] == n else {}}
+        for b, n in sorted(counts.items())
+    }
+
+
+def json_line(tree: Mapping[str, Any], separators: tuple[str, str] | None = None) -> str:
+    """One line of JSON as UTF-8 can hold it: bytes of names that are no UTF-8 are escaped."""
+    return _escaped(json.dumps(tree, ensure_ascii=False, separators=separators))
+
+
+def _escaped(text: str) -> str:
+    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def printable(text: str) -> str:
+    """Text that any stream can take: bytes of names that are no UTF-8 as `\\udce9`."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -132,10 +132,20 @@ class Mixture(Stream[MixtureConfig]):
     def _whole(self, step: int, micro_step: int) -> Batch:
         source, number = divide(np.array([step]), self.shares)
         k = int(source[0])
-        return self._label(k, self.loaders[k].batch_at(int(number[0]), micro_step, step))
+        return self._label(k, self.loaders[k].batch_at(int(number[0]), micro_step, self.sizes.first(step)))
+
+    def _resize(self) -> None:
+        if self._mixed:  # places are samples whatever the batch
+            return
+        for k, loader in enumerate(self.loaders):
+            own: list[tuple[int, int]] = []
+            for step, batch in self.sizes.parts:
+                first = _count(self.shares, k, step)
+                own = [*(p for p in own if p[0] < first), (first, batch)]
+            loader.follow(own)
 
     def _mix(self, step: int, micro_step: int) -> Batch:
-        positions = step * self.global_batch + self._slots(micro_step)
+        positions = self.sizes.first(step) + self._slots(micro_step)
         source, number = divide(positions, self.shares)
         rows, parts = [], []
         for k, loader in enumerate(self.loaders):
@@ -175,6 +185,12 @@ def divide(places: Ints, shares: Sequence[int]) -> tuple[Ints, Ints]:
         left = left - before
         rest -= share
     return source, number
+
+
+def _count(shares: Sequence[int], source: int, places: int) -> int:
+    """How many of the first places are a source's."""
+    cycles, rest = divmod(places, sum(shares))
+    return cycles * shares[source] + int((divide(np.arange(rest), shares)[0] == source).sum())
 
 
 def _ids(order: Any, numbers: Ints) -> list[int]:
@@ -237,6 +253,14 @@ def open_data(
 def main_source(config: Data) -> DataConfig:
     """The data set itself, or a mixture's first: what validation reads."""
     return config.sources[0].data if isinstance(config, MixtureConfig) else config
+
+
+def without_texts(config: Data) -> Data:
+    """The config of pictures alone: no caption is opened, so that none can be wrong. Caches stay as they are."""
+    if isinstance(config, DataConfig):
+        return config if config.cached else replace(config, captions="none")
+    data = [s.data if s.data.cached else replace(s.data, captions="none") for s in config.sources]
+    return replace(config, sources=tuple(replace(s, data=d) for s, d in zip(config.sources, data, strict=True)))
 
 
 def with_caches(config: Data, folder: Path, make: Callable[[DataConfig, Path], Path]) -> Data:

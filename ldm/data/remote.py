@@ -21,8 +21,12 @@ _BLOCK = 8 << 20
 _EXTRAS = {"s3": "remote", "http": "remote", "https": "remote", "gs": "gcs", "gcs": "gcs"}
 
 
-class RemoteError(OSError):
-    """A remote read that failed for good, with the address and what was tried."""
+class RemoteError(OSError, ValueError):
+    """A remote read that failed for good, with the address and what was tried: a sentence at the command line."""
+
+
+class RemoteDamage(RemoteError):
+    """A file that is not there, or not the one that it was: to ask again would not help."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,23 +87,58 @@ class Remote:
 
         return self._again(address, once)
 
+    def size(self, address: str) -> int | None:
+        """Bytes of a file, None where the server does not tell. Raises RemoteError after the last retry."""
+
+        def once() -> int | None:
+            system, path = self._system(address)
+            return system.info(path).get("size")
+
+        return self._again(address, once)
+
+    def find(self, address: str) -> list[str]:
+        """The addresses of all files below a folder that the server lists. Raises RemoteError after the last retry."""
+        scheme = address.split("://", 1)[0]
+
+        def once() -> list[str]:
+            system, path = self._system(address)
+            return [a if "://" in a else f"{scheme}://{a.lstrip('/')}" for a in system.find(path)]
+
+        return self._again(address, once)
+
+    def copy(self, address: str, target: Path) -> None:
+        """Write a whole file of which nothing is known. Raises RemoteError after the last retry of a stretch."""
+        size = self.size(address)
+        if size is None:
+            target.write_bytes(self.read(address))
+            return
+        with target.open("wb") as file:
+            for start in range(0, size, _BLOCK):
+                file.write(self.read(address, start, min(start + _BLOCK, size)))
+
     def download(self, address: str, target: Path, size: int, sha256: str) -> None:
         """Write a whole file, checking its size and hash; a stretch that fails is asked for again."""
         if address.startswith("pipe:"):
             self._again(address, lambda: self._run(address[5:], target), limited=False)
         else:
-            with target.open("wb") as file:
-                for start in range(0, size, _BLOCK):
-                    file.write(self.read(address, start, min(start + _BLOCK, size)))
+            try:
+                with target.open("wb") as file:
+                    for start in range(0, size, _BLOCK):
+                        file.write(self.read(address, start, min(start + _BLOCK, size)))
+            except RemoteError as error:
+                have = self.size(address)
+                if have is None or have == size:
+                    raise
+                raise RemoteDamage(f"{address}: {have} bytes, the manifest says {size}") from error
         have = target.stat().st_size
         if have != size:
-            raise RemoteError(f"{address}: {have} bytes, the manifest says {size}")
+            raise RemoteDamage(f"{address}: {have} bytes, the manifest says {size}")
         digest = hashlib.sha256()
         with target.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
         if digest.hexdigest() != sha256:
-            raise RemoteError(f"{address}: its SHA-256 is not the manifest's; the file was changed or spoiled")
+            raise RemoteDamage(f"{address}: its SHA-256 is not the manifest's; the file was changed or spoiled")
 
     def _run(self, command: str, target: Path) -> None:
         if not self.config.pipe:
@@ -129,8 +168,12 @@ class Remote:
                 time.sleep(min(self.config.backoff * 2 ** (attempt - 1), 60.0))
             try:
                 return _within(once, self.config.timeout) if limited else once()
-            except (FileNotFoundError, PermissionError) as error:
+            except FileNotFoundError as error:
+                raise RemoteDamage(f"{address}: {type(error).__name__}: {error}") from error
+            except PermissionError as error:
                 raise RemoteError(f"{address}: {type(error).__name__}: {error}") from error
+            except RemoteError as error:
+                last = error
             except ValueError:
                 raise
             except OSError as error:

@@ -14,14 +14,15 @@ from torch import Tensor
 from ldm.data import decode, images
 from ldm.data.arrays import decode_arrays
 from ldm.data.cache import CachedReader, check
-from ldm.data.captions import Captions, captions_of
+from ldm.data.captions import TEXTS, Captions, captions_of
 from ldm.data.decode import BadSample
 from ldm.data.manifest import Manifest
 from ldm.data.remote import RemoteConfig
 from ldm.data.shards import Shards
 
 _RECORD_BYTES = 2048  # assumed size of a kept caption record
-_TEXT = ("json", "txt")
+_TEXT = ("json", *TEXTS)
+_NO_TEXT: tuple[Captions, dict[str, Any]] = (Captions(("",), (1.0,)), {})
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Samples:
     """The samples of one split by id. Threads may share it.
 
     Pictures are kept as uint8 after resizing and before cropping; `memory` bounds them and the captions in bytes.
-    With `buckets` a picture has its shard's shape, otherwise it is a square of `size`.
+    With `buckets` a picture has its shard's shape, otherwise it is a square of `size`. Without `texts` neither captions
+    nor json are read: every sample has the empty caption.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Samples:
         buckets: bool = False,
         memory: int = 1 << 30,
         require_captions: bool = True,
+        texts: bool = True,
         arrays: Sequence[str] = (),
         expect: Mapping[str, Any] | None = None,
         remote: RemoteConfig | None = None,
@@ -83,6 +86,7 @@ class Samples:
         self._buckets = buckets
         self._fit: images.Fit = fit
         self._require_captions = require_captions
+        self._texts = texts
         self._arrays = tuple(arrays)
         self._cache = CachedReader(self.shards, memory) if cached else None
         self._pictures: dict[int, Picture] = {}
@@ -209,8 +213,15 @@ class Samples:
         known = self._records.get(sample) or self._recent.records.get(sample)
         if known is not None:
             return known
+        if not self._texts:
+            return _NO_TEXT
         _, members = self.shards.read(sample, only=_TEXT)
-        record = captions_of(members, required=self._require_captions)
+        try:
+            record = captions_of(members, required=self._require_captions)
+        except BadSample:
+            raise
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:  # whatever strangers' json may hold
+            raise BadSample("bad_json", f"{type(error).__name__}: {error}") from error
         (self._records if self._keep(_RECORD_BYTES) else self._recent.records)[sample] = record
         return record
 
@@ -219,7 +230,8 @@ class Samples:
         if known is not None:
             return known
         shape = self.shape(sample)
-        data = decode.image_member(self.shards.read(sample, only=decode.IMAGES)[1])
+        members = self.shards.read(sample, only=decode.IMAGES)[1] or self.shards.read(sample)[1]
+        data = decode.image_member(members)
         values, (whole_width, whole_height) = decode.upright(data, at_least=shape)
         array = images.fit_pixels(values, shape, self._fit)
         meta = self.meta(sample)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import csv
-import json
+import contextlib
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ldm.data.decode import BadSample, text
+from ldm.data.bad import BadSample
+from ldm.data.formats import SUFFIXES, UNREAD, may_be_misnamed, misnamed, passed_over, suffix
+from ldm.data.listing import Row, file_named, is_table, table_rows
+from ldm.data.texts import captions_in, json_of, lines, text
 
-SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-CAPTION_SUFFIXES = (".txt", ".caption")
-METADATA = ("metadata.jsonl", "metadata.csv")
-CaptionsFrom = Literal["files", "folder", "name"]
+CAPTION_SUFFIXES = ("txt", "caption")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.parquet")
+CAPTION_FIELDS = ("captions", "text", "caption", "prompt")
+CaptionsFrom = Literal["files", "folder", "name", "none"]
 
-_KOHYA = re.compile(r"(\d+)_(.+)")
+_KOHYA = re.compile(r"([+-]?\d+)_(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -36,118 +40,265 @@ class Item:
 
 
 def find(source: Path, captions_from: CaptionsFrom = "files") -> list[Item]:
-    """The items of a folder, or of a metadata.jsonl or .csv, sorted by name; keys are unique and hold no dot.
+    """The items of a folder, or of a metadata table, sorted by name; keys are unique and hold no dot.
 
-    A folder named `NN_token` is kohya's: its pictures have NN repeats, and the token is the caption of those without
-    one. Pictures in a folder that its metadata does not name are given without captions, so that they get reported.
-    Raises ValueError if there is no picture.
+    This is the one place that says which files of a folder are samples, and how often each comes. A folder named
+    `NN_words` is kohya's: its pictures have NN repeats, and the words are the caption of those without one. Pictures
+    that no metadata names are given without captions, so that they get reported; pictures of formats that are not
+    read are given with their problem. With captions from "none" no text is opened. Raises ValueError if there is no
+    picture.
     """
     if not source.exists():
         raise ValueError(f"source {str(source)!r}: no such folder or metadata file")
-    if source.is_file():
-        if source.suffix not in (".jsonl", ".csv"):
-            raise ValueError(f"source {str(source)!r}: expected a folder, a metadata.jsonl or a metadata.csv")
-        items = list(_metadata(source))
-    else:
-        items = []
-        named: set[Path] = set()
-        for name in METADATA:
-            if (source / name).is_file():
-                items += _metadata(source / name)
-                named = {item.path for item in items}
-        items += [i for i in _folder(source, captions_from) if i.path not in named]
+    items = candidates(source, captions_from)
     if not items:
         raise ValueError(f"source {str(source)!r}: no pictures found; looked for {sorted(SUFFIXES)}")
-    return _unique(sorted(items, key=lambda item: item.name))
+    return items
+
+
+def candidates(source: Path, captions_from: CaptionsFrom = "files") -> list[Item]:
+    """`find`, which may be nothing."""
+    if source.is_file():
+        if not is_table(source):
+            raise ValueError(f"source {str(source)!r}: expected a folder, or a metadata.jsonl, .csv, .tsv or .parquet")
+        return _unique(list(_listed(source, _Folder(source.parent), captions_from)))
+    items: list[Item] = []
+
+    def closed(error: OSError) -> None:
+        path = Path(error.filename)
+        name = path.relative_to(source).as_posix()
+        items.append(Item(_key(name), _printable(name), path, problem=("unreadable", f"folder: {error.strerror}")))
+
+    folders = list(_walk(source, closed))
+    named: set[Path] = set()
+    if captions_from != "none":
+        for folder in reversed(folders):  # the metadata nearest to a picture is its own
+            for table in folder.tables():
+                found = list(_listed(table, folder, captions_from, source))
+                items += [i for i in found if i.problem is not None or i.path not in named]
+                named |= {i.path for i in found if i.problem is None}
+    for folder in folders:
+        items += [i for i in _pictures(folder, source, captions_from) if i.path not in named]
+    return _unique(items)
+
+
+def read(item: Item) -> bytes:
+    """The bytes of the item's picture. Raises BadSample for its own problem, or where they cannot be had."""
+    if item.problem is not None:
+        raise BadSample(*item.problem)
+    try:
+        if item.path.exists() and not item.path.is_file():
+            raise BadSample("unreadable", "no regular file")
+        return item.path.read_bytes()
+    except OSError as error:
+        raise BadSample("unreadable", str(error.strerror)) from error
 
 
 def captions_beside(item: Item) -> list[tuple[str, float]]:
-    """The item's captions; its caption file has one a line. BadSample if the file is not UTF-8."""
+    """The item's captions; its caption file has one a line.
+
+    Raises BadSample for the item's own problem, or for a file that is no text or cannot be opened.
+    """
+    if item.problem is not None:
+        raise BadSample(*item.problem)
     if item.caption_file is None:
         return list(item.captions)
-    lines = text(item.caption_file.read_bytes()).splitlines()
-    found = [(line.strip(), 1.0) for line in lines if line.strip()]
-    return found or list(item.captions)
-
-
-def _folder(source: Path, captions_from: CaptionsFrom) -> Iterator[Item]:
-    for folder, folders, files in os.walk(source, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        here = Path(folder)
-        present = set(files)
-        kohya = _KOHYA.fullmatch(here.name) if captions_from == "files" else None
-        for file in sorted(files):
-            path = here / file
-            if path.suffix.lower() not in SUFFIXES or file.startswith("."):
-                continue
-            beside = next((here / (path.stem + s) for s in CAPTION_SUFFIXES if path.stem + s in present), None)
-            fallback: tuple[tuple[str, float], ...] = ()
-            if kohya:
-                fallback = ((kohya.group(2).replace("_", " ").strip(), 1.0),)
-            elif captions_from != "files":
-                raw = here.name if captions_from == "folder" else path.stem
-                fallback, beside = ((re.sub(r"[_\-\s]+", " ", raw).strip(), 1.0),), None
-            name = path.relative_to(source).as_posix()
-            repeats = int(kohya.group(1)) if kohya else 1
-            yield Item(_key(name), name, path, fallback, beside, max(repeats, 1))
-
-
-def _metadata(path: Path) -> Iterator[Item]:
-    base = path.parent.resolve()
-    for number, row in enumerate(_rows(path), 1):
-        where = f"{path.name}:{number}"
-        if isinstance(row, str):
-            yield Item(_key(f"line-{number}"), where, path, problem=("bad_metadata", row))
-            continue
-        row = dict(row)
-        name = row.pop("file_name", None)
-        if not isinstance(name, str) or not name:
-            yield Item(_key(f"line-{number}"), where, path, problem=("bad_metadata", f"{where}: no file_name"))
-            continue
-        target = path.parent / name
-        captions = _captions(row)
-        if not target.resolve().is_relative_to(base):
-            yield Item(_key(name), name, target, problem=("outside", f"{where}: {name!r} leaves the folder"))
-        elif not target.is_file():
-            yield Item(_key(name), name, target, problem=("missing", f"{where}: no such file"))
+    name = item.caption_file.name
+    try:
+        data = item.caption_file.read_bytes()
+        if suffix(name) != "json":
+            found: Sequence[str] = lines(text(data))
         else:
-            beside = next((s for c in CAPTION_SUFFIXES if (s := target.with_suffix(c)).is_file()), None)
-            yield Item(_key(name), name, target, captions, None if captions else beside, 1, row)
+            tree = json_of(data)
+            found = _captions(tree) if isinstance(tree, dict) else captions_in(tree, name)
+    except OSError as error:
+        raise BadSample("unreadable", f"{name}: {error.strerror}") from error
+    except BadSample as error:
+        raise BadSample(error.reason, f"{name}: {error.detail}") from error
+    return [(one, 1.0) for one in found] or list(item.captions)
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any] | str]:
-    """Rows, or what is wrong with one."""
-    with path.open("rb") as file:
-        if path.suffix == ".csv":
-            try:
-                yield from csv.DictReader(text(file.read()).splitlines())
-            except BadSample as error:
-                yield f"{path.name}: {error}"
-            return
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                yield f"{path.name}:{number}: {error}"
-                continue
-            yield row if isinstance(row, dict) else f"{path.name}:{number}: expected keys and values"
+def folder_repeats(name: str) -> tuple[int, str] | None:
+    """(repeats, words) of a folder named as kohya's scripts want it, `NN_words`; None for any other name.
+
+    As there, the words keep their underscores and fewer repeats than 1 leave the folder out. Unlike there, a name that
+    is a number alone is no such folder: data sets name classes and years so.
+    """
+    found = _KOHYA.fullmatch(name)
+    return None if found is None else (int(found.group(1)), found.group(2).strip())
 
 
-def _captions(row: dict[str, Any]) -> tuple[tuple[str, float], ...]:
-    for name in ("captions", "text", "caption", "prompt"):
-        value = row.get(name)
-        if isinstance(value, str) and value.strip():
-            del row[name]
-            return ((value.strip(), 1.0),)
-        if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
-            del row[name]
-            return tuple((v.strip(), 1.0) for v in value if v.strip())
+def remarks(items: Sequence[Item]) -> list[str]:
+    """What of a folder's layout changes how often its pictures come."""
+    several = Counter((Path(i.name).parent.as_posix(), i.repeats) for i in items if i.problem is None and i.repeats > 1)
+    told = "folder {!r}: its {} pictures come {} times an epoch, the repeats of its name as kohya's scripts read it"
+    return [told.format(folder, n, repeats) for (folder, repeats), n in sorted(several.items())]
+
+
+@dataclass
+class _Folder:
+    """One folder: its files by name, and what its name or those above say of repeats."""
+
+    path: Path
+    files: tuple[str, ...] = ()
+    kohya: tuple[int, str] | None = None
+    _stems: dict[str, list[str]] | None = None
+
+    def tables(self) -> list[Path]:
+        by_name = {f.lower(): f for f in reversed(self.files)}
+        return [self.path / by_name[name] for name in METADATA if name in by_name]
+
+    def beside(self, picture: str, kinds: Sequence[str]) -> Path | None:
+        """The file of one of these suffixes, in any case, that has a picture's stem, or its whole name before them."""
+        if self._stems is None:
+            self._stems = {}
+            for file in self.files:
+                if suffix(file) in (*CAPTION_SUFFIXES, "json") and not passed_over(file):
+                    self._stems.setdefault(_plain(os.path.splitext(file)[0]), []).append(file)
+        stem = os.path.splitext(picture)[0]
+        for wanted in (stem, picture):
+            found = self._stems.get(_plain(wanted), ())
+            same = [f for f in found if _composed(os.path.splitext(f)[0]) == _composed(wanted)]
+            for kind in kinds:
+                if (file := next((f for f in same or found if suffix(f) == kind), None)) is not None:
+                    return self.path / file
+        return None
+
+
+def _composed(name: str) -> str:
+    """One form of letters with accents, which systems store in two."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _plain(name: str) -> str:
+    return _composed(name).casefold()
+
+
+def _walk(source: Path, closed: Callable[[OSError], None]) -> Iterator[_Folder]:
+    """Folders from the top down, each once whatever links lead there; hidden ones are passed over."""
+    kohya: dict[str, tuple[int, str] | None] = {}
+    seen: set[tuple[int, int]] = set()
+    for folder, folders, files in os.walk(source, onerror=closed, followlinks=True):
+        told = os.stat(folder)
+        if (told.st_dev, told.st_ino) in seen:
+            folders[:] = []
+            continue
+        seen.add((told.st_dev, told.st_ino))
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and not passed_over(f"{f}/x"))
+        here = Path(folder)
+        own = folder_repeats(here.resolve().name if here == source else here.name)
+        kohya[folder] = own or kohya.get(os.path.dirname(folder))
+        yield _Folder(here, tuple(sorted(files)), kohya[folder])
+
+
+def _pictures(folder: _Folder, source: Path, captions_from: CaptionsFrom) -> Iterator[Item]:
+    kohya = folder.kohya if captions_from in ("files", "none") else None
+    for file in folder.files:
+        if passed_over(file):
+            continue
+        path = folder.path / file
+        name = path.relative_to(source).as_posix()
+        item = Item(_key(name), _printable(name), path, repeats=kohya[0] if kohya else 1)
+        if (kind := suffix(file)) in UNREAD:
+            what = f"{UNREAD[kind]} is not read here; convert it to PNG or JPEG"
+            yield replace(item, problem=("unsupported", what))
+        elif f".{kind}" not in SUFFIXES:
+            if may_be_misnamed(file) and (what := misnamed(_start(path))) is not None:
+                yield replace(item, problem=("suffix", what))
+        elif item.repeats < 1:
+            yield replace(item, problem=("no_repeats", f"its folder's name says {item.repeats} repeats"))
+        else:
+            yield _captioned(item, folder, captions_from, kohya)
+
+
+def _start(path: Path) -> bytes:
+    """A regular file's first bytes; nothing of any other."""
+    with contextlib.suppress(OSError):
+        if path.is_file():
+            with path.open("rb") as file:
+                return file.read(16)
+    return b""
+
+
+def _captioned(item: Item, folder: _Folder, captions_from: CaptionsFrom, kohya: tuple[int, str] | None) -> Item:
+    if captions_from == "none":
+        return item
+    if captions_from == "files":
+        beside = folder.beside(item.path.name, (*CAPTION_SUFFIXES, "json"))
+        words = kohya[1] if kohya else ""
+        return replace(item, captions=((words, 1.0),) if words else (), caption_file=beside)
+    return replace(item, captions=_from_name(item.path, captions_from))
+
+
+def _from_name(path: Path, captions_from: CaptionsFrom) -> tuple[tuple[str, float], ...]:
+    raw = Path(os.path.abspath(path)).parent.name if captions_from == "folder" else path.stem
+    words = re.sub(r"[_\-\s]+", " ", _printable(raw)).strip()
+    return ((words, 1.0),) if words else ()
+
+
+def _listed(table: Path, folder: _Folder, captions_from: CaptionsFrom, top: Path | None = None) -> Iterator[Item]:
+    """The items of a metadata table, by its rows; `top` is what names are relative to."""
+    top = top or table.parent
+    prefix = "" if table.parent == top else f"{table.parent.relative_to(top).as_posix()}/"
+    looked: dict[Path, _Folder] = {}
+    for row in table_rows(table):
+        where = f"{prefix}{row.where}"
+        if row.problem is not None:
+            key = _key(f"{prefix}line-{row.number}")
+            yield Item(key, _printable(where), table, problem=("bad_metadata", _printable(row.problem)))
+            continue
+        yield _row(row, where, prefix, table.parent, captions_from, looked)
+
+
+def _row(
+    row: Row, where: str, prefix: str, base: Path, captions_from: CaptionsFrom, looked: dict[Path, _Folder]
+) -> Item:
+    """The item of one row."""
+    name, fields = row.file, dict(row.fields)
+    key, shown = _key(prefix + name), _printable(prefix + name)
+    inside = os.path.normpath(os.path.relpath(name, os.path.abspath(base)) if os.path.isabs(name) else name)
+    if os.path.normpath(inside.replace("\\", "/")).split("/")[0] == os.pardir:
+        return Item(key, shown, base / name, problem=("outside", f"{where}: {shown!r} leaves the folder"))
+    path = base / inside if (base / inside).is_file() else file_named(base, inside)
+    if path is None:
+        return Item(key, shown, base / inside, problem=("missing", f"{where}: no such file"))
+    if (kind := suffix(path.name)) in UNREAD:
+        what = f"{UNREAD[kind]} is not read here; convert it to PNG or JPEG"
+        return Item(key, shown, path, problem=("unsupported", what))
+    if path.parent not in looked:
+        looked[path.parent] = _Folder(path.parent, tuple(sorted(os.listdir(path.parent))))
+    kohya = folder_repeats(path.parent.name) if captions_from == "files" else None
+    repeats = 1 if kohya is None else kohya[0]
+    if repeats < 1:
+        return Item(key, shown, path, problem=("no_repeats", f"its folder's name says {repeats} repeats"))
+    if captions_from in ("folder", "name"):
+        return Item(key, shown, path, _from_name(path, captions_from), None, 1, fields)
+    try:
+        captions = tuple((c, 1.0) for c in _captions(fields, taken=True))
+    except BadSample as error:
+        return Item(key, shown, path, problem=("bad_metadata", f"{where}: {error.detail}"))
+    beside = None if captions else looked[path.parent].beside(path.name, CAPTION_SUFFIXES)
+    words = kohya[1] if kohya and not captions else ""
+    return Item(key, shown, path, captions or (((words, 1.0),) if words else ()), beside, repeats, fields)
+
+
+def _captions(row: dict[str, Any], *, taken: bool = False) -> tuple[str, ...]:
+    """The captions of a row or json: its first field of captions that holds any, taken out of it if asked for."""
+    for name in CAPTION_FIELDS:
+        if name in row and (found := captions_in(row[name], name)):
+            if taken:
+                del row[name]
+            return found
     return ()
 
 
+def _printable(name: str) -> str:
+    """A file's name as text, also one that is not UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def _key(name: str) -> str:
+    name = _printable(name)
     stem = name.rsplit(".", 1)[0] if "." in os.path.basename(name) else name
     return re.sub(r"[.\s\\]+", "_", stem.strip("/")) or "_"
 
@@ -156,12 +307,12 @@ def _unique(items: list[Item]) -> list[Item]:
     seen: dict[str, int] = {}
     taken = {item.key for item in items}
     result = []
-    for item in items:
+    for item in sorted(items, key=lambda item: item.name):
         count = seen[item.key] = seen.get(item.key, 0) + 1
         key = item.key
         while count > 1 and key in taken:
             key = f"{item.key}-{count}"
             count += 1
         taken.add(key)
-        result.append(item if key == item.key else Item(key, *list(vars(item).values())[1:]))
+        result.append(item if key == item.key else replace(item, key=key))
     return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
@@ -13,6 +13,7 @@ import psutil
 from torch import Tensor
 
 from ldm.data.order import Ints, slots
+from ldm.data.resized import Sizes
 from ldm.types import Batch
 
 Tokenize = Callable[[list[str]], Tensor]
@@ -56,6 +57,7 @@ class Stream(ABC, Generic[Config]):
         self._workers = workers
         self._tokenize = tokenize
         self._expect = expect
+        self.sizes = Sizes(((0, self.global_batch),))
         self._open()
 
     @abstractmethod
@@ -76,6 +78,20 @@ class Stream(ABC, Generic[Config]):
     @abstractmethod
     def bad(self) -> int:
         """How many different bad samples were met and replaced."""
+
+    def follow(self, parts: Sequence[tuple[int, int]]) -> None:
+        """Go on in a run that had other batch sizes before: (first step, batch) of each, this stream's own last.
+
+        What was not read of the epoch comes next, each sample once; the place is counted in samples.
+        """
+        self.sizes = Sizes(tuple(parts))
+        if self.sizes.parts[-1][1] != self.global_batch or self.sizes.parts[0][0] != 0:
+            raise ValueError(f"batch sizes {list(parts)} do not begin at step 0 and end with {self.global_batch}")
+        self._resize()
+
+    @abstractmethod
+    def _resize(self) -> None:
+        """Follow `sizes`."""
 
     def figures(self) -> dict[str, float]:
         """What the log shall tell of this rank's data: memory that decoded samples take, and bad samples replaced.

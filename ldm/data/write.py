@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import tarfile
@@ -11,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ldm.data.manifest import Shard, sha256
-from ldm.data.shards import index_of
+from ldm.data.offsets import index_of
 
 
 @dataclass
@@ -43,7 +44,9 @@ class ShardWriter:
             self._finish()
         if self._tar is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._tar = tarfile.open(self._path(part=True), "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
+            self._tar = tarfile.open(  # noqa: SIM115
+                self._path(part=True), "w", format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape"
+            )
         where: dict[str, tuple[int, int]] = {}
         for extension, data in members.items():
             info = tarfile.TarInfo(f"{key}.{extension}")
@@ -68,8 +71,9 @@ class ShardWriter:
         self._tar.close()
         self._tar = None
         path = self._path()
-        index = path.with_suffix(".index")
-        index_of(self._rows).write(index)
+        index = index_of(self._rows)
+        place = path.with_suffix(".index")
+        index.write(place)
         os.replace(self._path(part=True), path)
         self.shards.append(
             Shard(
@@ -77,10 +81,11 @@ class ShardWriter:
                 samples=len(self._rows),
                 bytes=path.stat().st_size,
                 sha256=sha256(path),
-                index=index.name,
+                index=place.name,
                 split=self.split,
                 bucket=self.bucket,
                 repeats=self.repeats,
+                rows=index.digest(),
             )
         )
         self._rows = []
@@ -90,11 +95,21 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         if kind is None:
-            self.close()
-        elif self._tar is not None:
-            self._tar.close()
+            try:
+                self.close()
+            except BaseException:
+                self._drop()
+                raise
+        else:
+            self._drop()
+
+    def _drop(self) -> None:
+        """Leave no part of a tar behind, also where the disk is full."""
+        if self._tar is not None:
+            with contextlib.suppress(OSError):
+                self._tar.close()
             self._tar = None
-            self._path(part=True).unlink(missing_ok=True)
+        self._path(part=True).unlink(missing_ok=True)
 
 
 def _padded(size: int) -> int:

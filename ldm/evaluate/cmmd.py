@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ldm.evaluate.fid import without_rounding
+
 SIGMA, SCALE = 10.0, 1000.0
 
 
@@ -13,7 +15,8 @@ def cmmd(real: Tensor, other: Tensor, *, sigma: float = SIGMA, part: int = 1024)
     """1000 times the squared discrepancy of features (N, D), (M, D) under exp(-|x - y|^2 / 2 sigma^2).
 
     Features are scaled to unit length. The estimate is the published one, which keeps each picture's pair with itself.
-    Figures of different CLIPs do not compare. Raises ValueError for empty sets or different widths.
+    It is never below 0, and what is nothing but rounding is 0. Figures of different CLIPs do not compare. Raises
+    ValueError for empty sets or different widths.
     """
     for x in (real, other):
         if x.ndim != 2 or not len(x):
@@ -26,4 +29,5 @@ def cmmd(real: Tensor, other: Tensor, *, sigma: float = SIGMA, part: int = 1024)
         sums = [torch.exp(-torch.cdist(rows, y).square() / (2 * sigma**2)).sum().item() for rows in x.split(part)]
         return sum(sums) / (len(x) * len(y))
 
-    return SCALE * (mean(a, a) + mean(b, b) - 2 * mean(a, b))
+    within, between = mean(a, a) + mean(b, b), 2 * mean(a, b)
+    return SCALE * max(0.0, without_rounding(within - between, within + between))

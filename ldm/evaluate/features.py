@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ldm.words import near
+
 NETWORKS = ("efficientnet_lite0", "inception")
 _EVAL_EXTRA = "install the evaluation extra: pip install 'ldm[eval]'"
 _DEPTHS = (0, 1, 2, 4)
@@ -154,7 +156,7 @@ def load_network(
         return EfficientNetLite0(device=device)
     if name == "inception":
         return Inception(weights, device)
-    raise ValueError(f"feature network {name!r} is not one of {list(NETWORKS)}")
+    raise ValueError(f"feature network {name!r} is not one of {list(NETWORKS)}{near(name, NETWORKS)}")
 
 
 def extract(network: FeatureNetwork, batches: Iterable[Tensor]) -> Tensor:

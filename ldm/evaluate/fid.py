@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.evaluate import worth
 from ldm.rng import generator
+
+SUBSET = 1000
+"""Pictures of one of the kernel distance's subsets."""
+_EXACT, _COARSE = torch.finfo(torch.float64).eps, torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,15 @@ class Estimate:
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Squared 2-Wasserstein distance of two Gaussians (Dowson & Landau 1982; Heusel et al. 2017, eq. 6)."""
+    """Squared 2-Wasserstein distance of two Gaussians (Dowson & Landau 1982; Heusel et al. 2017, eq. 6); never below 0.
+
+    What is left of equal Gaussians by rounding is 0.
+    """
     # The trace of the product's root is the nuclear norm of the roots' product: no root of rounding errors is taken.
     cross = torch.linalg.svdvals(_root(a.covariance.double()) @ _root(b.covariance.double())).sum()
     traces = a.covariance.double().trace() + b.covariance.double().trace()
-    return ((a.mean - b.mean).double().square().sum() + traces - 2 * cross).item()
+    value = ((a.mean - b.mean).double().square().sum() + traces - 2 * cross).item()
+    return max(0.0, without_rounding(value, len(a.mean) * (traces + 2 * cross).item()))
 
 
 def _root(matrix: Tensor) -> Tensor:
@@ -55,20 +64,26 @@ def _root(matrix: Tensor) -> Tensor:
 def mmd2(a: Tensor, b: Tensor) -> float:
     """Unbiased squared maximum mean discrepancy of features (N, D), (M, D) under the kernel (x·y/D + 1)³.
 
-    Binkowski et al. 2018, section 4. It may be slightly negative.
+    Binkowski et al. 2018, section 4. It may be slightly negative; what is nothing but rounding is 0.
     """
     n, m = len(a), len(b)
     within_a, within_b, between = _kernel(a, a), _kernel(b, b), _kernel(a, b)
     term_a = (within_a.sum() - within_a.trace()) / (n * (n - 1))
     term_b = (within_b.sum() - within_b.trace()) / (m * (m - 1))
-    return (term_a + term_b - 2 * between.mean()).item()
+    twice = 2 * between.mean()
+    return without_rounding((term_a + term_b - twice).item(), (term_a.abs() + term_b.abs() + twice.abs()).item())
+
+
+def without_rounding(value: float, scale: float) -> float:
+    """A difference of float64 terms whose sizes add up to `scale`; 0 where it is no more than their rounding."""
+    return 0.0 if abs(value) <= 16 * _EXACT * scale else value
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def kernel_distance(a: Tensor, b: Tensor, *, subsets: int = 100, size: int = 1000, seed: int = 0) -> Estimate:
+def kernel_distance(a: Tensor, b: Tensor, *, subsets: int = 100, size: int = SUBSET, seed: int = 0) -> Estimate:
     """KID: mean and standard deviation of `mmd2` over random subsets of at most `size` pictures of each set.
 
     Raises ValueError for sets of fewer than two pictures or of different widths.
@@ -89,12 +104,14 @@ def kernel_distance(a: Tensor, b: Tensor, *, subsets: int = 100, size: int = 100
 def precision_recall(real: Tensor, fake: Tensor, neighbours: int = 3) -> tuple[float, float]:
     """Share of fakes inside the reals' manifold, and of reals inside the fakes' (Kynkäänniemi et al. 2019, eq. 1).
 
-    A set's manifold is the union of balls around its points that reach their k-th neighbour.
+    A set's manifold is the union of balls around its points that reach their k-th neighbour; a point within rounding of
+    a ball's surface, such as an equal picture, is inside.
     """
     _check_pair(real, fake)
     if min(len(real), len(fake)) <= neighbours:
         raise ValueError(f"precision and recall with {neighbours} neighbours need more than {neighbours} pictures")
-    between = torch.cdist(real.double(), fake.double())
+    longest = max(x.double().norm(dim=1).max().item() for x in (real, fake))
+    between = torch.cdist(real.double(), fake.double()) - 16 * _COARSE * longest
     inside_real = between <= _radii(real, neighbours)[:, None]
     inside_fake = between <= _radii(fake, neighbours)[None, :]
     return inside_real.any(0).double().mean().item(), inside_fake.any(1).double().mean().item()
@@ -107,7 +124,7 @@ def _radii(x: Tensor, neighbours: int) -> Tensor:
 
 
 def compare(real: Tensor, fake: Tensor, *, network: str, seed: int = 0) -> dict[str, Any]:
-    """All distances of two sets of features, under names that say on which network they stand."""
+    """All distances of two sets of features, under names that say on which network they stand, and `warnings`."""
     _check_pair(real, fake)
     frechet = frechet_distance(Gaussian.of(real), Gaussian.of(fake))
     kid = kernel_distance(real, fake, seed=seed)
@@ -117,12 +134,15 @@ def compare(real: Tensor, fake: Tensor, *, network: str, seed: int = 0) -> dict[
     if min(len(real), len(fake)) > 3:
         precision, recall = precision_recall(real, fake)
         result |= {"precision": precision, "recall": recall}
-    return result
+    subset = min(SUBSET, len(real), len(fake))
+    return result | {"warnings": worth.distance(len(fake), len(real), subset)}
 
 
 def _check(features: Tensor, at_least: int) -> None:
-    if features.ndim != 2 or len(features) < at_least:
-        raise ValueError(f"features: expected (N, D) with N at least {at_least}, got {tuple(features.shape)}")
+    if features.ndim != 2:
+        raise ValueError(f"features: expected (N, D), got {tuple(features.shape)}")
+    if len(features) < at_least:
+        raise ValueError(f"features: at least {at_least} pictures are needed on each side, got {len(features)}")
     if not features.isfinite().all():
         raise ValueError("features: some are not finite")
 

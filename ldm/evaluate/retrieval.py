@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.evaluate.clip_score import similarity
+from ldm.evaluate.clip_score import ROUNDING, similarity
 from ldm.rng import generator
 
 
@@ -66,14 +66,19 @@ class Retrieval:
         }
 
 
-def recall_at(scores: Tensor, truth: Tensor, k: int) -> Tensor:
+def recall_at(scores: Tensor, truth: Tensor, k: int, rounding: float | None = None) -> Tensor:
     """Chance (N,) that candidate `truth` (N,) is among the k highest `scores` (N, M) when ties are broken at random.
 
-    So a model that gives every caption the same score has exactly k / M.
+    So a model that gives every caption the same score has exactly k / M, whatever the processor: scores that differ by
+    up to `rounding` are tied. None takes 16 eps of float32, which scores come from, times the row's largest score.
+    Raises ValueError for scores that are not finite: they would win against all others.
     """
+    if not scores.isfinite().all():
+        raise ValueError("scores: some are not finite")
     own = scores.gather(1, truth[:, None])
-    above = (scores > own).sum(1)
-    tied = (scores == own).sum(1)
+    apart = scores.abs().amax(1, keepdim=True) * ROUNDING if rounding is None else rounding
+    above = (scores > own + apart).sum(1)
+    tied = ((scores - own).abs() <= apart).sum(1)
     return ((k - above) / tied).clamp(0, 1).double()
 
 
@@ -104,7 +109,7 @@ def caption_retrieval(
     rows = torch.stack([_candidates(seed, i, int(t), len(texts), candidates) for i, t in enumerate(truth)])
     scores = scores.gather(1, rows)
     first = torch.zeros(len(images), dtype=torch.long)
-    recalls = tuple(_recall(k, recall_at(scores, first, k).sum().item(), len(images), candidates) for k in ks)
+    recalls = tuple(_recall(k, recall_at(scores, first, k, ROUNDING).sum().item(), len(images), candidates) for k in ks)
     return Retrieval(len(images), len(texts), candidates, seed, recalls)
 
 

@@ -5,34 +5,55 @@ Legend: B prompts, T tokens of the context, n chunks, D width of the states.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from ldm.models.text import TextTower, Tokenizer, encode_texts
+from ldm.models.emphasis import parse, unread
+from ldm.models.text import Overlong, TextTower, Tokenizer, encode_texts
 from ldm.types import Cond
 
-_WEIGHTED = re.compile(r"\(([^():]+):\s*([0-9]*\.?[0-9]+)\s*\)")
+Token = tuple[int, float]
+"""(id, weight)."""
 
 
 def pieces(prompt: str) -> list[tuple[str, float]]:
     """Text and weight of each part of a prompt: "a (red:1.3) apple" is "a ", "red" at 1.3 and " apple".
 
-    Any other parenthesis is text.
+    The usual syntax, as `ldm.models.emphasis` reads it; BREAK only divides.
     """
-    found, at = [], 0
-    for match in _WEIGHTED.finditer(prompt):
-        found += [(prompt[at : match.start()], 1.0), (match[1], float(match[2]))]
-        at = match.end()
-    return [(text, weight) for text, weight in [*found, (prompt[at:], 1.0)] if text.strip()]
+    return [piece for section in parse(prompt).sections for piece in section]
+
+
+def notes(prompts: Sequence[str], *, weighted: bool, long: bool) -> list[str]:
+    """What to say of prompts before they are drawn: parts that are read otherwise than they may have been meant."""
+    found: list[str] = []
+    for prompt in dict.fromkeys(prompts):
+        if not weighted:
+            part = unread(prompt)
+            says = "is read as words; weights=True (--prompt-weights) reads weights and names what else it is"
+            found += [] if part is None else [f"prompt part {part!r} {says}"]
+            continue
+        parsed = parse(prompt)
+        found += parsed.notes
+        if len(parsed.sections) > 1 and not long:
+            found.append("prompt part 'BREAK': left out; it begins a chunk with long=True (--long-prompts)")
+    return list(dict.fromkeys(found))
+
+
+def too_long(tokenizer: Tokenizer, prompts: Sequence[str], *, weighted: bool = False) -> list[Overlong]:
+    """The prompts whose end does not fit into one context."""
+    limit, found = tokenizer.context - 2, []
+    for i, prompt in enumerate(prompts):
+        ids = [token for section in _tokens(tokenizer, prompt, weighted) for token, _ in section]
+        if len(ids) > limit:
+            found.append(Overlong(i, len(ids), limit, tokenizer.decode(ids[limit:])))
+    return found
 
 
 def count_chunks(tokenizer: Tokenizer, prompts: Sequence[str], *, weighted: bool = False) -> int:
-    """How many contexts the longest of the prompts fills, at least one."""
-    longest = max((len(_ids(tokenizer, p, weighted)[0]) for p in prompts), default=0)
-    return max(1, -(-longest // (tokenizer.context - 2)))
+    """How many contexts the longest of the prompts fills, at least one; BREAK begins a new one."""
+    return max((len(_chunks(tokenizer, p, weighted)) for p in prompts), default=1)
 
 
 def encode_prompts(
@@ -41,23 +62,33 @@ def encode_prompts(
     """{"text": (B, nT, D), "pooled": (B, P)} of prompts whose tokens go into `chunks` contexts, one after the other.
 
     Each chunk is a text of its own with its markers; a prompt that ends early has empty ones. The pooled vector is the
-    first chunk's. `weighted` reads "(word:1.3)": the states of its tokens times the weight, and then all of the
-    prompt's so that their mean is what it was. Without weights in a prompt, and one chunk, this is `encode_texts`.
+    first chunk's. `weighted` reads weights: the states of a part's tokens times its weight, all other states as they
+    are. With one chunk all of the prompt goes into it. Without weights in a prompt, and one chunk, this is
+    `encode_texts`.
     """
     if chunks == 1 and not (weighted and any(w != 1 for p in prompts for _, w in pieces(p))):
-        return encode_texts(towers, ["".join(t for t, _ in pieces(p)) for p in prompts] if weighted else prompts)
+        return encode_texts(towers, [_plain(p) for p in prompts] if weighted else prompts)
     conds = [_encode(tower, prompts, weighted, chunks) for tower in towers]
     return {"text": torch.cat([c["text"] for c in conds], dim=-1), "pooled": conds[-1]["pooled"]}
 
 
-def _ids(tokenizer: Tokenizer, prompt: str, weighted: bool) -> tuple[list[int], list[float]]:
-    ids: list[int] = []
-    weights: list[float] = []
-    for text, weight in pieces(prompt) if weighted else [(prompt, 1.0)]:
-        own = tokenizer.encode(text)
-        ids += own
-        weights += [weight] * len(own)
-    return ids, weights
+def _plain(prompt: str) -> str:
+    """The words of a prompt without weights."""
+    return " ".join("".join(text for text, _ in section) for section in parse(prompt).sections)
+
+
+def _tokens(tokenizer: Tokenizer, prompt: str, weighted: bool) -> list[list[Token]]:
+    """The tokens of each section between BREAKs."""
+    sections = parse(prompt).sections if weighted else [[(prompt, 1.0)]]
+    return [[(i, weight) for text, weight in section for i in tokenizer.encode(text)] for section in sections]
+
+
+def _chunks(tokenizer: Tokenizer, prompt: str, weighted: bool) -> list[list[Token]]:
+    """The tokens of each context, at least one."""
+    limit, found = tokenizer.context - 2, []
+    for section in _tokens(tokenizer, prompt, weighted):
+        found += [section[k : k + limit] for k in range(0, max(len(section), 1), limit)]
+    return found
 
 
 def _encode(tower: TextTower, prompts: Sequence[str], weighted: bool, chunks: int) -> Cond:
@@ -66,24 +97,19 @@ def _encode(tower: TextTower, prompts: Sequence[str], weighted: bool, chunks: in
     rows = torch.full((len(prompts), chunks, context), pad, dtype=torch.int64)
     factors = torch.ones(len(prompts), chunks, context)
     for i, prompt in enumerate(prompts):
-        ids, weights = _ids(tokenizer, prompt, weighted)
-        for j in range(chunks):
-            part = slice(j * (context - 2), (j + 1) * (context - 2))
-            own = ids[part]
-            rows[i, j, : len(own) + 2] = torch.tensor([tokenizer.start, *own, tokenizer.end])
-            factors[i, j, 1 : len(own) + 1] = torch.tensor(weights[part])
+        if chunks == 1:
+            parts = [[t for section in _tokens(tokenizer, prompt, weighted) for t in section][: context - 2]]
+        else:
+            parts = _chunks(tokenizer, prompt, weighted)[:chunks]
+        for j, own in enumerate(parts + [[]] * (chunks - len(parts))):
+            rows[i, j, : len(own) + 2] = torch.tensor([tokenizer.start, *(t for t, _ in own), tokenizer.end])
+            factors[i, j, 1 : len(own) + 1] = torch.tensor([w for _, w in own])
     cond = tower.encode(rows.flatten(0, 1))
-    text = _weighted(cond["text"].unflatten(0, (-1, chunks)).flatten(1, 2), factors.flatten(1))
+    text = cond["text"] * factors.flatten(0, 1).to(cond["text"])[..., None]
+    text = text.unflatten(0, (-1, chunks)).flatten(1, 2)
     out = {"text": text, "pooled": cond["pooled"].unflatten(0, (-1, chunks))[:, 0]}
     if tower.config.zero_empty:
-        keep = torch.tensor([p != "" for p in prompts], device=text.device)
+        blank = [not (_plain(p) if weighted else p) for p in prompts]
+        keep = ~torch.tensor(blank, device=text.device)
         out = {k: v * keep.view(-1, *[1] * (v.ndim - 1)) for k, v in out.items()}
     return out
-
-
-def _weighted(text: Tensor, factors: Tensor) -> Tensor:
-    """States (B, nT, D) times factors (B, nT); rows whose factors are all 1 stay bit by bit."""
-    factors = factors.to(text)
-    scaled = text * factors[..., None]
-    scaled = scaled * (text.mean((1, 2), keepdim=True) / scaled.mean((1, 2), keepdim=True))
-    return torch.where((factors == 1).all(1)[:, None, None], text, scaled)

@@ -156,6 +156,8 @@ class Tokenizer:
         self.vocab_size: int = self._simple.vocab_size
         self.added: dict[str, list[int]] = {}
         self._any_case: dict[str, list[int]] = {}
+        self._words: set[str] = set()
+        """Those that `add` added: a folder's own are found inside words too, as transformers does."""
         for token in added:
             ids = _numbered(token, added)
             self.added[token.text] = ids
@@ -186,6 +188,8 @@ class Tokenizer:
         return [i for part in parts for i in self._own(part) or self._simple.encode(part)]
 
     def _pattern(self, token: str) -> str:
+        if token in self._words:
+            return _whole(token)
         if _folded(token) not in self._any_case:
             return re.escape(token)
         return "(?i:" + r"\s+".join(map(re.escape, token.split())) + ")"
@@ -196,8 +200,8 @@ class Tokenizer:
 
     def add(self, token: str, ids: Sequence[int]) -> None:
         """Let a token stand for ids. Raises ValueError when the vocabulary or an earlier addition has it."""
-        if not token or token != token.strip() or any(c.isspace() for c in token):
-            raise ValueError(f"token {token!r}: expected one word without spaces, such as <thing>")
+        if not token or token != " ".join(token.split()):
+            raise ValueError(f"token {token!r}: expected words with one space between them, such as <thing>")
         if self._own(token):
             raise ValueError(f"token {token!r}: exists already; choose another name")
         if len(known := self._simple.encode(token)) < 2:
@@ -205,10 +209,19 @@ class Tokenizer:
                 f"token {token!r}: the vocabulary has it already ({known}); choose another, such as <thing>"
             )
         self.added[token] = list(ids)
+        self._words.add(token)
+
+    def free(self, token: str) -> bool:
+        """Whether `add` would take it."""
+        return bool(token) and not self._own(token) and len(self._simple.encode(token)) > 1
+
+    def alias(self, token: str, of: str) -> None:
+        """Let another name stand for what an added token stands for."""
+        self.add(token, self.added[of])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids without markers; of an added token's ids the first one is its name."""
-        names = {own[0]: token for token, own in self.added.items()}
+        names = {own[0]: token for token, own in reversed(self.added.items())}
         parts: list[str] = []
         run: list[int] = []
         for i in [*ids, -1]:
@@ -241,6 +254,12 @@ def _numbered(token: Added, added: Sequence[Added]) -> list[int]:
     while (further := by_text.get(f"{token.text}_{len(ids)}")) is not None:
         ids.append(further)
     return ids
+
+
+def _whole(token: str) -> str:
+    """A pattern for a token that is not a part of a longer word."""
+    start, end = (r"\b" if c.isalnum() else "" for c in (token[0], token[-1]))
+    return start + re.escape(token) + end
 
 
 @lru_cache(maxsize=8)

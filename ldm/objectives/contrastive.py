@@ -42,8 +42,15 @@ class ContrastiveObjective(Objective):
         scale = scale.clamp(max=100)  # the paper's bound; in the graph, so that it holds under every ZeRO stage
         with nullcontext() if image.is_meta else torch.autocast(self.device.type, enabled=False):
             loss = self._loss(image, text, scale.float())
-            hits = ((image @ text.T).argmax(1) == torch.arange(len(image), device=image.device)).float().mean()
+            hits = _found(image.detach() @ text.detach().T)
         return loss, {"accuracy": hits.detach(), "scale": scale.detach().float().mean()}
+
+
+def _found(cosines: Tensor) -> Tensor:
+    """Share of rows whose own column is highest; of those that are so together within rounding, a part of one."""
+    own, apart = cosines.diagonal()[:, None], 16 * torch.finfo(torch.float32).eps
+    above, level = (cosines > own + apart).sum(1), ((cosines - own).abs() <= apart).sum(1)
+    return (((above == 0) & (level > 0)) / level.clamp(min=1)).mean()  # NaN is level with nothing
 
 
 def augment(images: Tensor, rng: Rng, strength: float) -> Tensor:

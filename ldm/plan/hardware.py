@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 from dataclasses import dataclass, replace
 
 GB = 1e9
@@ -25,7 +27,7 @@ class Hardware:
 
     def __post_init__(self) -> None:
         for key in ("memory", "matmul", "matmul_fp32", "bandwidth", "inside", "outside"):
-            if not getattr(self, key) > 0:
+            if not (math.isfinite(getattr(self, key)) and getattr(self, key) > 0):
                 raise ValueError(f"{key} must be above 0, got {getattr(self, key)}")
 
 
@@ -51,10 +53,13 @@ HARDWARE: dict[str, Hardware] = {h.name: h for h in _KNOWN}
 
 
 def find(name: str) -> Hardware:
-    """By name. Raises ValueError naming those that there are."""
-    if name not in HARDWARE:
-        raise ValueError(f"gpu: {name!r} is not one of {list(HARDWARE)}")
-    return HARDWARE[name]
+    """By name, in capitals or not. Raises ValueError naming those that there are, and the nearest."""
+    plain = name.strip().lower().replace("_", "-").removeprefix("nvidia-")
+    if plain not in HARDWARE:
+        near = [n for n in HARDWARE if plain and plain in n] or difflib.get_close_matches(plain, HARDWARE, n=1)
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(f"gpu: {name!r} is not one of {list(HARDWARE)}{hint}")
+    return HARDWARE[plain]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -192,10 +192,11 @@ class Planner:
             largest_micro_batch(self.sizes, counted, replace(layout, accumulate=a), self.limit, self.frozen_bytes)
             for a in {layout.accumulate, 2}
         )
-        parts = [a for a in range(layout.accumulate, each + 1) if each % a == 0 and each // a <= most]
-        if not parts:
+        micros = range(min(most, each // layout.accumulate), 0, -1)
+        micro = next((m for m in micros if each % m == 0), None)
+        if micro is None:
             return None
-        accumulate = parts[0]
+        accumulate = each // micro
         step = step_time(
             activations=counted, micro=each // accumulate, accumulate=accumulate, weights=self.sizes.weights,
             stage=layout.stage, cluster=cluster, half=self._half, copies=layout.copies,
@@ -259,15 +260,24 @@ class Planner:
         return said
 
 
+def digits(value: float, places: int = 3) -> str:
+    """A figure with `places` decimals, or with two digits where it would read as nothing; 0 is exactly nothing."""
+    if value == 0:
+        return "0"
+    return f"{value:,.{places}f}" if abs(value) >= 10.0 ** (1 - places) else f"{value:.2g}"
+
+
 def text(plan: Plan) -> str:
     """The plan for a terminal."""
     c, h = plan.cluster, plan.cluster.hardware
     lines = [f"{plan.name} on {c.nodes} x {c.per_node} {h.name}", ""]
+    frozen = plan.frozen_flops_per_image
+    alone = ": one GPU sends nothing" if c.world == 1 else ""
     lines += [
-        f"trained weights    {plan.weights / 1e6:,.1f} M",
-        f"compute an image   {plan.flops_per_image / 1e9:,.0f} GFLOP forward and backward"
-        + (f", {plan.frozen_flops_per_image / 1e9:,.0f} of frozen networks" if plan.frozen_flops_per_image else ""),
-        f"on the wire        {plan.wire.total / GB:,.2f} GB a step and GPU (ZeRO-{plan.chosen.stage})",
+        f"trained weights    {digits(plan.weights / 1e6, 1)} M",
+        f"compute an image   {digits(plan.flops_per_image / 1e9, 1)} GFLOP forward and backward"
+        + (f", {digits(frozen / 1e9, 1)} of frozen networks" if frozen else ""),
+        f"on the wire        {digits(plan.wire.total / GB)} GB a step and GPU (ZeRO-{plan.chosen.stage}){alone}",
     ]
     lines += ["", *_memory(plan), "", *_time(plan)]
     if plan.warnings:
@@ -276,6 +286,7 @@ def text(plan: Plan) -> str:
 
 
 COLUMNS = ("weights", "gradients", "optimizer", "ema", "activations", "buffers", "frozen", "host")
+NOTHING = "0: none at the fullest moment, which is the end of the forward pass or the optimizer's step"
 
 
 def _memory(plan: Plan) -> list[str]:
@@ -283,13 +294,14 @@ def _memory(plan: Plan) -> list[str]:
     head = "".join(f"{name:>12}" for name in (*COLUMNS, "total", "largest"))
     lines = [
         f"memory, GB a GPU ({limit:.1f} are usable); largest: images of a forward pass that fit",
+        NOTHING,
         f"{'':<20}{head}",
     ]
     for fit in plan.fits:
         label = f"ZeRO-{fit.stage}{', recompute' * fit.recompute}"
-        values = [getattr(fit.parts, name) / GB for name in COLUMNS] + [fit.parts.total / GB]
+        values = [digits(getattr(fit.parts, name) / GB) for name in COLUMNS] + [digits(fit.parts.total / GB)]
         mark = " <" if fit == plan.chosen else ("" if fit.fits else " does not fit")
-        lines.append(f"{label:<20}{''.join(f'{v:12.3f}' for v in values)}{fit.largest:12d}{mark}")
+        lines.append(f"{label:<20}{''.join(f'{v:>12}' for v in values)}{fit.largest:12d}{mark}")
     return lines
 
 
@@ -298,28 +310,32 @@ def _time(plan: Plan) -> list[str]:
         return ["time               no figure: the batch does not divide or does not fit"]
     p, s = plan.point, plan.point.step
     parts = (
-        f"compute {s.compute:.3f}, frozen {s.frozen:.3f}, optimizer {s.optimizer:.4f}, links {s.links:.3f}, "
-        f"slowest rank {s.stragglers:.3f}, other {s.other:.3f}"
+        f"compute {digits(s.compute)}, frozen {digits(s.frozen)}, optimizer {digits(s.optimizer)}, "
+        f"links {digits(s.links)}, slowest rank {digits(s.stragglers)}, other {digits(s.other)}"
     )
     lines = [
-        f"a step             {s.total:.3f} s of {plan.batch} images ({p.micro} a GPU x {p.accumulate}): {parts}",
-        f"images a second    {p.images_per_second:,.0f} ({100 * plan.utilisation:.0f} % of the peak rate)",
+        f"a step             {digits(s.total)} s of {plan.batch} images ({p.micro} a GPU x {p.accumulate}): {parts}",
+        f"images a second    {digits(p.images_per_second, 1)} ({digits(100 * plan.utilisation, 1)} % of the peak rate)",
         f"the run            {plan.steps:,} steps in {duration(p.days)}"
-        + ("" if p.cost is None else f", cost {p.cost:,.0f}"),
-        f"data               {plan.data_rate / 1e6:,.1f} MB/s"
-        + ("" if plan.data_bytes is None else f", {plan.data_bytes / GB:,.2f} GB of {plan.samples:,} samples"),
+        + ("" if p.cost is None else f", cost {digits(p.cost, 2)}"),
+        f"data               {digits(plan.data_rate / 1e6)} MB/s"
+        + ("" if plan.data_bytes is None else f", {digits(plan.data_bytes / GB)} GB of {plan.samples:,} samples")
+        + ("" if plan.data_rate else ": not counted, as the size of a sample is not known"),
     ]
     if len(plan.sweep) > 1:
         lines += ["", f"{'GPUs':>8}{'images/s':>12}{'time':>16}{'cost':>12}"]
         for q in plan.sweep:
-            cost = "" if q.cost is None else f"{q.cost:,.0f}"
-            lines.append(f"{q.gpus:8d}{q.images_per_second:12,.0f}{duration(q.days):>16}{cost:>12}")
+            cost = "" if q.cost is None else digits(q.cost, 2)
+            lines.append(f"{q.gpus:8d}{digits(q.images_per_second, 1):>12}{duration(q.days):>16}{cost:>12}")
     return lines
 
 
 def duration(days: float) -> str:
-    """Days, hours or minutes, whichever says most."""
+    """Days, hours, minutes or seconds, whichever says most."""
     if days >= 2:
         return f"{days:,.1f} days"
     hours = days * 24
-    return f"{hours:.1f} hours" if hours >= 2 else f"{max(hours * 60, 0.0):.1f} minutes"
+    if hours >= 2:
+        return f"{hours:.1f} hours"
+    minutes = max(hours * 60, 0.0)
+    return f"{minutes:.1f} minutes" if minutes >= 2 else f"{digits(60 * minutes, 1)} seconds"

@@ -15,17 +15,24 @@ from ldm.recipes.text_to_image import TextToImageTask
 from ldm.train.trainer import TrainConfig
 from ldm.train.validate import LossOnHeldOut
 
+Task = AutoencoderTask | ClipTask | DistillTask | DreamboothTask | FinetuneTask | InversionTask | TextToImageTask
+
+
+def check_validation(task: Task, train: TrainConfig) -> None:
+    """Raise ValueError for `train.validate` with a task that validates in its own way."""
+    if train.validate is not None and not isinstance(task, TextToImageTask):
+        raise ValueError(f"train.validate: is for the task text_to_image; {task.kind} has none or its own")
+
 
 def assemble(
-    task: AutoencoderTask | ClipTask | DistillTask | DreamboothTask | FinetuneTask | InversionTask | TextToImageTask,
+    task: Task,
     data: Data,
     train: TrainConfig,
     seed: int,
     workers: int,
 ) -> Assembly:
     """Put a method together. Raises ValueError for `train.validate` with a task that validates in its own way."""
-    if train.validate is not None and not isinstance(task, TextToImageTask):
-        raise ValueError(f"train.validate: is for the task text_to_image; {task.kind} has none or its own")
+    check_validation(task, train)
     if isinstance(task, AutoencoderTask):
         return autoencoder.build(task, data, train, seed, workers)
     if isinstance(task, ClipTask):

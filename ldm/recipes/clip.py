@@ -21,6 +21,7 @@ from ldm.objectives.contrastive import ContrastiveObjective
 from ldm.recipes.autoencoder import held_out
 from ldm.recipes.base import Assembly
 from ldm.recipes.sources import training_data
+from ldm.rng import seed_torch
 from ldm.train.trainer import TrainConfig, Trainer
 
 
@@ -70,7 +71,7 @@ class RetrievalValidation:
 
 def build(task: ClipTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:
     """Both towers, captioned pictures, and retrieval on held-out ones."""
-    torch.manual_seed(seed)  # initial weights
+    seed_torch(seed)  # initial weights
     clip = build_clip(task.model)
     tokenizer = build_tokenizer(task.model)
     objective = ContrastiveObjective(clip, task.augment).to(dist.device())

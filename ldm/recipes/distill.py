@@ -37,6 +37,7 @@ from ldm.pipeline import TextToImage
 from ldm.recipes.base import Assembly
 from ldm.recipes.sources import text_encoder, training_data
 from ldm.recipes.text_to_image import SampleHook, Samples, cached, hashes
+from ldm.rng import seed_torch
 from ldm.train.trainer import TrainConfig
 from ldm.types import Cond
 
@@ -102,7 +103,7 @@ class Student:
 
 def build(task: DistillTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:
     """Teacher, student, data (encoded once, if so configured) and sample pictures."""
-    torch.manual_seed(seed)  # initial weights
+    seed_torch(seed)  # initial weights
     device = dist.device()
     source = TextToImage.load(task.teacher, device=device)
     if source.process.variance == "learned":

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ldm import dist
 from ldm.adapters.full import FullAdapter, FullConfig
 from ldm.adapters.lora import LoraAdapter, LoraConfig
+from ldm.adapters.sites import all_sites
 from ldm.adapters.tokens import TokensAdapter, TokensConfig
 from ldm.checkpoint import embedding_files, files, lora_files
 from ldm.checkpoint.convert import save_diffusers
@@ -32,8 +32,9 @@ from ldm.pipeline import TextToImage
 from ldm.recipes.base import Assembly
 from ldm.recipes.page import write_page
 from ldm.recipes.pictures import prepare
-from ldm.recipes.sources import text_encoder, training_data, weights_hash
+from ldm.recipes.sources import cache_hashes, text_encoder, training_data
 from ldm.recipes.text_to_image import SampleHook, Samples
+from ldm.rng import seed_torch
 from ldm.train.trainer import TrainConfig, Trainer
 from ldm.types import Cond
 
@@ -107,13 +108,13 @@ def assembled(
     images: Path | None,
 ) -> Assembly:
     """Caches, adapter, objective, loader, sample pictures and export of a prepared data set."""
-    torch.manual_seed(seed)  # initial weights of the adapter
+    seed_torch(seed)  # initial weights of the adapter
     codec, towers, live = pipeline.codec, pipeline.text, adapter.trains_text
     if isinstance(adapter, TokensAdapter) and train.optim.weight_decay:
         raise ValueError(
             f"train.optim.weight_decay: {train.optim.weight_decay} would pull new tokens to zero; write 0 for them"
         )
-    expect = {"vae": weights_hash(codec.autoencoder)} | ({} if live else {"text": weights_hash(*towers)})
+    expect = cache_hashes(codec.autoencoder, None if live else towers)
     if task.cache is not None:
         data = with_caches(data, task.cache, lambda data, folder: _cached(folder, data, codec, towers, expect))
     loader = training_data(data, train, seed, workers, expect=expect if data.cached else None)
@@ -179,6 +180,7 @@ def _cached(
     config = EncodeConfig(
         path=data.path, splits=(data.split,), size=data.size, fit=data.fit, crop=data.crop, flip=data.flip,
         variants=2 if data.flip else 1, template=data.template, dtype="float32", part=16, buckets=data.buckets,
+        require_captions=data.require_captions,
     )  # fmt: skip
     encode_text = text_encoder(towers)
     encode(
@@ -215,10 +217,11 @@ def write_export(base: str, adapter: AnyAdapter, weights: dict[str, Tensor], fol
     folder.mkdir(parents=True, exist_ok=True)
     names: dict[str, list[str]]
     if isinstance(adapter, LoraAdapter):
-        lora = adapter.lora(weights)
+        lora, sites = adapter.lora(weights), all_sites(fresh.unet, fresh.text)
         config = fresh.unet.config
         lora_files.write_lora(folder / lora_files.NAME, lora, config)
-        lora_files.write_lora(folder / "kohya.safetensors", lora, config, form="kohya")
+        if lora_files.kohya_holds(lora, folder / "kohya.safetensors"):
+            lora_files.write_lora(folder / "kohya.safetensors", lora, config, form="kohya", sites=sites)
         names = {"loras": [lora_files.NAME], "embeddings": []}
     else:
         names = {"loras": [], "embeddings": _write_tokens(adapter, weights, folder)}

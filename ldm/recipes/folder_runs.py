@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ldm.data.manifest import Manifest
 from ldm.models.shipped import SHIPPED
 from ldm.pipeline import TextToImage
+from ldm.recipes.pictures import is_set
 
 RATES = {
     "dreambooth": (5.0e-6, 1.0e-4),
@@ -90,9 +92,22 @@ def inversion(choices: Choices, *, token: str, max_norm: float, **concept: Any) 
 
 
 def lora(choices: Choices) -> dict[str, Any]:
-    """LoRA on captioned pictures."""
+    """LoRA on captioned pictures; a built set is trained on where it lies."""
+    if is_set(choices.images):
+        own: dict[str, Any] = {"adapter": choices.adapter}
+        return _run(choices, "finetune", own, _own_shards(choices.images, choices.side), choices.prompts)
     own = {"images": str(choices.images), "adapter": choices.adapter}
     return _run(choices, "finetune", own, _shards(choices, "pictures", choices.side), choices.prompts)
+
+
+def _own_shards(path: Path, side: int) -> dict[str, Any]:
+    """The data of a built set: its split to train on, in its buckets if it has them."""
+    manifest = Manifest.read(path)
+    if manifest.cached is not None:
+        raise ValueError(f"--images: {str(path)!r} holds cached latents; name the data set it was made from")
+    split = "train" if "train" in manifest.splits else "all"
+    told = {"kind": "shards", "path": str(path), "split": split, "size": side, "last": "wrap"}
+    return told | ({"buckets": True} if all(s.bucket is not None for s in manifest.split(split)) else {})
 
 
 def _shards(choices: Choices, name: str, side: int) -> dict[str, Any]:

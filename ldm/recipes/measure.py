@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ldm.data import decode
+from ldm import dist
 from ldm.data.decode import BadSample
 from ldm.data.images import pixels, resize, to_float
 from ldm.data.manifest import Manifest, resolve
@@ -26,6 +27,7 @@ from ldm.models.autoencoder import Autoencoder
 from ldm.models.latents import LatentCodec
 from ldm.models.openclip import AnyClip, OpenClipConfig, fitted, tokenizer_of
 from ldm.pipeline import Settings, TextToImage
+from ldm.recipes.pictures import entries
 from ldm.recipes.sources import load_clip, weights_hash
 from ldm.rng import Rng, generator
 from ldm.sampling.times import times as spaced
@@ -58,6 +60,8 @@ def draw(data: str, split: str, count: int | None = None, *, seed: int = 0) -> D
     """
     captions = _captions(_samples(data, split))
     pool = list(captions)
+    if not pool:
+        raise ValueError(f"data {data!r}, split {split!r}: no sample has a caption")
     if count is None:
         count = min(256, len(pool))
     if not 1 <= count <= len(pool):
@@ -67,23 +71,39 @@ def draw(data: str, split: str, count: int | None = None, *, seed: int = 0) -> D
     return Drawn(tuple(captions[c] for c in chosen), tuple(chosen), tuple(pool))
 
 
+def candidates(asked: int, pool: Sequence[str]) -> int:
+    """How many captions retrieval chooses from: all that there are where they are fewer than asked for.
+
+    Raises ValueError where there are fewer than two.
+    """
+    if len(pool) < 2:
+        raise ValueError(f"retrieval needs at least 2 distinct captions to choose from, there are {len(pool)}")
+    return min(asked, len(pool))
+
+
 def real_pictures(data: str, split: str, ids: Sequence[int], size: int) -> Tensor:
     """The pictures (N, 3, size, size) in [-1, 1] of samples, cropped to the middle square."""
     return to_float(_samples(data, split, size).pixels(list(ids)))
 
 
 def folder_pictures(folder: Path, size: int | None = None) -> Tensor:
-    """All pictures of a folder (N, 3, size, size) in [-1, 1], by name; None is the first one's shorter side.
+    """All pictures of a folder or a built set (N, 3, size, size) in [-1, 1], by name; None is the first's shorter side.
 
-    Raises ValueError when there are none.
+    Folders below it count too, as in `ldm data build`. One that cannot be read is named and left out. Raises ValueError
+    when there are none.
     """
-    endings = {f".{e}" for e in decode.IMAGES}
-    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in endings)
-    if not paths:
-        raise ValueError(f"pictures: {str(folder)!r}: no such folder, or no pictures in it")
-    opened = [decode.picture(p.read_bytes()) for p in paths]
-    side = size or min(opened[0].size)
-    return to_float(np.stack([pixels(resize(picture, (side, side), "stretch")) for picture in opened]))
+    kept: list[NDArray[np.uint8]] = []
+    for entry in entries(folder):
+        try:
+            picture = entry.open()
+        except BadSample as error:
+            dist.say(f"pictures {folder}: {entry.name} is left out, {error}")
+            continue
+        size = size or min(picture.size)
+        kept.append(pixels(resize(picture, (size, size), "stretch")))
+    if not kept:
+        raise ValueError(f"pictures: {str(folder)!r}: none of the pictures can be read")
+    return to_float(np.stack(kept))
 
 
 def _samples(data: str, split: str, size: int = 1) -> Samples:
@@ -162,6 +182,22 @@ def clip_features(images: Tensor, clip: nn.Module, config: AnyClip, batch: int =
     device = next(clip.parameters()).device
     parts = fitted(images, config).split(batch)
     return torch.cat([model.encode_image(part.to(device), normalize=True).float().cpu() for part in parts])
+
+
+def knows_text(pipeline: TextToImage, clip: nn.Module) -> bool:
+    """Whether the judge's text tower is one of those that condition the model, trained further or not.
+
+    Its token embeddings tell: towers that were not the same once have nothing in common there.
+    """
+    own = [v for k, v in clip.state_dict().items() if k.endswith("token_embedding.weight")]
+    for table in own:
+        for tower in pipeline.text:
+            other = tower.model.token_embedding.weight.detach()
+            if table.shape == other.shape and not other.is_meta:
+                a, b = table.float().cpu(), other.float().cpu()
+                if float((a - b).norm()) < 0.1 * float(b.norm()):
+                    return True
+    return False
 
 
 def judge_protocol(name: str, clip: nn.Module, config: AnyClip) -> dict[str, Any]:

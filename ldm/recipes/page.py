@@ -9,7 +9,7 @@ from pathlib import Path
 from ldm.checkpoint import files
 from ldm.data.grid import sheet
 from ldm.data.images import resize
-from ldm.recipes.pictures import check
+from ldm.recipes.pictures import first
 
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 figure{display:inline-block;margin:0 1rem 1rem 0;vertical-align:top}img{max-width:100%;min-width:14rem;
@@ -22,8 +22,7 @@ def write_page(out: Path, images: Path | None, prompts: Sequence[str]) -> Path:
     parts = ["<!doctype html><meta charset=utf-8>", f"<title>{html.escape(out.name)}</title><style>{_STYLE}</style>"]
     parts.append(f"<h1>{html.escape(out.name)}</h1>")
     if images is not None:
-        found = [resize(p, (96, 96), "pad") for p in check(images, 1).pictures[:16]]
-        sheet(found, 8).save(out / "pictures.png")
+        sheet([resize(p, (96, 96), "pad") for p in first(images, 16)], 8).save(out / "pictures.png")
         parts.append(_figure("pictures.png", "what it learnt from"))
     if grids:
         steps = [int(p.stem.rpartition("-")[2]) for p in grids]

@@ -7,15 +7,15 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ldm import dist
 from ldm.checkpoint import files
 from ldm.config.load import encode
+from ldm.data.bad import BadSample
 from ldm.data.grid import to_pil
-from ldm.data.sources import SUFFIXES
+from ldm.data.sources import candidates
 from ldm.pipeline import Settings, TextToImage
-from ldm.recipes.pictures import on_first
+from ldm.progress import Bar
+from ldm.recipes.pictures import Entry, entries, is_set, of_item, on_first
 
 _PREFIX = "class-"
 
@@ -25,7 +25,8 @@ class Prior:
     """`count` pictures of `prompt` (default: "a NOUN") keep the model's idea of the class (DreamBooth, section 3.2).
 
     They are drawn with `settings` into `folder` (default: `class` in the run folder); pictures that are there already
-    count, whoever made them.
+    count, whoever made them, if they can be read and wherever `ldm data build` would find them. A built set is used as
+    it is.
     """
 
     prompt: str | None = None
@@ -43,6 +44,10 @@ def make(prior: Prior, prompt: str, folder: Path, base: str, pipeline: TextToIma
 
     Raises ValueError when the folder holds pictures of another prompt, model or setting.
     """
+    if is_set(folder):
+        there = len(entries(folder))
+        dist.say(f"class pictures: the {there} of {folder}" + (f", not {prior.count}" if there < prior.count else ""))
+        return
     record = {"prompt": prompt, "base": base, "settings": encode(prior.settings)}
     on_first(lambda: _claim(folder, record))
     missing = _missing(folder, prior.count)
@@ -51,22 +56,32 @@ def make(prior: Prior, prompt: str, folder: Path, base: str, pipeline: TextToIma
         dist.say(f"class pictures: {prior.count - len(missing)} found, drawing {len(missing)} of {prompt!r}")
     size = prior.settings.batch
     dist.barrier()  # so that no rank counts what another has begun to draw
-    for k in tqdm(range(0, len(mine), size), desc="class pictures", disable=dist.rank() != 0 or not mine):
-        chosen = mine[k : k + size]
-        images = pipeline.sample([prompt] * len(chosen), settings=prior.settings, indices=chosen)
-        for i, picture in zip(chosen, to_pil(images), strict=True):
-            beside = folder / f".{_PREFIX}{i:05d}.{os.getpid()}"
-            picture.save(beside, "PNG")
-            os.replace(beside, folder / f"{_PREFIX}{i:05d}.png")
+    with Bar("class pictures", "pictures", len(mine)) as bar:
+        for k in range(0, len(mine), size):
+            chosen = mine[k : k + size]
+            images = pipeline.sample([prompt] * len(chosen), settings=prior.settings, indices=chosen)
+            for i, picture in zip(chosen, to_pil(images), strict=True):
+                beside = folder / f".{_PREFIX}{i:05d}.{os.getpid()}"
+                picture.save(beside, "PNG")
+                os.replace(beside, folder / f"{_PREFIX}{i:05d}.png")
+            bar.update(len(chosen))
     dist.barrier()
 
 
 def _missing(folder: Path, count: int) -> list[int]:
-    """Numbers of the pictures to draw so that the folder holds `count`."""
-    there = {p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")}
+    """Numbers of the pictures to draw so that the folder holds `count` that can be read."""
+    there = {item.name for item in candidates(folder, "none") if _opens(of_item(item))}
     own = {i for i in range(count) if f"{_PREFIX}{i:05d}.png" in there}
     others = sum(not name.startswith(_PREFIX) for name in there)
     return [i for i in range(count - others) if i not in own]
+
+
+def _opens(entry: Entry) -> bool:
+    try:
+        entry.open(at_least=(64, 64))
+    except BadSample:
+        return False
+    return True
 
 
 def _claim(folder: Path, record: dict[str, object]) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.evaluate.clip_score import clip_score, similarity
+from ldm.evaluate.clip_score import ROUNDING, clip_score, similarity
 from ldm.evaluate.cmmd import cmmd
 from ldm.evaluate.diversity import Maps, diversity
+from ldm.evaluate.retrieval import recall_at
 from ldm.models.openclip import AnyClip, tokenizer_of
 from ldm.recipes.divided import Rows
 from ldm.recipes.measure import clip_features
@@ -49,10 +50,11 @@ def figures(rows: Rows, prompts: Sequence[str], each: int, clip: nn.Module, conf
     texts = model.encode_text(tokens, normalize=True).float().cpu()
     features, spreads = rows["clip"], rows["diversity"].view(-1, each)[:, 0].tolist()
     scores = clip_score(features, texts.repeat_interleave(each, 0)).view(-1, each)
-    found = similarity(features, texts).argmax(1).view(-1, each)
+    truth = torch.arange(len(prompts)).repeat_interleave(each)
+    found = recall_at(similarity(features, texts), truth, 1, ROUNDING).view(-1, each)
     made = []
     for i, prompt in enumerate(prompts):
-        share = float((found[i] == i).double().mean())
+        share = float(found[i].mean())
         spread = None if math.isnan(spreads[i]) else spreads[i]
         made.append(PromptFigures(prompt, float(scores[i].mean()), share, spread))
     return made
@@ -78,11 +80,12 @@ def summary(rows: Sequence[PromptFigures], features: Tensor, real: Tensor) -> di
     }
 
 
-def table(rows: Sequence[PromptFigures]) -> str:
-    """The rows as CSV, the prompt that fits worst first."""
+def table(rows: Sequence[PromptFigures], each: int) -> str:
+    """The rows as CSV, the prompt that fits worst first; `each` is of how many pictures a row's figures are."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, ["prompt", "clip_score", "retrieved", "diversity"], lineterminator="\n")
+    writer = csv.DictWriter(out, ["prompt", "clip_score", "retrieved", "diversity", "pictures"], lineterminator="\n")
     writer.writeheader()
     for row in sorted(rows, key=lambda r: r.clip_score):
-        writer.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in asdict(row).items()})
+        told = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in asdict(row).items()}
+        writer.writerow(told | {"pictures": each})
     return out.getvalue()

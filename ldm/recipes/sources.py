@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ldm import dist
 from ldm.checkpoint import convert
+from ldm.checkpoint.folder import open_unet
 from ldm.checkpoint.folders import read_module
 from ldm.config.load import decode
 from ldm.data.mixture import Data, open_data
@@ -19,14 +21,18 @@ from ldm.data.stream import Stream, Tokenize
 from ldm.models import openclip
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.openclip import AnyClip
-from ldm.models.shipped import locate
+from ldm.models.shipped import locate, named
 from ldm.models.text import ClipConfig, TextTower, build_clip, encode_texts
+from ldm.models.unet import UNet, UNetConfig
+from ldm.pipeline import TextToImage
 from ldm.types import Cond
 
 if TYPE_CHECKING:
     from ldm.train.trainer import TrainConfig
 
 EncodeText = Callable[[Sequence[str]], Cond]
+ADAPTER = "adapter.json"
+_PARTS = ("", "unet/", "vae/", "text_encoder/", "clip/")
 
 
 def training_data(
@@ -52,16 +58,69 @@ def training_data(
     )
 
 
+def is_model(folder: Path) -> bool:
+    """Whether a folder is a model, one of its parts, or an adapter with its base's name."""
+    return any((folder / n).is_file() for n in ("model_index.json", ADAPTER, *(f"{p}config.json" for p in _PARTS)))
+
+
+def place(source: str, key: str = "model") -> Path:
+    """The folder of a shipped model's name, of a run's export, or of a path.
+
+    Raises ValueError when there is none, and names what is in a folder that is no model.
+    """
+    folder = locate(source)
+    if is_model(folder):
+        return folder
+    if is_model(folder / "export"):
+        return folder / "export"
+    raise ValueError(f"{key} {source!r}: no model in this folder: {seen(folder)}")
+
+
+def seen(folder: Path) -> str:
+    """What is in a folder that is no model, in words."""
+    if (folder / "manifest.json").is_file():
+        return "it is a data set, which data.path takes"
+    names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir() if not p.name.startswith("."))
+    if any(name.startswith("round-") for name in names):
+        return f"it holds the rounds of a progressive distillation ({', '.join(names[:6])}), each a run of its own"
+    if (folder / "config.yaml").is_file():
+        return "it is a run that has written no export"
+    return f"it holds {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}" if names else "it is empty"
+
+
+def network(source: str) -> UNetConfig:
+    """The config of a model's U-Net, without reading its weights; of the base's, for an adapter."""
+    folder = _below(source)
+    if (folder / ADAPTER).is_file():
+        return network(json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base"])
+    if (folder / "unet" / "config.json").is_file():
+        return open_unet(folder / "unet")[0]
+    return convert.open_model(folder if folder.exists() else source).unet_config
+
+
+def load_network(source: str) -> UNet:
+    """The U-Net of a model, an adapter merged into its weights."""
+    folder = _below(source)
+    if (folder / "unet" / "config.json").is_file():
+        return convert.load_unet(folder / "unet")
+    return TextToImage.load(source).unet.requires_grad_(True)
+
+
+def _below(source: str) -> Path:
+    folder = named(source)
+    return folder / "export" if is_model(folder / "export") and not is_model(folder) else folder
+
+
 def load_autoencoder(source: str) -> Autoencoder:
     """A frozen autoencoder, from its own folder or from one that holds `vae/`."""
-    folder = locate(source)
+    folder = place(source, "vae")
     autoencoder = convert.load_autoencoder(folder / "vae" if (folder / "vae").is_dir() else folder)
     return autoencoder.requires_grad_(False).eval()
 
 
 def load_towers(source: str) -> list[TextTower]:
     """Frozen text towers: of a diffusers folder, or the one of a CLIP trained here."""
-    folder = locate(source)
+    folder = place(source, "text")
     if (folder / "text_encoder_2").is_dir():
         return convert.load_model(folder).text
     if (folder / "text_encoder").is_dir():
@@ -73,7 +132,7 @@ def load_clip(source: str) -> tuple[nn.Module, AnyClip]:
     """A frozen CLIP of both towers, from its own folder, one that holds `clip/`, or `open_clip:ARCH:WEIGHTS`."""
     if source.startswith(openclip.PREFIX):
         return openclip.load(source.removeprefix(openclip.PREFIX))
-    folder = locate(source)
+    folder = place(source)
     folder = folder / "clip" if (folder / "clip").is_dir() else folder
     plain, weights = read_module(folder)
     elsewhere = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_text")
@@ -112,6 +171,23 @@ def weights_hash(*modules: nn.Module) -> str:
             total.update(name.encode())
             total.update(_bytes(value))
     return total.hexdigest()
+
+
+def cache_hashes(autoencoder: Autoencoder | None = None, towers: Sequence[TextTower] | None = None) -> dict[str, str]:
+    """What a cache must have been made with: weights, and the text's tokens and layers, which weights do not tell."""
+    told = {} if autoencoder is None else {"vae": weights_hash(autoencoder)}
+    if towers is not None:
+        told |= {"text": weights_hash(*towers), "text_settings": text_settings(towers)}
+    return told
+
+
+_PROBES = ("", "a photo of a cat", "Zwölf GROSSE Äpfel, 12.5 % (sehr) süß!", "a red apple on a table, " * 40)
+
+
+def text_settings(towers: Sequence[TextTower]) -> str:
+    """A short hash of what decides text states beside the weights: how a few texts become tokens, and which layer."""
+    told = [[t.config.output, t.config.activation, t.config.heads, t.tokenize(list(_PROBES)).tolist()] for t in towers]
+    return hashlib.blake2b(json.dumps(told).encode(), digest_size=8).hexdigest()
 
 
 def _bytes(value: Tensor) -> bytes:

@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm import dist
+from ldm.data.fingerprint import fingerprint
 from ldm.data.manifest import Manifest, resolve
-from ldm.evaluate.features import FeatureNetwork, extract, in_batches
+from ldm.evaluate.features import EfficientNetLite0, FeatureNetwork, Inception, extract, in_batches
 from ldm.recipes import divided
 from ldm.recipes.measure import real_pictures
+from ldm.recipes.sources import weights_hash
 
 
 def real_features(
@@ -24,13 +26,11 @@ def real_features(
 ) -> Tensor:
     """Features (N, D) float64 of a split's pictures, on rank 0; collective.
 
-    With `cache`, a folder, they are read from there or left there; the file's name holds the network with its resize,
-    the shards' hashes, the samples and their size. Otherwise the ranks divide the work.
+    With `cache`, a folder, they are read from there or left there; the file's name holds the network with its weights
+    and resize, which samples the split holds and which of them these are, and their size. Otherwise the ranks divide
+    the work.
     """
-    shards = [shard.sha256 for shard in Manifest.read(resolve(data)).shards if shard.split == split]
-    told = {"network": network.name, "shards": shards, "split": split, "ids": list(ids), "size": size}
-    key = hashlib.blake2b(json.dumps(told).encode(), digest_size=12).hexdigest()
-    path = None if cache is None else cache / f"features-{key}.safetensors"
+    path = None if cache is None else cache / f"features-{_key(network, data, split, ids, size)}.safetensors"
     if path is not None and dist.from_first(int(path.is_file())):
         return load_file(path)["features"] if dist.rank() == 0 else torch.empty(0, 0)
 
@@ -45,3 +45,20 @@ def real_features(
         save_file({"features": found.contiguous()}, beside, metadata={"network": network.name, "split": split})
         os.replace(beside, path)
     return found
+
+
+def samples_of(data: str, split: str) -> str:
+    """A hash of which samples a split holds, in their order."""
+    return fingerprint(Manifest.read(resolve(data)), split)
+
+
+def _key(network: FeatureNetwork, data: str, split: str, ids: Sequence[int], size: int) -> str:
+    weights = weights_hash(network.network) if isinstance(network, (EfficientNetLite0, Inception)) else None
+    told = {
+        "network": network.name,
+        "weights": weights,
+        "samples": samples_of(data, split),
+        "ids": list(ids),
+        "size": size,
+    }
+    return hashlib.blake2b(json.dumps(told).encode(), digest_size=12).hexdigest()

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional
 
-from ldm.data.decode import picture
+from ldm.data.decode import image_member, picture
 from ldm.data.grid import to_pil
 from ldm.data.images import pixels, resize, to_float
 from ldm.data.manifest import Manifest, resolve
@@ -143,8 +143,7 @@ def _sample(key: str, data: str, split: str) -> Image.Image:
     shards = Shards(Manifest.read(resolve(data)), split)
     for i in range(len(shards)):
         if shards.key(i) == key:
-            members = shards.read(i)[1]
-            return picture(next(v for k, v in members.items() if k not in ("json", "txt")))
+            return picture(image_member(shards.read(i)[1]))
     raise ValueError(f"key {key!r}: not in split {split!r} of {data!r}")
 
 

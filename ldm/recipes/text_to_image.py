@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm import dist
 from ldm.checkpoint import files
-from ldm.checkpoint.convert import load_unet, save_diffusers
+from ldm.checkpoint.convert import save_diffusers
 from ldm.checkpoint.schedulers import scheduler_to_diffusers
+from ldm.config.load import encode as plain
 from ldm.data.encode import EncodeConfig, encode, finish
 from ldm.data.grid import save_grid
 from ldm.data.loader import DataConfig
@@ -24,13 +24,22 @@ from ldm.data.mixture import Data, with_caches
 from ldm.diffusion.process import Process
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.latents import LatentCodec
-from ldm.models.shipped import locate
 from ldm.models.text import TextTower
 from ldm.models.unet import Granularity, UNet, UNetConfig
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.pipeline import Settings, TextToImage
+from ldm.progress import Bar
 from ldm.recipes.base import Assembly
-from ldm.recipes.sources import load_autoencoder, load_towers, text_encoder, training_data, weights_hash
+from ldm.recipes.sources import (
+    cache_hashes,
+    load_autoencoder,
+    load_network,
+    load_towers,
+    network,
+    text_encoder,
+    training_data,
+)
+from ldm.rng import seed_torch
 from ldm.train.trainer import TrainConfig, Trainer
 
 
@@ -47,13 +56,14 @@ class Samples:
 class TextToImageTask:
     """`vae` and `text` name the frozen parts: a shipped model, a run's export, or a diffusers folder.
 
-    `start` names a model whose U-Net is trained further; otherwise weights are random. With `cache`, a folder, pictures
+    `start` names a model (a run, too) whose U-Net is trained further, and whose network `unet` then is, also if it is
+    left out; otherwise weights are random. With `cache`, a folder, pictures
     and captions are encoded once before training; without it at every step. `gradient_checkpointing` trades a second
     forward for memory: of each "block" (true), each "transformer" block alone, or "none" (false).
     """
 
     kind: Literal["text_to_image"] = "text_to_image"
-    unet: UNetConfig
+    unet: UNetConfig | None = None
     vae: str
     text: str
     start: str | None = None
@@ -62,6 +72,42 @@ class TextToImageTask:
     cache: Path | None = None
     gradient_checkpointing: bool | Granularity = False
     samples: Samples = field(default_factory=Samples)
+
+    def __post_init__(self) -> None:
+        if self.unet is None and self.start is None:
+            raise ValueError("unet: missing; give a network, or `start`, a model whose network trains further")
+
+
+def settled(task: TextToImageTask) -> TextToImageTask:
+    """With the network that trains: that of `start` where there is one.
+
+    Its size of pictures, which is no part of the network, may be written otherwise. Raises ValueError naming both for
+    another network, or for a start that is not there and no network.
+    """
+    if task.start is None:
+        return task
+    try:
+        own = network(task.start)
+    except ValueError as error:
+        if task.unet is not None:  # plans and exports need no weights to start from
+            return task
+        raise ValueError(f"task.start: {error}") from error
+    if task.unet is None:
+        return replace(task, unet=own)
+    free = {"sample_size": task.unet.sample_size or own.sample_size, "dropout": task.unet.dropout}
+    written, its = plain(replace(task.unet, **free)), plain(replace(own, **free))
+    odd = [f"{k} {written[k]!r} for {its[k]!r}" for k in its if _by_level(written[k], own) != _by_level(its[k], own)]
+    if odd:
+        raise ValueError(
+            f"task.unet: another network than that of task.start {task.start!r}, which is the one that trains: "
+            f"{'; '.join(odd[:4])}{'; ...' if len(odd) > 4 else ''}. Leave task.unet out (null), or task.start"
+        )
+    return replace(task, unet=replace(own, **free))
+
+
+def _by_level(value: Any, config: UNetConfig) -> Any:
+    """One value for all levels as a list of them."""
+    return value if isinstance(value, list) else [value] * len(config.block_out_channels)
 
 
 class SampleHook:
@@ -77,11 +123,23 @@ class SampleHook:
         world, rank = dist.world_size(), dist.rank()
         share = math.ceil(len(prompts) / world)  # equal on all ranks: the network may be divided over them
         indices = [(rank * share + i) % len(prompts) for i in range(share)]
-        with trainer.averaged(), trainer.engine.autocast():
+        with trainer.averaged(), trainer.engine.autocast(), without_dropout(self.pipeline.unet):
             own = self.pipeline.sample([prompts[i] for i in indices], settings=self.config.settings, indices=indices)
         images = dist.gather(own)[: len(prompts)]
         if rank == 0:
             save_grid(images, trainer.out / "samples" / f"step-{step:07d}.png", columns=math.ceil(len(prompts) ** 0.5))
+
+
+@contextmanager
+def without_dropout(unet: UNet) -> Iterator[None]:
+    """The network as it draws, inside; nothing where it has no dropout."""
+    was = unet.training
+    if unet.config.dropout:
+        unet.eval()
+    try:
+        yield
+    finally:
+        unet.train(was)
 
 
 def cached(folder: Path, data: DataConfig, codec: LatentCodec, towers: Sequence[TextTower]) -> Path:
@@ -89,20 +147,20 @@ def cached(folder: Path, data: DataConfig, codec: LatentCodec, towers: Sequence[
     config = EncodeConfig(
         path=data.path, splits=(data.split,), size=data.size, buckets=data.buckets, fit=data.fit, crop=data.crop,
         flip=data.flip, variants=2 if data.flip or data.crop == "random" else 1, template=data.template, part=512,
+        require_captions=data.require_captions,
     )  # fmt: skip
     encode_text = text_encoder(towers)
-    bar = tqdm(desc="encoding", unit="img", disable=dist.rank() != 0, mininterval=2)
-    encode(
-        config,
-        folder,
-        moments=codec.moments,
-        text=lambda texts: dict(encode_text(texts)),
-        hashes=hashes(codec.autoencoder, towers),
-        rank=dist.rank(),
-        world=dist.world_size(),
-        progress=bar.update,
-    )
-    bar.close()
+    with Bar("encoding", "pictures") as bar:
+        encode(
+            config,
+            folder,
+            moments=codec.moments,
+            text=lambda texts: dict(encode_text(texts)),
+            hashes=hashes(codec.autoencoder, towers),
+            rank=dist.rank(),
+            world=dist.world_size(),
+            progress=bar.update,
+        )
     dist.barrier()
     if dist.rank() == 0:
         finish(config, folder)
@@ -112,7 +170,7 @@ def cached(folder: Path, data: DataConfig, codec: LatentCodec, towers: Sequence[
 
 def hashes(autoencoder: Autoencoder, towers: Sequence[TextTower]) -> dict[str, str]:
     """What a cache must have been made with."""
-    return {"vae": weights_hash(autoencoder), "text": weights_hash(*towers)}
+    return cache_hashes(autoencoder, towers)
 
 
 def check_channels(unet: UNet, process: Process, codec: LatentCodec) -> None:
@@ -129,12 +187,15 @@ def check_channels(unet: UNet, process: Process, codec: LatentCodec) -> None:
 
 def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:
     """The U-Net, the frozen parts, the data (encoded once, if so configured) and sample pictures."""
-    torch.manual_seed(seed)  # initial weights
+    seed_torch(seed)  # initial weights
     device = dist.device()
     autoencoder = load_autoencoder(task.vae).to(device)
     towers = [t.to(device) for t in load_towers(task.text)]
     codec = LatentCodec.of(autoencoder)
-    unet = UNet(task.unet) if task.start is None else load_unet(locate(task.start) / "unet")
+    task = settled(task)
+    assert task.unet is not None
+    unet = UNet(task.unet) if task.start is None else load_network(task.start)
+    unet.config = task.unet
     unet.enable_gradient_checkpointing(task.gradient_checkpointing)
     check_channels(unet, task.process, codec)
     encode_text = text_encoder(towers)

@@ -15,6 +15,7 @@ from ldm.diffusion.prediction import broadcast
 from ldm.diffusion.process import LearnedDenoise
 from ldm.diffusion.schedule import Schedule
 from ldm.types import Cond, Denoise
+from ldm.words import near
 
 GUIDES = ("cfg", "projected", "perpendicular")
 
@@ -25,7 +26,7 @@ _TEXT = {"text", "kv"}
 def check_guide(kind: str, rescale: float, interval: tuple[float, float] | None) -> None:
     """Raise ValueError for an unknown kind, a rescale that it has not, or an interval that is not two shares of T."""
     if kind not in GUIDES:
-        raise ValueError(f"guide must be one of {list(GUIDES)}, got {kind!r}")
+        raise ValueError(f"guide must be one of {list(GUIDES)}, got {kind!r}{near(kind, GUIDES)}")
     if rescale and kind != "cfg":
         raise ValueError(f"rescale: guide {kind!r} has none, got {rescale}")
     if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:

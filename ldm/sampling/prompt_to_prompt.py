@@ -118,7 +118,7 @@ class PromptToPrompt:
     The source's cross-attention is used for the first `cross` of the steps and its self-attention for the first `own`,
     there only on maps of at most `own_pixels` queries. `words`: for each row (source first) the token positions whose
     maps say where local blend may change the picture; None changes all of it. `start_blend`: the share of steps
-    before local blend begins; `threshold` on the map relative to its maximum.
+    before local blend begins; `threshold` on the map relative to its maximum; `shape`: see `AttentionMaps`.
     """
 
     def __init__(
@@ -132,6 +132,7 @@ class PromptToPrompt:
         words: Sequence[Sequence[int]] | None = None,
         threshold: float = 0.3,
         start_blend: float = 0.2,
+        shape: tuple[int, int] | None = None,
     ) -> None:
         if not edits:
             raise ValueError("edits must not be empty")
@@ -143,7 +144,7 @@ class PromptToPrompt:
         self.edits, self.steps, self.cross, self.own, self.own_pixels = list(edits), steps, cross, own, own_pixels
         self.words, self.threshold, self.start_blend = words, threshold, start_blend
         self.step = 0
-        self.maps = AttentionMaps(rows=len(edits) + 1)
+        self.maps = AttentionMaps(rows=len(edits) + 1, shape=shape)
 
     def progress(self, index: int, x: Tensor) -> None:
         """To be called after each sampling step, as `sample`'s progress."""
@@ -239,5 +240,8 @@ class AttentionMaps:
                 raise ValueError(f"{pixels} queries are not square; give AttentionMaps the latents' shape")
             return side, side
         h, w = self.shape
-        height = round(math.sqrt(pixels * h / w))
-        return height, pixels // height
+        while h * w > pixels:  # levels halve, rounded up
+            h, w = (h + 1) // 2, (w + 1) // 2
+        if h * w != pixels:
+            raise ValueError(f"{pixels} queries are no halving of the latents' {self.shape[0]} x {self.shape[1]}")
+        return h, w

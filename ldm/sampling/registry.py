@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +15,7 @@ from ldm.sampling.run import Clip, Noise, Progress, Run, clamp, nodes
 from ldm.sampling.times import check_steps, check_times
 from ldm.sampling.times import times as spaced
 from ldm.types import Cond, Denoise
+from ldm.words import bare, near
 
 Solver = Callable[[Run, Tensor, float], Tensor]
 """(run, start x_T, eta) -> sample."""
@@ -72,10 +74,29 @@ def sampler(
     return enter
 
 
+_OTHERS = {
+    "ddimscheduler": "ddim", "ddpmscheduler": "ddpm", "deismultistep": "deis", "deismultistepscheduler": "deis",
+    "dpm2": "kdpm2", "dpm_2": "kdpm2", "dpm_adaptive": "dpmpp_2m", "dpm_fast": "dpmpp_2m", "dpm_solver": "dpmpp_2m",
+    "dpm_solverpp": "dpmpp_2m", "dpmpp": "dpmpp_2m", "dpmpp_2s_a": "dpmpp_2s", "dpmpp_2s_ancestral": "dpmpp_2s",
+    "dpmpp_3m_sde": "dpmpp_3m", "dpmpp_sde": "dpmpp_2m_sde", "dpmsolvermultistepscheduler": "dpmpp_2m",
+    "dpmsolversdescheduler": "dpmpp_2m_sde", "dpmsolversinglestepscheduler": "dpmpp_2s", "euler_a": "euler_ancestral",
+    "eulerancestraldiscretescheduler": "euler_ancestral", "eulerdiscretescheduler": "euler",
+    "heundiscretescheduler": "heun", "ipndm": "plms", "ipndmscheduler": "plms", "kdpm2discretescheduler": "kdpm2",
+    "lcmscheduler": "lcm", "lmsdiscretescheduler": "lms", "pndmscheduler": "pndm", "tcdscheduler": "tcd",
+    "uni_pc": "unipc", "uni_pc_bh2": "unipc", "unipcmultistepscheduler": "unipc",
+}  # fmt: skip
+"""What diffusers, k-diffusion, A1111 and ComfyUI call the samplers, or the nearest of them."""
+
+
+def _plain(name: str) -> str:
+    """A sampler's name in other programs without k-diffusion's mark and the words that choose the times."""
+    return re.sub(r"_(karras|exponential|gpu|heun)$", "", bare(name).removeprefix("k_").removeprefix("sample_"))
+
+
 def lookup(name: str) -> SamplerInfo:
     """The sampler of that name. Raises ValueError naming all samplers."""
     if name not in SAMPLERS:
-        raise ValueError(f"sampler {name!r} is not one of {sorted(SAMPLERS)}")
+        raise ValueError(f"sampler {name!r} is not one of {sorted(SAMPLERS)}{near(_plain(name), SAMPLERS, _OTHERS)}")
     return SAMPLERS[name]
 
 

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from ldm.diffusion.schedule import Schedule
+from ldm.words import near
 
 _AYS = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
 _CEILING = 4096.0  # sigma / alpha where alpha is 0; alpha_bar = 2^-24
@@ -27,7 +28,7 @@ def times(
     Raises ValueError for an unknown spacing (naming all) and for steps below 1 or, on a discrete schedule, above T.
     """
     if spacing not in SPACINGS:
-        raise ValueError(f"spacing {spacing!r} is not one of {sorted(SPACINGS)}")
+        raise ValueError(f"spacing {spacing!r} is not one of {sorted(SPACINGS)}{near(spacing, SPACINGS)}")
     check_steps(schedule, steps)
     if spacing in ("karras", "exponential", "ays"):
         return _by_noise(schedule, _NOISE[spacing](schedule, steps, rho))

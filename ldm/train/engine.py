@@ -22,13 +22,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm import allocator, dist
 from ldm.objectives.base import Objective
+from ldm.precision import compute_dtype
 from ldm.rng import Rng
 from ldm.types import Batch, Metrics
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How training is divided and computed. `clip` 0 is no gradient clipping; precision `auto` is bf16 where fast.
+    """How training is divided and computed. `clip` 0 is no gradient clipping; precision `auto` is fp32 or
+    bf16, whichever is faster here (`ldm.precision`); a run keeps what it began with.
 
     `offload_optimizer` keeps masters and optimizer state, and `offload_parameters` (stage 3) the weights, in the host's
     memory. `bucket`: elements that are sent at once. `live`: up to so many weights stay whole between forward and
@@ -77,7 +79,7 @@ class EngineConfig:
 
     def dtype(self) -> torch.dtype:
         """What the forward computes in."""
-        return dist.compute_dtype(self.precision)
+        return compute_dtype(self.precision)
 
     def effective(self, world: int) -> EngineConfig:
         """What is run on so many processes: on one, stage 0 wherever a stage would only add copies."""
@@ -148,21 +150,20 @@ def deepspeed_config(config: EngineConfig, micro_batch: int, accumulate: int) ->
 
 
 def start() -> None:
-    """Join the process group (also for one process). Raises nothing new; a second call does nothing."""
+    """Join the process group (also for one process). Raises what `dist.join` does; a second call does nothing."""
     deepspeed = _deepspeed()
     # DeepSpeed calls collectives by their older names; its users can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if dist.initialized():
         return
+    dist.check()
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
+    for name, value in defaults.items():  # of an empty variable nothing is known either
+        os.environ[name] = os.environ.get(name, "").strip() or value
     if torch.cuda.is_available():
         torch.cuda.set_device(dist.local_rank())
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if dist.world_size() == 1:  # no port: nothing can be in the way of a run on a laptop
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    dist.join()
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from typing import Any, Literal
 
 import psutil
 import torch
-from tqdm import tqdm
 
 from ldm import dist
+from ldm.progress import Bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +62,13 @@ class Log:
         self.main = dist.rank() == 0
         self._began, self._before = time.monotonic(), before
         self._last = self._first = (self._began, start)
-        self._bar: tqdm[Any] | None = None
+        self._bar: Bar | None = None
         if not self.main:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self._open(start)
         self._wandb: Any = _wandb(config, folder, settings) if config.wandb else None
-        shown = sys.stderr.isatty()
-        self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, mininterval=0.5 if shown else 15)
+        self._bar = Bar("training", "steps", steps, start=start)
 
     def _open(self, start: int) -> None:
         self._lines = _continued(self.folder / "metrics.jsonl", start)
@@ -94,7 +92,7 @@ class Log:
         if self._board is not None:
             self._board.close()
         self._open(step)
-        self._bar.n = step
+        self._bar.to(step)
         self._last = self._first = (time.monotonic(), step)
 
     def step(self, step: int, metrics: Mapping[str, float], images: int, flops: float = 0.0) -> None:
@@ -103,7 +101,6 @@ class Log:
         if not self.main:
             return
         assert self._bar is not None
-        self._bar.update(1)
         now = time.monotonic()
         elapsed, done = now - self._last[0], step - self._last[1]
         rate = done * images / max(elapsed, 1e-9)
@@ -116,17 +113,18 @@ class Log:
             row["utilisation"] = flops * done / max(elapsed, 1e-9)
         if self.config.price:
             row["cost"] = self.config.price * dist.world_size() * self.seconds / 3600
-        self._bar.set_postfix_str(
+        self._bar.note(
             " ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k in ("loss", "lr"))
             + f" {rate:.1f} img/s {row['memory_gib']:.1f} GiB"
         )
+        self._bar.update(1)
         self.write(step, row)
 
     def event(self, step: int, what: str, details: Mapping[str, Any]) -> None:
         """One line of `events.jsonl`: what happened that is no metric."""
         if self.main:
             with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "event": what, **details}) + "\n")
+                file.write(json.dumps({"step": step, "event": what, **details}, ensure_ascii=False) + "\n")
 
     def tick(self) -> None:
         """A step whose metrics are not written."""

@@ -59,10 +59,12 @@ def _optimizer_step(engine: Engine) -> float | None:
     return None
 
 
-def hold(step: int, engine: Engine, ema: Ema | None, extra: dict[str, Any]) -> Held:
+def hold(
+    step: int, engine: Engine, ema: Ema | None, extra: dict[str, Any], record: dict[str, Any] | None = None
+) -> Held:
     """Copy this rank's part of a checkpoint to host memory: the only part that training waits for.
 
-    `extra` is JSON values and, under "tensors", named tensors.
+    `extra` is JSON values and, under "tensors", named tensors; `record` what the run is trained with.
     """
     averages, masters = {} if ema is None else ema.averages, engine.masters
     states = [read_state_of(engine.inner, master) for master in masters]
@@ -84,6 +86,7 @@ def hold(step: int, engine: Engine, ema: Ema | None, extra: dict[str, Any]) -> H
         "power": [] if ema is None else list(ema.config.power),
         "shapes": engine.shapes(),
         "extra": extra,
+        "trained_with": record,
     }
     first = dist.rank() == 0
     return Held(step, _on_host(tensors), meta if first else None, _on_host(own) if first else {})
@@ -202,21 +205,21 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load(folder: Path, engine: Engine, ema: Ema | None) -> tuple[int, dict[str, Any]]:
+def load(folder: Path, engine: Engine, ema: Ema | None, *, anew: bool = False) -> tuple[int, dict[str, Any]]:
     """Fill engine and EMA from a checkpoint of any world size and stage; (step, extra). Collective.
 
-    An average that it does not have begins at the main one, or at the weights. Raises ValueError when the trained
-    parameters or their shapes are not the same.
+    An average that it does not have begins at the main one, or at the weights. With `anew` another optimizer begins
+    without state. Raises ValueError when the trained parameters or their shapes are not the same.
     """
     meta, want = read_state(folder), engine.shapes()
     if want != meta["shapes"]:
-        odd = sorted(n for n in set(want) | set(meta["shapes"]) if want.get(n) != meta["shapes"].get(n))
-        raise ValueError(f"checkpoint {folder}: made for another model; {len(odd)} parameters differ, first {odd[:3]}")
+        raise ValueError(f"checkpoint {folder}: made for another model; {_odd(want, meta['shapes'])}")
     own = type(engine.inner).__name__
-    if meta.get("optimizer", own) != own:
+    other = meta.get("optimizer", own) != own
+    if other and not anew:
         raise ValueError(f"train.optim.algorithm: checkpoint {folder} has the state of {meta['optimizer']}, not {own}")
     shards, masters = Shards(folder), engine.masters
-    states = [{kind: torch.zeros_like(master) for kind in meta["kinds"]} for master in masters]
+    states = [{kind: torch.zeros_like(master) for kind in meta["kinds"] if not other} for master in masters]
     origins = {} if ema is None else {kind: _origin(shards, kind) for kind in ema.averages}
     for f in engine.fragments:
         master = masters[f.flat]
@@ -226,13 +229,22 @@ def load(folder: Path, engine: Engine, ema: Ema | None) -> tuple[int, dict[str, 
         for kind, origin in origins.items():
             assert ema is not None
             shards.fill(origin, f.name, f.start, _piece(engine, f, ema.averages[kind][f.flat]))
-    for master, values in zip(masters, states, strict=True):
+    for master, values in zip(masters, states if not other else [], strict=not other):
         write_state_of(engine.inner, master, values, meta["optimizer_step"])
     engine.push()
     extra = dict(meta["extra"])
     with safe_open(folder / "objective.safetensors", "pt") as handle:
         extra["tensors"] = {k: handle.get_tensor(k) for k in handle.keys()}  # noqa: SIM118 (not a dict)
     return int(meta["step"]), extra
+
+
+def _odd(want: dict[str, list[int]], have: dict[str, list[int]]) -> str:
+    """How the trained parameters differ, by an example."""
+    odd = sorted(n for n in {*want, *have} if want.get(n) != have.get(n))
+    name = next((n for n in odd if n in want and n in have), odd[0])
+    shapes = [tuple(s[name]) if name in s else "absent" for s in (have, want)]
+    total = len({*want, *have})
+    return f"{len(odd)} of {total} parameters differ, such as {name}: {shapes[0]} there, {shapes[1]} here"
 
 
 def _origin(shards: Shards, kind: str) -> str:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -15,23 +12,24 @@ from torch import Tensor
 
 from ldm import dist
 from ldm.checkpoint import files
+from ldm.data.resized import Sizes
 from ldm.data.stream import Stream
 from ldm.objectives import Objective
-from ldm.rng import Rng
+from ldm.precision import measured
+from ldm.rng import Rng, key
 from ldm.train import guards, state
+from ldm.train.changes import Change, Record
 from ldm.train.ema import Ema, EmaConfig
 from ldm.train.engine import Engine, EngineConfig
 from ldm.train.guards import BadSamples, GuardConfig, Spikes, Watchdog
 from ldm.train.log import Log, LogConfig
 from ldm.train.meter import Meter, StepFlops, peak
 from ldm.train.optim import Optim
+from ldm.train.stop import AGAIN, Stop
 from ldm.train.validate import ValidateConfig
 from ldm.train.writer import CheckpointConfig, Job, Report, Writer, on_first
 
 __all__ = ["AGAIN", "CheckpointConfig", "Hook", "Stop", "TrainConfig", "Trainer"]
-
-AGAIN = 75
-"""Exit code of a run that was told to stop, saved, and should be started again (EX_TEMPFAIL)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,31 +74,11 @@ class Hook(Protocol):
     def __call__(self, trainer: Trainer, step: int) -> None: ...
 
 
-class Stop:
-    """Whether a signal asked to stop; the flag is agreed on by all ranks at a step boundary."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def listen(self) -> Callable[[], None]:
-        """Catch SIGTERM, SIGINT and SIGUSR2; the returned call restores the old handlers."""
-        if threading.current_thread() is not threading.main_thread():
-            return lambda: None
-        names = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-        old = {s: signal.signal(s, self._handle) for s in names}
-
-        def restore() -> None:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-
-        return restore
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-
-
 class Trainer:
-    """Runs an objective over a loader, resumes from the run folder, and calls hooks."""
+    """Runs an objective over a loader, resumes from the run folder, and calls hooks.
+
+    `record` is what the run is trained with, kept in every checkpoint; `changes` what of it is not as it was.
+    """
 
     def __init__(
         self,
@@ -112,10 +90,13 @@ class Trainer:
         seed: int,
         settings: Any,
         guard: Callable[[], None] = lambda: None,
+        record: Record | None = None,
+        changes: Sequence[Change] = (),
     ) -> None:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config, self.loader, self.out, self.seed, self.settings = config, loader, out, seed, settings
+        self.record, self.changes = record, list(changes)
         self._guard = guard  # called on rank 0 right before it publishes; raises when the folder is no longer ours
         micro = config.micro_batch(dist.world_size())
         optimizer = config.optim.build(objective.parameters())
@@ -131,6 +112,8 @@ class Trainer:
         self.skipped_in_row = 0
         self.ahead = 0  # steps' data that were skipped after spikes: step n trains on the batch of step n + ahead
         self.rollbacks = 0
+        self.sizes = Sizes(((0, config.batch),))  # of batches, by steps of the data as `ahead` counts them
+        self._ready = False
         self._seconds = 0.0  # of earlier starts
         self._spikes, self._bad = Spikes(config.guard), BadSamples(config.max_skipped)
         self._meter, self._flops = Meter(self.engine.device), StepFlops(objective.trained)
@@ -138,14 +121,34 @@ class Trainer:
         self._hosts: list[str] | None = None
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
-    def resume(self) -> int:
-        """Continue from the newest whole checkpoint of the run folder; the number of steps done."""
-        step = self._newest(None)
+    def resume(self, step: int | None = None) -> int:
+        """Continue from checkpoint `step` of the run folder, of none if it is -1; the number of steps done.
+
+        None is the newest whole one. Raises ValueError when there are some and all are damaged.
+        """
+        if step is None:
+            step = self._newest(None)
+            if step < 0 and files.steps(self.checkpoints):
+                raise ValueError(f"{self.checkpoints}: every checkpoint is damaged, so there is nothing to go on from")
         if step >= 0:
             self._load(step)
             dist.say(f"resuming from {self.checkpoints / f'step-{step}'} at step {self.step}")
+            self._follow()
         self.objective.after_step(self.step)
+        self._ready = True
         return self.step
+
+    def _follow(self) -> None:
+        """Go on at the same place of the data, which is counted in samples, also where the batch is another now."""
+        before, place = self.sizes.parts[-1][1], self.step + self.ahead
+        self.sizes = self.sizes.changed(place, self.config.batch)
+        if before != self.config.batch:
+            dist.say(
+                f"batch {before} → {self.config.batch}: the data go on at sample {self.sizes.first(place)}; the rate's "
+                "schedule and the averages count steps as before"
+            )
+        if len(self.sizes.parts) > 1:
+            self.loader.follow(self.sizes.parts)
 
     def _newest(self, upto: int | None) -> int:
         """The step of the newest whole checkpoint, -1 without; ranks must not choose differently."""
@@ -153,7 +156,14 @@ class Trainer:
         return dist.from_first(-1 if newest is None else files.step_of(newest))
 
     def _load(self, step: int) -> None:
-        self.step, extra = state.load(self.checkpoints / f"step-{step}", self.engine, self.ema)
+        anew = any(c.key == "train.optim.algorithm" for c in self.changes)
+        self.step, extra = state.load(self.checkpoints / f"step-{step}", self.engine, self.ema, anew=anew)
+        if not self._ready:  # later, a rollback goes on in the data as they are read now
+            self.sizes = Sizes(tuple((int(s), int(b)) for s, b in extra.get("batches", self.sizes.parts)))
+        extra.pop("batches", None)
+        was = extra.pop("computed_in", self._computed_in)
+        if was != self._computed_in:
+            dist.say(f"precision {was} → {self._computed_in}")
         self.skipped = int(extra.pop("skipped", 0))
         self.ahead = int(extra.pop("ahead", 0))
         self.rollbacks = int(extra.pop("rollbacks", 0))
@@ -181,8 +191,14 @@ class Trainer:
             "seconds": 0.0 if self.log is None else self.log.seconds,
             "spikes": self._spikes.state(),
             "scale": self.engine.scale(),
+            "batches": [list(part) for part in self.sizes.parts],
+            "computed_in": self._computed_in,
         }
-        return state.hold(self.step, self.engine, self.ema, self.objective.state() | own)
+        return state.hold(self.step, self.engine, self.ema, self.objective.state() | own, self.record)
+
+    @property
+    def _computed_in(self) -> str:
+        return str(self.engine.dtype).removeprefix("torch.")
 
     # --- the loop ---------------------------------------------------------------------------------------------------
     def run(self, hooks: list[Hook]) -> int:
@@ -191,7 +207,8 @@ class Trainer:
         Raises FloatingPointError after `max_skipped` steps in a row whose loss or gradient was not finite, or after too
         many spikes; SaveFailed or LockLost, on all ranks, when a checkpoint could not be published.
         """
-        self.resume()
+        if not self._ready:
+            self.resume()
         self.log = log = Log(
             self.config.log,
             self.out / "log",
@@ -200,6 +217,12 @@ class Trainer:
             settings=self.settings,
             before=self._seconds,
         )
+        if (timed := measured()) is not None:
+            told = {"choice": timed.choice, "fp32_ms": timed.fp32, "bf16_ms": timed.bf16}
+            log.event(self.step, "precision", told)
+        if self.changes:
+            allowed = any(change.makes for change in self.changes)
+            log.event(self.step, "changed", {"keys": [str(c) for c in self.changes], "allowed": allowed})
         if dist.rank() == 0:  # before the step's own memory is taken
             self._peak = self.config.log.peak * 1e12 or peak(self.engine.device, self.engine.dtype)
         stop = Stop()
@@ -270,6 +293,7 @@ class Trainer:
         for _ in range(self.config.accumulate):
             batch = self._meter.next(batches)
             rng = Rng.of(self.seed, batch["position"])
+            torch.manual_seed(key(self.seed, rng.positions[0], "dropout"))  # torch's dropout takes no generator
             if self._flops.total or self.config.engine.compile != "off":
                 with self._meter.forward():
                     loss, metrics = self.engine.forward(batch, rng)

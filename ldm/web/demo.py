@@ -29,7 +29,7 @@ from ldm.pipeline import Settings, TextToImage
 from ldm.recipes import measure
 from ldm.recipes.sources import load_clip
 from ldm.recipes.text_to_image import TextToImageTask
-from ldm.rng import Rng
+from ldm.rng import Rng, seed_torch
 from ldm.web import demo_edits
 from ldm.web.chart import Curve
 from ldm.web.demo_page import DemoResults, RetrievalFigure, write_demo_page
@@ -109,7 +109,12 @@ def train(config: Path, overrides: Sequence[str], procs: int) -> None:
     """Start `ldm train` on several processes and wait. Raises RuntimeError when it fails."""
     command = [sys.executable, "-m", "launch", "local", "--procs", str(procs), "--"]
     command += [sys.executable, "-m", "ldm.cli", "train", str(config), *overrides]
-    code = subprocess.run(command, check=False, env={**os.environ, "TORCHDYNAMO_DISABLE": "1"}).returncode
+    process = subprocess.Popen(command, env={**os.environ, "TORCHDYNAMO_DISABLE": "1"})
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:  # which the launcher has got too: its ranks save
+        process.wait()
+        raise
     if code:
         raise RuntimeError(f"training ended with exit code {code}: {' '.join(command)}")
 
@@ -125,8 +130,9 @@ def run(demo: Demo, config_file: Path, overrides: Sequence[str], procs: int) -> 
     noising(demo, batch["image"][:1])
     demo.clock.lap("reading the data, noising a picture")
 
-    torch.manual_seed(demo.config.seed)
+    seed_torch(demo.config.seed)
     assert isinstance(demo.config.task, TextToImageTask)
+    assert demo.config.task.unet is not None
     untrained = _with_unet(demo.shipped, UNet(demo.config.task.unet))
     r.prompts = PROMPTS
     stages = {"before": demo.draw(untrained, PROMPTS)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from ldm.plan.hardware import GB
-from ldm.plan.report import COLUMNS, Plan, duration
+from ldm.plan.report import COLUMNS, NOTHING, Plan, digits, duration
 from ldm.web.chart import Bar, Curve
 from ldm.web.gallery import Fact, Gallery
 
@@ -23,7 +23,7 @@ def page(plan: Plan) -> Gallery:
         _sweep(gallery, plan)
     _memory(gallery, plan)
     if plan.point is not None:
-        section = gallery.section("A step", f"{plan.point.step.total:.3f} s, by part.")
+        section = gallery.section("A step", f"{digits(plan.point.step.total)} s, by part.")
         parts = [(name, value) for name, value in asdict(plan.point.step).items() if value > 0]
         section.bars([Bar(name, 1e3 * value) for name, value in parts], unit="ms")
     section = gallery.section(
@@ -37,16 +37,23 @@ def page(plan: Plan) -> Gallery:
 
 def _facts(plan: Plan) -> list[Fact]:
     facts = [
-        Fact(f"{plan.weights / 1e6:,.0f} M", "trained weights", f"{plan.flops_per_image / 1e9:,.0f} GFLOP an image"),
         Fact(
-            f"{plan.chosen.parts.total / GB:.1f} GB", f"a GPU at ZeRO-{plan.chosen.stage}", "with the configured batch"
+            f"{digits(plan.weights / 1e6, 1)} M",
+            "trained weights",
+            f"{digits(plan.flops_per_image / 1e9, 1)} GFLOP an image",
         ),
-        Fact(f"{plan.wire.total / GB:.2f} GB", "sent by a GPU in a step", ""),
+        Fact(
+            f"{digits(plan.chosen.parts.total / GB, 2)} GB",
+            f"a GPU at ZeRO-{plan.chosen.stage}",
+            "with the configured batch",
+        ),
+        Fact(f"{digits(plan.wire.total / GB, 2)} GB", "sent by a GPU in a step", ""),
     ]
     if plan.point is not None:
         p = plan.point
-        facts.append(Fact(f"{p.images_per_second:,.0f}", "images a second", f"{100 * plan.utilisation:.0f} % of peak"))
-        cost = "" if p.cost is None else f"cost {p.cost:,.0f}"
+        used = f"{digits(100 * plan.utilisation, 1)} % of peak"
+        facts.append(Fact(digits(p.images_per_second, 1), "images a second", used))
+        cost = "" if p.cost is None else f"cost {digits(p.cost, 2)}"
         facts.append(Fact(duration(p.days), f"for {plan.steps:,} steps", cost))
     return facts
 
@@ -62,8 +69,8 @@ def _sweep(gallery: Gallery, plan: Plan) -> None:
         spent = [p.days * p.gpus for p in plan.sweep]
         section.curve([Curve("GPU-days", gpus, spent)], "GPUs", "GPU-days")
     rows = [
-        (p.gpus, f"{p.images_per_second:,.0f}", duration(p.days), f"{p.days * p.gpus:,.2f}",
-         "" if p.cost is None else f"{p.cost:,.0f}")
+        (p.gpus, digits(p.images_per_second, 1), duration(p.days), digits(p.days * p.gpus, 2),
+         "" if p.cost is None else digits(p.cost, 2))
         for p in plan.sweep
     ]  # fmt: skip
     section.table(("GPUs", "images/s", "time", "GPU-days", "cost"), rows)
@@ -73,11 +80,11 @@ def _memory(gallery: Gallery, plan: Plan) -> None:
     usable = plan.cluster.hardware.memory * plan.cluster.assumptions.usable
     section = gallery.section(
         "Memory", f"GB on one GPU at the fullest moment of a step; {usable:.1f} GB are usable. The last column is the "
-        "largest number of images of a forward pass that fit.",
+        f"largest number of images of a forward pass that fit. {NOTHING}.",
     )  # fmt: skip
     rows = []
     for fit in plan.fits:
         name = f"ZeRO-{fit.stage}{', checkpointing' * fit.recompute}{' (configured)' * (fit == plan.chosen)}"
-        values = [f"{getattr(fit.parts, column) / GB:.3f}" for column in COLUMNS]
-        rows.append((name, *values, f"{fit.parts.total / GB:.3f}", fit.largest))
+        values = [digits(getattr(fit.parts, column) / GB) for column in COLUMNS]
+        rows.append((name, *values, digits(fit.parts.total / GB), fit.largest))
     section.table(("", *COLUMNS, "total", "largest"), rows)

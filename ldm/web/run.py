@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from ldm.data import decode
 from ldm.web.chart import number
 from ldm.web.gallery import Curve, Fact, Gallery, Picture
 
@@ -142,8 +141,7 @@ def page(run: Found, most: int = 8) -> Gallery:
         places = sorted({round(i * (len(run.samples) - 1) / max(most - 1, 1)) for i in range(most)}, reverse=True)
         pictures = []
         for path in (run.samples[p] for p in places):
-            with Image.open(path) as opened:
-                pictures.append(Picture(opened.convert("RGB"), f"step {int(path.stem.removeprefix('step-')):,}"))
+            pictures.append(Picture(decode.load(path), f"step {int(path.stem.removeprefix('step-')):,}"))
         section.grid(pictures, size=300)
     for title, text, metrics, label, log_y in CHARTS:
         curves = [c for c in (curve(run.rows, metric, name) for metric, name in metrics) if c is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.models.latents import LatentCodec
 from ldm.pipeline import Settings, TextToImage
 from ldm.rng import Rng
 from tests.parity.test_diffusers_folder import make, save
@@ -129,3 +132,46 @@ def test_long_prompts_are_those_of_their_chunks_joined(tmp_path: Path, noise: Te
     expected = pipe(prompt_embeds=long, negative_prompt_embeds=empty, latents=noise, **STEPS).images * 2 - 1
     how = {"prompt": " ".join(words), "negative": "", "long": True}
     compare(tmp_path / "ours", expected, pipe, noise, **how)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_any_multiple_of_8_is_drawn_as_theirs(family: str, tmp_path: Path) -> None:
+    """72 x 104 pixels are 9 x 13 latent pixels under an autoencoder of factor 8: no side halves, not even once."""
+    parts = make(family)
+    torch.manual_seed(4)
+    vae = AutoencoderConfig(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, sample_size=64)
+    parts = replace(parts, autoencoder=Autoencoder(vae).eval())
+    parts = replace(parts, codec=LatentCodec.of(parts.autoencoder))  # type: ignore[arg-type]
+    save(parts, tmp_path / "ours")
+    pipe = theirs_of(tmp_path / "ours")
+    noise = torch.randn(1, 4, 9, 13, generator=torch.Generator().manual_seed(1))
+    how: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 5.0, "height": 72, "width": 104}
+    theirs = pipe(PROMPT, negative_prompt=NEGATIVE, latents=noise, output_type="latent", **how).images
+    settings = Settings(steps=4, guidance=5.0, size=(72, 104), negative=NEGATIVE)
+    ours = TextToImage.load(tmp_path / "ours").latents([PROMPT], settings, Rng(0, (0,)), x=noise)
+    assert ours.shape == theirs.shape == (1, 4, 9, 13)
+    assert (ours - theirs).norm() / theirs.norm() < 1e-5
+
+
+def test_weights_of_sdxl_are_their_states_times_the_weight(noise: Tensor, tmp_path: Path) -> None:
+    """Penultimate states of both towers; the pooled vector knows no weights."""
+    parts = make("sdxl")
+    with torch.no_grad():  # words are to be seen in the picture
+        for name, p in parts.unet.named_parameters():
+            p *= 6 if "attn2.to_v" in name or "attn2.to_out" in name else 1
+    save(parts, tmp_path / "ours")
+    pipe = theirs_of(tmp_path / "ours")
+    with torch.no_grad():
+        found = pipe.encode_prompt("a red apple", do_classifier_free_guidance=True, negative_prompt="a green cross")
+    words, negative, pooled, negative_pooled = found
+    ids = [pipe.tokenizer(word, add_special_tokens=False).input_ids for word in ("a", "red", "apple")]
+    factors = torch.ones(words.shape[1])
+    first = 1 + len(ids[0])
+    factors[first : first + len(ids[1])] = 1.5
+    factors[first + len(ids[1]) : first + len(ids[1]) + len(ids[2])] = -0.5
+    embeds = {"prompt_embeds": words * factors[:, None], "pooled_prompt_embeds": pooled}
+    embeds |= {"negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": negative_pooled}
+    expected = pipe(latents=noise, **embeds, **STEPS).images * 2 - 1
+    compare(tmp_path / "ours", expected, pipe, noise, prompt="a (red:1.5) (apple:-0.5)", weights=True)
+    plain = ours_of(tmp_path / "ours", noise, prompt="a red apple")
+    assert (plain - expected).abs().max() > BOUND

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -125,10 +127,117 @@ def test_sizes(pipeline: TextToImage, size: Any, shape: tuple[int, ...]) -> None
     assert picture.shape == (1, 3, 2 * shape[1], 2 * shape[2])
 
 
-@pytest.mark.parametrize("size", [0, 20, -8, (16, 12)])
-def test_sizes_that_cannot_be_made_are_refused(pipeline: TextToImage, size: Any) -> None:
-    with pytest.raises(ValueError, match="not a multiple of 8 pixels"):
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        (0, "size: 0 is not a multiple of 8 pixels from 8 on"),
+        (-8, "size: -8 is not a multiple of 8 pixels from 8 on"),
+        (20, "size: 20 is not a multiple of 8 pixels; the nearest are 16 and 24"),
+        ((16, 1081), "size: 1081 is not a multiple of 8 pixels; the nearest are 1080 and 1088"),
+        (16.0, "size: expected whole numbers of pixels, got 16.0"),
+        (8_000_000, "size 8000000 x 8000000: one picture takes at least .* GiB of memory, there are .* --vae-tile"),
+    ],
+)
+def test_sizes_that_cannot_be_made_are_refused(pipeline: TextToImage, size: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
         draw(pipeline, size=size)
+
+
+@pytest.mark.parametrize("size", [8, (24, 40), (8, 32), (40, 8)])
+def test_odd_latents_are_drawn_down_to_one_pixel_of_8(size: Any) -> None:
+    """Three halvings of 12 x 20 latent pixels, and of 4: where sides are odd, the way up is told the size."""
+    deep: dict[str, Any] = {
+        "block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4, "cross_attention_dim": 16, "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 4, "up_block_types": ("CrossAttnUpBlock2D",) * 4,
+        "attention_head_dim": 2, "sample_size": 8,
+    }  # fmt: skip
+    vae = Autoencoder(miniature.VAE).eval()
+    tower = TextTower(TextConfig(width=16, heads=2, layers=2, context_length=12, vocab_size=4096, bpe="emoji"))
+    pipe = TextToImage(UNet(UNetConfig(**deep)).eval(), LatentCodec.of(vae), [tower], Process(prediction=V()))
+    settings = Settings(steps=1, guidance=2.0, size=size)
+    height, width = (size, size) if isinstance(size, int) else size
+    assert pipe.decode(pipe.latents(["x"], settings, Rng(0, (0,))), settings).shape == (1, 3, height, width)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (24, 16), (24, 24), (16, 24)])
+def test_sizes_near_the_models_own_say_nothing(pipeline: TextToImage, size: tuple[int, int]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if size[0] * size[1] > 2 * 16 * 16:
+            with pytest.warns(UserWarning, match="size 24 x 24 is far from the model's own 16 x 16"):
+                pipeline.check(["a red dot"], Settings(size=size))
+        else:
+            pipeline.check(["a red dot"], Settings(size=size))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"size": 64}, "size 64 x 64 is far from the model's own 16 x 16: things may come twice"),
+        ({"size": (8, 16)}, "size 8 x 16 is far from the model's own 16 x 16: little may be recognised"),
+        ({"size": (8, 40)}, "size 8 x 40 is far from the model's own 16 x 16: things may come twice"),
+        ({"guidance": 0.0}, "guidance 0 ignores the prompt.* 1 is the prompt alone"),
+        ({"guidance": 0.5}, "guidance 0.5 is below 1: it weakens the prompt"),
+        ({"guidance": 1.0, "negative": "blue"}, "the negative prompt has no effect: guidance 1 is none"),
+        ({"negative": "(blue:1.2)"}, r"'\(blue:1.2\)' is read as words"),
+        ({"negative": "blue <lora:x:1>", "weights": True}, "'<lora:x:1>': names in prompts load nothing"),
+    ],
+)
+def test_what_may_surprise_is_said_once(pipeline: TextToImage, settings: dict[str, Any], says: str) -> None:
+    with pytest.warns(UserWarning, match=says) as caught:
+        pipeline.sample(["a red dot"] * 3, settings=Settings(**{"steps": 1, "guidance": 2.0, "batch": 2} | settings))
+    assert len([w for w in caught if issubclass(w.category, UserWarning)]) == 1
+
+
+def test_memory_that_a_size_does_not_get_is_explained(pipeline: TextToImage, monkeypatch: Any) -> None:
+    def full(*_: Any, **__: Any) -> Tensor:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(pipeline.codec, "draw", full)
+    with pytest.raises(ValueError, match="size 16 x 16, 5 at a time: not enough memory; take a smaller size or batch"):
+        draw(pipeline)
+
+
+@pytest.mark.parametrize("settings", [{}, {"sampler": "euler_ancestral"}, {"weights": True, "negative": "(blue:1.2)"}])
+def test_one_of_a_batch_is_drawn_again_to_the_last_bit(pipeline: TextToImage, settings: dict[str, Any]) -> None:
+    """Its batch is drawn whole, or another of its shape: what the other rows hold changes no bit."""
+    chosen = Settings(**{"steps": 3, "guidance": 2.0, "batch": 3} | settings)
+    every = pipeline.sample(PROMPTS, settings=chosen)
+    ((places, images),) = pipeline.drawn(PROMPTS, settings=chosen, only=[4])
+    assert places == [4]
+    assert torch.equal(images[0], every[4])
+    ((places, images),) = pipeline.drawn([PROMPTS[2]] * 3, settings=replace(chosen, batch=3), indices=[2] * 3, only=[2])
+    assert torch.equal(images[0], every[2])
+
+
+def test_batches_come_as_they_are_drawn(pipeline: TextToImage) -> None:
+    settings = Settings(steps=1, guidance=2.0, batch=2)
+    every, found = pipeline.sample(PROMPTS, settings=settings), []
+    for places, images in pipeline.drawn(PROMPTS, settings=settings):
+        assert all(torch.equal(image, every[i]) for i, image in zip(places, images, strict=True))
+        found.append(places)
+    assert found == [[0, 1], [2, 3], [4]]
+
+
+def test_a_long_prompt_does_not_change_a_short_one_beside_it(pipeline: TextToImage) -> None:
+    """Empty chunks of text would be looked at: a short prompt is drawn without them, whatever stands beside it."""
+    settings = Settings(steps=2, guidance=2.0, long=True)
+    long = "red dot green cross blue bar white " * 3
+    assert pipeline.batches(["red", long, "dot"], settings) == [[0, 2], [1]]
+    together = pipeline.sample(["red", long, "dot"], settings=settings)
+    for i, prompt in enumerate(["red", long, "dot"]):
+        alone = pipeline.sample([prompt], settings=settings, indices=[i])
+        torch.testing.assert_close(together[i], alone[0], rtol=0, atol=2e-5)
+    assert pipeline.batches(["red", "dot"], replace(settings, negative=long)) == [[0, 1]]
+    assert pipeline.sample([long, "red"], settings=replace(settings, negative=long)).isfinite().all()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64 - 5, 10**25])
+def test_any_seed_draws(pipeline: TextToImage, seed: int) -> None:
+    first = draw(pipeline, ["a red dot"], seed=seed, sampler="ddpm")
+    assert torch.equal(first, draw(pipeline, ["a red dot"], seed=seed, sampler="ddpm"))
+    with pytest.raises(ValueError, match=r"seed must be a whole number, got 1\.5"):
+        Settings(seed=1.5)  # type: ignore[arg-type]
 
 
 def test_the_call_gives_pictures_prompt_by_prompt(pipeline: TextToImage) -> None:

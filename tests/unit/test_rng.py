@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from ldm.rng import Rng, generator, key
+from ldm.rng import Rng, generator, key, seed_torch
 
 
 def test_a_key_is_the_documented_hash() -> None:
@@ -79,3 +79,30 @@ def test_the_stream_is_frozen() -> None:
 
 KEY_0_0_NOISE = 4419425034601282272
 NORMAL_0_0_NOISE = [0.628619, -0.366302, -0.747633]
+
+
+SEEDS = [-1, 2**31, 2**63 - 1, 2**63, 2**64 - 5, 2**64, -(2**63), -(2**63) - 1, 10**25, -5]
+
+
+def test_any_whole_number_is_a_seed_of_its_own() -> None:
+    """None is taken modulo 2**64, where 2**64 - 5 would be -5."""
+    assert len({key(seed, 0, "noise") for seed in SEEDS}) == len(SEEDS)
+    draws = [Rng(seed, (3,)).normal("noise", (8,)) for seed in SEEDS]
+    assert all(not torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
+    assert all(torch.equal(a, Rng(seed, (3,)).normal("noise", (8,))) for a, seed in zip(draws, SEEDS, strict=True))
+
+
+def test_torch_is_seeded_by_any_whole_number() -> None:
+    before = torch.get_rng_state()
+    try:
+        seed_torch(5)
+        small = torch.rand(3)
+        torch.manual_seed(5)
+        assert torch.equal(small, torch.rand(3))
+        drawn = []
+        for seed in (2**64, 10**25, -(2**70)):
+            seed_torch(seed)
+            drawn.append(float(torch.rand(1)))
+        assert len(set(drawn)) == 3
+    finally:
+        torch.set_rng_state(before)

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ldm.data import decode
 from ldm.data.manifest import Manifest
 from ldm.data.write import ShardWriter
 
@@ -97,8 +98,9 @@ PERMUTED = {"1f6b5": {"1f3fb": "1f3ff", "1f3fc": "1f3fe", "1f3fd": "1f3fc", "1f3
 
 def lightness(path: Path) -> float:
     """Mean of the opaque pixels' channels."""
-    values = np.asarray(Image.open(path).convert("RGBA"), np.float64)
-    return float(values[values[..., 3] > 128][:, :3].mean())
+    colours, opacity = decode.layers(path.read_bytes())
+    values = np.asarray(colours, np.float64)
+    return float((values if opacity is None else values[np.asarray(opacity) > 128]).mean())
 
 
 def true_tones(files: dict[str, Path]) -> dict[str, Path]:
@@ -267,9 +269,7 @@ def pairs(emoji: Emoji) -> list[tuple[Any, ...]]:
 
 def picture(path: Path) -> Image.Image:
     """The picture at SIZE on white."""
-    image = Image.open(path).convert("RGBA")
-    ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return Image.alpha_composite(ground, image).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+    return decode.load(path).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
 
 
 def main(fluent: Path, emojibase: Path, out: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,9 +129,89 @@ def test_a_verb_writes_what_the_call_gives(
         assert np.array_equal(np.asarray(found[name]), np.asarray(picture)), name
 
 
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture of 37 x 29 pixels and a mask of its middle, painted on nothing."""
+    folder = tmp_path_factory.mktemp("odd")
+    Image.fromarray(np.random.default_rng(1).integers(0, 255, (29, 37, 3), dtype=np.uint8)).save(folder / "in.png")
+    mask = np.full((29, 37, 4), 255, np.uint8)
+    mask[..., 3] = 0
+    mask[9:20, 11:30, 3] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    return folder
+
+
+def test_a_picture_keeps_its_own_size(model: Path, odd: Path, tmp_path: Path) -> None:
+    """No side is a multiple of 8; what the mask does not paint is the picture, pixel for pixel."""
+    before, inside = np.asarray(Image.open(odd / "in.png")), np.asarray(Image.open(odd / "mask.png"))[..., 3] > 0
+    for picture in run(model, odd, tmp_path / "a", "inpaint", "@in.png", "@mask.png", "a cat", "--count", "2").values():
+        assert picture.size == (37, 29)
+        assert np.array_equal(np.asarray(picture)[~inside], before[~inside])
+        assert (np.asarray(picture)[inside] != before[inside]).mean() > 0.5
+    for verb in (("img2img", "@in.png", "a cat"), ("invert", "@in.png", "--target", "a cat"), ("invert", "@in.png")):
+        (picture,) = run(model, odd, tmp_path / f"{verb[0]}{len(verb)}", *verb).values()
+        assert picture.size == (37, 29)
+    (picture,) = run(model, odd, tmp_path / "b", "inpaint", "@in.png", "@mask.png", "x", "--size", "24", "40").values()
+    assert picture.size == (40, 24)
+    smaller = np.asarray(Image.open(odd / "in.png").resize((40, 24), Image.Resampling.BICUBIC))
+    assert np.array_equal(np.asarray(picture)[0], smaller[0])
+    for verb in (("maps", "a cat"), ("prompt", "a cat", "a dog", "--local", "cat", "dog")):
+        found = run(model, odd, tmp_path / verb[0], *verb, "--size", "24", "40")
+        assert {picture.size for picture in found.values()} == {(40, 24)}
+
+
+def test_a_second_edit_into_a_folder_overwrites_nothing(model: Path, odd: Path, tmp_path: Path) -> None:
+    run(model, odd, tmp_path, "img2img", "@in.png", "a cat", "--count", "2")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    run(model, odd, tmp_path, "img2img", "@in.png", "a dog", "--strength", "0.5")
+    run(model, odd, tmp_path, "invert", "@in.png")
+    found = run(model, odd, tmp_path, "invert", "@in.png")
+    assert set(found) == {"0000", "0001", "0002", "redrawn", "redrawn-1"}
+    assert all(path.read_bytes() == data for path, data in before.items())
+
+
+def test_pictures_say_the_command_that_drew_them(model: Path, odd: Path, tmp_path: Path, capsys: Any) -> None:
+    image = str(odd / "in.png")
+    argv = ["img2img", image, "a cat", "--strength", "0.5", "--steps", "2", "--model", str(model), "--seed", "-7"]
+    assert main(["edit", *argv, "--out", str(tmp_path / "a")]) == 0
+    told = json.loads(Image.open(tmp_path / "a" / "0000.png").text["ldm"])  # type: ignore[attr-defined]
+    assert told["command"] == ["edit", *argv, "--out", str(tmp_path / "a")]
+    assert told["inputs"] == {"image": hashlib.sha256((odd / "in.png").read_bytes()).hexdigest()}
+    capsys.readouterr()
+    assert main(["sample", "--from-png", str(tmp_path / "a" / "0000.png")]) == 2
+    line = capsys.readouterr().err.split("this draws it again: ")[1]
+    assert main([*shlex.split(line)[1:-1], str(tmp_path / "b")]) == 0
+    assert (tmp_path / "a" / "0000.png").exists()
+    first, again = (np.asarray(Image.open(tmp_path / name / "0000.png")) for name in "ab")
+    assert np.array_equal(first, again)
+
+
+def test_many_are_drawn_in_batches(model: Path, odd: Path, tmp_path: Path) -> None:
+    """The same pictures, whatever the batch size, to rounding."""
+    verb = ("inpaint", "@in.png", "@mask.png", "a cat", "--count", "3")
+    found = [run(model, odd, tmp_path / b, *verb, "--batch", b) for b in ("1", "2", "16")]
+    for name, picture in found[2].items():
+        for other in found[:2]:
+            assert np.abs(np.asarray(other[name], int) - np.asarray(picture, int)).max() <= 1
+
+
+def test_what_may_surprise_is_said(model: Path, odd: Path, tmp_path: Path, capsys: Any) -> None:
+    argv = ["img2img", str(odd / "in.png"), "a (red:1.2) cat", "--size", "160", "--guidance", "0", "--steps", "2"]
+    assert main(["edit", *argv, "--model", str(model), "--out", str(tmp_path)]) == 0
+    err = capsys.readouterr().err
+    assert err.count("size 160 x 160 is far from the model's own") == 1
+    assert err.count("guidance 0 ignores the prompt") == 1
+    assert err.count("'(red:1.2)' is read as words") == 1
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
+        (("img2img", "@in.png", "a cat", "--count", "0"), "--count: must be at least 1, got 0"),
+        (("img2img", "@in.png", "a cat", "--batch", "0"), "batch must be at least 1, got 0"),
+        (("img2img", "@in.png", "a cat", "--size", "20"), "size: 20 is not a multiple of 8 pixels; the nearest are 16"),
+        (("img2img", "@in.png", "a cat", "--strength", "1.5"), "strength must lie strictly between 0"),
+        (("img2img", "@in.png", "a cat", "--strength", "-0.5"), "strength must lie strictly between 0"),
         (("img2img", "@in.png", "a cat", "--strength", "0"), "strength must lie strictly between 0"),
         (("img2img", "@in.png", "a cat", "--strength", "1"), "strength must lie strictly between 0"),
         (("img2img", "@text.png", "a cat"), "not a readable picture"),
@@ -167,3 +250,31 @@ def test_the_example_shows_every_method(tmp_path: Path, capsys: Any) -> None:
     side = kept.height
     before, after = (np.asarray(kept)[side // 2 + 8 :, x : x + side] for x in (0, 2 * (side + 2)))
     assert np.array_equal(before, after), "the black half of the mask stays"
+
+
+def test_a_mask_s_transparent_part_is_kept(model: Path, files: Path, tmp_path: Path, capsys) -> None:
+    """Transparent white is not painted (Mikubill/sd-webui-controlnet#3079), at the command line and in Python."""
+    mask = _in(files, "mask.png")
+    painted = Image.merge("RGBA", [Image.new("L", mask.size, 255)] * 3 + [mask])
+    painted.save(tmp_path / "painted.png")
+    plain = run(model, files, tmp_path / "plain", "inpaint", "@in.png", "@mask.png", "a cat")["0000"]
+    ours = run(model, files, tmp_path / "ours", "inpaint", "@in.png", str(tmp_path / "painted.png"), "a cat")["0000"]
+    assert np.array_equal(np.asarray(ours), np.asarray(plain))
+    assert "drawn anew" not in capsys.readouterr().err
+    Image.new("L", mask.size, 0).save(tmp_path / "black.png")
+    none = run(model, files, tmp_path / "none", "inpaint", "@in.png", str(tmp_path / "black.png"), "a cat")["0000"]
+    assert np.array_equal(np.asarray(none), np.asarray(_in(files)))
+    assert "black.png: nothing in it is white" in capsys.readouterr().err
+    call = lambda mask: editing.inpaint(TextToImage.load(model), _in(files), mask, "a cat", settings=SETTINGS)[0]  # noqa: E731
+    assert np.array_equal(np.asarray(call(painted)), np.asarray(call(mask)))
+
+
+def test_pictures_given_in_python_are_seen_as_viewers_show_them(pipe: TextToImage, files: Path) -> None:
+    """Hidden colours under transparency, EXIF's rotation: the latents are those of what is seen, upright on white."""
+    clear = Image.merge("RGBA", [*_in(files).split(), Image.new("L", _in(files).size, 0)])
+    white = Image.new("RGB", clear.size, (255, 255, 255))
+    assert torch.equal(editing.encode(pipe, clear), editing.encode(pipe, white))
+    lying = _in(files)
+    lying.getexif()[0x0112] = 6
+    upright = _in(files).transpose(Image.Transpose.ROTATE_270)
+    assert torch.equal(editing.encode(pipe, lying), editing.encode(pipe, upright))

@@ -63,4 +63,4 @@ def test_mistakes(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(config), "--gpu", "a100"]) == 2
     assert "gpu: 'a100' is not one of ['a100-80g'" in capsys.readouterr().err
     assert main(["plan", str(config), "--nodes", "0"]) == 2
-    assert "nodes must be at least 1, got 0" in capsys.readouterr().err
+    assert "--nodes must be at least 1, got 0" in capsys.readouterr().err

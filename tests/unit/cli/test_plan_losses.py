@@ -138,14 +138,6 @@ def test_every_method_is_counted(root: Path, method: dict[str, Any], capsys: pyt
     assert found["point"]["images_per_second"] > 0
 
 
-def test_what_stays_out_is_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    concept = {"token": "<a>", "vectors": 1, "initializer": ["a"], "images": str(root)}
-    task = {"kind": "textual_inversion", "base": str(root / "teacher"), "concepts": [concept]}
-    path = miniature.write({**miniature.contrastive(root), "task": task}, root / "out.yaml")
-    assert main(["plan", str(path)]) == 2
-    assert "cannot be planned" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("kind", "world"),
     [

@@ -60,7 +60,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "config: unknown key(s) ['plugh', 'xyzzy']; Run has ['adapter', 'ema', 'name', 'optim', 'out', 'precision', "
         "'prior', 'size', 'steps', 'weights', 'widths']",
     ),
-    ({"adapter": {"kind": "lorra"}}, "config.adapter.kind: 'lorra' is not one of ['full', 'lora']"),
+    (
+        {"adapter": {"kind": "lorra"}},
+        "config.adapter.kind: 'lorra' is not one of ['full', 'lora']; did you mean 'lora'?",
+    ),
     ({"adapter": {"rank": 4}}, "config.adapter.kind: missing; one of ['full', 'lora']"),
     ({"adapter": {"kind": "full", "rank": 4}}, "config.adapter: unknown key(s) ['rank']; Full has ['kind']"),
     ({"adapter": {"kind": "lora", "rank": 0}}, "config.adapter: rank must be at least 1, got 0"),
@@ -167,9 +170,9 @@ def test_base_files_interpolation_and_overrides(tmp_path: Path) -> None:
     [
         ("name: [", [], "config '{path}': not readable as YAML: "),
         ("- 1\n- 2", [], "config '{path}': expected keys and values at the top, got ListConfig"),
-        ("name: a", ["steps"], "override 'steps': expected key=value, such as optim.lr=1e-4"),
-        ("name: a", ["--steps=3"], "override '--steps=3': expected key=value, such as optim.lr=1e-4"),
-        ("name: a", ["=3"], "override '=3': expected key=value, such as optim.lr=1e-4"),
+        ("name: a", ["steps"], "override 'steps': expected key=value, such as train.optim.lr=1e-4"),
+        ("name: a", ["--steps=3"], "override '--steps=3': expected key=value, such as train.optim.lr=1e-4"),
+        ("name: a", ["=3"], "override '=3': expected key=value, such as train.optim.lr=1e-4"),
         ("name: ${nowhere}", [], "{path}: Interpolation key 'nowhere' not found"),
         ("base: gone.yaml", [], "config '{folder}/gone.yaml': no such file"),
         ("base: run.yaml", [], "config '{path}': `base:` may be nested at most two levels deep"),

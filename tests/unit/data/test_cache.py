@@ -39,8 +39,8 @@ def member(cache: Path, number: int) -> tuple[Path, int, int]:
     for shard in Manifest.read(cache).shards:
         index = Index.read(cache / shard.index)
         if (key := f"s{number:05d}") in index.keys:
-            row, column = index.keys.index(key), index.extensions.index(MEMBER)
-            return cache / shard.file, int(index.offsets[row, column]), int(index.sizes[row, column])
+            found = index.members(index.keys.index(key))[MEMBER]
+            return cache / shard.file, int(index.offsets[found]), int(index.sizes[found])
     raise AssertionError(number)
 
 

@@ -130,3 +130,11 @@ def test_the_fast_resize_is_pils_but_for_rounding(width: int, height: int, w: in
         np.abs(ours - theirs).max(initial=0) <= 12
     )  # both passes round, with weights of 16 bits; 8 was the worst of 500
     assert np.abs(ours - theirs).mean() < 0.5
+
+
+@pytest.mark.parametrize("height", [1, 2, 3, 7])
+def test_a_column_one_pixel_wide_is_pils(height: int) -> None:
+    """torch's own is up to 190 levels off there where it has no AVX2: set ATEN_CPU_CAPABILITY=default to see it."""
+    image = picture(31, 42, seed=height)
+    ours = fit_pixels(np.asarray(image), (1, height), "stretch").astype(int)
+    assert np.abs(ours - np.asarray(resize(image, (1, height), "stretch")).astype(int)).max() <= 1

@@ -116,6 +116,8 @@ def test_a_lasting_failure_names_the_address_and_the_cause(served: tuple[Server,
     server.faults = {}
     with pytest.raises(RemoteError, match=r"nowhere/manifest\.json: FileNotFoundError"):
         Manifest.read(server.address + "/nowhere", QUICK)
+    with pytest.raises(ValueError, match="nowhere"):  # one line at the command line, as every user's mistake
+        Manifest.read(server.address + "/nowhere", QUICK)
     start = time.monotonic()
     server.faults = dict.fromkeys(range(1000), "stall")
     with pytest.raises(RemoteError, match=r"nothing came for 0.2 s"):
@@ -206,7 +208,7 @@ def test_a_spoiled_download_is_refused(served: tuple[Server, Path], tmp_path: Pa
     data[700] ^= 1
     tar.write_bytes(bytes(data))
     remote = RemoteConfig(cache=str(tmp_path / "cache"), retries=1, timeout=5.0, backoff=0.0)
-    with pytest.raises(RemoteError, match="SHA-256 is not the manifest's"):
+    with pytest.raises(ValueError, match=r"x damaged in train-00000\.tar; .*SHA-256 is not the manifest's"):
         batches(server.address, remote)
     assert not list((tmp_path / "cache").glob("*.part"))
 

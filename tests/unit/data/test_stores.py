@@ -1,4 +1,4 @@
-"""S3 and Google's storage through their own clients over real sockets; `.ci/object-stores.txt` installs the clients."""
+"""S3 and Google's storage through their own clients over real sockets; the extra `ci` installs the clients."""
 
 import time
 from collections.abc import Callable, Iterator

@@ -116,7 +116,9 @@ def test_only_inception_gives_fid() -> None:
 @pytest.mark.parametrize(
     ("a", "b", "message"),
     [
-        (torch.zeros(1, 4), torch.zeros(5, 4), r"features: expected \(N, D\) with N at least 2, got \(1, 4\)"),
+        (torch.zeros(1, 4), torch.zeros(5, 4), "features: at least 2 pictures are needed on each side, got 1"),
+        (torch.zeros(5, 4), torch.zeros(0, 4), "features: at least 2 pictures are needed on each side, got 0"),
+        (torch.zeros(5), torch.zeros(5, 4), r"features: expected \(N, D\), got \(5,\)"),
         (torch.zeros(5, 4), torch.zeros(5, 3), "features: widths differ, 4 and 3: not of the same network?"),
         (torch.zeros(5, 4), torch.full((5, 4), torch.nan), "features: some are not finite"),
     ],
@@ -124,3 +126,25 @@ def test_only_inception_gives_fid() -> None:
 def test_bad_features(a: torch.Tensor, b: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fid.compare(a, b, network="x")
+
+
+@pytest.mark.parametrize("n", [2, 10, 50, 200])
+@pytest.mark.parametrize("width", [5, 64])
+def test_what_rounding_leaves_of_a_distance_is_zero(n: int, width: int) -> None:
+    """Equal sets, also in another order, and constant ones: exactly 0, so that no -4e-13 is printed."""
+    x = torch.randn(n, width, dtype=torch.float64) * 3 + 7
+    for other in (x.clone(), x.flip(0), x[torch.randperm(n)]):
+        assert fid.frechet_distance(fid.Gaussian.of(x), fid.Gaussian.of(other)) == 0
+    flat = torch.full((n, width), 0.3)
+    assert fid.frechet_distance(fid.Gaussian.of(flat), fid.Gaussian.of(flat)) == 0
+    assert fid.mmd2(flat.double(), flat.double()) == 0
+    small = fid.Gaussian(torch.zeros(2), torch.eye(2), 9), fid.Gaussian(torch.full((2,), 1e-5), torch.eye(2), 9)
+    assert fid.frechet_distance(*small) == pytest.approx(2e-10, rel=1e-3), "a small distance is kept"
+
+
+def test_equal_pictures_lie_on_their_neighbours_whatever_the_rounding() -> None:
+    """Five copies of each picture: all radii are 0, and every fake, a real one but for rounding, is inside one."""
+    real = (torch.randn(40, 16) * 10).repeat(5, 1)
+    assert fid.precision_recall(real, real * (1 + 1e-7 * torch.randn(200, 16))) == (1, 1)
+    far = real[:40] + torch.nn.functional.normalize(torch.randn(40, 16), dim=1) * 1e-3
+    assert fid.precision_recall(real, far)[0] == 0, "what is further than rounding is outside"

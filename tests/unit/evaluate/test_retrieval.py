@@ -19,6 +19,42 @@ def test_a_blind_model_is_exactly_at_chance() -> None:
         assert result.at(k).times_chance == pytest.approx(1)
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-16, 1e-12, 2.0**-24, 2.0**-22])
+def test_ties_are_ties_whatever_the_rounding(size: float) -> None:
+    """Noise of the size of float64's or float32's rounding decides nothing: neither of the scores nor of features."""
+    noise = torch.Generator().manual_seed(5)
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return x * (1 + size * (2 * torch.rand(x.shape, generator=noise, dtype=torch.float64) - 1))
+
+    scores = torch.full((50, 64), 0.7, dtype=torch.float64)
+    scores[:, 10:20], scores[:, 20:] = 0.9, 0.2
+    truth = torch.arange(50) % 10  # ten are better, ten tied
+    for scale in (1.0, 100.0, -1.0):  # the order turned round: 44 are better, ten tied
+        for k in (1, 5, 12, 20, 50):
+            better = 10 if scale > 0 else 44
+            want = min(max((k - better) / 10, 0), 1)
+            found = retrieval.recall_at(rounded(scale * scores), truth, k)
+            assert found.tolist() == pytest.approx([want] * 50), (scale, k)
+    image, text = torch.randn(30, 512, dtype=torch.float64), torch.randn(1, 512, dtype=torch.float64).expand(100, 512)
+    result = retrieval.caption_retrieval(rounded(image).float(), rounded(text).float(), range(30), candidates=64)
+    assert [r.rate for r in result.recalls] == pytest.approx([k / 64 for k in (1, 5, 10)])
+
+
+def test_a_difference_above_rounding_is_none() -> None:
+    scores = torch.tensor([[0.5, 0.5 + 1e-5, 0.2]]).double()
+    assert retrieval.recall_at(scores, torch.tensor([0]), 1).tolist() == [0]
+    assert retrieval.recall_at(scores, torch.tensor([1]), 1).tolist() == [1]
+
+
+def test_scores_that_are_not_finite_do_not_win() -> None:
+    broken = torch.full((2, 8), math.nan)
+    with pytest.raises(ValueError, match="features: some are not finite"):
+        retrieval.caption_retrieval(broken, torch.randn(9, 8), [0, 1], candidates=4, ks=(1,))
+    with pytest.raises(ValueError, match="scores: some are not finite"):
+        retrieval.recall_at(broken, torch.tensor([0, 1]), 1)
+
+
 def test_a_random_model_is_at_chance_within_its_interval() -> None:
     n = 2000
     result = retrieval.caption_retrieval(torch.randn(n, 32), torch.randn(300, 32), [i % 300 for i in range(n)])
@@ -126,3 +162,11 @@ def test_nearest_neighbours() -> None:
     assert values[0, 0] > values[0, 1]
     with pytest.raises(ValueError, match="count: 5 is not between 1 and the bank's size, 4"):
         clip_score.nearest(bank, bank, 5)
+
+
+def test_equal_neighbours_come_in_the_order_of_their_rows() -> None:
+    """Copies of two features, but for rounding: the nearer one's rows come first, each kind from the lowest row on."""
+    near, far = torch.randn(2, 256).unbind()
+    bank = torch.stack([far, near, near, far, near]) * (1 + 2.0**-24 * torch.randn(5, 256))
+    _, rows = clip_score.nearest(near[None], bank, 5)
+    assert rows.tolist() == [[1, 2, 4, 0, 3]]

@@ -130,7 +130,7 @@ time.sleep(60)
     time.sleep(0.3)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    assert finish(process)[0] == 128 + signal.SIGKILL
+    assert finish(process)[0] == 128 + signal.SIGINT
     assert not alive(int((tmp_path / "0").read_text()))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -129,7 +131,7 @@ def test_variables_of_a_rank() -> None:
     }  # fmt: skip
     ports = {task.variables(STEP | {"SLURM_RESTART_COUNT": str(n)})["MASTER_PORT"] for n in range(5)}
     assert len(ports) == 5  # a port that is taken is not tried again
-    with pytest.raises(ValueError, match="SLURM_PROCID: not set; `launch task` runs under srun"):
+    with pytest.raises(ValueError, match=r"SLURM_PROCID, SLURM_LOCALID, .*: not set; `launch task` runs under srun"):
         task.variables({})
     assert task.fill(["{job}-{array}.txt"], {"SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}) == ["7-2.txt"]
 
@@ -189,3 +191,79 @@ def test_fewer_nodes_are_not_tied_to_the_first_number_of_tasks() -> None:
     assert "#SBATCH --gpus-per-node=8" in options
     assert not [line for line in options if "ntasks" in line or "cpus-per-task" in line]
     assert "--ntasks=$((nodes * 8)) --ntasks-per-node=8 --cpus-per-task=6" in script
+
+
+ODD = [
+    "a #1",
+    "it's",
+    'say "x"',
+    "ü = [1] 猫",
+    "$HOME",
+    "back\\slash",
+    "100%",
+    "a;b&c|d",
+    "`x`",
+    "~/y",
+    "*",
+    "-n",
+    "!x",
+    "{y}",
+]
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_words_and_paths_come_through_the_script_as_they_are(odd: str, tmp_path: Path) -> None:
+    """The script runs in bash with an srun that writes down what it was given."""
+    folder = tmp_path / odd.replace("/", "_")
+    folder.mkdir()
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    seen = tmp_path / "seen"
+    (tools / "srun").write_text(f'#!/bin/bash\nprintf "%s\\0" "$PWD" "$VALUE" "$@" >>{shlex.quote(str(seen))}\n')
+    (tools / "srun").chmod(0o755)
+    command = ("ldm", "train", f"{odd}.yaml", f"out=runs/{odd}", "name=a\nb")
+    script = slurm.render(
+        job(command=command, workdir=folder, log_dir=folder / "logs", disks=(odd,), check=f"ldm x {shlex.quote(odd)}",
+            env={"VALUE": odd}, python="python3")
+    )  # fmt: skip
+    env = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1"}
+    env |= {"SLURM_JOB_NODELIST": "n1", "HOME": str(tmp_path)}
+    done = subprocess.run(["bash"], input=script, encoding="utf-8", capture_output=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    preflight, task = [words.split("\0") for words in seen.read_text(encoding="utf-8").split("\0python3\0")][1:]
+    assert seen.read_text(encoding="utf-8").startswith(f"{folder}\0{odd}\0")
+    assert preflight[preflight.index("--check") + 1] == f"ldm x {shlex.quote(odd)}"
+    assert preflight[preflight.index("--disk") + 3] == odd
+    assert task[task.index("--") + 1 :] == [*command, ""]
+    assert task[task.index("--log-dir") + 1] == f"{folder}/logs/7"
+    (output,) = [line for line in script.splitlines() if line.startswith("#SBATCH --output")]
+    assert shlex.split(output)[-2:][-1] == f"--output={folder}/logs/%j.out".replace("100%", "100%%").replace(
+        "%%j", "%j"
+    )
+
+
+def test_a_site_file_and_options_may_begin_with_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "site.toml").write_text('python = "~/v/bin/python"\nlog_dir = "~/logs"\ndisks = ["~/d"]\nnodes = 2\n')
+    argv = ["slurm", "--site", "~/site.toml", "--mount", "~/m:/m", "--container", "~/c.sqsh", "--dry-run", "--", "x"]
+    assert main(argv) == 0
+    script = capsys.readouterr().out
+    for text in (f"{tmp_path}/v/bin/python", f"logs={tmp_path}/logs/", f"--disk {tmp_path}/d", f"{tmp_path}/m:/m"):
+        assert text in script
+    assert f"--container-image={tmp_path}/c.sqsh" in script
+    assert "~" not in script
+    monkeypatch.delenv("HOME")
+    assert main(["slurm", "--dry-run", "--", "x"]) == 0
+
+
+def test_slurms_variables_are_checked_together() -> None:
+    for changes, said in (
+        ({"SLURM_PROCID": "4"}, "SLURM_PROCID: 4 is not below SLURM_STEP_NUM_TASKS, 4"),
+        ({"SLURM_PROCID": "x"}, "SLURM_PROCID: 'x' is not a whole number"),
+        ({"SLURM_LOCALID": "2"}, "SLURM_NODEID 1, SLURM_LOCALID 2: do not fit SLURM_STEP_TASKS_PER_NODE"),
+        ({"SLURM_NODEID": ""}, "SLURM_NODEID: not set"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            task.variables(STEP | changes)

@@ -62,6 +62,19 @@ def test_the_loss_and_its_gradient_are_the_cross_entropy() -> None:
     assert float(metrics["accuracy"]) == pytest.approx(right / 6)
 
 
+def test_blind_towers_are_at_chance_whatever_the_rounding() -> None:
+    """One feature for every caption, but for rounding: the accuracy is one in six, not what noise makes of it."""
+    towers = Towers()
+    with torch.no_grad():
+        towers.text.weight[:] = towers.text.weight[:1] * (1 + 2.0**-24 * torch.randn(50, 5))
+    _, metrics = ContrastiveObjective(towers)(batch(), Rng.of(0, range(6)))
+    assert float(metrics["accuracy"]) == pytest.approx(1 / 6)
+    with torch.no_grad():
+        towers.text.weight[:] = math.nan
+    _, metrics = ContrastiveObjective(towers)(batch(), Rng.of(0, range(6)))
+    assert float(metrics["accuracy"]) == 0
+
+
 def test_the_scale_is_bounded_by_a_hundred() -> None:
     towers = Towers()
     nn.init.constant_(towers.logit_scale, 6.0)

@@ -1,0 +1,192 @@
+"""Models of a plan without the memory of their weights: those that are here, and published families for those that are
+not; and whether the parts of one fit each other."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ldm.config.load import decode
+from ldm.diffusion.process import Process
+from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.models.latents import LatentCodec
+from ldm.models.presets import AUTOENCODERS, TEXTS, UNETS
+from ldm.models.shipped import SHIPPED
+from ldm.models.text import TextConfig, TextTower
+from ldm.models.unet import UNet, UNetConfig
+from ldm.pipeline import TextToImage
+
+if TYPE_CHECKING:
+    from ldm.models.text import TextTower as Tower
+
+FAMILIES = {
+    "sd15": ("sd15", "kl_f8", "sd15"),
+    "sd21": ("sd21", "kl_f8", "sd21"),
+    "sd21_base": ("sd21_base", "kl_f8", "sd21"),
+    "sdxl": ("sdxl", "kl_f8_sdxl", "sdxl"),
+    "lcm_sd15": ("lcm_sd15", "kl_f8", "sd15"),
+    "tiny": ("tiny", "tiny", "tiny"),
+}
+"""Presets of U-Net, autoencoder and text towers by a family's name."""
+_PATTERNS = (  # of published models' names, the first that is found
+    (r"xl", "sdxl"),
+    (r"(stable-diffusion|sd)[-_]?(v)?2([-_.]?[01])?[-_]base|sd[-_]?turbo", "sd21_base"),
+    (r"(stable-diffusion|sd)[-_]?(v)?2|768-v", "sd21"),
+    (r"(stable-diffusion|sd)[-_]?(v)?1|v1[-_.]?[45]", "sd15"),
+)
+
+
+def family_of(source: str) -> str | None:
+    """The family of a preset's or a published model's name, None where the name tells none."""
+    name = source.rstrip("/").rsplit("/", 1)[-1].lower()
+    if name in FAMILIES:
+        return name
+    return next((family for pattern, family in _PATTERNS if re.search(pattern, name)), None)
+
+
+def here(source: str) -> bool:
+    """Whether a model's files are on this machine under this name; nothing is downloaded for a plan."""
+    return source in SHIPPED or Path(source).exists()
+
+
+def whole(source: str, key: str, said: list[str]) -> TextToImage:
+    """A model to start from, on the meta device: the one named, or its family where it is not here.
+
+    Raises ValueError naming `key` when it is neither here nor of a known family.
+    """
+    if here(source):
+        return _on_meta(TextToImage.load(source))
+    family = family_of(source)
+    if family is None:
+        raise ValueError(f"{key}: {source!r} is not here, and its name tells no family; one of {list(FAMILIES)} does")
+    if family != source:
+        said.append(f"{key}: {source!r} is not here; planned as the family {family}")
+    unet, vae, text = FAMILIES[family]
+    with torch.device("meta"):
+        network, autoencoder = UNet(UNETS[unet]), Autoencoder(AUTOENCODERS[vae])
+    network, autoencoder = network.requires_grad_(False).eval(), autoencoder.requires_grad_(False).eval()
+    return _on_meta(TextToImage(network, LatentCodec.of(autoencoder), _empty(TEXTS[text]), Process()))
+
+
+def _on_meta(model: TextToImage) -> TextToImage:
+    model.unet.to("meta")
+    model.codec.autoencoder.to("meta")
+    for tower in model.text:
+        tower.to("meta")
+    return model
+
+
+def network(unet: UNetConfig | None, start: str | None, said: list[str]) -> UNetConfig:
+    """The U-Net that trains: that of `start`, or of the config where there is none."""
+    if start is None:
+        if unet is None:
+            raise ValueError("task.unet: missing, and task.start names no model whose U-Net is trained further")
+        return unet
+    folder = SHIPPED.get(start, Path(start))
+    for path in (folder / "unet" / "config.json", folder / "export" / "unet" / "config.json"):
+        if path.is_file():
+            return decode(UNetConfig, _plain(path), str(path))
+    family = family_of(start)
+    if family is not None:
+        said.append(f"task.start: {start!r} is not here; planned as the family {family}")
+        return UNETS[FAMILIES[family][0]]
+    if unet is None:
+        raise ValueError(f"task.start: {start!r} is not here, and its name tells no family; {list(FAMILIES)} do")
+    said.append(f"task.start: {start!r} is not here; planned as task.unet")
+    return unet
+
+
+def vae(source: str, unet: UNetConfig, said: list[str]) -> tuple[Autoencoder, AutoencoderConfig]:
+    """The autoencoder; the one that a network of this kind usually has where it is not here."""
+    folder = SHIPPED.get(source, Path(source))
+    found = [p for p in (folder / "vae" / "config.json", folder / "config.json") if p.is_file()]
+    if found:
+        settings = decode(AutoencoderConfig, _plain(found[0]), str(found[0]))
+    else:
+        family = family_of(source)
+        usual = "kl_f8_sdxl" if unet.addition_embed_type else "kl_f8"
+        name = source if source in AUTOENCODERS else FAMILIES[family][1] if family else usual
+        if source not in (name, family):
+            said.append(f"task.vae: {source!r} is not here; planned as {name}")
+        settings = AUTOENCODERS[name]
+    with torch.device("meta"):
+        return Autoencoder(settings).requires_grad_(False).eval(), settings
+
+
+def towers(source: str, unet: UNetConfig, said: list[str]) -> list[Tower]:
+    """The text towers; of the family whose states the network takes where they are not here."""
+    from ldm.recipes.sources import load_towers
+
+    if here(source) and source not in TEXTS:
+        return _empty(tuple(tower.config for tower in load_towers(source)))
+    name = source if source in TEXTS else family_of(source)
+    name = FAMILIES[name][2] if name in FAMILIES else name
+    if name is None:
+        wanted = unet.per_level("cross_attention_dim")[0]
+        name = next((n for n in ("sd21", "sd15", "sdxl") if width(TEXTS[n]) == wanted), "sd21")
+    if name != source and source not in FAMILIES:
+        said.append(f"task.text: {source!r} is not here; planned as that of {name}")
+    return _empty(TEXTS[name])
+
+
+def width(configs: tuple[TextConfig, ...]) -> int:
+    """Of the towers' states side by side."""
+    return sum(c.width for c in configs)
+
+
+def pooled_width(configs: tuple[TextConfig, ...]) -> int:
+    """Of the last tower's pooled vector."""
+    return configs[-1].projection or configs[-1].width
+
+
+def _empty(configs: tuple[TextConfig, ...]) -> list[Tower]:
+    with torch.device("meta"):
+        return [TextTower(c) for c in configs]
+
+
+def _plain(path: Path) -> dict[str, Any]:
+    """A model's config without the keys that say who wrote it."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: expected keys and values, got {type(tree).__name__}")
+    return {k: v for k, v in tree.items() if not k.startswith("_")}
+
+
+def check_fit(
+    unet: UNetConfig, text: tuple[TextConfig, ...], channels: int, *, text_key: str, vae_key: str, unet_key: str
+) -> None:
+    """Raise ValueError, naming keys and values, where the network cannot take what the other parts give."""
+    states, vector = width(text), pooled_width(text)
+    near = [n for n in ("sd15", "sd21", "sdxl") if {width(TEXTS[n])} == set(unet.per_level("cross_attention_dim"))]
+    hint = f"; those of {near[0]} would fit" if near else ""
+    for given in unet.per_level("cross_attention_dim"):
+        if given != states:
+            raise ValueError(
+                f"{unet_key}.cross_attention_dim: {given}, but {text_key} has text states of width {states}{hint}"
+            )
+    if unet.addition_embed_type == "text_time":
+        ids = 6 * (unet.addition_time_embed_dim or 0)
+        want = unet.projection_class_embeddings_input_dim
+        if vector + ids != want:
+            raise ValueError(
+                f"{unet_key}.projection_class_embeddings_input_dim: {want}, but {text_key} has a pooled vector of "
+                f"{vector} and the six sizes take {ids}: {vector + ids} in all{hint}"
+            )
+    if unet.in_channels != channels:
+        raise ValueError(
+            f"{unet_key}.in_channels: {unet.in_channels}, but {vae_key} has latents of {channels} channels"
+        )
+
+
+def check_size(pixels: int, factor: int, key: str) -> int:
+    """Latent pixels of a side. Raises ValueError for sides that the autoencoder does not divide."""
+    if pixels < factor or pixels % factor:
+        raise ValueError(f"{key}: {pixels} is not a multiple of the autoencoder's {factor} pixels")
+    return pixels // factor

@@ -1,0 +1,107 @@
+"""How pictures are drawn: the settings, what they cannot be, and what is said of those that may surprise."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from ldm.sampling.guidance import check_guide
+from ldm.sampling.registry import lookup
+
+Size = int | tuple[int, int]
+"""Pixels: one side, or (H, W)."""
+FAR = 2.0
+"""Sizes of so many times the area of the model's own, or of its side, or that much smaller, are said."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How pictures are drawn; None means the sampler's or the model's own. `size` is in pixels, one side or (H, W).
+
+    `weights` reads "(word:1.3)" in prompts, `long` takes prompts beyond the towers' context in chunks. What SDXL is
+    told of a picture, in pixels (H, W): `original` and `target` sizes (None: the size drawn), `crop` its top and left.
+    Less memory: `tile`, pixels a side of the parts in which pictures are decoded; `slices`, one picture decoded at a
+    time; `queries`, how many pixels attend at a time. `guide`: see `ldm.sampling.guidance`; `interval` in shares of T.
+    """
+
+    sampler: str = "ddim"
+    steps: int = 50
+    guidance: float = 7.5
+    guide: Literal["cfg", "projected", "perpendicular"] = "cfg"
+    interval: tuple[float, float] | None = None
+    rescale: float = 0.0
+    negative: str = ""
+    eta: float | None = None
+    spacing: str | None = None
+    seed: int = 0
+    size: Size | None = None
+    batch: int = 16
+    weights: bool = False
+    long: bool = False
+    original: tuple[int, int] | None = None
+    crop: tuple[int, int] = (0, 0)
+    target: tuple[int, int] | None = None
+    tile: int | None = None
+    slices: bool = False
+    queries: int | None = None
+
+    def __post_init__(self) -> None:
+        lookup(self.sampler)
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if not isinstance(self.seed, int):
+            raise ValueError(f"seed must be a whole number, got {self.seed!r}")
+        if not (math.isfinite(self.guidance) and self.guidance >= 0):
+            raise ValueError(f"guidance must be at least 0, got {self.guidance}")
+        check_guide(self.guide, self.rescale, self.interval)
+        if self.batch < 1:
+            raise ValueError(f"batch must be at least 1, got {self.batch}")
+        for name, least in (("tile", 64), ("queries", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def said(settings: Settings, *, told: bool) -> list[str]:
+    """Guidance that does not do what its name says; `told`: the network has guidance inside and is told its scale."""
+    scale, lines = settings.guidance, []
+    if told and scale < 1:
+        lines.append(f"guidance {scale:g} is below 1: this model has guidance inside and never saw such a scale")
+    elif scale == 0:
+        lines.append(
+            "guidance 0 ignores the prompt: the negative or empty one is drawn; 1 is the prompt alone, which other "
+            "programs call 0"
+        )
+    elif scale < 1:
+        lines.append(f"guidance {scale:g} is below 1: it weakens the prompt; 1 is the prompt alone")
+    if settings.negative and (told or (scale == 1 and settings.guide != "perpendicular")):
+        why = "this model has guidance inside" if told else "guidance 1 is none"
+        lines.append(f"the negative prompt has no effect: {why}")
+    return lines
+
+
+def checked_size(size: Size, multiple: int) -> tuple[int, int]:
+    """(H, W) of a size. Raises ValueError, with the nearest that are allowed, unless both are multiples."""
+    height, width = size if isinstance(size, tuple) else (size, size)
+    for value in (height, width):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"size: expected whole numbers of pixels, got {value!r}")
+        if value < multiple:
+            raise ValueError(f"size: {value} is not a multiple of {multiple} pixels from {multiple} on")
+        if value % multiple:
+            low = value - value % multiple
+            raise ValueError(
+                f"size: {value} is not a multiple of {multiple} pixels; the nearest are {low} and {low + multiple}"
+            )
+    return height, width
+
+
+def far_size(size: tuple[int, int], own: tuple[int, int]) -> str | None:
+    """What to say of a size (H, W) that is far from the model's own; None if it is near."""
+    area = size[0] * size[1] / (own[0] * own[1])
+    longer = max(size) / max(own)
+    if 1 / FAR < area <= FAR and longer <= FAR:
+        return None
+    what = "things may come twice" if area > FAR or longer > FAR else "little may be recognised"
+    return f"size {size[0]} x {size[1]} is far from the model's own {own[0]} x {own[1]}: {what}"
