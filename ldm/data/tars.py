@@ -38,12 +38,15 @@ def find(source: Path | str, out: Path | None, remote: Remote) -> tuple[list[Tar
     files = sorted(p for p in folder.rglob("*") if not p.name.startswith("."))
     packed = [p for p in files if p.name.lower().endswith(_PACKED)]
     odd = [f"{os.path.relpath(p, folder)}: compressed; only plain tars can be indexed: unpack it" for p in packed]
-    tars = []
+    tars: list[Tar] = []
+    taken: set[str] = set()
     for path in files:
         if path.suffix.lower() == ".tar":
             name = os.path.relpath(path, folder)
+            index = _index(name) if _index(name) not in taken else f"{name}.index"  # a.tar beside a.TAR
+            taken.add(index)
             file = name if out is None or out.resolve() == folder.resolve() else os.path.abspath(path)
-            tars.append(Tar(str(path), name, file, _index(name)))
+            tars.append(Tar(str(path), name, file, index))
     if not tars:
         raise ValueError(f"data {str(folder)!r}: no .tar in it" + (f"; {'; '.join(odd[:3])}" if odd else ""))
     return tars, odd

@@ -67,7 +67,8 @@ def test_what_a_download_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "00000_stats.json").write_text("{")
     (tmp_path / "00000.parquet").write_bytes(b"PAR1")
     (tmp_path / "._00000.tar").write_bytes(b"\0\5\x16\7")
-    pack(tmp_path / "sub" / "00010.TAR", pairs(range(6, 8)))
+    pack(tmp_path / "sub" / "00010.TAR", pairs(range(6, 7)))
+    pack(tmp_path / "sub" / "00010.tar", pairs(range(7, 8)))
     assert main(["index", str(tmp_path), "--workers", "1"]) == 0
     said = capsys.readouterr().out
     for name in (*spoiled, "00008.tar", "00009.tar"):
@@ -271,6 +272,11 @@ def test_addresses(far: str, tmp_path: Path) -> None:
     assert written == ["a/0.index", "b/0.index", "manifest.json"]
     batch = Loader(DataConfig(path=str(out), size=8), seed=0, micro_batch=9).batch(0, 0)
     assert sorted(batch["key"]) == [f"{i:05d}" for i in range(3, 12)]
+    table = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"key": ["00001"], "similarity": [0.5]}), table)
+    fsspec.filesystem("memory").pipe_file("/bucket/set/a/0.parquet", table.getvalue())
+    index(far, out=tmp_path / "table", where="similarity > 0.3")
+    assert keys(tmp_path / "table") == ["00001"]
     index(far + "/{a,b}/0.tar", out=tmp_path / "braces")
     assert len(keys(tmp_path / "braces")) == 12
     index(far + "/a/0.tar", out=tmp_path / "one")
