@@ -38,6 +38,7 @@ _T = TypeVar("_T")
 Color = tuple[int, int, int]
 WHITE: Color = (255, 255, 255)
 BLACK: Color = (0, 0, 0)
+_PNG_NOTES = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,13 @@ def upright(
         values = jpeg.pixels(data, found, jpeg.scale_for(found, at_least))
         if values is not None:
             return values, (found.width, found.height)
-    return np.asarray(picture(data, at_least=at_least, max_pixels=max_pixels)), upright_size(data)
+    image = picture(data, at_least=at_least, max_pixels=max_pixels)
+    return np.asarray(image), image.size if at_least is None else _whole(data, image.size)
+
+
+def _whole(data: bytes, size: tuple[int, int]) -> tuple[int, int]:
+    """The size of a picture that was decoded to a size: only JPEGs are at reduced scale."""
+    return upright_size(data) if data.startswith(b"\xff\xd8") else size
 
 
 def upright_size(data: bytes) -> tuple[int, int]:
@@ -160,6 +167,8 @@ def upright_size(data: bytes) -> tuple[int, int]:
 
     def size(data: bytes) -> tuple[int, int]:
         with _opened(data) as image:
+            if image.format == "PNG" and not any(mark in data for mark in _PNG_NOTES):
+                return image.size  # Pillow would decode it all to look for EXIF behind the pixels
             turned = image.format != "TIFF" and orientation(image) >= 5  # Pillow tells a TIFF's size as it is shown
             return (image.height, image.width) if turned else image.size
 

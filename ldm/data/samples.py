@@ -82,7 +82,7 @@ class Samples:
         self.shards = Shards(manifest, split, remote)
         if buckets and any(s.bucket is None for s in self.shards.shards):
             raise ValueError(f"data.buckets: {manifest.name!r} has none; `ldm data build --buckets SIZE` makes them")
-        self._size = size if manifest.cached is None else manifest.cached["size"] or size
+        self._size = size if manifest.cached is None else manifest.cached.get("size") or size
         self._buckets = buckets
         self._fit: images.Fit = fit
         self._require_captions = require_captions

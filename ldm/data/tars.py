@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import posixpath
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm.data.remote import Remote, is_remote
+from ldm.data.remote import Remote, RemoteDamage, is_remote
 
 _PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 
@@ -67,7 +68,9 @@ def _far(address: str, out: Path | None, remote: Remote) -> tuple[list[Tar], lis
     elif address.lower().endswith(".tar"):
         found = [address]
     else:
-        found = sorted(a for a in remote.find(address) if a.lower().endswith(".tar"))
+        found = []
+        with contextlib.suppress(RemoteDamage):  # not there, or a server that lists nothing
+            found = sorted(a for a in remote.find(address) if a.lower().endswith(".tar"))
     found = [a for a in found if not posixpath.basename(a).startswith(".")]
     if not found:
         how = f"{address.rstrip('/')}/{{00000..00099}}.tar"

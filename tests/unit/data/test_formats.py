@@ -55,6 +55,18 @@ def test_every_orientation_of_every_format(kind: str, number: int) -> None:
     assert np.abs(shown - expected).mean() < 12
 
 
+def test_sizes_of_pngs_are_told_without_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buckets ask a folder's headers; a rotation behind the pixels is found all the same."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = saved(HALVES, "PNG")
+    behind = data[:-12] + chunk(b"eXIf", exif.tobytes()[6:]) + data[-12:]
+    assert decode.upright_size(behind) == (16, 32)
+    assert seen(behind).shape == (32, 16, 3)
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
+    assert decode.upright_size(data) == (32, 16)
+
+
 def jpeg_with(marker: int, body: bytes) -> bytes:
     plain = saved(HALVES, "JPEG", quality=95)
     return plain[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body + plain[2:]

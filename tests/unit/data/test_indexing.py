@@ -7,6 +7,9 @@ import json
 import os
 import shutil
 import subprocess
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +286,31 @@ def test_addresses(far: str, tmp_path: Path) -> None:
     assert len(keys(tmp_path / "one")) == 6
     with pytest.raises(ValueError, match=r"no \.tar in it; .* give the names: memory://bucket/none/\{00000\.\.00099\}"):
         index("memory://bucket/none", out=tmp_path / "none")
+
+
+class Listing(SimpleHTTPRequestHandler):
+    """A folder as a plain web server lists it."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_web_server_that_lists_its_folders(tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    pack(tmp_path / "www" / "set" / "00000.tar", scored(range(4)))
+    pack(tmp_path / "www" / "set" / "00001 (b).tar", scored(range(4, 8)))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Listing, directory=str(tmp_path / "www")))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        address = f"http://127.0.0.1:{server.server_port}/set"
+        manifest, _ = index(f"{address}/", out=tmp_path / "out", where="score > 1")
+        assert manifest.samples() == 6
+        assert [Path(s.file).name for s in manifest.shards] == ["00000.tar", "00001%20%28b%29.tar"]
+        with pytest.raises(ValueError, match=r"no \.tar in it; .*\{00000\.\.00099\}"):
+            index(f"{address}/nowhere", out=tmp_path / "none")
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def sized(width: int, height: int) -> bytes:
