@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from ldm import dist
 from ldm.checkpoint import files
 from ldm.config.load import decode
+from ldm.data.fingerprint import fingerprint
 from ldm.data.loader import DataConfig
 from ldm.data.manifest import Manifest, resolve
 from ldm.models.shipped import SHIPPED, named
@@ -65,11 +66,8 @@ def _data(config: DataConfig, written: bool) -> dict[str, Any] | None:
     if written and not (Path(config.path) / "manifest.json").is_file():
         return None
     manifest = Manifest.read(resolve(config.path), config.remote)
-    shards = manifest.split(config.split)
-    told: list[Any] = [[s.sha256, s.samples, s.bucket if config.buckets else None, s.repeats] for s in shards]
-    if manifest.cached is not None:
-        told.append(manifest.cached)
-    return {"hash": _hash(json.dumps(told, sort_keys=True).encode()), "samples": sum(s.samples for s in shards)}
+    told = [fingerprint(manifest, config.split, config.remote), manifest.cached]
+    return {"hash": _hash(json.dumps(told, sort_keys=True).encode()), "samples": manifest.samples(config.split)}
 
 
 def _model(name: str, source: str | None) -> str | None:
