@@ -66,11 +66,8 @@ def _data(config: DataConfig, written: bool) -> dict[str, Any] | None:
     if written and not (Path(config.path) / "manifest.json").is_file():
         return None
     manifest = Manifest.read(resolve(config.path), config.remote)
-    shards = manifest.split(config.split)
-    told: list[Any] = [fingerprint(manifest, config.split, config.remote)]
-    if manifest.cached is not None:
-        told.append(manifest.cached)
-    return {"hash": _hash(json.dumps(told, sort_keys=True).encode()), "samples": sum(s.samples for s in shards)}
+    told = [fingerprint(manifest, config.split, config.remote), manifest.cached]
+    return {"hash": _hash(json.dumps(told, sort_keys=True).encode()), "samples": manifest.samples(config.split)}
 
 
 def _model(name: str, source: str | None) -> str | None:
