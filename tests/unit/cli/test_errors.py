@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from ldm.cli.__main__ import main
 from tests import miniature
@@ -216,6 +217,7 @@ def test_links_to_themselves_and_to_nothing(fails: Any, config: str, tmp_path: P
         bad.symlink_to(bad if name == "loop" else tmp_path / "nothing")
     pictures = tmp_path / "pictures"
     pictures.mkdir()
+    Image.new("RGB", (8, 8)).save(pictures / "a.png")
     for argv in (
         ("train", config, f"out={bad}", "train.steps=1"),
         ("train", config, f"data.path={bad}", "--dry-run"),
