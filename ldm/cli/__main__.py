@@ -6,6 +6,7 @@ import errno
 import importlib
 import os
 import sys
+import warnings
 from functools import partial
 
 from launch.options import ended, near
@@ -65,6 +66,8 @@ def _main(argv: list[str]) -> int:
         hint = f"; did you mean {other!r}?" if other else near(verb, VERBS)
         print(f"ldm: unknown verb {verb!r}; one of {', '.join(VERBS)}{hint}", file=sys.stderr)
         return 2
+    # Pillow tells of broken EXIF and of large pictures without their names; what matters of both is said by us.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         return importlib.import_module(f"ldm.cli.{verb}").main(rest)
     except (ValueError, FloatingPointError) as error:
