@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +104,7 @@ def test_a_disturbed_step_does_not_decide(slow: int, monkeypatch: pytest.MonkeyP
 
 def on_rank() -> tuple[str, bool]:
     """Rank 0 would take bf16, the others fp32."""
+    os.environ.pop(precision.VARIABLE, None)  # that of the process from which ranks are forked
     precision._found.clear()
     fp32, bf16 = (2.0, 1.0) if dist.rank() == 0 else (1.0, 2.0)
     asked = []
@@ -112,8 +114,7 @@ def on_rank() -> tuple[str, bool]:
     return found, bool(asked)
 
 
-def test_all_ranks_take_what_rank_0_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(precision.VARIABLE, "")
+def test_all_ranks_take_what_rank_0_found() -> None:
     assert ranks.run(on_rank, 2) == [("bf16", True), ("bf16", False)]
 
 
