@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING, Any
 from ldm.cli.options import Parser
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from ldm.data.buckets import BucketConfig
     from ldm.data.manifest import Manifest
+    from ldm.models.latents import LatentCodec
 
 
 def main(argv: list[str]) -> int:
@@ -55,6 +59,9 @@ def _parser() -> Parser:
     encode.add_argument("--template", default="{}")
     encode.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
     encode.add_argument("--batch", type=int, default=64)
+    encode.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the autoencoder (fp32)"
+    )
     encode.set_defaults(run=_encode)
     return parser
 
@@ -226,7 +233,8 @@ def _encode(args: argparse.Namespace) -> int:
         autoencoder = load_autoencoder(args.vae).to(device)
         codec = LatentCodec.of(autoencoder)
         hashes |= cache_hashes(autoencoder)
-        moments = codec.moments
+        moments, kind = _moments(codec, args.precision, device)
+        hashes |= {} if kind == "fp32" else {"precision": kind}  # parts of one cache are computed alike
     if args.text is not None:
         towers = [tower.to(device) for tower in load_towers(args.text)]
         encode_text = text_encoder(towers)
@@ -252,6 +260,21 @@ def _encode(args: argparse.Namespace) -> int:
     print(f"{manifest.samples()} samples, {manifest.notes['bytes_per_sample']} bytes each, {manifest.notes['bad']} bad")
     print(f"relative error of storing as {config.dtype}: {errors}")
     return 0
+
+
+def _moments(codec: LatentCodec, precision: str, device: torch.device) -> tuple[Callable[[Tensor], Tensor], str]:
+    """The codec's moments under autocast, as float32, and what `precision` means here."""
+    import torch
+
+    from ldm.precision import DTYPES, chosen
+
+    kind = chosen(precision, device)
+
+    def moments(images: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype=DTYPES[kind], enabled=kind != "fp32"):
+            return codec.moments(images).float()
+
+    return moments, kind
 
 
 def _print_buckets(manifest: Manifest) -> None:

@@ -163,15 +163,10 @@ def _text_to_image(config: RunConfig, task: Any, world: int, gpu: bool) -> Job:
     def inputs(batch: int) -> tuple[Any, ...]:
         cond = {"text": torch.empty(batch, context, unet.per_level("cross_attention_dim")[0], device="meta")}
         if unet.addition_embed_type:
-            cond |= {
-                "pooled": torch.empty(batch, pooled, device="meta"),
-                "time_ids": torch.empty(batch, 6, device="meta"),
-            }
-        return (
-            torch.empty(batch, unet.in_channels, side, side, device="meta"),
-            torch.empty(batch, device="meta"),
-            cond,
-        )
+            cond["pooled"] = torch.empty(batch, pooled, device="meta")
+            cond["time_ids"] = torch.empty(batch, 6, device="meta")
+        x = torch.empty(batch, unet.in_channels, side, side, device="meta")
+        return x, torch.empty(batch, device="meta"), cond
 
     frozen = parts.frozen(vae, towers, pixels, context, cached)
     samples, size = parts.data(config, 2.0 * (2 * channels * side * side + context * width + pooled), cached, said)

@@ -66,10 +66,13 @@ class Path:
         self._t = torch.tensor([0.0, *late], dtype=torch.int64 if schedule.discrete else torch.float32)
         self._levels = torch.tensor(levels, dtype=torch.float64)
 
-    def at(self, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """(t, alpha, sigma) of points `index` (B,), 0 the data."""
-        levels = self._levels[index.cpu()].to(index.device, dtype)
-        return self._t[index.cpu()].to(index.device), levels[:, 0], levels[:, 1]
+    def at(
+        self, index: Tensor, dtype: torch.dtype, device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(t, alpha, sigma) of points `index` (B,), 0 the data, on a device (None: that of `index`)."""
+        device = device or index.device
+        levels = self._levels[index.cpu()].to(device, dtype)
+        return self._t[index.cpu()].to(device), levels[:, 0], levels[:, 1]
 
 
 class ProgressiveObjective(Objective):
@@ -95,8 +98,8 @@ class ProgressiveObjective(Objective):
             x = process.add_noise(x0, noise, t)
             goal, _ = self._teacher.both(x, t, cond, w)
         else:
-            i = (u.double() * self._path.steps).long().clamp(max=self._path.steps - 1).to(x0.device)
-            t, *_ = self._path.at(2 * i + 2, x0.dtype)
+            i = (u.double() * self._path.steps).long().clamp(max=self._path.steps - 1)  # on the host, as the path is
+            t, *_ = self._path.at(2 * i + 2, x0.dtype, x0.device)
             x = process.add_noise(x0, noise, t)
             goal = two_steps(self._teacher, self._path, x, i, cond, w)
         answer, _ = self._student.both(x, t, self._student.seen(cond, w))
@@ -111,9 +114,9 @@ def two_steps(teacher: Teacher, path: Path, x: Tensor, i: Tensor, cond: dict[str
 
     (z'' - f x) / (alpha_s - f alpha_t); at i = 0 the path ends in the data and this is the teacher's own second x_0.
     """
-    t, alpha, sigma = path.at(2 * i + 2, x.dtype)
-    mid, alpha_mid, sigma_mid = path.at(2 * i + 1, x.dtype)
-    _, alpha_s, sigma_s = path.at(2 * i, x.dtype)
+    t, alpha, sigma = path.at(2 * i + 2, x.dtype, x.device)
+    mid, alpha_mid, sigma_mid = path.at(2 * i + 1, x.dtype, x.device)
+    _, alpha_s, sigma_s = path.at(2 * i, x.dtype, x.device)
     alpha, sigma, alpha_mid, sigma_mid, alpha_s, sigma_s = (
         broadcast(v, x) for v in (alpha, sigma, alpha_mid, sigma_mid, alpha_s, sigma_s)
     )

@@ -145,7 +145,7 @@ class _Gpu(TorchFunctionMode):
     def _to(self, x: Any, dtype: torch.dtype) -> Any:
         if not (isinstance(x, Tensor) and x.is_floating_point() and x.dtype != dtype):
             return x
-        if not (x.is_leaf and x.requires_grad):
+        if not (x.is_leaf and x.requires_grad and torch.is_grad_enabled()):  # a cast without a gradient serves no other
             return x.to(dtype)
         if id(x) not in self._cast:  # autocast casts a weight once a forward pass
             self._cast[id(x)] = x.to(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,11 @@ import torch
 from omegaconf import OmegaConf
 
 from ldm import dist, precision
+from ldm.cli.data import _moments
 from ldm.config.load import dump
+from ldm.models.autoencoder import Autoencoder
+from ldm.models.latents import LatentCodec
+from ldm.models.presets import AUTOENCODERS
 from ldm.precision import Measured
 from ldm.recipes.run import settled
 from ldm.train.engine import EngineConfig
@@ -103,6 +108,7 @@ def test_a_disturbed_step_does_not_decide(slow: int, monkeypatch: pytest.MonkeyP
 
 def on_rank() -> tuple[str, bool]:
     """Rank 0 would take bf16, the others fp32."""
+    os.environ.pop(precision.VARIABLE, None)  # that of the process from which ranks are forked
     precision._found.clear()
     fp32, bf16 = (2.0, 1.0) if dist.rank() == 0 else (1.0, 2.0)
     asked = []
@@ -112,8 +118,7 @@ def on_rank() -> tuple[str, bool]:
     return found, bool(asked)
 
 
-def test_all_ranks_take_what_rank_0_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(precision.VARIABLE, "")
+def test_all_ranks_take_what_rank_0_found() -> None:
     assert ranks.run(on_rank, 2) == [("bf16", True), ("bf16", False)]
 
 
@@ -137,3 +142,19 @@ def test_a_run_writes_what_auto_became_and_goes_on_with_it(tmp_path: Path, monke
     assert settled(train("auto"), dump(config), tmp_path) == (now, text)
     explicit = dump(config | {"train": train("fp32")})
     assert settled(train("fp32"), explicit, tmp_path) == (train("fp32"), explicit), "what is asked for is taken"
+
+
+def test_encoding_takes_the_same_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moments in float32: those of the codec in fp32, and within bfloat16's rounding of them otherwise."""
+    codec = LatentCodec.of(Autoencoder(AUTOENCODERS["tiny"]).eval())
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    exact, here = codec.moments(images), torch.device("cpu")
+    for fp32, bf16, kind in ((1.0, 2.0, "fp32"), (2.0, 1.0, "bf16")):
+        finds(monkeypatch, fp32, bf16)
+        monkeypatch.setattr(precision, "_found", {})
+        moments, found = _moments(codec, "auto", here)
+        given = moments(images)
+        assert found == kind
+        assert given.dtype == torch.float32
+        assert torch.equal(given, exact) is (kind == "fp32")
+        torch.testing.assert_close(given, exact, rtol=0.05, atol=0.05)

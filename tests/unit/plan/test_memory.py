@@ -126,3 +126,22 @@ def test_the_largest_micro_batch_is_the_largest() -> None:
     most = largest_micro_batch(sizes, counted, layout, limit)
     assert memory(sizes, counted, most, layout).total <= limit < memory(sizes, counted, most + 1, layout).total
     assert largest_micro_batch(sizes, counted, layout, 1e6) == 0
+
+
+def test_a_weight_that_was_cast_without_a_gradient_has_one_later() -> None:
+    """As under torch's autocast: a network that first runs without gradients (a student's own steps) trains whole."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = self.layer(x)
+            return self.layer(x)
+
+    with torch.device("meta"):
+        network = Twice()
+    found = trace(network, lambda b: (torch.empty(b, 8, device="meta"),), 2, precision=torch.bfloat16, gpu=True)
+    assert found.gradients == 4 * (8 * 8 + 8)
