@@ -36,7 +36,6 @@ class SchedulerSettings:
     spacing: str = "leading"
     offset: int = 0
     last_alpha_one: bool = True
-    clip: bool = False
     variance: Literal["fixed", "learned"] = "fixed"
     own: OwnSampler | None = None
     unlike: str = ""
@@ -82,7 +81,7 @@ def scheduler_to_diffusers(
 def scheduler_from_diffusers(config: Mapping[str, Any]) -> SchedulerSettings:
     """Read a scheduler config; keys that are absent or null have the defaults of diffusers' class.
 
-    `spacing`, `offset`, `last_alpha_one` and `clip` are those of diffusers' DDIM on this config, whatever its class.
+    `spacing`, `offset` and `last_alpha_one` are those of diffusers' DDIM on this config, whatever its class.
     Raises ValueError naming the class or the key for a process that is not known. How the class itself draws is `own`;
     where no sampler here does, `unlike` says why, and the process is still the model's.
     """
@@ -116,7 +115,6 @@ def scheduler_from_diffusers(config: Mapping[str, Any]) -> SchedulerSettings:
         spacing=ddim["timestep_spacing"],
         offset=int(_number(ddim, "steps_offset")),
         last_alpha_one=bool(ddim["set_alpha_to_one"]),
-        clip=bool(config.get("clip_sample", False)),
         variance="learned" if variance == "learned_range" else "fixed",
         own=own,
         unlike=unlike,

@@ -75,7 +75,7 @@ def _bpe(folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, str]]
         if _same(Tokenizer(bpe, context=context, pad=pad), vocabulary, merges):
             return bpe
     path = folder / "merges.txt"
-    if not path.is_file():
+    if not path.is_file() or not path.read_text(encoding="utf-8").startswith("#version"):
         path = Path(tempfile.mkdtemp(prefix="ldm-bpe-")) / "merges.txt"
         path.write_text("\n".join([HEADER, *(" ".join(m) for m in merges)]) + "\n", encoding="utf-8")
     if not _same(Tokenizer(str(path), context=context, pad=pad), vocabulary, merges):
@@ -91,8 +91,9 @@ def _read(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
             return model["vocab"], [_merge(m, folder) for m in model["merges"]]
         raise ValueError(f"{folder / 'tokenizer.json'}: model {model.get('type')!r} is not CLIP's BPE")
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        return _json(folder / "vocab.json"), [_merge(line, folder) for line in lines[1:] if line.strip()]
+        lines = (folder / "merges.txt").read_text(encoding="utf-8-sig").split("\n")
+        merges = [line for line in lines if line.strip() and not line.startswith("#version")]
+        return _json(folder / "vocab.json"), [_merge(line, folder) for line in merges]
     raise ValueError(f"{folder}: no vocab.json with merges.txt, and no tokenizer.json")
 
 

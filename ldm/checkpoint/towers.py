@@ -79,7 +79,8 @@ def text_settings(hf: Mapping[str, Any], where: Path) -> dict[str, Any]:
 
     Raises ValueError naming the key for another model and for what is not supported.
     """
-    kind = hf.get("model_type")
+    known = set(hf.get("architectures") or []) & {"CLIPTextModel", "CLIPTextModelWithProjection"}
+    kind = hf.get("model_type") or (_KINDS[0] if known else None)
     if kind not in _KINDS:
         raise ValueError(
             f"{where}: model_type {kind!r} is not 'clip_text_model'; only CLIP's text encoders are supported"

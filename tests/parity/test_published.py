@@ -345,6 +345,7 @@ def test_other_text_encoders(change, words):
 
 
 def test_a_whole_clip_and_nulls():
+    assert text_settings({"architectures": ["CLIPTextModel"]}, Path("text_encoder"))["hidden_size"] == 512
     whole = {"model_type": "clip", "projection_dim": 64, "text_config": {"hidden_size": 64, "hidden_act": None}}
     found = text_settings(whole, Path("text_encoder"))
     assert (found["hidden_size"], found["hidden_act"], found["num_hidden_layers"]) == (64, "quick_gelu", 12)

@@ -124,6 +124,14 @@ def test_added_tokens(words, tmp_path, form):
     assert max(max(row) for row in got) >= 4096
 
 
+def test_merges_in_other_forms(words, tmp_path):
+    """Windows' line ends and no header line, as in files that were copied by hand."""
+    folder = copy(words, tmp_path / "t")
+    lines = (folder / "merges.txt").read_text("utf-8").split("\n")
+    (folder / "merges.txt").write_bytes("\r\n".join(lines[1:]).encode())
+    assert load_tokenizer(folder, CONTEXT)[0] == "emoji"
+
+
 def test_several_vectors_of_one_token(words, tmp_path):
     """diffusers saves a token of three vectors as <t>, <t>_1, <t>_2, and its pipelines put all in for <t>."""
     folder = copy(words, tmp_path / "t")
