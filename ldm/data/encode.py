@@ -24,7 +24,7 @@ from ldm.data.manifest import Manifest, Shard, bucket_report, json_line, printab
 from ldm.data.offsets import Index
 from ldm.data.parts import EncodeConfig, Part, marker, parts_of
 from ldm.data.samples import Samples
-from ldm.data.shards import Shards
+from ldm.data.shards import LOST, Shards
 from ldm.data.write import ShardWriter
 
 Moments = Callable[[Tensor], Tensor]
@@ -82,10 +82,22 @@ def encode(
         for part in parts_of(config, manifest, split):
             if part.number % world != rank:
                 continue
-            if finished(out, part) is None:
+            tree = finished(out, part)
+            if tree is None or _mended(tree, samples, part):
                 _encode_part(config, out, part, samples, moments, text, progress)
             elif progress is not None:
                 progress(part.stop - part.start)
+
+
+def _mended(tree: dict[str, Any], samples: Samples, part: Part) -> bool:
+    """Whether a sample that a part left out, because its tar was not what the manifest says, can be read now."""
+    bad = [] if isinstance(tree["bad"], int) else tree["bad"]
+    lost = {entry["key"] for entry in bad if entry["reason"] in LOST}
+    for sample in range(part.start, part.stop) if lost else ():
+        samples.begin([sample])
+        if samples.key(sample) in lost and samples.touch(sample) is None:
+            return True
+    return False
 
 
 def finish(config: EncodeConfig, out: Path) -> Manifest:

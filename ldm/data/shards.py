@@ -25,6 +25,8 @@ from ldm.data.remote import Remote, RemoteConfig, RemoteDamage, RemoteError, Sha
 from ldm.data.scan import scan
 from ldm.progress import line
 
+LOST = ("missing", "truncated", "changed", "no_index", "unreadable")
+"""Reasons of samples whose tar is not what the manifest says, or cannot be read now."""
 _MAX_OPEN = 512
 _BLOBS = 256 << 20
 _CONNECTIONS = 16

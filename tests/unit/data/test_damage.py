@@ -167,6 +167,21 @@ def test_one_bad_tar_ends_neither_encoding_nor_a_look(make_set: Make, tmp_path: 
     assert summary["bad"] == {"truncated": 8, "missing": 12}
 
 
+def test_tars_that_came_back_are_encoded(make_set: Make, tmp_path: Path) -> None:
+    """What was left out for them is filled up by the same encoding; parts without such samples are not touched."""
+    data = make_set(36, shard_samples=12, bad=(2,))
+    config = EncodeConfig(path=str(data), size=8, part=12)
+    (data / "train-00001.tar").rename(tmp_path / "away.tar")
+    assert build_cache(config, tmp_path / "cache", moments=moments, text=states, hashes=HASHES).samples() == 23
+    before = (tmp_path / "cache" / "train-p00000-00000.tar").stat().st_mtime_ns
+    (tmp_path / "away.tar").rename(data / "train-00001.tar")
+    again = build_cache(config, tmp_path / "cache", moments=moments, text=states, hashes=HASHES)
+    assert (again.samples(), again.notes["bad"]) == (35, 1)
+    assert (tmp_path / "cache" / "train-p00000-00000.tar").stat().st_mtime_ns == before
+    whole = build_cache(config, tmp_path / "whole", moments=moments, text=states, hashes=HASHES)
+    assert again.shards == whole.shards
+
+
 def test_a_mixture_goes_on_too(make_set: Make) -> None:
     one, two = make_set(24, shard_samples=12, name="one"), make_set(24, shard_samples=12, name="two")
     (two / "train-00000.tar").unlink()
