@@ -9,7 +9,6 @@ Each row is one `ldm finetune` command, printed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from launch.options import Parser
 from ldm.cli.finetune import main as finetune
 from ldm.pipeline import Settings, TextToImage
 from ldm.recipes.subject import Drawn, draw, five_views, load_pictures, score, sheet, spread
@@ -37,7 +37,7 @@ ROWS: dict[str, list[str]] = {
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description="Compare fine-tuning methods on a held-out subject.")
+    p = Parser(description="Compare fine-tuning methods on a held-out subject.")
     p.add_argument("--out", type=Path, default=Path("runs/finetuning"))
     p.add_argument("--steps", type=int, help="optimizer steps of every row (default: each method's own)")
     p.add_argument("--quick", action="store_true", help="a few steps and pictures, to see that it runs")

@@ -8,7 +8,6 @@ first brought to the teacher's answers, then distilled. Prints energy distances 
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from mixture_2d import NOTHING, SCHEDULE, Network, data, exact
 from torch import Tensor, nn
 
+from launch.options import Parser
 from ldm.diffusion import Process, Sample, V
 from ldm.objectives import Objective
 from ldm.objectives.consistency import ConsistencyObjective, ConsistencyOptions
@@ -178,7 +178,7 @@ STUDENTS: dict[str, tuple[Callable[[Network, int], Network], str]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description="Few-step students of an exact teacher.")
+    p = Parser(description="Few-step students of an exact teacher.")
     p.add_argument("--steps", type=int, default=1500, help="training steps of each (progressive: of each round)")
     p.add_argument("--count", type=int, default=2000, help="points to compare")
     args = p.parse_args(argv)

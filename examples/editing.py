@@ -9,13 +9,13 @@ of pictures; `sheet.png` holds them all. The command line has the same as `ldm e
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
 import ldm
+from launch.options import Parser
 from ldm.data.grid import sheet, to_pil
 from ldm.editing import Change, attention_maps, clip_guide, edit, img2img, inpaint, invert, redraw
 from ldm.pipeline import Settings, TextToImage
@@ -91,7 +91,7 @@ METHODS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description="Every editing method once, on the shipped emoji model.")
+    p = Parser(description="Every editing method once, on the shipped emoji model.")
     p.add_argument("--out", type=Path, default=Path("editing"), help="folder for the pictures")
     p.add_argument("--steps", type=int, default=40)
     p.add_argument("--seed", type=int, default=3)

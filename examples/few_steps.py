@@ -5,12 +5,12 @@ python examples/few_steps.py --out few_steps.png
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
 import ldm
+from launch.options import Parser
 
 PROMPTS = (
     "a red apple", "a smiling face with sunglasses", "cat", "police car", "an owl", "a red heart",
@@ -21,7 +21,7 @@ SIDE, MARGIN = 96, 120
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description="Teacher and student at a few steps.")
+    p = Parser(description="Teacher and student at a few steps.")
     p.add_argument("--out", type=Path, default=Path("few_steps.png"))
     p.add_argument("--seed", type=int, default=3)
     args = p.parse_args()

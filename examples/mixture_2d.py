@@ -9,7 +9,6 @@ Takes about half a minute on one CPU core.
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from launch.options import Parser
 from ldm.diffusion import Discrete, Process, V, bound
 from ldm.sampling import sample
 from ldm.sampling.guidance import classifier_free
@@ -213,7 +213,7 @@ def show(network: Network, out: Path, count: int) -> dict[str, dict[int, float]]
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description="A diffusion model of eight Gaussians, with the truth beside it.")
+    p = Parser(description="A diffusion model of eight Gaussians, with the truth beside it.")
     p.add_argument("--out", type=Path, default=Path("mixture_2d"), help="folder for the pictures")
     p.add_argument("--steps", type=int, default=1500, help="training steps")
     p.add_argument("--count", type=int, default=2000, help="samples in a picture")

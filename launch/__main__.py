@@ -6,10 +6,10 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from launch.options import Parser, ended, expanded
 
@@ -22,7 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(args: list[str]) -> int:
     own, command = _split(args)
-    options = _parser().parse_args(own)
+    parser = _parser()
+    options, rest = parser.parse_known_args(own)
+    if rest:
+        parser.error(f"{rest[0]!r}: the command stands behind --, such as: python -m launch local -- ldm train CONFIG")
     options.command = tuple(command)
     try:
         return int(options.run(options))
@@ -41,8 +44,29 @@ def _split(args: list[str]) -> tuple[list[str], list[str]]:
     return args[:at], args[at + 1 :]
 
 
+class _Parser(Parser):
+    """With the names that torchrun, accelerate, mpirun and sbatch have."""
+
+    aliases: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "gpus": ("gpus-per-node", "procs"),
+        "job-name": ("name",),
+        "main-process-port": ("port",),
+        "master-port": ("port",),
+        "n": ("procs",),
+        "nnodes": ("nodes",),
+        "np": ("procs",),
+        "nproc": ("procs",),
+        "nproc-per-node": ("procs", "ranks-per-node"),
+        "ntasks-per-node": ("ranks-per-node", "procs"),
+        "num-machines": ("nodes",),
+        "num-nodes": ("nodes",),
+        "num-processes": ("procs", "ranks-per-node"),
+        "output": ("log-dir",),
+    }
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m launch", description="Start a command as many processes.")
+    parser = _Parser(prog="python -m launch", description="Start a command as many processes.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _local(verbs)
     _slurm(verbs)
@@ -52,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _local(verbs: argparse._SubParsersAction[Parser]) -> None:
+def _local(verbs: argparse._SubParsersAction[_Parser]) -> None:
     parser = verbs.add_parser("local", help="processes on this machine", usage="%(prog)s [options] -- COMMAND ...")
     parser.add_argument("--procs", type=int, default=1, help="processes to start")
     parser.add_argument("--port", type=int, default=0, help="of the rendezvous; 0 takes a free one")
@@ -75,7 +99,7 @@ def _run_local(options: argparse.Namespace) -> int:
     return local.run(job)
 
 
-def _slurm(verbs: argparse._SubParsersAction[Parser]) -> None:
+def _slurm(verbs: argparse._SubParsersAction[_Parser]) -> None:
     parser = verbs.add_parser(
         "slurm",
         help="a job for a SLURM cluster",
@@ -158,7 +182,7 @@ def _default_site() -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def _task(verbs: argparse._SubParsersAction[Parser]) -> None:
+def _task(verbs: argparse._SubParsersAction[_Parser]) -> None:
     parser = verbs.add_parser("task", help="one rank under srun", usage="%(prog)s [options] -- COMMAND ...")
     parser.add_argument("--log-dir", type=Path, default=Path("slurm-logs"), help="for rank-N.log")
     parser.set_defaults(run=_run_task)
@@ -170,7 +194,7 @@ def _run_task(options: argparse.Namespace) -> int:
     return task.run(options.command, options.log_dir)
 
 
-def _preflight(verbs: argparse._SubParsersAction[Parser]) -> None:
+def _preflight(verbs: argparse._SubParsersAction[_Parser]) -> None:
     parser = verbs.add_parser(
         "preflight", help="are the nodes fit? (under srun)", usage="%(prog)s [options] [-- COMMAND]"
     )
@@ -201,7 +225,7 @@ def _run_preflight(options: argparse.Namespace) -> int:
     return preflight.run(wanted, options.report)
 
 
-def _logs(verbs: argparse._SubParsersAction[Parser]) -> None:
+def _logs(verbs: argparse._SubParsersAction[_Parser]) -> None:
     parser = verbs.add_parser("logs", help="the logs of all ranks as one")
     parser.add_argument("folder", type=Path, help="LOG_DIR/JOB")
     parser.add_argument("--rank", type=int, help="only this one")

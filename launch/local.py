@@ -33,9 +33,7 @@ def run(job: LocalJob) -> int:
     """
     command = resolve(job.command)
     if job.port and not is_free(job.port, "127.0.0.1"):
-        raise ValueError(
-            f"--port: {job.port} of 127.0.0.1 is taken by another program; without --port a free one is used"
-        )
+        raise ValueError(f"--port: {job.port} is taken by another program; without --port a free one is used")
     port = job.port or _free_port()
     if job.log_dir is not None:
         job.log_dir.mkdir(parents=True, exist_ok=True)

@@ -96,8 +96,12 @@ class Parser(argparse.ArgumentParser):
         """One line on standard error, and exit code 2."""
         text = message.replace("\n", " ")
         if text.startswith(("the following arguments are required", "unrecognized arguments")):
-            text = self._misspelt() or text  # which tells more
+            text = self._misspelt() or text + self._choices()  # which tells more
         self.exit(2, f"{self.prog}: {text}; `{self.prog} --help` tells more\n")
+
+    def _choices(self) -> str:
+        verbs = [name for a in self._actions if isinstance(a, argparse._SubParsersAction) for name in a.choices]
+        return f", one of {', '.join(verbs)}" if verbs else ""
 
     def _misspelt(self) -> str:
         """What is to be said of the first given option that there is not."""

@@ -313,7 +313,7 @@ class TextToImage:
         denoise = self.denoiser(settings, prompts)
         cond = self._cond(prompts, settings, prompts) | (given or {})
         plan = self._plan(settings) if times is None else Plan(times)
-        x = rng.normal("start", shape) * (plan.scale if start is None else 1) if x is None else x
+        x = (rng.normal("start", shape) if x is None else x) * (plan.scale if start is None else 1)
         with self._used(self.unet), sliced(settings.queries), unchanging(self.unet, settings.steps):
             return run_sampler(
                 settings.sampler,

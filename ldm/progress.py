@@ -126,13 +126,13 @@ class Bar:
 
 def line(text: str, file: TextIO | None = None) -> None:
     """Print a line, to standard output if `file` is None, without breaking into a bar that is being drawn."""
-    file = sys.stdout if file is None else file
-    if file is sys.stderr or not isinstance(sys.stderr, _Above):
-        file.write(text + "\n")
+    stream: TextIO = sys.stdout if file is None else file
+    if stream is sys.stderr or not isinstance(sys.stderr, _Above):
+        stream.write(text + "\n")
         return
     stderr, sys.stderr = sys.stderr, sys.stderr.stream  # tqdm knows the two by what they are
     try:
-        tqdm.write(text, file=file)
+        tqdm.write(text, file=stream)
     finally:
         sys.stderr = stderr
 

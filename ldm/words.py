@@ -14,6 +14,8 @@ def near(word: object, known: Iterable[str], aliases: Mapping[str, str] | None =
     """
     names = {bare(name): name for name in known}
     text = bare(str(word))
+    if word in names.values():
+        return ""  # known, and refused for another reason
     if aliases and aliases.get(text) in names.values():
         return f"; did you mean {aliases[text]!r}?"
     longer = [name for name in names if len(text) > 2 and name.startswith(text)]

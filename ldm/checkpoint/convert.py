@@ -138,7 +138,7 @@ def load_unet(folder: Path, *, variant: str | None = None, dtype: torch.dtype = 
     config, source = open_unet(Path(folder), variant=variant)
     source = weights.reshaped(source, shapes_of(config))
     weights.check_keys(str(folder), shapes_of(config), weights.shapes(source))
-    model = fill(_empty(config), source, dtype)
+    model = fill(_empty(config), source, dtype, str(folder))
     assert isinstance(model, UNet)
     return model
 
@@ -148,7 +148,7 @@ def load_autoencoder(folder: Path, *, variant: str | None = None, dtype: torch.d
     config, source = open_vae(Path(folder), variant=variant)
     source = weights.reshaped(source, shapes_of(config))
     weights.check_keys(str(folder), shapes_of(config), weights.shapes(source))
-    model = fill(_empty(config), source, dtype)
+    model = fill(_empty(config), source, dtype, str(folder))
     assert isinstance(model, Autoencoder)
     return model
 
@@ -165,7 +165,7 @@ def load_text(
     """A frozen text tower from HF `CLIPTextModel(WithProjection)` files."""
     opened = open_text(Path(folder), Path(tokenizer), output=output, zero_empty=zero_empty, variant=variant)
     weights.check_keys(str(folder), shapes_of(opened.config), weights.shapes(opened.source))
-    return load_tower(opened, dtype)
+    return load_tower(opened, dtype, str(folder))
 
 
 def convert(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm.checkpoint.scheduler_classes import DEFAULTS
 from ldm.checkpoint.schedulers import scheduler_from_diffusers
 from ldm.checkpoint.settings import read_json
 
@@ -28,6 +29,8 @@ CLASSES = {
 }
 """The classes of parts that are read here."""
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+KEYS = frozenset(key for defaults in DEFAULTS.values() for key in defaults)
+"""Every key that some scheduler class takes; files carry those of other classes along."""
 _HARMLESS = ("requires_safety_checker", "add_watermarker", "force_zeros_for_empty_prompt")
 _OTHERS = {
     "StableDiffusion3": "Stable Diffusion 3, a transformer",
@@ -89,6 +92,8 @@ def read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     latents, whatever old files say. Raises ValueError for a process that is not known.
     """
     config = read_json(folder / "scheduler" / "scheduler_config.json")
+    if unknown := sorted(k for k in config if not k.startswith("_") and k not in KEYS):
+        log.info("%s: no scheduler knows these keys: %s", folder, ", ".join(unknown))
     part = index.get("scheduler")
     own, told = config.get("_class_name"), part[1] if isinstance(part, list) and len(part) == 2 else None
     if own is not None:

@@ -185,7 +185,7 @@ def _read_file(path: Path, unet: UNet, text: Sequence[TextTower], lenient: bool)
     bundled: dict[str, dict[str, Tensor]] = {}
     keys: dict[str, list[str]] = {}
     unknown, adapters = [], set()
-    for key, value in weights.read_all(source).items():
+    for key, value in weights.read_all(source, where=where).items():
         if match := _BUNDLED.match(key):
             bundled.setdefault(match[1], {})[match[2]] = value.float().view(-1, value.shape[-1])
             continue

@@ -102,8 +102,6 @@ def _kronecker(site: str, parts: Parts, form: tuple[int, ...], settings: Setting
     found = (w1.shape[0] * w2.shape[0], w1.shape[1] * math.prod(w2.shape[1:]))
     if found != (form[0], math.prod(form[1:])) or (w2.ndim == 4 and not alike(w2.shape[2:], form[2:] or (1, 1))):
         raise Misfit(f"{site} is a product of shape {found}, the model's weight is {form}: another base model?")
-    if w2.ndim == 2 and len(form) == 4 and form[2] > 1:  # factors of a kernel that was made flat
-        raise ValueError(f"{site}: LoKr of a convolution whose kernel is flattened is not known here")
     told = rank is None and not settings.of(site)[0]  # two whole factors: other readers leave alpha out
     scale = 1.0 if told else _scale(site, parts, rank or 1, settings)
     return Kronecker(w1, w2, scale, form, *_magnitude(site, parts, form))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -95,11 +96,11 @@ class Opened:
     def load(self, dtype: torch.dtype = torch.float32) -> Components:
         """Read all weights as `dtype`."""
         self.check()
-        unet = fill(empty(self.unet_config), self.unet, dtype)
-        autoencoder = fill(empty(self.vae_config), self.vae, dtype)
+        unet = fill(empty(self.unet_config), self.unet, dtype, f"{self.where}: U-Net")
+        autoencoder = fill(empty(self.vae_config), self.vae, dtype, f"{self.where}: autoencoder")
         assert isinstance(unet, UNet)
         assert isinstance(autoencoder, Autoencoder)
-        text = [load_tower(tower, dtype) for tower in self.text]
+        text = [load_tower(tower, dtype, f"{self.where}: text tower") for tower in self.text]
         return Components(unet, autoencoder, LatentCodec.of(autoencoder), text, dict(self.scheduler))
 
 
@@ -111,19 +112,20 @@ def empty(config: UNetConfig | AutoencoderConfig | TextConfig) -> nn.Module:
         return Autoencoder(config) if isinstance(config, AutoencoderConfig) else TextTower(config).model
 
 
-def shapes_of(config: UNetConfig | AutoencoderConfig | TextConfig) -> dict[str, torch.Size]:
-    """Native names and shapes."""
+@functools.lru_cache(maxsize=16)
+def shapes_of(config: UNetConfig | AutoencoderConfig | TextConfig) -> Mapping[str, torch.Size]:
+    """Native names and shapes, to be read alone: they are kept."""
     return {k: v.shape for k, v in empty(config).state_dict().items()}
 
 
-def fill(model: nn.Module, source: Source, dtype: torch.dtype) -> nn.Module:
+def fill(model: nn.Module, source: Source, dtype: torch.dtype, where: str = "weights") -> nn.Module:
     """Give an empty module its weights, and no more memory than they need."""
-    model.load_state_dict(weights.read_all(source, dtype), strict=True, assign=True)
+    model.load_state_dict(weights.read_all(source, dtype, where), strict=True, assign=True)
     return model.eval()
 
 
-def load_tower(opened: OpenedText, dtype: torch.dtype) -> TextTower:
+def load_tower(opened: OpenedText, dtype: torch.dtype, where: str = "weights") -> TextTower:
     """A frozen tower with its tokenizer."""
     tower = TextTower(opened.config)
-    tower.model.load_state_dict(weights.read_all(opened.source, dtype), strict=True, assign=True)
+    tower.model.load_state_dict(weights.read_all(opened.source, dtype, where), strict=True, assign=True)
     return tower.to(dtype).requires_grad_(False).eval()

@@ -131,7 +131,7 @@ class OwnSampler:
             return subset(schedule, steps, self.original)
         if self.between is not None:
             ends = spaced(schedule, steps, self.between, offset=self.offset)
-            levels = between(*(noise_ratio(schedule, t) for t in (ends[0], ends[-1])), steps, self.grid)
+            levels = between(noise_ratio(schedule, ends[0]), noise_ratio(schedule, ends[-1]), steps, self.grid)
             return check_times(schedule, [ends[0], *(schedule.time(-math.log(r)) for r in levels[1:])])
         if self.grid == "flow":
             last = schedule.warp(1.0)
@@ -251,7 +251,7 @@ def _in_sigmas(name: str, *, grids: bool = True) -> Callable[[Settings], OwnSamp
 
 
 def _open(s: Settings) -> str:
-    spacing = s.get("timestep_spacing", "linspace")
+    spacing = str(s.get("timestep_spacing", "linspace"))
     return _by_noise(s) or {"linspace": "open", "leading": "leading_open"}.get(spacing, spacing)
 
 

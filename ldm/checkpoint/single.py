@@ -43,7 +43,8 @@ def open_single(path: Path, *, ema: bool = False, prediction: str | None = None,
     Raises ValueError for a file that is no known family, lacks the average asked for, or has keys left over, which
     `lenient` leaves out.
     """
-    about, (source, turbo) = weights.metadata(path), one_layout(weights.open_file(path), path)
+    source, turbo = one_layout(weights.open_file(path), path)
+    about = weights.metadata(path)
     if CONFIG in about:
         unet_config, vae_config, texts, scheduler = _written(about[CONFIG], path)
     else:

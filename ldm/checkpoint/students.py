@@ -37,7 +37,7 @@ class FewSteps:
 def few_steps(config: Mapping[str, Any], guided: bool) -> FewSteps | None:
     """From a scheduler's config; None when it is not of a few-step sampler."""
     sampler = SAMPLERS.get(str(config.get("_class_name")))
-    return None if sampler is None else FewSteps(sampler, int(config.get("original_inference_steps", 50)), guided)
+    return None if sampler is None else FewSteps(sampler, int(config.get("original_inference_steps") or 50), guided)
 
 
 def beside(folder: Path) -> FewSteps | None:

@@ -158,11 +158,11 @@ def _added(listed: dict[int, Any], vocabulary: dict[str, int], folder: Path) -> 
 def _length(told: dict[str, Any], folder: Path) -> int | None:
     """`model_max_length`; transformers writes about 1e30 for none."""
     length = told.get("model_max_length")
-    if length is None or (isinstance(length, (int, float)) and length > 1e6):
+    if length is None:
         return None
-    if isinstance(length, bool) or length != int(length) or length < 3:
+    if isinstance(length, bool) or not isinstance(length, (int, float)) or length != int(length) or length < 3:
         raise ValueError(f"{folder}: model_max_length {length!r} is not a whole number of at least 3")
-    return int(length)
+    return None if length > 1e6 else int(length)
 
 
 def _same(tokenizer: Tokenizer, vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> bool:

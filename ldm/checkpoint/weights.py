@@ -68,14 +68,14 @@ def shapes(source: Source) -> dict[str, torch.Size]:
     return {k: e.shape for k, e in source.items()}
 
 
-def read_all(source: Source, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def read_all(source: Source, dtype: torch.dtype | None = None, where: str = "weights") -> dict[str, Tensor]:
     """All tensors in memory of their own, floating-point ones as `dtype`.
 
-    Raises ValueError naming those that hold NaN or infinity, as `dtype` or before.
+    Raises ValueError naming `where` and those that hold NaN or infinity, as `dtype` or before.
     """
     found = {k: cast(e.read(), dtype, copy=True) for k, e in source.items()}
     if bad := [k for k, v in found.items() if not finite(v)]:
-        raise ValueError(f"not numbers (NaN or infinity) in {listed(bad, 4)}: the weights are damaged")
+        raise ValueError(f"{where}: not numbers (NaN or infinity) in {listed(bad, 4)}; the weights are damaged")
     return found
 
 
@@ -107,6 +107,8 @@ def open_file(path: Path, *, prefix: str = "") -> dict[str, Entry]:
         raise ValueError(f"{prefix}{path}: expected {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     try:
         if is_pickled(path):
+            if what := _instead(path):
+                raise ValueError(f"{path}: not readable as weights: {what}")
             return plain_names(of_state(named_tensors(read_pickled(path), path)))
         return unscaled(plain_names(_open_safetensors(path)), path)
     except ValueError as error:
@@ -189,11 +191,13 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     """The header, and where the data begin."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
+        if length > path.stat().st_size:
+            raise ValueError(f"a header of {length} bytes")
         return json.loads(file.read(length)), 8 + length
 
 
-def _damage(path: Path) -> str | None:
-    """What a file that cannot be read is instead, as far as its first bytes and its size tell."""
+def _instead(path: Path) -> str | None:
+    """What a file is instead of weights, as far as its first bytes tell."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(512).lstrip()
@@ -203,6 +207,14 @@ def _damage(path: Path) -> str | None:
         return "it is a git-LFS pointer; `git lfs pull` fetches the weights"
     if start[:1] == b"<":
         return "it is a web page (HTML), as a download without a login gives; download it again"
+    return None
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a safetensors file that cannot be read, as far as its beginning and its size tell."""
+    if what := _instead(path):
+        return what
+    size = path.stat().st_size
     try:
         header, begin = _header(path)
         end = begin + max((e["data_offsets"][1] for k, e in header.items() if k != "__metadata__"), default=0)
@@ -229,9 +241,15 @@ def open_folder(folder: Path, stem: str, variant: str | None = None) -> dict[str
             if name and not variant:
                 log.info("%s: using variant %s, the only one there", folder, name)
             return open_file(whole) if whole.is_file() else _open_shards(folder, index)
-    pickled = sorted(p.name for p in folder.glob("*.bin"))
-    hint = f"; {pickled[0]} is pickled and not read here" if pickled else ""
-    raise ValueError(f"{folder}: no {stem}{'.' + variant if variant else ''}.safetensors{hint}")
+    dot = f".{variant}" if variant else ""
+    for name in (f"{stem}{dot}.bin", f"pytorch_{stem}{dot}.bin"):  # as before safetensors; read without running code
+        if (folder / name).is_file():
+            return open_file(folder / name)
+        if (index := folder / name.replace(f"{dot}.bin", f".bin.index{dot}.json")).is_file():
+            return _open_shards(folder, index)
+    there = sorted(p.name for p in folder.iterdir() if p.suffix in SUFFIXES)
+    hint = f"; it holds {', '.join(there[:3])}" if there else ""
+    raise ValueError(f"{folder}: no {stem}{dot}.safetensors{hint}")
 
 
 def _variants(folder: Path, stem: str) -> list[str]:

@@ -6,6 +6,7 @@ import errno
 import importlib
 import os
 import sys
+import warnings
 from functools import partial
 
 from launch.options import ended, near
@@ -65,9 +66,11 @@ def _main(argv: list[str]) -> int:
         hint = f"; did you mean {other!r}?" if other else near(verb, VERBS)
         print(f"ldm: unknown verb {verb!r}; one of {', '.join(VERBS)}{hint}", file=sys.stderr)
         return 2
+    # Pillow tells of broken EXIF and of large pictures without their names; what matters of both is said by us.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         return importlib.import_module(f"ldm.cli.{verb}").main(rest)
-    except (ValueError, FloatingPointError, FileExistsError, NotADirectoryError, PermissionError) as error:
+    except (ValueError, FloatingPointError) as error:
         _say(verb, str(error))
         return 2
     except BrokenPipeError:
@@ -76,16 +79,25 @@ def _main(argv: list[str]) -> int:
         if error.errno in _DISK:
             _say(verb, f"{error.filename or 'the disk'}: {error.strerror}")
             return 74  # sysexits' EX_IOERR, as when a checkpoint cannot be written
-        if error.filename is not None and error.errno is not None:
-            _say(verb, f"{os.fspath(error.filename)!r}: {error.strerror}")
-            return 2
-        raise
+        if error.filename is None and not isinstance(error, (FileExistsError, NotADirectoryError, PermissionError)):
+            raise
+        _say(verb, _about_file(error))
+        return 2
     except (RuntimeError, MemoryError) as error:
         if (told := _explained(error)) is None:
             raise
         _say(verb, told)
         sys.stdout.flush()
         os._exit(1)  # what waits for the other ranks would wait for ever
+
+
+def _about_file(error: OSError) -> str:
+    if error.filename is None or error.errno is None:
+        return str(error)
+    name = os.fsdecode(error.filename)
+    if error.errno == errno.EEXIST and not os.path.isdir(name):
+        return f"{name!r}: there, and no folder" + (" but a link to nothing" if os.path.islink(name) else "")
+    return f"{name!r}: {error.strerror}"
 
 
 def _explained(error: BaseException) -> str | None:

@@ -1,4 +1,4 @@
-"""`ldm convert IN OUT --to diffusers|compvis|lora|kohya`: between formats; LoRA files, and a tuned model as one."""
+"""`ldm convert IN OUT --to diffusers|compvis|lora|kohya`: between model formats; LoRA files; tuned models as LoRA."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm.cli.options import Parser
 
@@ -25,41 +25,9 @@ def main(argv: list[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="ldm data", description="Make data sets and look at them.")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    build = verbs.add_parser("build", help="shards from a folder of pictures with captions")
-    build.add_argument(
-        "source",
-        type=Path,
-        help="folder (.txt beside each picture, or metadata.jsonl, .csv, .parquet), or the metadata",
-    )
-    build.add_argument("out", type=Path, help="folder to make")
-    build.add_argument("--size", type=int, help="shrink the short side to this many pixels")
-    build.add_argument("--format", choices=("keep", "jpg", "png", "webp"), default="keep")
-    build.add_argument("--quality", type=int, default=95, help="of jpg and webp (95)")
-    build.add_argument("--heldout", type=float, default=0.0, help="share of samples for the split heldout (0)")
-    build.add_argument("--captions-from", choices=("files", "folder", "name"), default="files")
-    build.add_argument("--without-captions", action="store_true", help="keep pictures that have no caption")
-    build.add_argument("--min-side", type=int, default=1, help="leave out pictures with a shorter side (1)")
-    build.add_argument("--max-pixels", type=int, default=100_000_000, help="refuse larger pictures (100 million)")
-    _add_buckets(build)
-    build.add_argument("--shard-bytes", type=int, default=256 << 20, help="largest tar (256 MiB)")
-    build.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    build.set_defaults(run=_build)
+    _add_build(verbs)
 
-    index = verbs.add_parser("index", help="manifest and offset indexes for existing tars")
-    index.add_argument(
-        "folder", help="a folder of tars, or an address (https://, s3://, gs://, hf://), as with {00000..00099}.tar"
-    )
-    index.add_argument(
-        "--out",
-        type=Path,
-        help="folder for manifest and indexes (the folder of the tars); the tars stay where they are",
-    )
-    index.add_argument("--split", default="train")
-    index.add_argument("--where", help="keep samples by their json, as in 'width >= 256 and pwatermark < 0.5'")
-    index.add_argument("--name", help="the data set's name (the folder's)")
-    _add_buckets(index)
-    index.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    index.set_defaults(run=_index)
+    _add_index(verbs.add_parser("index", help="manifest and offset indexes for existing tars"))
 
     inspect = verbs.add_parser("inspect", help="contact sheet and statistics")
     inspect.add_argument("data", help="a shipped data set's name, a folder or a manifest")
@@ -89,6 +57,41 @@ def _parser() -> Parser:
     encode.add_argument("--batch", type=int, default=64)
     encode.set_defaults(run=_encode)
     return parser
+
+
+def _add_build(verbs: Any) -> None:
+    build = verbs.add_parser("build", help="shards from a folder of pictures with captions")
+    build.add_argument("source", type=Path, help="folder of pictures, or its metadata.jsonl, .csv, .tsv or .parquet")
+    build.add_argument("out", type=Path, help="folder to make")
+    build.add_argument("--size", type=int, help="shrink the short side to this many pixels")
+    build.add_argument("--format", choices=("keep", "jpg", "png", "webp"), default="keep")
+    build.add_argument("--quality", type=int, default=95, help="of jpg and webp (95)")
+    build.add_argument("--heldout", type=float, default=0.0, help="share of samples for the split heldout (0)")
+    build.add_argument("--captions-from", choices=("files", "folder", "name"), default="files")
+    build.add_argument("--without-captions", action="store_true", help="keep pictures that have no caption")
+    build.add_argument("--min-side", type=int, default=1, help="leave out pictures with a shorter side (1)")
+    build.add_argument("--max-pixels", type=int, default=100_000_000, help="refuse larger pictures (100 million)")
+    _add_buckets(build)
+    build.add_argument("--shard-bytes", type=int, default=256 << 20, help="largest tar (256 MiB)")
+    build.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    build.set_defaults(run=_build)
+
+
+def _add_index(index: Parser) -> None:
+    index.add_argument(
+        "folder", help="a folder of tars, or an address (https://, s3://, gs://, hf://), as with {00000..00099}.tar"
+    )
+    index.add_argument(
+        "--out",
+        type=Path,
+        help="folder for manifest and indexes (the folder of the tars); the tars stay where they are",
+    )
+    index.add_argument("--split", default="train")
+    index.add_argument("--where", help="keep samples by their json, as in 'width >= 256 and pwatermark < 0.5'")
+    index.add_argument("--name", help="the data set's name (the folder's)")
+    _add_buckets(index)
+    index.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    index.set_defaults(run=_index)
 
 
 def _add_buckets(parser: Parser) -> None:

@@ -30,6 +30,8 @@ class Album:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--out {str(folder)!r}: a file; expected a folder for the pictures")
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
         self.first = max((int(m[1]) + 1 for name in names if (m := _NUMBERED.fullmatch(name))), default=0)
 
@@ -87,15 +89,9 @@ def texts(path: Path) -> dict[str, str]:
 
     Raises ValueError for a file that is no picture.
     """
-    from PIL import Image
+    from ldm.data.decode import notes
 
-    try:
-        with Image.open(path) as image:
-            image.load()
-            found = {k: v for k, v in image.info.items() if isinstance(k, str) and isinstance(v, str)}
-            comment = image.getexif().get_ifd(0x8769).get(0x9286)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{str(path)!r}: not a readable picture: {error}") from error
+    found, comment = notes(path)
     if isinstance(comment, bytes):
         head, rest = comment[:8], comment[8:]
         comment = rest.decode("utf-16-be" if head == b"UNICODE\0" else "utf-8", errors="replace")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli import evaluate_inversion, evaluate_prompts, evaluate_samplers
+from ldm.cli.counts import check
 from ldm.cli.options import Parser
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from ldm.recipes.divided import Parts, Rows
 
@@ -23,6 +24,7 @@ def main(argv: list[str]) -> int:
     Several processes divide the pictures of what draws them; of another measure, rank 0 does all.
     """
     args = _parser().parse_args(argv)
+    check(args, count=1, steps=1, batch=1, candidates=2, size=1, each=1, refine=0, reference=2)
     run: Callable[[argparse.Namespace], int] = args.run
 
     from ldm import dist
@@ -118,15 +120,12 @@ def _drawing(parser: Parser) -> None:
 
 def _retrieval(args: argparse.Namespace) -> int:
     from ldm import dist
+    from ldm.evaluate import worth
     from ldm.recipes import divided, measure
     from ldm.recipes.sources import load_clip
 
     drawn = measure.draw(args.data, args.split, args.count, seed=args.seed)
-    if not 2 <= args.candidates <= len(drawn.pool):
-        raise ValueError(
-            f"candidates: {args.candidates} is not between 2 and {len(drawn.pool)}, "
-            f"the distinct captions of split {args.split!r}"
-        )
+    candidates = measure.candidates(args.candidates, drawn.pool)
     clip, config = load_clip(measure.exported(args.clip))
     protocol = _protocol(args, "retrieval", len(drawn.captions))
     judge = measure.judge_protocol(args.clip, clip, config)
@@ -143,21 +142,24 @@ def _retrieval(args: argparse.Namespace) -> int:
         rows = divided.described(len(drawn.ids), args.batch, real)
         what = "real pictures"
     else:
-        rows, how, _ = _drawn(args, drawn.captions, describe, judge)
+        rows, how, _ = _drawn(args, drawn.captions, describe, judge, clip=clip)
         protocol |= how
         what = f"pictures of {args.model} ({args.sampler}, {args.steps} steps, guidance {args.guidance:g})"
     if dist.rank():
         return 0
     found = measure.retrieval_of_features(
-        rows["clip"], drawn.captions, drawn.pool, clip, config, candidates=args.candidates, seed=args.seed
+        rows["clip"], drawn.captions, drawn.pool, clip, config, candidates=candidates, seed=args.seed
     )
+    said = worth.candidates(args.candidates, candidates) + worth.rates(found.images)
+    said += worth.judged(protocol.get("judge_knows_text", False))
     protocol |= judge | {"pictures": "real" if args.real else "drawn"}
     print(f"{found.images} {what}, data {args.data}, split {args.split}: own caption among {found.candidates}")
     print(f"{'':6}{'rate':>8}{'95 % interval':>18}{'chance':>9}{'x chance':>10}")
     for r in found.recalls:
         interval = f"{r.low:.3f} .. {r.high:.3f}"
         print(f"{f'R@{r.k}':6}{r.rate:8.3f}{interval:>18}{r.chance:9.3f}{r.times_chance:10.1f}")
-    _write(args.out, protocol, found.record())
+    _warn(said)
+    _write(args.out, protocol, found.record() | {"warnings": said})
     return 0
 
 
@@ -186,15 +188,20 @@ def _features(args: argparse.Namespace) -> int:
     from ldm.recipes import divided, measure
     from ldm.recipes.statistics import real_features
 
+    check(args, count=2)
     network = measure.feature_network(args.network, args.weights)
+    images = None if args.pictures is None else measure.folder_pictures(args.pictures)
+    if images is not None and len(images) < 2:
+        raise ValueError(f"--pictures: 1 picture in {str(args.pictures)!r}, and a distance needs at least 2")
     drawn = measure.draw(args.data, args.split, args.count, seed=args.seed)
+    if len(drawn.captions) < 2:
+        raise ValueError(f"split {args.split!r}: 1 distinct caption, and a distance needs the pictures of at least 2")
     protocol = _protocol(args, "features", len(drawn.captions))
 
     def describe(images: Tensor, part: range) -> Rows:
         return {"features": extract(network, in_batches(images))}
 
-    if args.pictures is not None:
-        images = measure.folder_pictures(args.pictures)
+    if images is not None:
         rows = divided.described(len(images), 64, lambda part: describe(images[part.start : part.stop], part))
         protocol |= {"pictures": "folder", "size": images.shape[-1]}
     else:
@@ -208,10 +215,11 @@ def _features(args: argparse.Namespace) -> int:
     protocol |= {"network": network.name}
     print(f"{count} pictures against the captions' {len(real)} real ones, data {args.data}, split {args.split}")
     for name, value in found.items():
+        if name == "warnings":
+            continue
         shown = f"{value['mean']:.6g} (std {value['std']:.2g})" if isinstance(value, dict) else value
         print(f"{name}: {shown:.6g}" if isinstance(shown, float) else f"{name}: {shown}")
-    if min(count, len(real)) < 2048:
-        print("few pictures: compare at equal counts only, and rather by the kernel distance")
+    _warn(found["warnings"])
     _write(args.out, protocol, found)
     return 0
 
@@ -248,11 +256,13 @@ def _drawn(
     *,
     each: int = 1,
     pictures: Path | None = None,
+    clip: nn.Module | None = None,
 ) -> tuple[Rows, dict[str, Any], Parts | None]:
     """What `describe` says of the model's pictures of the captions, how they came about, and where their files are.
 
     The ranks divide them, `each` neighbours never apart. `judge` is what the rows depend on beside the pictures;
-    `pictures` a folder that gets them as files, --keep if None.
+    `pictures` a folder that gets them as files, --keep if None. `clip` is the judge, of which is told whether its text
+    tower is the model's.
     """
     from ldm import dist
     from ldm.checkpoint.students import choose
@@ -273,6 +283,8 @@ def _drawn(
         "guidance": args.guidance, "precision": args.precision, "size": measure.side_of(pipeline),
     }  # fmt: skip
     told = {**how, **judge, "data": args.data, "seed": args.seed, "captions": captions}
+    if clip is not None:
+        how["judge_knows_text"] = measure.knows_text(pipeline, clip)
     folder = args.keep or pictures
     parts = None if folder is None else divided.Parts(folder, args.split, told)
     size = max(each, args.batch // each * each)
@@ -303,6 +315,11 @@ def _protocol(args: argparse.Namespace, what: str, count: int) -> dict[str, Any]
 
     where = {"data": args.data, "split": args.split, "count": count, "seed": args.seed}
     return {"measure": what, "version": __version__, **where}
+
+
+def _warn(said: Sequence[str]) -> None:
+    for line in said:
+        print(f"warning: {line}")
 
 
 def _write(path: Path | None, protocol: dict[str, Any], result: dict[str, Any]) -> None:

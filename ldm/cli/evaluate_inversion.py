@@ -45,7 +45,8 @@ def main(args: argparse.Namespace) -> int:
     found = round_trip(pipeline, images, captions, steps=args.steps, refine=args.refine, batch=args.batch)
     print(f"{len(images)} pictures of {size} pixels, data {args.data}, split {args.split}: {args.model}")
     print(f"autoencoder {found['psnr_autoencoder']:.2f} dB, after {args.steps} steps there and back ", end="")
-    print(f"{found['psnr_round_trip']:.2f} dB: {found['lost']['mean']:.3f} lost (worst {found['lost']['worst']:.3f})")
+    lost, worst = (round(found["lost"][k], 3) + 0.0 for k in ("mean", "worst"))  # no "-0.000"
+    print(f"{found['psnr_round_trip']:.2f} dB: {lost:.3f} lost (worst {worst:.3f})")
     if args.out is not None:
         protocol = {
             "measure": "inversion", "version": __version__, "data": args.data, "split": args.split,

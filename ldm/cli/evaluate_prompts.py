@@ -31,13 +31,11 @@ def add(parser: argparse.ArgumentParser, draw: Draw, protocol: Callable[..., dic
 
 def main(args: argparse.Namespace, draw: Draw, protocol: Callable[..., dict[str, Any]]) -> int:
     """Draw, measure, print, write."""
-    if args.each < 1:
-        raise ValueError(f"each: must be at least 1, got {args.each}")
-
     from ldm import dist
     from ldm.checkpoint.files import write_text
     from ldm.data import decode
     from ldm.data.grid import sheet
+    from ldm.evaluate import worth
     from ldm.evaluate.features import EfficientNetLite0
     from ldm.recipes import divided, measure, prompts
     from ldm.recipes.sources import load_clip
@@ -53,7 +51,7 @@ def main(args: argparse.Namespace, draw: Draw, protocol: Callable[..., dict[str,
     def describe(images: Tensor, part: range) -> Rows:
         return prompts.described(images, args.each, clip, config, maps)
 
-    found_rows, how, parts = draw(args, captions, describe, judge, each=args.each, pictures=shown)
+    found_rows, how, parts = draw(args, captions, describe, judge, each=args.each, pictures=shown, clip=clip)
     size = how["size"]
 
     def real(part: range) -> Rows:
@@ -69,9 +67,12 @@ def main(args: argparse.Namespace, draw: Draw, protocol: Callable[..., dict[str,
     for name, value in found.items():
         if value is not None:
             print(f"{name}: {value:.4f}")
+    said = worth.discrepancy(len(captions), len(drawn.ids)) + worth.judged(how["judge_knows_text"])
+    for line in said:
+        print(f"warning: {line}")
     order = sorted(range(len(rows)), key=lambda i: rows[i].clip_score)
     print("fit worst: " + "; ".join(rows[i].prompt for i in order[:5]))
-    _write(args.table, prompts.table(rows), write_text)
+    _write(args.table, prompts.table(rows, args.each), write_text)
     if args.sheet is not None and parts is not None:
         args.sheet.parent.mkdir(parents=True, exist_ok=True)
         chosen = [j for i in order for j in range(i * args.each, (i + 1) * args.each)]
@@ -81,7 +82,7 @@ def main(args: argparse.Namespace, draw: Draw, protocol: Callable[..., dict[str,
             parts.remove(len(captions), max(args.each, args.batch // args.each * args.each))
     told = protocol(args, "prompts", len(rows)) | how | {k: v for k, v in judge.items() if k != "diversity"}
     told |= {"diversity_network": None if network is None else f"efficientnet_lite0@{size}"}
-    result = found | {"prompts": [vars(row) for row in rows]}
+    result = found | {"prompts": [vars(row) for row in rows], "warnings": said}
     _write(args.out, json.dumps({"protocol": told, "result": result}, indent=1, ensure_ascii=False) + "\n", write_text)
     return 0
 

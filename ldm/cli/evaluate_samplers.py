@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
     from ldm import dist, progress
     from ldm.checkpoint.files import write_text
     from ldm.pipeline import TextToImage
-    from ldm.recipes import measure, quality
+    from ldm.recipes import measure, quality, quality_table
     from ldm.recipes.models import usable
     from ldm.recipes.sources import load_clip
     from ldm.sampling import lookup
@@ -91,9 +91,9 @@ def main(args: argparse.Namespace) -> int:
         rows = table.run(plan, progress.line, bar.to)
     if dist.rank():
         return 0
-    write_text(args.out / TABLE, quality.markdown(rows))
+    write_text(args.out / TABLE, quality_table.markdown(rows))
     write_text(args.out / FIGURE, figure(rows))
-    print(quality.markdown(rows), end="")
+    print(quality_table.markdown(rows), end="")
     print(f"written: {args.out}/results.json, {TABLE}, {FIGURE}")
     return 0
 
@@ -147,7 +147,7 @@ def _counts(text: str) -> tuple[tuple[int, int], ...]:
 
 def figure(rows: list[dict[str, Any]]) -> str:
     """KID and R@1 of each split, against whichever was varied most: steps, guidance or CLIP guidance."""
-    from ldm.recipes.quality import BOUNDS
+    from ldm.recipes.quality_table import BOUNDS
     from ldm.web.chart import Curve
     from ldm.web.figure import Panel, svg
 

@@ -105,6 +105,7 @@ def distill(config: RunConfig, task: DistillTask, world: int, gpu: bool) -> Job:
     how = granularity(task.gradient_checkpointing)
     said: list[str] = []
     base = models.whole(task.teacher, "task.teacher", said)
+    task = replace(task, start=None)  # what the weights are does not change what they take
     _fits(base, config, "task.teacher", task.teacher)
 
     def made(recompute: bool) -> tuple[Student, Any]:

@@ -38,9 +38,7 @@ def parser() -> Parser:
     )  # fmt: skip
     p.add_argument("--model", default="emoji", help="shipped name, run or diffusers folder, single file or hub id")
     p.add_argument("--lora", action="append", default=[], metavar="PATH[:WEIGHT]", help="merge a LoRA; may be repeated")
-    p.add_argument(
-        "--embedding", action="append", default=[], metavar="PATH", help="textual inversion; may be repeated"
-    )
+    p.add_argument("--embedding", action="append", default=[], metavar="PATH", help="textual inversion; repeatable")
     p.add_argument("--lenient", action="store_true", help="leave out, and name, tensors of a file that are not known")
     own = "; of a few-step student its own, {}"
     p.add_argument("--sampler", help="see `ldm sample --list-samplers` (dpmpp_2m" + own.format("such as lcm") + ")")

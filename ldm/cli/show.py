@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from ldm.cli.options import Parser
@@ -63,6 +64,8 @@ def main(argv: list[str]) -> int:
         image = decode.load(args.image)
     except ValueError as error:
         raise ValueError(f"the picture cannot be read: {error}") from error
+    if (count := decode.frames(args.image)) > 1:
+        print(f"ldm show: {args.image}: the first of {count} frames or pages is taken", file=sys.stderr)
     scale = args.size / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     picture = image.resize(size, Image.Resampling.LANCZOS)

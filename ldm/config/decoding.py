@@ -225,7 +225,8 @@ def _keys(hint: Any, data: Any, prefix: str) -> Iterator[str]:
     if get_origin(hint) in (Union, types.UnionType):
         classes = [m for m in get_args(hint) if dataclasses.is_dataclass(m)]
         kind = data.get("kind") if isinstance(data, dict) else None
-        hint = _tagged(classes).get(kind) or (classes[0] if classes else None)
+        chosen = _tagged(classes).get(kind) if isinstance(kind, str) else None
+        hint = chosen or (classes[0] if classes else None)
     if hint is None or not dataclasses.is_dataclass(hint):
         return
     hints = typing.get_type_hints(hint)

@@ -151,10 +151,7 @@ def _said(error: yaml.YAMLError) -> str:
         problem += "; indent with blanks, not with tabs"
     elif "mapping values are not allowed" in problem:
         problem += "; a text with a colon needs quotes, and keys of one level the same indent"
-    context = f" ({error.context}, begun on line {error.context_mark.line + 1})" if _begun(error) else ""
+    before, context = error.context_mark, ""
+    if error.context and error.problem and before and mark and before.line != mark.line:
+        context = f" ({error.context}, begun on line {before.line + 1})"
     return f"{at}{problem}{context}"
-
-
-def _begun(error: yaml.MarkedYAMLError) -> bool:
-    before, at = error.context_mark, error.problem_mark
-    return bool(error.context and error.problem and before and at and before.line != at.line)

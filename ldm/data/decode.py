@@ -38,6 +38,7 @@ _T = TypeVar("_T")
 Color = tuple[int, int, int]
 WHITE: Color = (255, 255, 255)
 BLACK: Color = (0, 0, 0)
+_PNG_NOTES = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,21 @@ def load(path: Path, *, stencil: bool = False) -> Image.Image:
     return _named(path, partial(picture, background=BLACK)) if stencil and _is_white(shown) else shown
 
 
+def notes(path: Path) -> tuple[dict[str, str], bytes | str | None]:
+    """The texts in a picture file by key, and EXIF's user comment as it is stored. Raises ValueError that names it."""
+
+    def found(data: bytes) -> tuple[dict[str, str], bytes | str | None]:
+        image = _opened(data)
+        image.load()  # texts may follow the pixels
+        texts = {k: v for k, v in image.info.items() if isinstance(k, str) and isinstance(v, str)}
+        comment = None
+        with contextlib.suppress(Exception):  # whatever Pillow's parser meets
+            comment = image.getexif().get_ifd(0x8769).get(0x9286)
+        return texts, comment if isinstance(comment, (bytes, str)) else None
+
+    return _named(path, lambda data: _guarded(lambda: found(data)))
+
+
 def frames(path: Path) -> int:
     """Frames or pages of a picture file, of which the first is taken; 1 where it cannot be read."""
     with contextlib.suppress(BadSample, OSError):
@@ -119,7 +135,7 @@ def load_mask(path: Path) -> Image.Image:
     return _named(path, mask)
 
 
-def _named(path: Path, how: Callable[[bytes], Image.Image]) -> Image.Image:
+def _named(path: Path, how: Callable[[bytes], _T]) -> _T:
     try:
         return how(path.read_bytes())
     except OSError as error:
@@ -137,7 +153,13 @@ def upright(
         values = jpeg.pixels(data, found, jpeg.scale_for(found, at_least))
         if values is not None:
             return values, (found.width, found.height)
-    return np.asarray(picture(data, at_least=at_least, max_pixels=max_pixels)), upright_size(data)
+    image = picture(data, at_least=at_least, max_pixels=max_pixels)
+    return np.asarray(image), image.size if at_least is None else _whole(data, image.size)
+
+
+def _whole(data: bytes, size: tuple[int, int]) -> tuple[int, int]:
+    """The size of a picture that was decoded to a size: only JPEGs are at reduced scale."""
+    return upright_size(data) if data.startswith(b"\xff\xd8") else size
 
 
 def upright_size(data: bytes) -> tuple[int, int]:
@@ -145,6 +167,8 @@ def upright_size(data: bytes) -> tuple[int, int]:
 
     def size(data: bytes) -> tuple[int, int]:
         with _opened(data) as image:
+            if image.format == "PNG" and not any(mark in data for mark in _PNG_NOTES):
+                return image.size  # Pillow would decode it all to look for EXIF behind the pixels
             turned = image.format != "TIFF" and orientation(image) >= 5  # Pillow tells a TIFF's size as it is shown
             return (image.height, image.width) if turned else image.size
 

@@ -24,9 +24,10 @@ from ldm.data.buckets import BucketConfig, Shape, assign
 from ldm.data.buckets import name as bucket_name
 from ldm.data.decode import IMAGES, BadSample, image_member, metadata, upright_size
 from ldm.data.filters import absent, compile_filter, names
+from ldm.data.formats import UNREAD
 from ldm.data.manifest import NAME, Manifest, Shard, bucket_report, json_line, sha256
 from ldm.data.offsets import Index
-from ldm.data.remote import Remote, RemoteConfig, is_remote
+from ldm.data.remote import Remote, RemoteConfig, RemoteDamage, is_remote
 from ldm.data.scan import CACHED, NotTar, scan
 from ldm.data.shards import LocalReader
 from ldm.data.tars import Tar, find
@@ -87,8 +88,6 @@ def index(
     config = remote or RemoteConfig()
     tars, odd = find(folder, out, Remote(config))
     out = Path(folder) if out is None else out
-    if where is not None and any(tables.table_of(Path(t.place)) for t in tars if not is_remote(t.place)):
-        tables.library()
     _check_writable(out, {(out / t.index).parent for t in tars})
     jobs = [_Job(tar, out, split, where, buckets is not None, config) for tar in tars]
     results = [Indexed(None, 0, (problem,), reasons=("compressed",)) for problem in odd]
@@ -226,7 +225,7 @@ def _index_one(job: _Job) -> Indexed:
     except NotTar as error:
         return _unusable(job, "not_a_tar", error.what)
     except (ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in _FULL:
+        if isinstance(error, tables.MissingLibrary) or (isinstance(error, OSError) and error.errno in _FULL):
             raise
         return _unusable(job, "unreadable", str(getattr(error, "strerror", None) or error))
 
@@ -243,7 +242,11 @@ def _at_hand(job: _Job) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(dir=job.out, prefix=".fetched-") as folder:
         path = Path(folder) / "copy.tar"
-        Remote(job.remote).copy(job.tar.place, path)
+        remote = Remote(job.remote)
+        remote.copy(job.tar.place, path)
+        if job.where is not None:
+            with contextlib.suppress(RemoteDamage):  # there is none
+                remote.copy(f"{job.tar.place[:-4]}.parquet", path.with_suffix(".parquet"))
         yield path
 
 
@@ -252,7 +255,9 @@ def _indexed(job: _Job, path: Path) -> Indexed:
     problems = list(found.problems)
     everything = kept = found.index
     if without := len(kept) - int(_with_picture(kept).sum()):
-        problems.append(("no_picture", f"{without} samples without a picture"))
+        other = sorted({UNREAD[e] for e in kept.extensions if e in UNREAD})
+        what = f"; there are members of {', '.join(other)}, which is not read here" if other else ""
+        problems.append(("no_picture", f"{without} samples without a picture{what}"))
     left_out = 0
     if job.where is not None:
         kept, bad, odd = _filter(job, path, kept)
@@ -301,7 +306,7 @@ def _filter(job: _Job, path: Path, found: Index) -> tuple[Index, int, list[tuple
     keep = compile_filter(job.where)
     reader = LocalReader(str(path), found, os.open(path, os.O_RDONLY))
     odd: list[tuple[str, str]] = []
-    table = _table(job, reader, odd)
+    table = _table(job.where, path, reader, odd)
     rows, bad, met, seen = [], 0, 0, {"aspect"}
     for i in range(len(found)):
         try:
@@ -324,20 +329,22 @@ def _filter(job: _Job, path: Path, found: Index) -> tuple[Index, int, list[tuple
     return found.take(rows), bad, odd
 
 
-def _table(job: _Job, reader: LocalReader, odd: list[tuple[str, str]]) -> dict[str, dict[str, Any]]:
+def _table(where: str, path: Path, reader: LocalReader, odd: list[tuple[str, str]]) -> dict[str, dict[str, Any]]:
     """The fields of the tar's parquet, unless there is none or the first sample's json tells all that is asked for."""
-    place = None if is_remote(job.tar.place) else tables.table_of(Path(job.tar.place))
-    if place is None or job.where is None:
+    place = tables.table_of(path)
+    if place is None:
         return {}
     known: dict[str, Any] = {}
     with contextlib.suppress(ValueError, RecursionError):
         known = metadata(reader.read(0, only=("json",))) if len(reader) else {}
-    if names(job.where) <= {*known, "aspect"}:
+    if names(where) <= {*known, "aspect"}:
         return {}
     try:
         return tables.rows(place)
+    except tables.MissingLibrary:
+        raise
     except ValueError as error:
-        odd.append(("bad_table", f"{error}; its fields count as missing"))
+        odd.append(("bad_table", f"{str(error).replace(str(place), place.name)}; its fields count as missing"))
         return {}
 
 

@@ -32,11 +32,12 @@ class DataConfig:
 
     `path` is a shipped data set's name (emoji), a folder or an address with a manifest.json, or the manifest. `size` is
     the side of the square pictures. `captions`: "weighted" draws among a sample's captions by their weights, "first"
-    takes the plain one. `template` wraps the caption, `tags` shuffles and drops its parts (not of cached text). Each
-    sample comes `repeats` times an epoch (times what its folder's name asked for). With `buckets` every batch has the
-    shape of one bucket of the data set, and `size` is not used. `memory` bounds in bytes what is kept decoded. `last`
-    is the rule for an epoch's last partial batch. Bad samples are replaced and listed in `quarantine`; above the rate
-    `max_bad` the run stops. `arrays` names npy and safetensors members that the batch shall hold.
+    takes the plain one, "none" opens no text, whose faults then cost no picture. `template` wraps the caption, `tags`
+    shuffles and drops its parts (not of cached text). Each sample comes `repeats` times an epoch (times what its
+    folder's name asked for). With `buckets` every batch has the shape of one bucket of the data set, and `size` is not
+    used. `memory` bounds in bytes what is kept decoded. `last` is the rule for an epoch's last partial batch. Bad
+    samples are replaced and listed in `quarantine`; above the rate `max_bad` the run stops. `arrays` names npy and
+    safetensors members that the batch shall hold.
     """
 
     kind: Literal["shards"] = "shards"
@@ -46,7 +47,7 @@ class DataConfig:
     fit: Fit = "crop"
     crop: Literal["center", "random"] = "center"
     flip: bool = False
-    captions: Literal["weighted", "first"] = "weighted"
+    captions: Literal["weighted", "first", "none"] = "weighted"
     template: str = "{}"
     require_captions: bool = True
     arrays: tuple[str, ...] = ()
@@ -65,6 +66,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(f"size must be at least 1, got {self.size}")
+        if self.captions == "none" and self.cached:
+            raise ValueError("captions: none is for pictures; a cache has its texts")
         check_names(self.arrays)
         if self.arrays and self.cached:
             raise ValueError("arrays: a cache holds no other members; leave them out or train without it")
@@ -140,6 +143,7 @@ class Loader(Stream[DataConfig]):
             buckets=config.buckets,
             memory=config.memory,
             require_captions=config.require_captions,
+            texts=config.captions != "none",
             arrays=config.arrays,
             expect=expected(config, self._expect),
             remote=config.remote,
@@ -218,7 +222,7 @@ class Loader(Stream[DataConfig]):
         return batch
 
     def _picks(self, ids: Sequence[int], positions: Sequence[int]) -> list[int]:
-        if self.config.captions == "first":
+        if self.config.captions != "weighted":
             return [0] * len(ids)
         known = [self.samples.captions(i) for i in ids]
         pairs = zip(known, positions, strict=True)

@@ -255,6 +255,14 @@ def main_source(config: Data) -> DataConfig:
     return config.sources[0].data if isinstance(config, MixtureConfig) else config
 
 
+def without_texts(config: Data) -> Data:
+    """The config of pictures alone: no caption is opened, so that none can be wrong. Caches stay as they are."""
+    if isinstance(config, DataConfig):
+        return config if config.cached else replace(config, captions="none")
+    data = [s.data if s.data.cached else replace(s.data, captions="none") for s in config.sources]
+    return replace(config, sources=tuple(replace(s, data=d) for s, d in zip(config.sources, data, strict=True)))
+
+
 def with_caches(config: Data, folder: Path, make: Callable[[DataConfig, Path], Path]) -> Data:
     """The config over caches: `make(data, folder)` gives a data set's own, a mixture's in folders by number."""
     if isinstance(config, DataConfig):

@@ -21,8 +21,8 @@ _BLOCK = 8 << 20
 _EXTRAS = {"s3": "remote", "http": "remote", "https": "remote", "gs": "gcs", "gcs": "gcs"}
 
 
-class RemoteError(OSError):
-    """A remote read that failed for good, with the address and what was tried."""
+class RemoteError(OSError, ValueError):
+    """A remote read that failed for good, with the address and what was tried: a sentence at the command line."""
 
 
 class RemoteDamage(RemoteError):
@@ -172,6 +172,8 @@ class Remote:
                 raise RemoteDamage(f"{address}: {type(error).__name__}: {error}") from error
             except PermissionError as error:
                 raise RemoteError(f"{address}: {type(error).__name__}: {error}") from error
+            except RemoteError as error:
+                last = error
             except ValueError:
                 raise
             except OSError as error:

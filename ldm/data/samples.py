@@ -22,6 +22,7 @@ from ldm.data.shards import Shards
 
 _RECORD_BYTES = 2048  # assumed size of a kept caption record
 _TEXT = ("json", *TEXTS)
+_NO_TEXT: tuple[Captions, dict[str, Any]] = (Captions(("",), (1.0,)), {})
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Samples:
     """The samples of one split by id. Threads may share it.
 
     Pictures are kept as uint8 after resizing and before cropping; `memory` bounds them and the captions in bytes.
-    With `buckets` a picture has its shard's shape, otherwise it is a square of `size`.
+    With `buckets` a picture has its shard's shape, otherwise it is a square of `size`. Without `texts` neither captions
+    nor json are read: every sample has the empty caption.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Samples:
         buckets: bool = False,
         memory: int = 1 << 30,
         require_captions: bool = True,
+        texts: bool = True,
         arrays: Sequence[str] = (),
         expect: Mapping[str, Any] | None = None,
         remote: RemoteConfig | None = None,
@@ -79,10 +82,11 @@ class Samples:
         self.shards = Shards(manifest, split, remote)
         if buckets and any(s.bucket is None for s in self.shards.shards):
             raise ValueError(f"data.buckets: {manifest.name!r} has none; `ldm data build --buckets SIZE` makes them")
-        self._size = size if manifest.cached is None else manifest.cached["size"] or size
+        self._size = size if manifest.cached is None else manifest.cached.get("size") or size
         self._buckets = buckets
         self._fit: images.Fit = fit
         self._require_captions = require_captions
+        self._texts = texts
         self._arrays = tuple(arrays)
         self._cache = CachedReader(self.shards, memory) if cached else None
         self._pictures: dict[int, Picture] = {}
@@ -209,6 +213,8 @@ class Samples:
         known = self._records.get(sample) or self._recent.records.get(sample)
         if known is not None:
             return known
+        if not self._texts:
+            return _NO_TEXT
         _, members = self.shards.read(sample, only=_TEXT)
         try:
             record = captions_of(members, required=self._require_captions)

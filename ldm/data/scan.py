@@ -126,7 +126,7 @@ def _walk(path: Path, file: BinaryIO) -> _Walk:
         tar = tarfile.TarFile(fileobj=file, mode="r", ignore_zeros=True, encoding=_NAMES, errors="surrogateescape")
     except (tarfile.TarError, ValueError, OverflowError) as error:
         raise NotTar(path, str(error)) from error
-    if tar.firstmember is None:
+    if next(iter(tar), None) is None:
         if any(head):
             raise NotTar(path, "no header of a member in it")
         found.ended = True

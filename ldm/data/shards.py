@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm.data.bad import BadSample
-from ldm.data.manifest import Manifest, Shard
+from ldm.data.manifest import Manifest, Shard, printable
 from ldm.data.offsets import Index, index_of
 from ldm.data.remote import Remote, RemoteConfig, RemoteDamage, RemoteError, ShardCache, is_remote, join
 from ldm.data.scan import scan
@@ -324,7 +324,9 @@ class Shards:
                 index = Index.read(Path(place))
             else:
                 raise ValueError(f"shard {name!r} has no index {place!r}")
-        except (ValueError, RemoteDamage) as error:
+        except ValueError as error:
+            if isinstance(error, RemoteError) and not isinstance(error, RemoteDamage):
+                raise
             if is_remote(name):
                 raise BadSample("no_index", str(error)) from error
             index = _scanned(name)
@@ -372,8 +374,8 @@ class Shards:
 
 
 def say(message: str) -> None:
-    """Print a line to standard error, above a progress bar."""
-    line(message, sys.stderr)
+    """Print a line to standard error, on whatever rank, above a progress bar: it is about what this process met."""
+    line(printable(message), sys.stderr)
 
 
 def _scanned(name: str) -> Index:

@@ -52,7 +52,8 @@ def find(source: Path, captions_from: CaptionsFrom = "files") -> list[Item]:
         raise ValueError(f"source {str(source)!r}: no such folder or metadata file")
     items = candidates(source, captions_from)
     if not items:
-        raise ValueError(f"source {str(source)!r}: no pictures found; looked for {sorted(SUFFIXES)}")
+        built = "; it holds a built data set" if (source / "manifest.json").is_file() else ""
+        raise ValueError(f"source {str(source)!r}: no pictures found; looked for {sorted(SUFFIXES)}{built}")
     return items
 
 
@@ -75,8 +76,8 @@ def candidates(source: Path, captions_from: CaptionsFrom = "files") -> list[Item
         for folder in reversed(folders):  # the metadata nearest to a picture is its own
             for table in folder.tables():
                 found = list(_listed(table, folder, captions_from, source))
-                items += [i for i in found if i.problem is not None or i.path not in named]
-                named |= {i.path for i in found if i.problem is None}
+                items += [i for i in found if i.path == table or i.path not in named]
+                named |= {i.path for i in found}
     for folder in folders:
         items += [i for i in _pictures(folder, source, captions_from) if i.path not in named]
     return _unique(items)

@@ -12,22 +12,17 @@ def table_of(tar: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def library() -> Any:
-    """pyarrow.parquet. Raises ValueError if it is missing."""
-    try:
-        import pyarrow.parquet  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ValueError("reading parquet needs pyarrow: pip install 'ldm[parquet]'") from error
-    return pyarrow.parquet
+class MissingLibrary(ValueError):
+    """pyarrow is not installed: nothing is wrong with the file."""
 
 
 def rows(path: Path) -> dict[str, dict[str, Any]]:
-    """Fields by sample key. Raises ValueError if it cannot be read or pyarrow is missing."""
+    """Fields by sample key. Raises ValueError if it cannot be read, MissingLibrary without pyarrow."""
     try:
         import pyarrow.parquet  # pyright: ignore[reportMissingImports]
         from pyarrow import ArrowException  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError(f"{path}: reading parquet needs pyarrow: pip install 'ldm[parquet]'") from error
+        raise MissingLibrary(f"{path}: reading parquet needs pyarrow: pip install 'ldm[parquet]'") from error
     try:
         table = pyarrow.parquet.read_table(path)
     except (ArrowException, OSError) as error:

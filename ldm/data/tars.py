@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import posixpath
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm.data.remote import Remote, is_remote
+from ldm.data.remote import Remote, RemoteDamage, is_remote
 
 _PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 
@@ -38,12 +39,15 @@ def find(source: Path | str, out: Path | None, remote: Remote) -> tuple[list[Tar
     files = sorted(p for p in folder.rglob("*") if not p.name.startswith("."))
     packed = [p for p in files if p.name.lower().endswith(_PACKED)]
     odd = [f"{os.path.relpath(p, folder)}: compressed; only plain tars can be indexed: unpack it" for p in packed]
-    tars = []
+    tars: list[Tar] = []
+    taken: set[str] = set()
     for path in files:
         if path.suffix.lower() == ".tar":
             name = os.path.relpath(path, folder)
+            index = _index(name) if _index(name) not in taken else f"{name}.index"  # a.tar beside a.TAR
+            taken.add(index)
             file = name if out is None or out.resolve() == folder.resolve() else os.path.abspath(path)
-            tars.append(Tar(str(path), name, file, _index(name)))
+            tars.append(Tar(str(path), name, file, index))
     if not tars:
         raise ValueError(f"data {str(folder)!r}: no .tar in it" + (f"; {'; '.join(odd[:3])}" if odd else ""))
     return tars, odd
@@ -64,7 +68,9 @@ def _far(address: str, out: Path | None, remote: Remote) -> tuple[list[Tar], lis
     elif address.lower().endswith(".tar"):
         found = [address]
     else:
-        found = sorted(a for a in remote.find(address) if a.lower().endswith(".tar"))
+        found = []
+        with contextlib.suppress(RemoteDamage):  # not there, or a server that lists nothing
+            found = sorted(a for a in remote.find(address) if a.lower().endswith(".tar"))
     found = [a for a in found if not posixpath.basename(a).startswith(".")]
     if not found:
         how = f"{address.rstrip('/')}/{{00000..00099}}.tar"

@@ -41,7 +41,8 @@ def check(value: str) -> str:
     if (found := _NO_TEXT.search(value)) is not None:
         code = ord(found.group())
         what = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"a lone surrogate U+{code:04X}"
-        raise BadSample("not_utf8", f"{what} at character {found.start()}; save it as UTF-8")
+        where = f"{what} at character {found.start()}"
+        raise BadSample("not_utf8", f"{where}: neither UTF-8 nor UTF-16 with a byte order mark; save it as UTF-8")
     if "\0" in value:
         raise BadSample("not_utf8", "zero bytes, as UTF-16 without a byte order mark has; save it as UTF-8")
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import tarfile
@@ -94,11 +95,21 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         if kind is None:
-            self.close()
-        elif self._tar is not None:
-            self._tar.close()
+            try:
+                self.close()
+            except BaseException:
+                self._drop()
+                raise
+        else:
+            self._drop()
+
+    def _drop(self) -> None:
+        """Leave no part of a tar behind, also where the disk is full."""
+        if self._tar is not None:
+            with contextlib.suppress(OSError):
+                self._tar.close()
             self._tar = None
-            self._path(part=True).unlink(missing_ok=True)
+        self._path(part=True).unlink(missing_ok=True)
 
 
 def _padded(size: int) -> int:

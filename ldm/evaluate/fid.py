@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.evaluate import worth
 from ldm.rng import generator
 
-FEW = 2048
-"""Below so many pictures the Fréchet distance mostly tells how few they are: a covariance of Inception's 2048 features
-does not even have full rank."""
 SUBSET = 1000
 """Pictures of one of the kernel distance's subsets."""
 _EXACT, _COARSE = torch.finfo(torch.float64).eps, torch.finfo(torch.float32).eps
@@ -126,7 +124,7 @@ def _radii(x: Tensor, neighbours: int) -> Tensor:
 
 
 def compare(real: Tensor, fake: Tensor, *, network: str, seed: int = 0) -> dict[str, Any]:
-    """All distances of two sets of features, under names that say on which network they stand."""
+    """All distances of two sets of features, under names that say on which network they stand, and `warnings`."""
     _check_pair(real, fake)
     frechet = frechet_distance(Gaussian.of(real), Gaussian.of(fake))
     kid = kernel_distance(real, fake, seed=seed)
@@ -136,7 +134,8 @@ def compare(real: Tensor, fake: Tensor, *, network: str, seed: int = 0) -> dict[
     if min(len(real), len(fake)) > 3:
         precision, recall = precision_recall(real, fake)
         result |= {"precision": precision, "recall": recall}
-    return result
+    subset = min(SUBSET, len(real), len(fake))
+    return result | {"warnings": worth.distance(len(fake), len(real), subset)}
 
 
 def _check(features: Tensor, at_least: int) -> None:

@@ -35,8 +35,8 @@ def plain(data: dict[str, Any], where: str) -> dict[str, Any]:
     if told := sorted(set(data) & {*ORIGIN, *AVERAGE}):
         log.info("%s: these keys change nothing: %s", where, ", ".join(told))
     data = {_EARLIEST.get(k, k): v for k, v in data.items() if k not in told and v is not None}
-    if _alike(size := data.get("sample_size")):
-        data["sample_size"] = size[0]
+    if _alike(data.get("sample_size")):
+        data["sample_size"] = data["sample_size"][0]
     if data.get("act_fn") == "swish":
         data["act_fn"] = "silu"
     return data
@@ -48,8 +48,8 @@ def unet(data: dict[str, Any], where: str) -> dict[str, Any]:
     for key in ("down_block_types", "up_block_types"):
         if isinstance(types := data.get(key), (list, tuple)):
             data[key] = [t.removeprefix("UNetRes") if isinstance(t, str) else t for t in types]
-    if _alike(only := data.get("only_cross_attention")):
-        data["only_cross_attention"] = only[0]
+    if _alike(data.get("only_cross_attention")):
+        data["only_cross_attention"] = data["only_cross_attention"][0]
     depth, back = data.get("transformer_layers_per_block"), data.get("reverse_transformer_layers_per_block")
     neutral = {
         "mid_block_only_cross_attention": data.get("mid_block_only_cross_attention") is False,

@@ -16,7 +16,7 @@ from ldm.checkpoint.folders import write_module
 from ldm.config.load import encode
 from ldm.data.grid import save_grid
 from ldm.data.loader import Loader
-from ldm.data.mixture import Data, main_source
+from ldm.data.mixture import Data, main_source, without_texts
 from ldm.evaluate.features import EfficientNetLite0
 from ldm.evaluate.reconstruction import psnr, ssim
 from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -75,9 +75,9 @@ class Validation:
 
 def held_out(data: Data, split: str, limit: int = 512) -> Batch:
     """The first samples of another split of the same data (a mixture's first), in stored order, not augmented."""
-    plain = replace(
-        main_source(data), split=split, shuffle=False, captions="first", crop="center", flip=False, cached=False
-    )
+    source = main_source(data)
+    captions = "none" if source.captions == "none" else "first"
+    plain = replace(source, split=split, shuffle=False, captions=captions, crop="center", flip=False, cached=False)
     count = min(limit, len(Loader(replace(plain, last="wrap"), seed=0, micro_batch=1).samples))
     return Loader(plain, seed=0, micro_batch=count).batch(0, 0)
 
@@ -91,6 +91,7 @@ def build(task: AutoencoderTask, data: Data, train: TrainConfig, seed: int, work
     if task.perceptual_network == "efficientnet_lite0" and task.loss.perceptual > 0:
         features = EfficientNetLite0(device=device).perceptual_features
     objective = AutoencoderObjective(autoencoder, discriminator, task.loss, features).to(device)
+    data = without_texts(data)
     loader = training_data(data, train, seed, workers)
     validation = Validation(autoencoder, held_out(data, task.validation)["image"], task.validate_every)
 

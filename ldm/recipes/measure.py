@@ -60,6 +60,8 @@ def draw(data: str, split: str, count: int | None = None, *, seed: int = 0) -> D
     """
     captions = _captions(_samples(data, split))
     pool = list(captions)
+    if not pool:
+        raise ValueError(f"data {data!r}, split {split!r}: no sample has a caption")
     if count is None:
         count = min(256, len(pool))
     if not 1 <= count <= len(pool):
@@ -67,6 +69,16 @@ def draw(data: str, split: str, count: int | None = None, *, seed: int = 0) -> D
     order = torch.randperm(len(pool), generator=generator(seed, 0, "captions")).tolist()[:count]
     chosen = [pool[i] for i in order]
     return Drawn(tuple(captions[c] for c in chosen), tuple(chosen), tuple(pool))
+
+
+def candidates(asked: int, pool: Sequence[str]) -> int:
+    """How many captions retrieval chooses from: all that there are where they are fewer than asked for.
+
+    Raises ValueError where there are fewer than two.
+    """
+    if len(pool) < 2:
+        raise ValueError(f"retrieval needs at least 2 distinct captions to choose from, there are {len(pool)}")
+    return min(asked, len(pool))
 
 
 def real_pictures(data: str, split: str, ids: Sequence[int], size: int) -> Tensor:
@@ -170,6 +182,22 @@ def clip_features(images: Tensor, clip: nn.Module, config: AnyClip, batch: int =
     device = next(clip.parameters()).device
     parts = fitted(images, config).split(batch)
     return torch.cat([model.encode_image(part.to(device), normalize=True).float().cpu() for part in parts])
+
+
+def knows_text(pipeline: TextToImage, clip: nn.Module) -> bool:
+    """Whether the judge's text tower is one of those that condition the model, trained further or not.
+
+    Its token embeddings tell: towers that were not the same once have nothing in common there.
+    """
+    own = [v for k, v in clip.state_dict().items() if k.endswith("token_embedding.weight")]
+    for table in own:
+        for tower in pipeline.text:
+            other = tower.model.token_embedding.weight.detach()
+            if table.shape == other.shape and not other.is_meta:
+                a, b = table.float().cpu(), other.float().cpu()
+                if float((a - b).norm()) < 0.1 * float(b.norm()):
+                    return True
+    return False
 
 
 def judge_protocol(name: str, clip: nn.Module, config: AnyClip) -> dict[str, Any]:

@@ -80,11 +80,12 @@ def summary(rows: Sequence[PromptFigures], features: Tensor, real: Tensor) -> di
     }
 
 
-def table(rows: Sequence[PromptFigures]) -> str:
-    """The rows as CSV, the prompt that fits worst first."""
+def table(rows: Sequence[PromptFigures], each: int) -> str:
+    """The rows as CSV, the prompt that fits worst first; `each` is of how many pictures a row's figures are."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, ["prompt", "clip_score", "retrieved", "diversity"], lineterminator="\n")
+    writer = csv.DictWriter(out, ["prompt", "clip_score", "retrieved", "diversity", "pictures"], lineterminator="\n")
     writer.writeheader()
     for row in sorted(rows, key=lambda r: r.clip_score):
-        writer.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in asdict(row).items()})
+        told = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in asdict(row).items()}
+        writer.writerow(told | {"pictures": each})
     return out.getvalue()

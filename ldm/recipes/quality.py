@@ -21,18 +21,17 @@ from torch import Tensor, nn
 from ldm import __version__, dist
 from ldm.checkpoint import files
 from ldm.editing import clip_guide
-from ldm.evaluate import fid
+from ldm.evaluate import fid, worth
 from ldm.evaluate.features import FeatureNetwork, extract, in_batches
 from ldm.models.openclip import AnyClip
 from ldm.pipeline import Progress, Settings, TextToImage
 from ldm.recipes import divided, measure
 from ldm.recipes.divided import Rows
+from ldm.recipes.quality_table import BOUNDS, line
 from ldm.recipes.statistics import real_features, samples_of
 from ldm.rng import Rng
 from ldm.types import Denoise
 
-BOUNDS = ("real", "autoencoder")
-"""Rows without a sampler: the captions' own pictures, as they are and through the autoencoder."""
 SPENT = ("loop_seconds", "text_seconds", "decode_seconds", "network_rows")
 """What a picture costs: its share of its batch's sampling loop, of encoding the prompts, of decoding, in seconds of one
 process, none of it spent on measuring; how often the U-Net saw it."""
@@ -165,10 +164,14 @@ class Judge:
         own = rows["features"]
         half = min(len(own), len(real)) // 2  # halves, so that subsets differ and their spread says something
         kid = fid.kernel_distance(real, own, subsets=20, size=max(2, half), seed=self.seed)
+        among = measure.candidates(self.candidates, pool)
         found = measure.retrieval_of_features(
-            rows["clip"], captions, pool, self.clip, self.clip_config, candidates=self.candidates, seed=self.seed
+            rows["clip"], captions, pool, self.clip, self.clip_config, candidates=among, seed=self.seed
         )
-        return {"kernel_distance": {"mean": kid.mean, "std": kid.std, "subset": max(2, half)}, **found.record()}
+        said = worth.kernel(len(own), len(real), max(2, half)) + worth.rates(len(own))
+        said += worth.candidates(self.candidates, among)
+        told = {"mean": kid.mean, "std": kid.std, "subset": max(2, half)}
+        return {"kernel_distance": told, **found.record(), "warnings": said}
 
 
 @dataclass(frozen=True)
@@ -268,7 +271,10 @@ class Table:
                 "batch": self.batch, "device": str(pipeline.device), "threads": torch.get_num_threads(),
                 "processes": dist.world_size(),
             }  # fmt: skip
-        return cost | self.judge.figures(rows, captions, truth.pool, truth.features)
+        found = cost | self.judge.figures(rows, captions, truth.pool, truth.features)
+        if case.sampler not in BOUNDS:
+            found["warnings"] += worth.judged(measure.knows_text(pipeline, self.judge.clip))
+        return found
 
     def _parts(self, case: Case, protocol: dict[str, Any]) -> divided.Parts:
         return divided.Parts(self.folder / "parts", case.split, protocol | {"batch": self.batch})
@@ -376,59 +382,3 @@ def read(folder: Path) -> list[dict[str, Any]]:
         return bound, p["model"], p["sampler"], p["guidance"], p["clip_guidance"], p["steps"], p["split"]
 
     return sorted(rows, key=place)
-
-
-def line(row: dict[str, Any]) -> str:
-    """One row for the eye."""
-    p, r = row["protocol"], row["result"]
-    how = f"{p['model']} {p['sampler']}"
-    if p["sampler"] not in BOUNDS:
-        how += f" {p['steps']} steps, guidance {p['guidance']:g}"
-        how += f", CLIP guidance {p['clip_guidance']:g}" if p["clip_guidance"] else ""
-    cost = f", {r['loop_seconds_per_picture']:.3g} s a picture" if "loop_seconds_per_picture" in r else ""
-    found = f"{p['split']}: KID {1000 * r['kernel_distance']['mean']:.2f}e-3, R@1 {r['R@1']['rate']:.3f}"
-    return f"{how}, {found} ({p['count']} pictures{cost})"
-
-
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """A table: a line for each way of drawing, the splits side by side."""
-    splits = list(dict.fromkeys(row["protocol"]["split"] for row in rows))
-    splits.sort(key=lambda s: (s != "train", s))
-    keys = ("model", "sampler", "steps", "guidance", "clip_guidance")
-    lines: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        lines.setdefault(tuple(row["protocol"][k] for k in keys), {})[row["protocol"]["split"]] = row
-    head = ["model", "sampler", "steps", "guidance", "s / picture", "rows / picture"]
-    if any(row["protocol"]["clip_guidance"] for row in rows):
-        head.insert(4, "CLIP guidance")
-    for split in splits:
-        head += [f"KID·10³ {split}", f"R@1 {split}", f"R@5 {split}", "pictures"]
-    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for key, found in lines.items():
-        model, sampler, steps, guidance, clip = key
-        bound = sampler in BOUNDS
-        cells = [model, sampler, "" if bound else str(steps), "" if bound else f"{guidance:g}"]
-        cells += [f"{clip:g}"] if "CLIP guidance" in head else []
-        for name, form in (("loop_seconds_per_picture", ".3g"), ("network_rows_per_picture", ".4g")):
-            costs = [(r["result"][name], r["protocol"]["count"]) for r in found.values() if name in r["result"]]
-            cells.append(format(sum(c * n for c, n in costs) / sum(n for _, n in costs), form) if costs else "")
-        for split in splits:
-            cells += _cells(found.get(split))
-        out.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*out, "", NOTE]) + "\n"
-
-
-NOTE = (
-    "s / picture: the sampling loop of one process (network, solver, noise), divided by its batch; encoding prompts, "
-    "decoding and what measures the pictures are not in it. rows / picture: how often the network saw it."
-)
-
-
-def _cells(row: dict[str, Any] | None) -> list[str]:
-    if row is None:
-        return ["", "", "", ""]
-    r = row["result"]
-    own = row["protocol"]["sampler"] == "real" and row["protocol"]["shared"]  # pictures compared with themselves
-    kid = "" if own else f"{1000 * r['kernel_distance']['mean']:.2f} ± {1000 * r['kernel_distance']['std']:.2f}"
-    rates = [f"{r[k]['rate']:.3f}" if k in r else "" for k in ("R@1", "R@5")]  # none where there are no 5 candidates
-    return [kid, *rates, str(row["protocol"]["count"])]

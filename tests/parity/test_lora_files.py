@@ -140,6 +140,45 @@ def test_a_file_of_diffusers_script_loads_here(pair: Pair, header: bool, tmp_pat
     assert (pair.our_picture() - pair.their_picture()).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("pair", ["sd1"], indirect=True)
+@pytest.mark.parametrize("form", ["processors", "linear layers", "header"])
+def test_older_names_and_patterns_as_diffusers_reads_them(pair: Pair, form: str, tmp_path: Path) -> None:
+    """Names of 0.16 to 0.18 in U-Net and tower (huggingface/diffusers#2918); ranks, alphas and rslora of the header."""
+    from safetensors.torch import save_file
+
+    g = torch.Generator().manual_seed(4)
+    block = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
+    tower = "text_encoder.text_model.encoder.layers.1.self_attn"
+    kinds = {"processors": ("_lora.down", "_lora.up"), "linear layers": (".lora.down", ".lora.up")}
+    down, up = kinds.get(form, (".lora_A", ".lora_B"))
+    own = ("q", "k", "v", "out") if form == "processors" else ("q_proj", "k_proj", "v_proj", "out_proj")
+    middle = ".processor" if form == "processors" else ""
+    if form == "linear layers":
+        kinds["tower"] = (".lora_linear_layer.down", ".lora_linear_layer.up")
+    file = {}
+    for i, kind in enumerate(("to_q", "to_k", "to_v", "to_out")):
+        rank = 2 if form == "header" and kind == "to_k" else 4
+        name = f"{block}.attn1{middle}.{kind}" + (".0" if kind == "to_out" and form != "processors" else "")
+        file[f"{name}{down}.weight"] = 0.4 * torch.randn(rank, 16, generator=g)
+        file[f"{name}{up}.weight"] = 0.4 * torch.randn(16, rank, generator=g)
+        name = f"{tower}.to_{own[i]}" if form == "processors" else f"{tower}.{own[i]}"
+        a, b = kinds.get("tower", (down, up))
+        file[f"{name}{a}.weight"] = 0.4 * torch.randn(4, 32, generator=g)
+        file[f"{name}{b}.weight"] = 0.4 * torch.randn(32, 4, generator=g)
+    shared = {"r": 4, "lora_alpha": 3, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"], "peft_type": "LORA"}
+    unet = shared | {"rank_pattern": {"attn1.to_k": 2}, "alpha_pattern": {"to_q": 7, "attn1.to_k": 5}}
+    text = shared | {"target_modules": [*own], "use_rslora": True}
+    told = {f"unet.{k}": v for k, v in unet.items()} | {f"text_encoder.{k}": v for k, v in text.items()}
+    notes = {"format": "pt"} | ({"lora_adapter_metadata": json.dumps(told)} if form == "header" else {})
+    save_file(file, tmp_path / "pytorch_lora_weights.safetensors", metadata=notes)
+    plain = pair.our_picture()
+    pair.theirs.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
+    pair.pipeline().load_lora(tmp_path)
+    ours = pair.our_picture()
+    assert (ours - plain).abs().max() > 1e-3
+    assert (ours - pair.their_picture()).abs().max() < 1e-5
+
+
 def test_kohya_layout(tmp_path: Path) -> None:
     """Names, alpha and header of sd-scripts' networks.lora for SD 1.x, as its published files have them."""
     parts = make("sd1")

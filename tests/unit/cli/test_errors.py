@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from ldm.cli.__main__ import main
 from tests import miniature
@@ -205,3 +206,31 @@ def test_a_disk_that_fails_is_one_line_and_code_74(
     monkeypatch.setattr("ldm.cli.show.main", refused)
     assert main(["show", "noising"]) == 74
     assert capsys.readouterr().err == f"ldm show: {tmp_path / 'file'}: {os.strerror(fault)}\n"
+
+
+@pytest.mark.parametrize("name", ["loop", "gone", "file"])
+def test_links_to_themselves_and_to_nothing(fails: Any, config: str, tmp_path: Path, name: str) -> None:
+    bad = tmp_path / name
+    if name == "file":
+        bad.write_text("x")
+    else:
+        bad.symlink_to(bad if name == "loop" else tmp_path / "nothing")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (8, 8)).save(pictures / "a.png")
+    for argv in (
+        ("train", config, f"out={bad}", "train.steps=1"),
+        ("train", config, f"data.path={bad}", "--dry-run"),
+        ("data", "build", pictures, bad),
+        ("data", "index", bad),
+        ("data", "inspect", bad),
+        ("show", "run", bad),
+        ("show", "noising", bad),
+        ("export", bad, tmp_path / "out"),
+        ("convert", bad, tmp_path / "out", "--to", "diffusers"),
+        ("sample", "x", "--model", bad),
+        ("plan", config, "--page", bad / "page.html"),
+    ):
+        line = fails(*argv)
+        assert name in line
+        assert "Errno" not in line or argv[0] == "show", line

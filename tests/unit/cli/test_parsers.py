@@ -80,6 +80,13 @@ def test_no_option_takes_paths_or_numbers_unread(parser: Any) -> None:
         assert action.type in (None, str, int, float, Path), action.option_strings
 
 
+def test_a_verb_that_is_missing_is_one_of_those(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, one in (("data", "build, index, inspect, encode"), ("finetune", "dreambooth, textual-inversion, lora")):
+        with pytest.raises(SystemExit):
+            main([verb])
+        assert f", one of {one}; `ldm {verb} --help`" in capsys.readouterr().err
+
+
 def test_the_verbs_have_near_names(capsys: pytest.CaptureFixture[str]) -> None:
     for wrong, right in (("trian", "train"), ("Sample", "sample"), ("txt2img", "sample"), ("eval", "evaluate")):
         assert main([wrong]) == 2

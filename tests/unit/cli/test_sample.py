@@ -172,6 +172,16 @@ def test_mistakes_end_in_one_line(argv: tuple[str, ...], says: str, model: Path,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_in_the_place_of_the_folder_is_said_before_anything_is_drawn(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(TextToImage, "latents", lambda *_, **__: pytest.fail("drawn"))
+    (tmp_path / "out").write_text("mine")
+    assert sample("a cat", "--model", model, "--out", tmp_path / "out") == 2
+    assert "a file; expected a folder for the pictures" in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 def test_what_may_surprise_is_said_before_it_is_drawn(model: Path, tmp_path: Path, capsys: Any) -> None:
     here = ("--steps", 1, "--model", model, "--out", tmp_path)
     assert sample("a (red:1.2) cat", "a (red:1.2) cat", "--guidance", 0, "--size", 160, *here) == 0

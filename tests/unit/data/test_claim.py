@@ -246,3 +246,24 @@ def test_keys_that_come_again_are_cached_each(tmp_path: Path) -> None:
     assert sorted(batch["caption"]) == sorted(f"{t} {i}" for t in range(2) for i in range(4))
     index(tmp_path / "cache")
     assert len(keys(tmp_path / "cache")) == 8
+
+
+def test_any_names_go_through_a_cache(tmp_path: Path) -> None:
+    """Into its tar, its lists and back, byte for byte."""
+    names = ["caf\u00e9", "line\nbreak", "tab\t'quote\"", "a b/[c] (d)", "n" * 200, "#%20"]
+    members: list[Member] = []
+    for i, name in enumerate(names):
+        members += [(f"{name}.png", png(color_of(i))), (f"{name}.txt", f"{i}".encode())]
+        members += [(f"bad {name}.png", b"broken"), (f"bad {name}.txt", b"x")]
+    pack(tmp_path / "set" / "0.tar", members, encoding="latin-1")
+    index(tmp_path / "set")
+    made = cache(tmp_path / "set", tmp_path / "cache")
+    assert made.samples() == len(names)
+    wanted = [n.encode("latin-1").decode("utf-8", "surrogateescape") for n in names]
+    assert keys(tmp_path / "cache") == wanted
+    index(tmp_path / "cache")
+    assert keys(tmp_path / "cache") == wanted
+    lines = (tmp_path / "cache" / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["key"] for line in lines] == [f"bad {n}" for n in wanted]
+    batch = Loader(DataConfig(path=str(tmp_path / "cache"), cached=True), seed=0, micro_batch=6).batch(0, 0)
+    assert sorted(batch["key"]) == sorted(wanted)

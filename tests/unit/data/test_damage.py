@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ldm.data.manifest import Manifest
 from ldm.data.mixture import MixtureConfig, Source, open_data
 from ldm.data.remote import RemoteConfig
 from ldm.data.shards import Shards
+from ldm.data.write import ShardWriter
 from tests.unit.data.standins import HASHES, moments, states
 from tests.unit.data.tarred import pack
 from tests.unit.data.test_cache import take
@@ -220,3 +222,24 @@ def test_a_cut_cache_is_replaced_then_mended_by_the_same_encoding(
     encode(config, out, moments=moments, text=states, hashes=HASHES)
     assert finish(config, out) == first
     assert {p.name: p.read_bytes() for p in out.glob("*.tar")} == tars
+
+
+def test_a_full_disk_leaves_no_part_of_a_tar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is full in the midst or at the end."""
+
+    for number, place in enumerate(("write", "end")):
+        folder = tmp_path / str(number)
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+            fill(folder, patch, "addfile" if place == "write" else "close")
+        assert not [p for p in folder.iterdir() if not p.name.endswith(".index")]
+
+
+def fill(folder: Path, patch: pytest.MonkeyPatch, what: str) -> None:
+    with ShardWriter(folder, "train") as writer:
+        writer.add("a", {"png": b"x" * 2000})
+        patch.setattr(tarfile.TarFile, what, full)
+        writer.add("b", {"png": b"y"})
+
+
+def full(*_: object) -> None:
+    raise OSError(28, os.strerror(28))

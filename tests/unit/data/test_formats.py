@@ -3,6 +3,7 @@
 import io
 import re
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, features
 
+from ldm.cli.__main__ import main
 from ldm.data import colour, decode, jpeg
 from ldm.data.decode import BadSample
 from ldm.data.formats import IMAGES, UNREAD, passed_over
@@ -55,6 +57,18 @@ def test_every_orientation_of_every_format(kind: str, number: int) -> None:
     assert np.abs(shown - expected).mean() < 12
 
 
+def test_sizes_of_pngs_are_told_without_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buckets ask a folder's headers; a rotation behind the pixels is found all the same."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = saved(HALVES, "PNG")
+    behind = data[:-12] + chunk(b"eXIf", exif.tobytes()[6:]) + data[-12:]
+    assert decode.upright_size(behind) == (16, 32)
+    assert seen(behind).shape == (32, 16, 3)
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
+    assert decode.upright_size(data) == (32, 16)
+
+
 def jpeg_with(marker: int, body: bytes) -> bytes:
     plain = saved(HALVES, "JPEG", quality=95)
     return plain[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body + plain[2:]
@@ -88,6 +102,16 @@ def ifd(value: bytes, kind: int = 3, count: int = 1) -> bytes:
 def test_broken_exif_never_costs_the_picture(body: bytes, shape: tuple[int, int]) -> None:
     shown = seen(jpeg_with(0xE1, body))
     assert shown.shape[:2] == shape
+
+
+def test_broken_exif_is_not_talked_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "odd.jpg"
+    path.write_bytes(jpeg_with(0xE1, b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert main(["show", "noising", str(path), "--out", str(tmp_path / "out"), "--schedule", "linear"]) == 0
+    assert [w for w in caught if "PIL" in w.filename] == []
+    assert capsys.readouterr().err == ""
 
 
 def chunk(name: bytes, body: bytes, *, broken: bool = False) -> bytes:

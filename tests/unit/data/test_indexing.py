@@ -7,6 +7,9 @@ import json
 import os
 import shutil
 import subprocess
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +70,8 @@ def test_what_a_download_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "00000_stats.json").write_text("{")
     (tmp_path / "00000.parquet").write_bytes(b"PAR1")
     (tmp_path / "._00000.tar").write_bytes(b"\0\5\x16\7")
-    pack(tmp_path / "sub" / "00010.TAR", pairs(range(6, 8)))
+    pack(tmp_path / "sub" / "00010.TAR", pairs(range(6, 7)))
+    pack(tmp_path / "sub" / "00010.tar", pairs(range(7, 8)))
     assert main(["index", str(tmp_path), "--workers", "1"]) == 0
     said = capsys.readouterr().out
     for name in (*spoiled, "00008.tar", "00009.tar"):
@@ -271,12 +275,42 @@ def test_addresses(far: str, tmp_path: Path) -> None:
     assert written == ["a/0.index", "b/0.index", "manifest.json"]
     batch = Loader(DataConfig(path=str(out), size=8), seed=0, micro_batch=9).batch(0, 0)
     assert sorted(batch["key"]) == [f"{i:05d}" for i in range(3, 12)]
+    table = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"key": ["00001"], "similarity": [0.5]}), table)
+    fsspec.filesystem("memory").pipe_file("/bucket/set/a/0.parquet", table.getvalue())
+    index(far, out=tmp_path / "table", where="similarity > 0.3")
+    assert keys(tmp_path / "table") == ["00001"]
     index(far + "/{a,b}/0.tar", out=tmp_path / "braces")
     assert len(keys(tmp_path / "braces")) == 12
     index(far + "/a/0.tar", out=tmp_path / "one")
     assert len(keys(tmp_path / "one")) == 6
     with pytest.raises(ValueError, match=r"no \.tar in it; .* give the names: memory://bucket/none/\{00000\.\.00099\}"):
         index("memory://bucket/none", out=tmp_path / "none")
+
+
+class Listing(SimpleHTTPRequestHandler):
+    """A folder as a plain web server lists it."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_web_server_that_lists_its_folders(tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    pack(tmp_path / "www" / "set" / "00000.tar", scored(range(4)))
+    pack(tmp_path / "www" / "set" / "00001 (b).tar", scored(range(4, 8)))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Listing, directory=str(tmp_path / "www")))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        address = f"http://127.0.0.1:{server.server_port}/set"
+        manifest, _ = index(f"{address}/", out=tmp_path / "out", where="score > 1")
+        assert manifest.samples() == 6
+        assert [Path(s.file).name for s in manifest.shards] == ["00000.tar", "00001%20%28b%29.tar"]
+        with pytest.raises(ValueError, match=r"no \.tar in it; .*\{00000\.\.00099\}"):
+            index(f"{address}/nowhere", out=tmp_path / "none")
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def sized(width: int, height: int) -> bytes:

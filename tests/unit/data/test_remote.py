@@ -116,6 +116,8 @@ def test_a_lasting_failure_names_the_address_and_the_cause(served: tuple[Server,
     server.faults = {}
     with pytest.raises(RemoteError, match=r"nowhere/manifest\.json: FileNotFoundError"):
         Manifest.read(server.address + "/nowhere", QUICK)
+    with pytest.raises(ValueError, match="nowhere"):  # one line at the command line, as every user's mistake
+        Manifest.read(server.address + "/nowhere", QUICK)
     start = time.monotonic()
     server.faults = dict.fromkeys(range(1000), "stall")
     with pytest.raises(RemoteError, match=r"nothing came for 0.2 s"):

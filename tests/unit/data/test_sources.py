@@ -261,6 +261,16 @@ def test_names_in_tables_as_other_systems_write_them(tmp_path: Path) -> None:
     assert sorted(v for v in found.values() if isinstance(v, str)) == ["bad_metadata"] * 3 + ["outside"] * 3
 
 
+def test_a_row_s_problem_is_told_once(tmp_path: Path) -> None:
+    files: dict[str, bytes | str | None] = {"a.heic": b"x", "0_x/b.png": None, "c.png": None, "d.png": None}
+    rows = [{"file_name": n, "text": "t"} for n in ("a.heic", "0_x/b.png")]
+    rows += [{"file_name": "c.png", "text": {"no": "caption"}}, {"file_name": "d.png", "text": "d"}]  # type: ignore[dict-item]
+    root = files_of(tmp_path / "in", {**files, "metadata.jsonl": "\n".join(map(json.dumps, rows))})
+    report = build(root, tmp_path / "out", BuildConfig())
+    assert (report.found, report.written) == (4, 1)
+    assert dict(report.reasons) == {"unsupported": 1, "no_repeats": 1, "bad_metadata": 1}
+
+
 def test_pictures_behind_links_are_the_folder_s(tmp_path: Path) -> None:
     """A hub's cache is links into a store; a link back up is walked once."""
     store = files_of(tmp_path / "blobs", {"abc": None, "def": '{"file_name": "a.png", "text": "a"}'})

@@ -10,7 +10,15 @@ import pytest
 from ldm.cli.sample import _prompts_in
 from ldm.data.captions import captions_of
 from ldm.data.decode import BadSample
+from ldm.data.indexing import index
+from ldm.data.loader import DataConfig, Loader
+from ldm.data.manifest import Manifest
+from ldm.data.mixture import MixtureConfig, Source, without_texts
+from ldm.data.shards import Shards
 from ldm.data.texts import captions_in, lines, read_lines, text
+from ldm.data.write import ShardWriter
+from ldm.recipes.autoencoder import held_out
+from tests.unit.data.pictures import png
 
 SAID = "café 日本 🍎, red"
 
@@ -54,11 +62,11 @@ def test_what_is_no_text_is_said(data: bytes, what: str) -> None:
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_prompt_files_of_any_editor(end: str, encoding: str, tmp_path: Path) -> None:
-    """kohya-ss/sd-scripts#513. U+2028, form feeds and U+0085 are inside a line, not ends of it."""
+    """kohya-ss/sd-scripts#513. U+2028, form feeds and U+0085 are inside a line, not ends of it; a prompt has blanks."""
     path = tmp_path / "prompts.txt"
     path.write_bytes(end.join(["a red apple", "", "  cat\u2028face\x0con\x85grass  "]).encode(encoding))
-    assert _prompts_in(path) == ["a red apple", "cat\u2028face\x0con\x85grass"]
-    assert read_lines(path) == _prompts_in(path)
+    assert read_lines(path) == ["a red apple", "cat\u2028face\x0con\x85grass"]
+    assert _prompts_in(path) == ["a red apple", "cat face on grass"]
 
 
 def test_a_prompt_file_that_is_no_text_is_named(tmp_path: Path) -> None:
@@ -135,3 +143,54 @@ def test_broken_json_has_a_reason(data: bytes) -> None:
 def test_half_a_surrogate_pair_is_no_caption() -> None:
     with pytest.raises(BadSample, match="lone surrogate U\\+D83C"):
         captions_in(json.loads('"\\ud83c"'), "caption")
+
+
+def test_texts_that_are_not_used_cost_no_picture(tmp_path: Path) -> None:
+    """Pictures alone, as the autoencoder trains on them: captions missing, broken, json broken."""
+    members = [{"txt": b"caf\xe9"}, {"json": b"{"}, {}, {"txt": b"fine"}]
+    with ShardWriter(tmp_path, "train") as writer:
+        for i, more in enumerate(members):
+            writer.add(f"{i}", {"png": png((i, i, i), (8, 8)), **more})
+    Manifest(name="x", shards=tuple(writer.shards), folder=tmp_path).write()
+    config = DataConfig(path=str(tmp_path), size=8, max_bad=1.0)
+    used = Loader(config, seed=0, micro_batch=4)
+    assert set(used.batch(0, 0)["key"]) == {"3"}
+    alone = without_texts(config)
+    assert isinstance(alone, DataConfig)
+    batch = Loader(alone, seed=0, micro_batch=4).batch(0, 0)
+    assert sorted(batch["key"]) == ["0", "1", "2", "3"]
+    assert batch["caption"] == [""] * 4
+    both = without_texts(MixtureConfig(sources=(Source(data=config), Source(data=config))))
+    assert isinstance(both, MixtureConfig)
+    assert [s.data.captions for s in both.sources] == ["none", "none"]
+    with pytest.raises(ValueError, match="captions: none is for pictures"):
+        DataConfig(path="x", size=8, captions="none", cached=True)
+    assert held_out(alone, "train")["image"].shape == (4, 3, 8, 8)
+
+
+def test_tars_of_formats_that_are_not_read_say_which(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, "train") as writer:
+        writer.add("a", {"heic": b"x", "txt": b"a"})
+        writer.add("b", {"png": png((1, 1, 1)), "txt": b"b"})
+        writer.add("c", {"tga": b"", "txt": b"c"})
+    _, results = index(tmp_path)
+    assert "1 samples without a picture; there are members of HEIC, which is not read here" in results[0].problems[0]
+
+
+def test_what_systems_leave_in_tars_is_no_sample(tmp_path: Path) -> None:
+    """OpenNeuroOrg/openneuro#2520: macOS' tar packs ._NAME beside each NAME; zips from there bring __MACOSX."""
+    import io
+    import tarfile
+
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("./._a.png", "./a.png", "./._a.txt", "./a.txt", "__MACOSX/._a.png", "__MACOSX/b.png", "Thumbs.db"):
+            data = (
+                png((1, 1, 1)) if name in ("./a.png", "__MACOSX/b.png") else b"\0\5\x16\7" if "_" in name else b"a cat"
+            )
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    manifest, _ = index(tmp_path)
+    samples = [members for _, members in Shards(manifest, "train")]
+    assert len(samples) == 1
+    assert captions_of(samples[0])[0].texts == ("a cat",)

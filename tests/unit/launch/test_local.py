@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -179,3 +180,44 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments: list[str], message: st
 def test_job_refuses_impossible_values() -> None:
     with pytest.raises(ValueError, match="threads: must be at least 0, got -1"):
         LocalJob(command=("true",), threads=-1)
+
+
+def test_a_reader_that_goes_away_ends_all(tmp_path: Path) -> None:
+    """Rank 1's lines come through the launcher's pump, which must not leave the ranks on a full pipe."""
+    code = f"""
+import os, pathlib
+pathlib.Path(r"{tmp_path}", os.environ["RANK"]).write_text(str(os.getpid()))
+while True:
+    print("x" * 1000)
+"""
+    shell = '"$@" 2>&1 | head -1 >/dev/null; exit ${PIPESTATUS[0]}'
+    for options in (("--procs", "2"), ("--procs", "2", "--log-dir", str(tmp_path / "logs"))):
+        command = [*LAUNCH, *options, "--", sys.executable, "-c", code]
+        done = subprocess.run(
+            ["bash", "-c", shell, "-", *command], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        assert done.stderr == ""
+        assert done.returncode != 0
+        assert not any(alive(int((tmp_path / rank).read_text())) for rank in "01")
+
+
+def test_a_taken_port_is_named_before_anything_starts() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        returned, out, err = finish(start("print('started')", "--port", str(port)))
+    assert (returned, out) == (2, "")
+    assert err.startswith(f"launch local: --port: {port} is taken by another program")
+
+
+def test_a_command_without_its_mark_and_options_of_other_launchers() -> None:
+    for arguments, said in (
+        (["ldm", "train"], "'ldm': the command stands behind --"),
+        (["--nproc_per_node", "2", "--", "true"], "did you mean --procs?"),
+        (["--procs", "two", "--", "true"], "argument --procs: expected a whole number, got 'two'"),
+    ):
+        run = subprocess.run([*LAUNCH, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert run.returncode == 2
+        assert said in run.stderr
+        assert run.stderr.count("\n") == 1
