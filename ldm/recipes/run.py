@@ -145,13 +145,13 @@ def _look(out: Path, train: TrainConfig, record: Record, start: Start) -> _Found
             return
         found.step = files.step_of(newest)
         found.changes = _changes(newest, record, start)
-        if found.step > train.steps:
-            raise ValueError(
-                f"train.steps: {train.steps}, but {newest} has done {found.step}; ask for more, or "
-                f"`ldm export {out} OUT --step N` writes an earlier checkpoint"
-            )
         if found.changes:
             dist.say(f"not as in {newest}: {told(found.changes)}")
+        if found.step > train.steps:
+            dist.say(
+                f"train.steps is {train.steps}, but {newest} has done {found.step}: nothing is left to train, and "
+                f"it is exported as it is; `ldm export {out} OUT --step N` writes an earlier checkpoint"
+            )
 
     told_on_first(look)
     found.step = dist.from_first(found.step)

@@ -70,7 +70,6 @@ def rows(run: Path) -> list[dict[str, Any]]:
         ("task.unet.block_out_channels=[16,32]", "another model (task.unet.block_out_channels [8, 16] → [16, 32])"),
         ("train.optim.algorithm=lion", "another optimizer (train.optim.algorithm adamw → lion)"),
         ("data.path=/nowhere", "data.path: '/nowhere' is no folder"),
-        ("train.steps=1", "train.steps: 1, but"),
         ("task.vae=/nowhere", "task.vae: model '/nowhere': not a shipped model"),
     ],
 )
@@ -124,6 +123,18 @@ def test_another_batch_goes_on_at_the_same_sample(run: Path, start: Start) -> No
     code, text = start("train.steps=4")
     assert code == 0
     assert "batch 8 → 4: the data go on at sample 16;" in text
+
+
+def test_fewer_steps_than_done_train_nothing_and_say_so(run: Path, start: Start) -> None:
+    weights = content(run / "export")
+    code, text = start("train.steps=1")
+    assert code == 0
+    assert "train.steps is 1, but" in text
+    assert "has done 2: nothing is left to train" in text
+    assert {k: v for k, v in content(run / "export").items() if k.endswith("safetensors")} == {
+        k: v for k, v in weights.items() if k.endswith("safetensors")
+    }
+    assert [r["step"] for r in rows(run)] == [1, 2]
 
 
 def test_a_checkpoint_without_the_record_goes_on_with_a_line(run: Path, start: Start) -> None:
