@@ -65,7 +65,7 @@ def test_a_damaged_model_is_one_line(
 def test_folders_of_before_safetensors(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(1)}, tmp_path / "pytorch_model.bin")
     assert set(weights.open_folder(tmp_path, "model")) == {"a"}
-    torch.save({"b": torch.ones(1)}, tmp_path / "diffusion_pytorch_model.bin")
+    torch.save({"model.b": torch.ones(1)}, tmp_path / "diffusion_pytorch_model.bin")
     assert set(weights.open_folder(tmp_path, "diffusion_pytorch_model")) == {"b"}
     with pytest.raises(ValueError, match=r"no other\.safetensors; it holds diffusion_pytorch_model\.bin"):
         weights.open_folder(tmp_path, "other")
