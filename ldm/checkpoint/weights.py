@@ -215,6 +215,10 @@ def _damage(path: Path) -> str | None:
     if what := _instead(path):
         return what
     size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{" and 8 + int.from_bytes(start[:8], "little") > size:
+        return f"it ends after {size} bytes, within its header; download or copy it again"
     try:
         header, begin = _header(path)
         end = begin + max((e["data_offsets"][1] for k, e in header.items() if k != "__metadata__"), default=0)

@@ -25,6 +25,7 @@ def test_what_a_file_is_instead_is_said(tmp_path: Path) -> None:
         ("pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n", "git-LFS pointer"),
         ("page", b"<!DOCTYPE html><html>log in</html>", r"a web page \(HTML\)"),
         ("cut", data[:-9], rf"it ends after {len(data) - 9} of {len(data)} bytes"),
+        ("header", data[:30], "it ends after 30 bytes, within its header"),
         ("tail", data + b"12345", "5 bytes stand behind its last tensor"),
         ("noise", bytes(range(256)), "not a whole safetensors file"),
         ("short", data[:5], "not a whole safetensors file"),
