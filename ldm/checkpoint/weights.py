@@ -215,6 +215,10 @@ def _damage(path: Path) -> str | None:
     if what := _instead(path):
         return what
     size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{" and 8 + int.from_bytes(start[:8], "little") > size:
+        return f"it ends after {size} bytes, within its header; download or copy it again"
     try:
         header, begin = _header(path)
         end = begin + max((e["data_offsets"][1] for k, e in header.items() if k != "__metadata__"), default=0)
@@ -240,16 +244,23 @@ def open_folder(folder: Path, stem: str, variant: str | None = None) -> dict[str
         if whole.is_file() or index.is_file():
             if name and not variant:
                 log.info("%s: using variant %s, the only one there", folder, name)
-            return open_file(whole) if whole.is_file() else _open_shards(folder, index)
+            return _bare(open_file(whole) if whole.is_file() else _open_shards(folder, index))
     dot = f".{variant}" if variant else ""
     for name in (f"{stem}{dot}.bin", f"pytorch_{stem}{dot}.bin"):  # as before safetensors; read without running code
         if (folder / name).is_file():
-            return open_file(folder / name)
+            return _bare(open_file(folder / name))
         if (index := folder / name.replace(f"{dot}.bin", f".bin.index{dot}.json")).is_file():
-            return _open_shards(folder, index)
+            return _bare(_open_shards(folder, index))
     there = sorted(p.name for p in folder.iterdir() if p.suffix in SUFFIXES)
     hint = f"; it holds {', '.join(there[:3])}" if there else ""
     raise ValueError(f"{folder}: no {stem}{dot}.safetensors{hint}")
+
+
+def _bare(source: dict[str, Entry]) -> dict[str, Entry]:
+    """One module's tensors without the `model.` that a trainer's own class puts before all of them."""
+    while source and all(k.startswith("model.") for k in source):
+        source = {k.removeprefix("model."): e for k, e in source.items()}
+    return source
 
 
 def _variants(folder: Path, stem: str) -> list[str]:

@@ -25,6 +25,7 @@ def test_what_a_file_is_instead_is_said(tmp_path: Path) -> None:
         ("pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n", "git-LFS pointer"),
         ("page", b"<!DOCTYPE html><html>log in</html>", r"a web page \(HTML\)"),
         ("cut", data[:-9], rf"it ends after {len(data) - 9} of {len(data)} bytes"),
+        ("header", data[:30], "it ends after 30 bytes, within its header"),
         ("tail", data + b"12345", "5 bytes stand behind its last tensor"),
         ("noise", bytes(range(256)), "not a whole safetensors file"),
         ("short", data[:5], "not a whole safetensors file"),
@@ -65,7 +66,7 @@ def test_a_damaged_model_is_one_line(
 def test_folders_of_before_safetensors(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(1)}, tmp_path / "pytorch_model.bin")
     assert set(weights.open_folder(tmp_path, "model")) == {"a"}
-    torch.save({"b": torch.ones(1)}, tmp_path / "diffusion_pytorch_model.bin")
+    torch.save({"model.b": torch.ones(1)}, tmp_path / "diffusion_pytorch_model.bin")
     assert set(weights.open_folder(tmp_path, "diffusion_pytorch_model")) == {"b"}
     with pytest.raises(ValueError, match=r"no other\.safetensors; it holds diffusion_pytorch_model\.bin"):
         weights.open_folder(tmp_path, "other")
