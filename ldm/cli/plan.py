@@ -130,6 +130,7 @@ def _text_to_image(config: RunConfig, task: Any, world: int, gpu: bool) -> Job:
     from torch import nn
 
     from ldm.cli import plan_models as models
+    from ldm.models import fit
     from ldm.models.unet import UNet, granularity
     from ldm.plan.flops import count_flops
     from ldm.plan.report import Job
@@ -139,8 +140,8 @@ def _text_to_image(config: RunConfig, task: Any, world: int, gpu: bool) -> Job:
     vae, settings = models.vae(task.vae, unet, said)
     towers, channels = models.towers(task.text, unet, said), settings.latent_channels
     configs = tuple(tower.config for tower in towers)
-    context, width, pooled = configs[0].context_length, models.width(configs), models.pooled_width(configs)
-    models.check_fit(
+    context, width, pooled = configs[0].context_length, fit.width(configs), fit.pooled_width(configs)
+    fit.check_fit(
         unet, configs, channels, unet_key="task.unet" if task.start is None else "task.start's U-Net",
         text_key=f"task.text {task.text!r}", vae_key=f"task.vae {task.vae!r}",
     )  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ldm.cli import plan_models as models
 from ldm.cli import plan_parts as parts
+from ldm.models.fit import check_fit
 from ldm.plan.report import Frozen, Job
 from ldm.rng import Rng
 
@@ -173,7 +174,7 @@ def _adapter(task: FinetuneTask | DreamboothTask | InversionTask) -> FullConfig 
 def _fits(model: TextToImage, config: RunConfig, key: str, source: str) -> None:
     """Raise ValueError where the model's parts do not fit each other, or the data's size does not fit it."""
     told = f"{key} {source!r}"
-    models.check_fit(
+    check_fit(
         model.unet.config, tuple(t.config for t in model.text), model.codec.channels,
         unet_key=f"{told}: U-Net", text_key="its text tower", vae_key="its autoencoder",
     )  # fmt: skip

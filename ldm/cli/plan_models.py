@@ -133,16 +133,6 @@ def towers(source: str, unet: UNetConfig, said: list[str]) -> list[Tower]:
     return _empty(TEXTS[name])
 
 
-def width(configs: tuple[TextConfig, ...]) -> int:
-    """Of the towers' states side by side."""
-    return sum(c.width for c in configs)
-
-
-def pooled_width(configs: tuple[TextConfig, ...]) -> int:
-    """Of the last tower's pooled vector."""
-    return configs[-1].projection or configs[-1].width
-
-
 def _empty(configs: tuple[TextConfig, ...]) -> list[Tower]:
     with torch.device("meta"):
         return [TextTower(c) for c in configs]
@@ -157,32 +147,6 @@ def _plain(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: expected keys and values, got {type(tree).__name__}")
     return {k: v for k, v in tree.items() if not k.startswith("_")}
-
-
-def check_fit(
-    unet: UNetConfig, text: tuple[TextConfig, ...], channels: int, *, text_key: str, vae_key: str, unet_key: str
-) -> None:
-    """Raise ValueError, naming keys and values, where the network cannot take what the other parts give."""
-    states, vector = width(text), pooled_width(text)
-    near = [n for n in ("sd15", "sd21", "sdxl") if {width(TEXTS[n])} == set(unet.per_level("cross_attention_dim"))]
-    hint = f"; those of {near[0]} would fit" if near else ""
-    for given in unet.per_level("cross_attention_dim"):
-        if given != states:
-            raise ValueError(
-                f"{unet_key}.cross_attention_dim: {given}, but {text_key} has text states of width {states}{hint}"
-            )
-    if unet.addition_embed_type == "text_time":
-        ids = 6 * (unet.addition_time_embed_dim or 0)
-        want = unet.projection_class_embeddings_input_dim
-        if vector + ids != want:
-            raise ValueError(
-                f"{unet_key}.projection_class_embeddings_input_dim: {want}, but {text_key} has a pooled vector of "
-                f"{vector} and the six sizes take {ids}: {vector + ids} in all{hint}"
-            )
-    if unet.in_channels != channels:
-        raise ValueError(
-            f"{unet_key}.in_channels: {unet.in_channels}, but {vae_key} has latents of {channels} channels"
-        )
 
 
 def check_size(pixels: int, factor: int, key: str) -> int:

@@ -23,6 +23,7 @@ from ldm.data.loader import DataConfig
 from ldm.data.mixture import Data, with_caches
 from ldm.diffusion.process import Process
 from ldm.models.autoencoder import Autoencoder
+from ldm.models.fit import check_fit
 from ldm.models.latents import LatentCodec
 from ldm.models.text import TextTower
 from ldm.models.unet import Granularity, UNet, UNetConfig
@@ -198,6 +199,10 @@ def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, work
     unet.config = task.unet
     unet.enable_gradient_checkpointing(task.gradient_checkpointing)
     check_channels(unet, task.process, codec)
+    check_fit(
+        unet.config, tuple(t.config for t in towers), codec.channels, text_key=f"task.text {task.text!r}",
+        vae_key=f"task.vae {task.vae!r}", unet_key="task.unet" if task.start is None else "task.start's U-Net",
+    )  # fmt: skip
     encode_text = text_encoder(towers)
     objective = DenoiseObjective(unet, task.process, codec, encode_text, task.options).to(device)
     if task.cache is not None and not data.cached:
