@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +18,10 @@ import torch
 
 hypothesis.settings.register_profile("ldm", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ldm")
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as in a shell's background job; what it starts would be deaf too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 

@@ -13,6 +13,7 @@ import torch
 from ldm.config.load import decode
 from ldm.diffusion.process import Process
 from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.models.fit import width
 from ldm.models.latents import LatentCodec
 from ldm.models.presets import AUTOENCODERS, TEXTS, UNETS
 from ldm.models.shipped import SHIPPED

@@ -96,7 +96,9 @@ def _plain(name: str) -> str:
 def lookup(name: str) -> SamplerInfo:
     """The sampler of that name. Raises ValueError naming all samplers."""
     if name not in SAMPLERS:
-        raise ValueError(f"sampler {name!r} is not one of {sorted(SAMPLERS)}{near(_plain(name), SAMPLERS, _OTHERS)}")
+        plain = _plain(name)
+        hint = f"; did you mean {plain!r}?" if plain in SAMPLERS else near(plain, SAMPLERS, _OTHERS)
+        raise ValueError(f"sampler {name!r} is not one of {sorted(SAMPLERS)}{hint}")
     return SAMPLERS[name]
 
 

@@ -45,7 +45,7 @@ def test_other_choices_have_near_names() -> None:
     with pytest.raises(ValueError, match=r"did you mean 'emoji'\?"):
         locate("emojii")
     with pytest.raises(ValueError, match=r"did you mean 'a100-80g'\?"):
-        find("A100_80G")
+        find("A100_81G")
     with pytest.raises(ValueError, match=r"did you mean 'projected'\?"):
         check_guide("projekted", 0.0, None)
     assert absent("widht > 3 and height > 1", ["width", "height"]) == ["'widht'; did you mean 'width'?"]
