@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import re
@@ -153,6 +154,14 @@ def join() -> None:
             say(f"waiting for {_ranks(missing)} of {world} at {host}:{port}, up to {seconds:g} s")
         time.sleep(0.05)
     torch_dist.init_process_group(backend, store=torch_dist.PrefixStore("group", store), rank=rank(), world_size=world)
+    if backend == "gloo":
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    """End gloo's threads before the interpreter ends: now and then they end the process with an abort otherwise."""
+    if initialized():
+        torch_dist.destroy_process_group()
 
 
 _LONGER = "LDM_JOIN_SECONDS is how long the ranks wait for each other; are RANK, WORLD_SIZE and the others left over?"
@@ -219,7 +228,7 @@ def _ranks(numbers: Sequence[int]) -> str:
     return f"rank {shown}" if len(numbers) == 1 else f"ranks {shown}"
 
 
-def lost(error: BaseException, seconds: float = 3.0) -> str | None:
+def lost(error: BaseException, seconds: float = 5.0) -> str | None:
     """A sentence about the ranks that do not answer any more, if that is what a collective's error is about.
 
     Every rank that still lives asks so; who has not asked within some seconds is named.
@@ -242,6 +251,12 @@ def _silent(seconds: float) -> list[int]:
         end = time.monotonic() + seconds
         while (gone := [r for r in others if not _store.check([f"lives/{r}"])]) and time.monotonic() < end:
             time.sleep(0.05)
+        _store.set(f"told/{rank()}", "1")
+        asking = [f"told/{r}" for r in others if r not in gone]
+        if rank() == 0 and asking:  # the store is here: until the others have asked it too
+            end += seconds
+            while time.monotonic() < end and not _store.check(asking):
+                time.sleep(0.05)
         return gone
     except RuntimeError:  # the store died with rank 0
         return [0] if rank() else others

@@ -127,7 +127,6 @@ def job_of(config: RunConfig, world: int, *, gpu: bool) -> Job:
 
 def _text_to_image(config: RunConfig, task: Any, world: int, gpu: bool) -> Job:
     import torch
-    from torch import nn
 
     from ldm.cli import plan_models as models
     from ldm.models import fit
@@ -155,7 +154,7 @@ def _text_to_image(config: RunConfig, task: Any, world: int, gpu: bool) -> Job:
     if not cached:
         said.append("no cache: VAE and text tower run for every image of every step; set task.cache to encode once")
 
-    def build(recompute: bool) -> nn.Module:
+    def build(recompute: bool) -> torch.nn.Module:
         with torch.device("meta"):
             module = UNet(unet).train()
         module.enable_gradient_checkpointing(how if recompute else "none")

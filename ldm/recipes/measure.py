@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ldm import dist
 from ldm.data.decode import BadSample
 from ldm.data.images import pixels, resize, to_float
 from ldm.data.manifest import Manifest, resolve
@@ -89,20 +88,17 @@ def real_pictures(data: str, split: str, ids: Sequence[int], size: int) -> Tenso
 def folder_pictures(folder: Path, size: int | None = None) -> Tensor:
     """All pictures of a folder or a built set (N, 3, size, size) in [-1, 1], by name; None is the first's shorter side.
 
-    Folders below it count too, as in `ldm data build`. One that cannot be read is named and left out. Raises ValueError
-    when there are none.
+    Folders below it count too, as in `ldm data build`. Raises ValueError when there are none, and naming one that
+    cannot be read: a figure of the others would be of another set.
     """
     kept: list[NDArray[np.uint8]] = []
     for entry in entries(folder):
         try:
             picture = entry.open()
         except BadSample as error:
-            dist.say(f"pictures {folder}: {entry.name} is left out, {error}")
-            continue
+            raise ValueError(f"pictures {str(folder)!r}: {entry.name}: {error}; remove or mend it") from error
         size = size or min(picture.size)
         kept.append(pixels(resize(picture, (size, size), "stretch")))
-    if not kept:
-        raise ValueError(f"pictures: {str(folder)!r}: none of the pictures can be read")
     return to_float(np.stack(kept))
 
 
