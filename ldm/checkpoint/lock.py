@@ -22,8 +22,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-from ldm import dist
-
 LEASE = 20.0
 
 
@@ -178,9 +176,9 @@ class RunLock:
 
         By our clock alone: those of hosts differ.
         """
-        dist.say(
-            f"{self.folder}: locked by {owner}, who may be dead; waits up to {2 * self._lease:g} s for a sign of life"
-        )
+        wait = f"waits up to {2 * self._lease:g} s for a sign of life"
+        sys.stderr.write(f"{self.folder}: locked by {owner}, who may be dead; {wait}\n")
+        sys.stderr.flush()
         before = self._pulse(owner)
         end = time.monotonic() + self._lease
         while time.monotonic() < end and self._read() == owner:

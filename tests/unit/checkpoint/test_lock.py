@@ -14,6 +14,8 @@ import pytest
 
 from ldm.checkpoint.lock import LockLost, Owner, RunLock, RunLocked
 
+ROOT = Path(__file__).parents[3]
+
 LEASE = 0.4
 
 
@@ -177,3 +179,9 @@ def test_nothing_is_promised_without_the_lock(tmp_path: Path) -> None:
         lock.check()
     with pytest.raises(ValueError, match="lease: must be above 0"):
         RunLock(tmp_path, lease=0)
+
+
+def test_the_lock_needs_the_standard_library_alone() -> None:
+    """Programs that only watch a run folder, on login nodes without PyTorch, take it too."""
+    code = "import sys; sys.modules['torch'] = None; from ldm.checkpoint.lock import RunLock"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
