@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm.checkpoint.settings import read_json
 from ldm.models.text import Added, Pad, Tokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -176,15 +177,7 @@ def _same(tokenizer: Tokenizer, vocabulary: dict[str, int], merges: list[tuple[s
 
 def _json(path: Path) -> dict[str, Any]:
     """Keys and values of a file, none if it is missing. Raises ValueError naming it for anything else."""
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected keys and values")
-    return data
+    return read_json(path) if path.is_file() else {}
 
 
 def _write(path: Path, data: Any) -> None:

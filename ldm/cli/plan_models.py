@@ -3,13 +3,13 @@ not; and whether the parts of one fit each other."""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ldm.checkpoint.settings import read_json
 from ldm.config.load import decode
 from ldm.diffusion.process import Process
 from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -141,13 +141,7 @@ def _empty(configs: tuple[TextConfig, ...]) -> list[Tower]:
 
 def _plain(path: Path) -> dict[str, Any]:
     """A model's config without the keys that say who wrote it."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path}: expected keys and values, got {type(tree).__name__}")
-    return {k: v for k, v in tree.items() if not k.startswith("_")}
+    return {k: v for k, v in read_json(path).items() if not k.startswith("_")}
 
 
 def check_size(pixels: int, factor: int, key: str) -> int:

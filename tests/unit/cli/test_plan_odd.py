@@ -109,7 +109,7 @@ def test_odd_numbers_are_refused_in_one_line(
 
 def test_a_model_whose_config_cannot_be_read_is_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "broken" / "vae").mkdir(parents=True)
-    for text, message in (("{", "not readable as JSON"), ("[]", "expected keys and values"), ('{"a": 1}', "unknown")):
+    for text, message in (("{", "not JSON"), ("[]", "expected keys and values"), ('{"a": 1}', "unknown")):
         (root / "broken" / "vae" / "config.json").write_text(text)
         tree = miniature.text_to_image(root, vae=str(root / "broken"))
         said = refused(capsys, str(miniature.write(tree, root / "unreadable.yaml")))
