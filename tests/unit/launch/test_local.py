@@ -185,8 +185,13 @@ def test_job_refuses_impossible_values() -> None:
 def test_a_reader_that_goes_away_ends_all(tmp_path: Path) -> None:
     """Rank 1's lines come through the launcher's pump, which must not leave the ranks on a full pipe."""
     code = f"""
-import os, pathlib
-pathlib.Path(r"{tmp_path}", os.environ["RANK"]).write_text(str(os.getpid()))
+import os, pathlib, time
+folder = pathlib.Path(r"{tmp_path}")
+beside = folder / ("beside-" + os.environ["RANK"])
+beside.write_text(str(os.getpid()))
+beside.rename(folder / os.environ["RANK"])
+while not all((folder / rank).exists() for rank in "01"):  # a rank that ends earlier ends the other at its start
+    time.sleep(0.01)
 while True:
     print("x" * 1000)
 """
@@ -199,6 +204,8 @@ while True:
         assert done.stderr == ""
         assert done.returncode != 0
         assert not any(alive(int((tmp_path / rank).read_text())) for rank in "01")
+        for rank in "01":
+            (tmp_path / rank).unlink()
 
 
 def test_a_taken_port_is_named_before_anything_starts() -> None:

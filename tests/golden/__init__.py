@@ -1,0 +1,1 @@
+"""Losses of short runs, digit by digit: what a refactoring must not change."""
