@@ -18,11 +18,11 @@ from bench import parts
 from bench.timing import Options, Spread, interleaved, ratio, report
 from ldm.data.encode import EncodeConfig, build_cache
 from ldm.data.loader import DataConfig, Loader
-from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
-from ldm.models.latents import LatentCodec
 from ldm.models.presets import AUTOENCODERS, CLIPS, TEXTS
 from ldm.models.text import TextTower, build_clip
 from ldm.models.unet import UNetConfig
+from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.recipes.sources import text_encoder
 from ldm.rng import Rng

@@ -19,10 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import parts
 from bench.timing import Options, interleaved, ratio, report
-from ldm.models.autoencoder import Autoencoder
-from ldm.models.latents import LatentCodec
 from ldm.models.presets import AUTOENCODERS
 from ldm.models.unet import UNetConfig
+from ldm.models.vae.autoencoder import Autoencoder
+from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.rng import Rng
 from ldm.train.ema import EmaConfig

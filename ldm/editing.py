@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ldm.data.decode import to_mask, to_rgb
 from ldm.data.grid import to_pil
 from ldm.data.images import to_float
-from ldm.models.control import controlled
-from ldm.models.openclip import AnyClip, fitted, tokenizer_of
+from ldm.models.text.openclip import AnyClip, fitted, tokenizer_of
+from ldm.models.unet.control import controlled
 from ldm.pipeline import Guide, Progress, Settings, TextToImage
 from ldm.rng import Rng
 from ldm.sampling import prompt_to_prompt as p2p

@@ -28,12 +28,12 @@ from ldm.checkpoint.schedulers import scheduler_from_diffusers
 from ldm.data.grid import to_pil
 from ldm.diffusion.process import Process
 from ldm.models.attention import sliced
-from ldm.models.latents import LatentCodec
 from ldm.models.layers import unchanging
-from ldm.models.prompts import count_chunks, encode_prompts, notes, too_long
 from ldm.models.shipped import named
 from ldm.models.text import TextTower, encode_texts
+from ldm.models.text.prompts import count_chunks, encode_prompts, notes, too_long
 from ldm.models.unet import UNet
+from ldm.models.vae.latents import LatentCodec
 from ldm.precision import chosen, compute_dtype
 from ldm.rng import Rng
 from ldm.sampling import SAMPLERS

@@ -23,9 +23,9 @@ from ldm.data.manifest import Manifest
 from ldm.data.write import ShardWriter
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.schedule import Discrete
-from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.text import ClipConfig, build_clip
 from ldm.models.unet import UNet, UNetConfig
+from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.recipes.sources import load_autoencoder, load_towers
 
 SIZE = 16

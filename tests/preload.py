@@ -20,8 +20,8 @@ import open_clip.tokenizer
 import open_clip.transformer  # noqa: F401
 import torch.distributed
 
-import ldm.models.autoencoder
 import ldm.models.unet
+import ldm.models.vae.autoencoder
 import ldm.train.engine  # noqa: F401
 
 assert torch.distributed.is_available()

@@ -15,10 +15,10 @@ from ldm.checkpoint.opened import Components, Opened, OpenedText, fill, load_tow
 from ldm.checkpoint.opened import empty as _empty
 from ldm.checkpoint.single import open_single, write_single
 from ldm.checkpoint.towers import open_text
-from ldm.models.autoencoder import Autoencoder
 from ldm.models.shipped import SHIPPED
 from ldm.models.text import Output, TextTower
 from ldm.models.unet import UNet
+from ldm.models.vae.autoencoder import Autoencoder
 from ldm.words import expanded, near
 
 __all__ = [

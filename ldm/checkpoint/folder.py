@@ -19,9 +19,9 @@ from ldm.checkpoint.settings import read_json, write_json
 from ldm.checkpoint.tokenizers import save_tokenizer
 from ldm.checkpoint.towers import open_text
 from ldm.config.load import decode, encode
-from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.text import Output, build_tokenizer
 from ldm.models.unet import UNetConfig
+from ldm.models.vae.autoencoder import AutoencoderConfig
 
 log = logging.getLogger(__name__)
 STEM, TEXT_STEM = "diffusion_pytorch_model", towers.STEM

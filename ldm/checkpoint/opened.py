@@ -13,10 +13,10 @@ from torch import nn
 
 from ldm.checkpoint import weights
 from ldm.checkpoint.weights import Source
-from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
-from ldm.models.latents import LatentCodec
 from ldm.models.text import TextConfig, TextTower
 from ldm.models.unet import UNet, UNetConfig
+from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.models.vae.latents import LatentCodec
 
 log = logging.getLogger(__name__)
 

@@ -25,9 +25,9 @@ from ldm.config.load import decode, encode
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.schedule import Discrete
 from ldm.models import presets
-from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.text import TextConfig
 from ldm.models.unet import UNetConfig
+from ldm.models.vae.autoencoder import AutoencoderConfig
 
 log = logging.getLogger(__name__)
 UNET, VAE, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."

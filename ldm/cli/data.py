@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ldm.data.buckets import BucketConfig
     from ldm.data.manifest import Manifest
-    from ldm.models.latents import LatentCodec
+    from ldm.models.vae.latents import LatentCodec
 
 
 def main(argv: list[str]) -> int:
@@ -207,7 +207,7 @@ def _encode(args: argparse.Namespace) -> int:
     from ldm import dist
     from ldm.allocator import keep_freed_memory
     from ldm.data.encode import EncodeConfig, encode, finish, missing
-    from ldm.models.latents import LatentCodec
+    from ldm.models.vae.latents import LatentCodec
     from ldm.progress import Bar
     from ldm.recipes.sources import cache_hashes, load_autoencoder, load_towers, text_encoder
 

@@ -38,9 +38,9 @@ def main(argv: list[str]) -> int:
     say("loading ...")
     from ldm.config.schema import load_run
     from ldm.data.mixture import main_source
+    from ldm.demo import run as demo
     from ldm.models.shipped import ASSETS
     from ldm.pipeline import Settings, TextToImage
-    from ldm.web import demo
 
     file = ASSETS / "demo.yaml"
     overrides = [f"out={args.out}", f"task.cache={args.out / 'cache'}", *args.overrides]

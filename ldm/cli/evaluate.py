@@ -15,7 +15,7 @@ from ldm.cli.options import Parser
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ldm.recipes.divided import Parts, Rows
+    from ldm.evaluate.divided import Parts, Rows
 
 
 def main(argv: list[str]) -> int:
@@ -120,8 +120,8 @@ def _drawing(parser: Parser) -> None:
 
 def _retrieval(args: argparse.Namespace) -> int:
     from ldm import dist
-    from ldm.evaluate import worth
-    from ldm.recipes import divided, measure
+    from ldm.evaluate import divided, measure
+    from ldm.metrics import worth
     from ldm.recipes.sources import load_clip
 
     drawn = measure.draw(args.data, args.split, args.count, seed=args.seed)
@@ -164,7 +164,7 @@ def _retrieval(args: argparse.Namespace) -> int:
 
 
 def _reconstruction(args: argparse.Namespace) -> int:
-    from ldm.recipes import measure
+    from ldm.evaluate import measure
     from ldm.recipes.sources import load_autoencoder, weights_hash
 
     drawn = measure.draw(args.data, args.split, args.count, seed=args.seed)
@@ -183,10 +183,10 @@ def _reconstruction(args: argparse.Namespace) -> int:
 
 def _features(args: argparse.Namespace) -> int:
     from ldm import dist
-    from ldm.evaluate import fid
-    from ldm.evaluate.features import extract, in_batches
-    from ldm.recipes import divided, measure
-    from ldm.recipes.statistics import real_features
+    from ldm.evaluate import divided, measure
+    from ldm.evaluate.statistics import real_features
+    from ldm.metrics import fid
+    from ldm.metrics.features import extract, in_batches
 
     check(args, count=2)
     network = measure.feature_network(args.network, args.weights)
@@ -226,8 +226,8 @@ def _features(args: argparse.Namespace) -> int:
 
 def _nll(args: argparse.Namespace) -> int:
     from ldm import dist
+    from ldm.evaluate import measure
     from ldm.pipeline import TextToImage
-    from ldm.recipes import measure
     from ldm.recipes.models import usable
 
     drawn = measure.draw(args.data, args.split, args.count, seed=args.seed)
@@ -267,8 +267,8 @@ def _drawn(
     from ldm import dist
     from ldm.checkpoint.students import choose
     from ldm.data.grid import to_pil
+    from ldm.evaluate import divided, measure
     from ldm.pipeline import Settings, TextToImage
-    from ldm.recipes import divided, measure
     from ldm.recipes.models import usable
 
     pipeline = TextToImage.load(

@@ -30,10 +30,10 @@ def main(args: argparse.Namespace) -> int:
     """Measure and print."""
     from ldm import __version__, dist
     from ldm.checkpoint.files import write_text
+    from ldm.evaluate import measure
+    from ldm.evaluate.roundtrip import round_trip
     from ldm.pipeline import TextToImage
-    from ldm.recipes import measure
     from ldm.recipes.models import usable
-    from ldm.recipes.roundtrip import round_trip
 
     drawn = measure.draw(args.data, args.split, args.count, seed=args.seed)
     pipeline = TextToImage.load(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ldm.recipes.divided import Parts, Rows
+    from ldm.evaluate.divided import Parts, Rows
 
 Draw = Callable[..., "tuple[Rows, dict[str, Any], Parts | None]"]
 """(options, captions, describe, judge, *, each, pictures) -> rows of all pictures, how they were drawn, their files."""
@@ -35,9 +35,9 @@ def main(args: argparse.Namespace, draw: Draw, protocol: Callable[..., dict[str,
     from ldm.checkpoint.files import write_text
     from ldm.data import decode
     from ldm.data.grid import sheet
-    from ldm.evaluate import worth
-    from ldm.evaluate.features import EfficientNetLite0
-    from ldm.recipes import divided, measure, prompts
+    from ldm.evaluate import divided, measure, prompts
+    from ldm.metrics import worth
+    from ldm.metrics.features import EfficientNetLite0
     from ldm.recipes.sources import load_clip
 
     drawn = measure.draw(args.data, args.split, args.count, seed=args.seed)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.words import expanded
 
 if TYPE_CHECKING:
-    from ldm.recipes.quality import Entry
+    from ldm.evaluate.quality import Entry
 
 TABLE, FIGURE = "table.md", "figure.svg"
 
@@ -63,8 +63,8 @@ def main(args: argparse.Namespace) -> int:
 
     from ldm import dist, progress
     from ldm.checkpoint.files import write_text
+    from ldm.evaluate import measure, quality, quality_table
     from ldm.pipeline import TextToImage
-    from ldm.recipes import measure, quality, quality_table
     from ldm.recipes.models import usable
     from ldm.recipes.sources import load_clip
     from ldm.sampling import lookup
@@ -100,7 +100,7 @@ def main(args: argparse.Namespace) -> int:
 
 def entry(text: str) -> Entry:
     """A model from its option: PATH, or NAME=PATH with choices after colons."""
-    from ldm.recipes.quality import Entry
+    from ldm.evaluate.quality import Entry
 
     name, equal, rest = text.partition("=")
     if not equal:
@@ -147,7 +147,7 @@ def _counts(text: str) -> tuple[tuple[int, int], ...]:
 
 def figure(rows: list[dict[str, Any]]) -> str:
     """KID and R@1 of each split, against whichever was varied most: steps, guidance or CLIP guidance."""
-    from ldm.recipes.quality_table import BOUNDS
+    from ldm.evaluate.quality_table import BOUNDS
     from ldm.web.chart import Curve
     from ldm.web.figure import Panel, svg
 

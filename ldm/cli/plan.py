@@ -130,7 +130,8 @@ def _text_to_image(config: RunConfig, task: Any, world: int, gpu: bool) -> Job:
 
     from ldm.cli import plan_models as models
     from ldm.models import fit
-    from ldm.models.unet import UNet, granularity
+    from ldm.models.network import granularity
+    from ldm.models.unet import UNet
     from ldm.plan.flops import count_flops
     from ldm.plan.report import Job
 
@@ -192,7 +193,7 @@ def _autoencoder(config: RunConfig, task: Any, world: int, gpu: bool) -> Job:
     from torch import Tensor, nn
 
     from ldm.cli.plan_models import check_size
-    from ldm.models.autoencoder import Autoencoder
+    from ldm.models.vae.autoencoder import Autoencoder
     from ldm.plan.flops import count_flops
     from ldm.plan.report import Job
 

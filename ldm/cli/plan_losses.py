@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ldm.adapters.lora import LoraConfig
     from ldm.adapters.tokens import TokensConfig
     from ldm.config.schema import RunConfig
-    from ldm.models.unet import Granularity
+    from ldm.models.network import Granularity
     from ldm.objectives import Objective
     from ldm.pipeline import TextToImage
     from ldm.recipes.clip import ClipTask
@@ -64,7 +64,7 @@ def clip(config: RunConfig, task: ClipTask, world: int, gpu: bool) -> Job:
 def finetune(config: RunConfig, task: FinetuneTask | DreamboothTask | InversionTask, world: int, gpu: bool) -> Job:
     """A base model with its adapter: `unet` is frozen beside a LoRA or new tokens."""
     from ldm.adapters.full import FullConfig
-    from ldm.models.unet import granularity
+    from ldm.models.network import granularity
     from ldm.objectives.denoise import DenoiseObjective
     from ldm.recipes.finetune import make_adapter
 
@@ -99,7 +99,7 @@ def finetune(config: RunConfig, task: FinetuneTask | DreamboothTask | InversionT
 
 def distill(config: RunConfig, task: DistillTask, world: int, gpu: bool) -> Job:
     """A student, its frozen teacher and its target; a LoRA shares the teacher's weights."""
-    from ldm.models.unet import granularity
+    from ldm.models.network import granularity
     from ldm.objectives.inputs import LatentFeed
     from ldm.recipes.distill import Student, make_objective, make_student
 

@@ -12,13 +12,13 @@ import torch
 from ldm.checkpoint.settings import read_json
 from ldm.config.load import decode
 from ldm.diffusion.process import Process
-from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.fit import width
-from ldm.models.latents import LatentCodec
 from ldm.models.presets import AUTOENCODERS, TEXTS, UNETS
 from ldm.models.shipped import SHIPPED
 from ldm.models.text import TextConfig, TextTower
 from ldm.models.unet import UNet, UNetConfig
+from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline import TextToImage
 
 if TYPE_CHECKING:

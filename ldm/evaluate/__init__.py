@@ -1,1 +1,1 @@
-"""Measuring pictures: feature distances, CLIP score, caption retrieval, reconstruction error."""
+"""Protocols over models: what is drawn, how it is judged, what is kept, over one process or many."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.text import ClipConfig, TextConfig
 from ldm.models.unet import UNetConfig
+from ldm.models.vae.autoencoder import AutoencoderConfig
 
 _SD15 = UNetConfig(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
 _SD21 = UNetConfig(

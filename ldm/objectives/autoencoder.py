@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.evaluate.features import perceptual_distance
-from ldm.models.autoencoder import Autoencoder
+from ldm.metrics.features import perceptual_distance
 from ldm.models.discriminator import Discriminator
+from ldm.models.vae.autoencoder import Autoencoder
 from ldm.objectives.base import Objective
 from ldm.rng import Rng
 from ldm.types import Batch, Metrics

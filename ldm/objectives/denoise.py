@@ -14,7 +14,7 @@ from ldm import dist
 from ldm.diffusion.density import Importance, ImportanceTimes
 from ldm.diffusion.likelihood import hybrid_loss
 from ldm.diffusion.process import Process, offset_noise, perturb_noise
-from ldm.models.latents import LatentCodec
+from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.base import Objective, by_noise
 from ldm.objectives.inputs import EncodeText, LatentFeed
 from ldm.rng import Rng, key

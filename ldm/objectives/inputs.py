@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ldm.models.latents import LatentCodec
+from ldm.models.vae.latents import LatentCodec
 from ldm.rng import Rng
 from ldm.types import Batch, Cond
 

@@ -17,10 +17,10 @@ from ldm.config.load import encode
 from ldm.data.grid import save_grid
 from ldm.data.loader import Loader
 from ldm.data.mixture import Data, main_source, without_texts
-from ldm.evaluate.features import EfficientNetLite0
-from ldm.evaluate.reconstruction import psnr, ssim
-from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.metrics.features import EfficientNetLite0
+from ldm.metrics.reconstruction import psnr, ssim
 from ldm.models.discriminator import Discriminator, DiscriminatorConfig
+from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.objectives.autoencoder import AutoencoderLoss, AutoencoderObjective, Features
 from ldm.recipes.base import Assembly
 from ldm.recipes.sources import training_data

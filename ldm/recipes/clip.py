@@ -15,7 +15,7 @@ from ldm.checkpoint.files import write_text
 from ldm.checkpoint.folders import write_module
 from ldm.config.load import encode
 from ldm.data.mixture import Data
-from ldm.evaluate.retrieval import caption_retrieval
+from ldm.metrics.retrieval import caption_retrieval
 from ldm.models.text import ClipConfig, build_clip, build_tokenizer
 from ldm.objectives.contrastive import ContrastiveObjective
 from ldm.recipes.autoencoder import held_out

@@ -24,8 +24,9 @@ from ldm.data.mixture import Data, with_caches
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.process import Process
 from ldm.models.discriminator import MiddleHead, PatchHead
+from ldm.models.network import Granularity
 from ldm.models.shipped import SHIPPED, locate
-from ldm.models.unet import Granularity, UNet
+from ldm.models.unet import UNet
 from ldm.objectives import Objective
 from ldm.objectives.consistency import ConsistencyObjective, ConsistencyOptions
 from ldm.objectives.inputs import Feed, LatentFeed

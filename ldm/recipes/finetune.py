@@ -23,9 +23,9 @@ from ldm.data.encode import EncodeConfig, encode, finish
 from ldm.data.loader import DataConfig
 from ldm.data.mixture import Data, with_caches
 from ldm.diffusion.weighting import P2, SNR, VLB, MinSNR, Uniform
-from ldm.models.latents import LatentCodec
+from ldm.models.network import Granularity
 from ldm.models.text import TextTower, encode_texts
-from ldm.models.unet import Granularity
+from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.objectives.inputs import EncodeText
 from ldm.pipeline import TextToImage

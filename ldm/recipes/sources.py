@@ -18,12 +18,11 @@ from ldm.checkpoint.folders import read_module
 from ldm.config.load import decode
 from ldm.data.mixture import Data, open_data
 from ldm.data.stream import Stream, Tokenize
-from ldm.models import openclip
-from ldm.models.autoencoder import Autoencoder
-from ldm.models.openclip import AnyClip
 from ldm.models.shipped import locate, named
-from ldm.models.text import ClipConfig, TextTower, build_clip, encode_texts
+from ldm.models.text import ClipConfig, TextTower, build_clip, encode_texts, openclip
+from ldm.models.text.openclip import AnyClip
 from ldm.models.unet import UNet, UNetConfig
+from ldm.models.vae.autoencoder import Autoencoder
 from ldm.pipeline import TextToImage
 from ldm.types import Cond
 

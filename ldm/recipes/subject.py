@@ -18,10 +18,10 @@ from ldm.data.grid import to_pil
 from ldm.data.images import pixels, resize, to_float
 from ldm.data.manifest import Manifest, resolve
 from ldm.data.shards import Shards
-from ldm.evaluate.clip_score import similarity
-from ldm.evaluate.features import EfficientNetLite0
-from ldm.evaluate.retrieval import recall_at
-from ldm.models.openclip import tokenizer_of
+from ldm.metrics.clip_score import similarity
+from ldm.metrics.features import EfficientNetLite0
+from ldm.metrics.retrieval import recall_at
+from ldm.models.text.openclip import tokenizer_of
 from ldm.pipeline import Settings, TextToImage
 from ldm.recipes.pictures import check
 from ldm.recipes.sources import load_clip

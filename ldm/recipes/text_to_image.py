@@ -22,11 +22,12 @@ from ldm.data.grid import save_grid
 from ldm.data.loader import DataConfig
 from ldm.data.mixture import Data, with_caches
 from ldm.diffusion.process import Process
-from ldm.models.autoencoder import Autoencoder
 from ldm.models.fit import check_fit
-from ldm.models.latents import LatentCodec
+from ldm.models.network import Granularity
 from ldm.models.text import TextTower
-from ldm.models.unet import Granularity, UNet, UNetConfig
+from ldm.models.unet import UNet, UNetConfig
+from ldm.models.vae.autoencoder import Autoencoder
+from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.pipeline import Settings, TextToImage
 from ldm.progress import Bar

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import psutil
 import torch
 
-from ldm.models.latents import LatentCodec
+from ldm.models.vae.latents import LatentCodec
 from ldm.sampling.settings import Settings
 
 SMALLER = "take a smaller size or batch, or tile, slices and queries (--size, --batch, --vae-tile, --attention-slice)"

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ldm import dist
-from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.discriminator import Discriminator, DiscriminatorConfig
+from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.objectives.autoencoder import AutoencoderLoss, AutoencoderObjective
 from ldm.rng import Rng
 from ldm.train.engine import Engine, EngineConfig

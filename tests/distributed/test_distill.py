@@ -15,9 +15,9 @@ from ldm.adapters.lora import LoraConfig
 from ldm.diffusion.prediction import V
 from ldm.diffusion.process import Process
 from ldm.diffusion.schedule import Discrete
-from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
-from ldm.models.latents import LatentCodec
 from ldm.models.unet import UNet
+from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.models.vae.latents import LatentCodec
 from ldm.objectives import Objective
 from ldm.objectives.consistency import ConsistencyOptions
 from ldm.objectives.inputs import LatentFeed

@@ -18,8 +18,8 @@ from torch import Tensor
 from ldm import dist
 from ldm.checkpoint import files
 from ldm.cli import evaluate
-from ldm.evaluate import features
-from ldm.recipes import divided
+from ldm.evaluate import divided
+from ldm.metrics import features
 from tests import miniature, ranks
 
 

@@ -15,8 +15,8 @@ from ldm.diffusion.density import Importance
 from ldm.diffusion.prediction import V
 from ldm.diffusion.process import Process
 from ldm.diffusion.schedule import Discrete
-from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
-from ldm.models.latents import LatentCodec
+from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.pipeline import Settings, TextToImage
 from ldm.rng import Rng

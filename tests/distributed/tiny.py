@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ldm.diffusion.prediction import V
 from ldm.diffusion.process import Process
 from ldm.diffusion.weighting import MinSNR
-from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
-from ldm.models.latents import LatentCodec
 from ldm.models.unet import UNet, UNetConfig
+from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.rng import Rng
 from ldm.train.ema import EmaConfig

@@ -11,7 +11,7 @@ import torch
 
 from ldm.cli import evaluate
 from ldm.editing import clip_guide
-from ldm.models.openclip import fitted, tokenizer_of
+from ldm.models.text.openclip import fitted, tokenizer_of
 from ldm.pipeline import Settings, TextToImage
 from ldm.recipes.sources import load_clip
 

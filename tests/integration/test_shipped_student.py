@@ -12,10 +12,10 @@ from PIL import Image
 
 from ldm.checkpoint.lora_files import NAME
 from ldm.cli.__main__ import main
+from ldm.demo import run as demo
+from ldm.demo.page import build
 from ldm.models.shipped import ASSETS, SHIPPED
 from ldm.pipeline import Settings, TextToImage
-from ldm.web import demo
-from ldm.web.demo_page import build
 
 FOUR = Settings(sampler="lcm", steps=4, guidance=1.0, seed=7)
 PROMPTS = ["a red apple", "cat"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
-from ldm.models.latents import LatentCodec
+from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.models.vae.latents import LatentCodec
 
 torch.set_num_threads(1)
 CASES = {

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ldm.checkpoint import weights
 from ldm.checkpoint.convert import Components, load_diffusers, save_diffusers
-from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
-from ldm.models.latents import LatentCodec
 from ldm.models.text import TextConfig, TextTower, encode_texts
 from ldm.models.unet import UNet, UNetConfig
+from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.models.vae.latents import LatentCodec
 
 torch.set_num_threads(1)
 SCHEDULER = {

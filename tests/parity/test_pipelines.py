@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
-from ldm.models.latents import LatentCodec
+from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline import Settings, TextToImage
 from ldm.rng import Rng
 from tests.parity.test_diffusers_folder import make, save

@@ -20,8 +20,8 @@ from ldm.checkpoint.opened import shapes_of
 from ldm.checkpoint.schedulers import scheduler_from_diffusers
 from ldm.checkpoint.towers import text_settings
 from ldm.config.load import decode
-from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.unet import UNet, UNetConfig
+from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
 
 torch.set_num_threads(1)
 PUBLISHED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("published.json").read_text("utf-8"))

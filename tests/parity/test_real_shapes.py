@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ldm.config.load import encode
 from ldm.models import presets
-from ldm.models.autoencoder import Autoencoder
 from ldm.models.text import TextTower
 from ldm.models.unet import UNet, UNetConfig
+from ldm.models.vae.autoencoder import Autoencoder
 
 pytestmark = pytest.mark.slow
 BOUND = 1e-5

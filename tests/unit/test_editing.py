@@ -12,11 +12,11 @@ from PIL import Image
 from ldm.data.grid import to_pil
 from ldm.diffusion import Discrete, Process, V
 from ldm.editing import Change, attention_maps, clip_guide, edit, encode, img2img, inpaint, invert, redraw
-from ldm.models.autoencoder import Autoencoder
-from ldm.models.latents import LatentCodec
 from ldm.models.presets import AUTOENCODERS, CLIPS, TEXTS, UNETS
 from ldm.models.text import TextTower, build_clip
 from ldm.models.unet import UNet
+from ldm.models.vae.autoencoder import Autoencoder
+from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline import Settings, TextToImage
 from ldm.rng import Rng
 

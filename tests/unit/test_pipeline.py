@@ -14,10 +14,10 @@ from torch import Tensor
 from ldm.diffusion.prediction import V
 from ldm.diffusion.process import Process
 from ldm.diffusion.schedule import Discrete
-from ldm.models.autoencoder import Autoencoder
-from ldm.models.latents import LatentCodec
 from ldm.models.text import TextConfig, TextTower
 from ldm.models.unet import UNet, UNetConfig
+from ldm.models.vae.autoencoder import Autoencoder
+from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline import Settings, TextToImage
 from ldm.rng import Rng
 from ldm.sampling import sample

@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ldm.diffusion.prediction import V
 from ldm.diffusion.process import Process
 from ldm.models.attention import attention, sliced
-from ldm.models.autoencoder import Autoencoder
-from ldm.models.latents import LatentCodec
 from ldm.models.presets import UNETS
 from ldm.models.text import TextConfig, TextTower
 from ldm.models.unet import UNet
+from ldm.models.vae.autoencoder import Autoencoder
+from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline import Settings, TextToImage
 from ldm.rng import Rng
 from tests import miniature

@@ -14,9 +14,9 @@ from omegaconf import OmegaConf
 from ldm import dist, precision
 from ldm.cli.data import _moments
 from ldm.config.load import dump
-from ldm.models.autoencoder import Autoencoder
-from ldm.models.latents import LatentCodec
 from ldm.models.presets import AUTOENCODERS
+from ldm.models.vae.autoencoder import Autoencoder
+from ldm.models.vae.latents import LatentCodec
 from ldm.precision import Measured
 from ldm.recipes.run import settled
 from ldm.train.engine import EngineConfig

@@ -17,10 +17,10 @@ from ldm.checkpoint.schedulers import scheduler_to_diffusers
 from ldm.checkpoint.weights import Entry
 from ldm.diffusion.prediction import Epsilon
 from ldm.diffusion.schedule import Discrete
-from ldm.models.autoencoder import Autoencoder
 from ldm.models.presets import AUTOENCODERS, UNETS
 from ldm.models.text import TextConfig, TextTower
 from ldm.models.unet import UNet, UNetConfig
+from ldm.models.vae.autoencoder import Autoencoder
 
 # 129 MB of weights in the shape of SD 1.x, in one file
 WIDE = UNetConfig(

@@ -10,10 +10,10 @@ import torch
 from huggingface_hub import constants
 
 from ldm.checkpoint.convert import _HUB_FILES, load_model, save_diffusers
-from ldm.models.autoencoder import Autoencoder
 from ldm.models.presets import UNETS
 from ldm.models.text import TextConfig, TextTower
 from ldm.models.unet import UNet
+from ldm.models.vae.autoencoder import Autoencoder
 from tests import miniature
 
 

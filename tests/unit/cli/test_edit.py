@@ -20,10 +20,10 @@ from ldm.checkpoint.convert import save_diffusers
 from ldm.checkpoint.schedulers import scheduler_to_diffusers
 from ldm.cli.__main__ import main
 from ldm.diffusion import Discrete, V
-from ldm.models.autoencoder import Autoencoder
 from ldm.models.presets import AUTOENCODERS, TEXTS, UNETS
 from ldm.models.text import TextTower
 from ldm.models.unet import UNet
+from ldm.models.vae.autoencoder import Autoencoder
 from ldm.pipeline import Settings, TextToImage
 
 STEPS = 2

@@ -18,10 +18,10 @@ from ldm.cli import drawn
 from ldm.cli.__main__ import main
 from ldm.cli.sample import _lora, _prompts_in
 from ldm.diffusion import Discrete, V
-from ldm.models.autoencoder import Autoencoder
 from ldm.models.presets import AUTOENCODERS, TEXTS, UNETS
 from ldm.models.text import TextTower
 from ldm.models.unet import UNet
+from ldm.models.vae.autoencoder import Autoencoder
 from ldm.pipeline import TextToImage
 
 

@@ -18,13 +18,13 @@ from ldm.cli import evaluate
 from ldm.config.load import encode
 from ldm.data.manifest import resolve
 from ldm.diffusion import Discrete, Epsilon
-from ldm.evaluate import features
-from ldm.models.autoencoder import Autoencoder
-from ldm.models.openclip import fitted, tokenizer_of
+from ldm.evaluate import measure
+from ldm.metrics import features
 from ldm.models.presets import AUTOENCODERS, CLIPS, TEXTS, UNETS
 from ldm.models.text import TextTower, build_clip
+from ldm.models.text.openclip import fitted, tokenizer_of
 from ldm.models.unet import UNet
-from ldm.recipes import measure
+from ldm.models.vae.autoencoder import Autoencoder
 from ldm.recipes.sources import load_autoencoder, load_clip
 
 

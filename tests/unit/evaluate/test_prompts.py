@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ldm.cli.__main__ import main
-from ldm.evaluate.cmmd import cmmd
-from ldm.evaluate.diversity import diversity
-from ldm.evaluate.features import Encoder
-from ldm.recipes import statistics
-from ldm.recipes.measure import clip_features
-from ldm.recipes.prompts import by_prompt
+from ldm.evaluate import statistics
+from ldm.evaluate.measure import clip_features
+from ldm.evaluate.prompts import by_prompt
+from ldm.metrics.cmmd import cmmd
+from ldm.metrics.diversity import diversity
+from ldm.metrics.features import Encoder
 from ldm.recipes.sources import load_clip
 from tests import miniature
 
@@ -79,7 +79,7 @@ def test_rows_belong_to_their_prompts(root: Path) -> None:
     prompts = ["a red dot", "a blue bar", "a green cross"]
     rows = by_prompt(images, prompts, 2, clip, config, None)
     model: Any = clip
-    from ldm.models.openclip import tokenizer_of
+    from ldm.models.text.openclip import tokenizer_of
 
     texts = model.encode_text(tokenizer_of(config)(prompts)).double()
     seen = clip_features(images, clip, config).double()

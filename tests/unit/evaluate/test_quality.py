@@ -18,13 +18,13 @@ from ldm.cli import evaluate, evaluate_samplers
 from ldm.cli.evaluate_samplers import entry
 from ldm.config.load import encode
 from ldm.diffusion import Discrete, V
-from ldm.evaluate import features
-from ldm.models.autoencoder import Autoencoder
+from ldm.evaluate import measure, quality
+from ldm.metrics import features
 from ldm.models.presets import AUTOENCODERS, CLIPS, TEXTS, UNETS
 from ldm.models.text import TextTower, build_clip
 from ldm.models.unet import UNet
+from ldm.models.vae.autoencoder import Autoencoder
 from ldm.pipeline import TextToImage
-from ldm.recipes import measure, quality
 from ldm.sampling import sample
 from ldm.web.chart import Curve
 from ldm.web.figure import Panel, svg

@@ -9,10 +9,10 @@ import torch
 
 from ldm.config.load import decode, encode
 from ldm.models import presets
-from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
-from ldm.models.latents import LatentCodec
 from ldm.models.text import ClipConfig, TextConfig, Tokenizer, build_clip
 from ldm.models.unet import UNet, UNetConfig
+from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.models.vae.latents import LatentCodec
 
 
 @pytest.mark.parametrize(

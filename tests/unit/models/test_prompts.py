@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.models.prompts import count_chunks, encode_prompts, notes, pieces, too_long
 from ldm.models.text import TextConfig, TextTower, encode_texts
+from ldm.models.text.prompts import count_chunks, encode_prompts, notes, pieces, too_long
 
 TEXT = {"width": 16, "heads": 2, "layers": 2, "context_length": 10, "vocab_size": 4096, "bpe": "emoji"}
 PROMPTS = ["a red apple", "", "a green cross: 2"]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
-from ldm.models.latents import LatentCodec
-from ldm.models.tiles import bands, decode_tiled
+from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.models.vae.latents import LatentCodec
+from ldm.models.vae.tiles import bands, decode_tiled
 
 CONFIG = AutoencoderConfig(block_out_channels=(16, 16, 32), layers_per_block=1, norm_num_groups=4, scaling_factor=0.5)
 

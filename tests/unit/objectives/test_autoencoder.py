@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.discriminator import Discriminator, DiscriminatorConfig
+from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.objectives.autoencoder import AutoencoderLoss, AutoencoderObjective, balance, hinge, kl_to_standard_normal
 from ldm.rng import Rng
 

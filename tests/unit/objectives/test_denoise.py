@@ -14,9 +14,9 @@ from ldm.diffusion.prediction import V
 from ldm.diffusion.process import Process
 from ldm.diffusion.schedule import Flow
 from ldm.diffusion.weighting import MinSNR
-from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
-from ldm.models.latents import LatentCodec
 from ldm.models.text import TextConfig, TextTower, encode_texts
+from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.rng import Rng
 from ldm.types import Cond

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from ldm.diffusion import Discrete, Epsilon, Flow, Importance, Process, V
-from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
-from ldm.models.latents import LatentCodec
+from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.rng import Rng
 from ldm.types import Cond

@@ -18,8 +18,8 @@ from ldm.data.build import BuildConfig, build
 from ldm.data.encode import EncodeConfig, build_cache
 from ldm.data.loader import DataConfig, Loader
 from ldm.diffusion.process import Process
-from ldm.models.latents import LatentCodec
 from ldm.models.unet import UNet, UNetConfig
+from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.rng import Rng
 from ldm.types import Batch

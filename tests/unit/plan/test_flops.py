@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.attention import attention, using
-from ldm.models.autoencoder import Autoencoder
 from ldm.models.presets import AUTOENCODERS, TEXTS, UNETS
 from ldm.models.text import TextTower
 from ldm.models.unet import UNet
+from ldm.models.vae.autoencoder import Autoencoder
 from ldm.plan.flops import count_flops
 
 META = torch.device("meta")

@@ -18,8 +18,8 @@ from ldm.data.mixture import MixtureConfig
 from ldm.diffusion.prediction import Epsilon
 from ldm.diffusion.process import Process
 from ldm.diffusion.weighting import MinSNR
-from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
-from ldm.models.latents import LatentCodec
+from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.pipeline import Settings
 from ldm.recipes import pictures, prior

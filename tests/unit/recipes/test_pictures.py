@@ -17,8 +17,9 @@ from ldm.data.buckets import BucketConfig
 from ldm.data.build import BuildConfig, build
 from ldm.data.loader import DataConfig, Loader
 from ldm.data.manifest import Manifest
+from ldm.evaluate import measure
 from ldm.pipeline import Settings
-from ldm.recipes import measure, pictures, prior
+from ldm.recipes import pictures, prior
 from ldm.recipes.finetune import FinetuneTask
 from ldm.recipes.prior import Prior
 from tests import miniature

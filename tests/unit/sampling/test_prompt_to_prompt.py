@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ldm.diffusion import Discrete, Process, V
-from ldm.models.control import attention_layers, controlled
 from ldm.models.presets import UNETS
 from ldm.models.unet import UNet
+from ldm.models.unet.control import attention_layers, controlled
 from ldm.sampling import prompt_to_prompt as p2p
 from ldm.sampling import sample
 from ldm.sampling.guidance import classifier_free

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.demo.page import DemoResults, RetrievalFigure, build, write_demo_page
 from ldm.web import chart
-from ldm.web.demo_page import DemoResults, RetrievalFigure, build, write_demo_page
 from ldm.web.gallery import Bar, Curve, Fact, Gallery, Picture
 
 VOID = {"meta", "img", "br", "line", "path"}

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from ldm import __version__, dist
 from ldm.checkpoint import files
 from ldm.editing import clip_guide
-from ldm.evaluate import fid, worth
-from ldm.evaluate.features import FeatureNetwork, extract, in_batches
-from ldm.models.openclip import AnyClip
+from ldm.evaluate import divided, measure
+from ldm.evaluate.divided import Rows
+from ldm.evaluate.quality_table import BOUNDS, line
+from ldm.evaluate.statistics import real_features, samples_of
+from ldm.metrics import fid, worth
+from ldm.metrics.features import FeatureNetwork, extract, in_batches
+from ldm.models.text.openclip import AnyClip
 from ldm.pipeline import Progress, Settings, TextToImage
-from ldm.recipes import divided, measure
-from ldm.recipes.divided import Rows
-from ldm.recipes.quality_table import BOUNDS, line
-from ldm.recipes.statistics import real_features, samples_of
 from ldm.rng import Rng
 from ldm.types import Denoise
 

@@ -10,8 +10,8 @@ import logging
 import torch
 from torch import Tensor
 
-from ldm.models.autoencoder import Autoencoder
-from ldm.models.tiles import decode_tiled
+from ldm.models.vae.autoencoder import Autoencoder
+from ldm.models.vae.tiles import decode_tiled
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ldm.evaluate.fid import without_rounding
+from ldm.metrics.fid import without_rounding
 
 SIGMA, SCALE = 10.0, 1000.0
 

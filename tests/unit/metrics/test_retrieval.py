@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from ldm.evaluate import clip_score, retrieval
+from ldm.metrics import clip_score, retrieval
 
 
 def test_a_blind_model_is_exactly_at_chance() -> None:

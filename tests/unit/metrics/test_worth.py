@@ -17,12 +17,12 @@ from ldm.cli import evaluate
 from ldm.cli.__main__ import main
 from ldm.config.load import encode
 from ldm.diffusion import Discrete, Epsilon
-from ldm.evaluate import features, worth
-from ldm.models.autoencoder import Autoencoder
+from ldm.evaluate import measure
+from ldm.metrics import features, worth
 from ldm.models.presets import AUTOENCODERS, CLIPS, TEXTS, UNETS
 from ldm.models.text import TextTower, build_clip
 from ldm.models.unet import UNet
-from ldm.recipes import measure
+from ldm.models.vae.autoencoder import Autoencoder
 
 FEW, KNOWS = "few pictures", "text tower is one of those that condition the model"
 

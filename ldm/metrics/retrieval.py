@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.evaluate.clip_score import ROUNDING, similarity
+from ldm.metrics.clip_score import ROUNDING, similarity
 from ldm.rng import generator
 
 

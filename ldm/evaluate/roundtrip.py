@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.evaluate.reconstruction import psnr
+from ldm.metrics.reconstruction import psnr
 from ldm.pipeline import Settings, TextToImage
 from ldm.sampling import sample
 from ldm.sampling.editing import invert

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.evaluate.clip_score import ROUNDING, clip_score, similarity
-from ldm.evaluate.cmmd import cmmd
-from ldm.evaluate.diversity import Maps, diversity
-from ldm.evaluate.retrieval import recall_at
-from ldm.models.openclip import AnyClip, tokenizer_of
-from ldm.recipes.divided import Rows
-from ldm.recipes.measure import clip_features
+from ldm.evaluate.divided import Rows
+from ldm.evaluate.measure import clip_features
+from ldm.metrics.clip_score import ROUNDING, clip_score, similarity
+from ldm.metrics.cmmd import cmmd
+from ldm.metrics.diversity import Maps, diversity
+from ldm.metrics.retrieval import recall_at
+from ldm.models.text.openclip import AnyClip, tokenizer_of
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.evaluate import fid
+from ldm.metrics import fid
 
 
 def features(n: int, width: int, seed: int) -> torch.Tensor:

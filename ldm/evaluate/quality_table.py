@@ -1,4 +1,4 @@
-"""The rows of `ldm.recipes.quality` as a line each and as a table, with what their figures are worth."""
+"""The rows of `ldm.evaluate.quality` as a line each and as a table, with what their figures are worth."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.evaluate import worth
+from ldm.metrics import worth
 from ldm.rng import generator
 
 SUBSET = 1000

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ldm.evaluate.features import perceptual_distance
+from ldm.metrics.features import perceptual_distance
 
 Maps = Callable[[Tensor], list[Tensor]]
 """Pictures (B, 3, H, W) in [-1, 1] -> feature maps of several depths."""

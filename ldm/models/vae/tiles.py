@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.autoencoder import Autoencoder, Level
 from ldm.models.layers import GroupNorm, ResnetBlock, Upsample
+from ldm.models.vae.autoencoder import Autoencoder, Level
 
 
 @torch.no_grad()

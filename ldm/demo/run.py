@@ -21,18 +21,18 @@ from ldm.config.schema import RunConfig
 from ldm.data.grid import sheet, to_pil
 from ldm.data.loader import Loader
 from ldm.data.mixture import main_source
+from ldm.demo import edits
+from ldm.demo.page import DemoResults, RetrievalFigure, write_demo_page
 from ldm.diffusion import Discrete, Flow
-from ldm.evaluate.clip_score import nearest
-from ldm.evaluate.retrieval import Retrieval
+from ldm.evaluate import measure
+from ldm.metrics.clip_score import nearest
+from ldm.metrics.retrieval import Retrieval
 from ldm.models.unet import UNet
 from ldm.pipeline import Settings, TextToImage
-from ldm.recipes import measure
 from ldm.recipes.sources import load_clip
 from ldm.recipes.text_to_image import TextToImageTask
 from ldm.rng import Rng, seed_torch
-from ldm.web import demo_edits
 from ldm.web.chart import Curve
-from ldm.web.demo_page import DemoResults, RetrievalFigure, write_demo_page
 from ldm.web.gallery import Fact, Picture
 
 PROMPTS = (
@@ -301,7 +301,7 @@ def neighbours(demo: Demo, trained: TextToImage) -> None:
 def editing(demo: Demo, trained: TextToImage) -> None:
     """Each editing method once."""
     given = [p for p in demo.results.data if p.caption]
-    demo.results.edits = demo_edits.rows(demo.shipped, demo.settings, [p.image for p in given])
+    demo.results.edits = edits.rows(demo.shipped, demo.settings, [p.image for p in given])
 
 
 _SECTIONS = {

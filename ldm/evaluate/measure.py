@@ -18,13 +18,13 @@ from ldm.data.images import pixels, resize, to_float
 from ldm.data.manifest import Manifest, resolve
 from ldm.data.samples import Samples
 from ldm.diffusion.likelihood import Bound, Variance, bound
-from ldm.evaluate import features, fid, retrieval
-from ldm.evaluate.features import FeatureNetwork, extract, in_batches
-from ldm.evaluate.reconstruction import psnr, ssim
-from ldm.evaluate.retrieval import Retrieval
-from ldm.models.autoencoder import Autoencoder
-from ldm.models.latents import LatentCodec
-from ldm.models.openclip import AnyClip, OpenClipConfig, fitted, tokenizer_of
+from ldm.metrics import features, fid, retrieval
+from ldm.metrics.features import FeatureNetwork, extract, in_batches
+from ldm.metrics.reconstruction import psnr, ssim
+from ldm.metrics.retrieval import Retrieval
+from ldm.models.text.openclip import AnyClip, OpenClipConfig, fitted, tokenizer_of
+from ldm.models.vae.autoencoder import Autoencoder
+from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline import Settings, TextToImage
 from ldm.recipes.pictures import entries
 from ldm.recipes.sources import load_clip, weights_hash

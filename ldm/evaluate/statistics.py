@@ -15,9 +15,9 @@ from torch import Tensor
 from ldm import dist
 from ldm.data.fingerprint import fingerprint
 from ldm.data.manifest import Manifest, resolve
-from ldm.evaluate.features import EfficientNetLite0, FeatureNetwork, Inception, extract, in_batches
-from ldm.recipes import divided
-from ldm.recipes.measure import real_pictures
+from ldm.evaluate import divided
+from ldm.evaluate.measure import real_pictures
+from ldm.metrics.features import EfficientNetLite0, FeatureNetwork, Inception, extract, in_batches
 from ldm.recipes.sources import weights_hash
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ldm.models.emphasis import parse, unread
 from ldm.models.text import Overlong, TextTower, Tokenizer, encode_texts
+from ldm.models.text.emphasis import parse, unread
 from ldm.types import Cond
 
 Token = tuple[int, float]
@@ -20,7 +20,7 @@ Token = tuple[int, float]
 def pieces(prompt: str) -> list[tuple[str, float]]:
     """Text and weight of each part of a prompt: "a (red:1.3) apple" is "a ", "red" at 1.3 and " apple".
 
-    The usual syntax, as `ldm.models.emphasis` reads it; BREAK only divides.
+    The usual syntax, as `ldm.models.text.emphasis` reads it; BREAK only divides.
     """
     return [piece for section in parse(prompt).sections for piece in section]
 

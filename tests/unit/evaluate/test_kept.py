@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ldm.data.indexing import index
-from ldm.evaluate.features import Encoder
+from ldm.evaluate import quality, statistics
+from ldm.evaluate.measure import real_pictures
+from ldm.metrics.features import Encoder
 from ldm.models.text import TextConfig, TextTower
-from ldm.recipes import quality, statistics
-from ldm.recipes.measure import real_pictures
 from ldm.recipes.sources import cache_hashes, text_settings, weights_hash
 from tests.unit.data.pictures import color_of, png
 from tests.unit.data.tarred import Member, pack

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.evaluate import reconstruction
+from ldm.metrics import reconstruction
 
 
 def pair() -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,8 +20,8 @@ from ldm.cli import evaluate
 from ldm.cli.__main__ import main
 from ldm.data.grid import to_pil
 from ldm.data.images import pixels, to_float
-from ldm.models.openclip import OpenClipConfig, fitted, tokenizer_of
-from ldm.recipes import measure
+from ldm.evaluate import measure
+from ldm.models.text.openclip import OpenClipConfig, fitted, tokenizer_of
 from ldm.recipes.sources import clip_tower, load_clip, weights_hash
 from tests import miniature
 

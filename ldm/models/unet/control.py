@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from ldm.models.transformer import Attention
+from ldm.models.unet.transformer import Attention
 
 Hand = Callable[[str, Tensor], Tensor]
 """(layer name, weights (B, heads, queries, keys)) -> the weights to use instead."""

@@ -1,0 +1,1 @@
+"""The demo: its run, its edits and its page."""

@@ -1,0 +1,1 @@
+"""Figures of pictures and features: distances, retrieval, scores. Pure: no model of ours, no files."""

@@ -1,0 +1,149 @@
+"""The settings of a U-Net: diffusers' keys, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ldm.config.load import accepts
+from ldm.models import others
+from ldm.models.layers import check_equal, check_groups
+
+DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
+MID = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")
+UP = ("CrossAttnUpBlock2D", "UpBlock2D")
+CLASS_EMBEDS = (None, "timestep", "identity", "projection", "simple_projection")
+_FIXED = {
+    "center_input_sample": False,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1.0,
+    "act_fn": "silu",
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "only_cross_attention": False,
+    "dual_cross_attention": False,
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0,
+    "time_embedding_type": "positional",
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "attention_type": "default",
+    "class_embeddings_concat": False,
+    "mid_block_only_cross_attention": None,
+    "cross_attention_norm": None,
+    "addition_embed_type_num_heads": 64,
+    "reverse_transformer_layers_per_block": None,
+}
+
+
+@accepts(others.unet)
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """The keys of diffusers' UNet2DConditionModel `config.json`; one value, or one a level from the finest.
+
+    `attention_head_dim` is the NUMBER of heads, as it is in every published config (diffusers' naming mistake, kept in
+    its files); `num_attention_heads`, if given, is used instead. Keys that only take one value here are checked.
+    """
+
+    sample_size: int | None = None
+    in_channels: int = 4
+    out_channels: int = 4
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0
+    down_block_types: tuple[str, ...] = (DOWN[0], DOWN[0], DOWN[0], DOWN[1])
+    mid_block_type: str = MID[0]
+    up_block_types: tuple[str, ...] = (UP[1], UP[0], UP[0], UP[0])
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int | tuple[int, ...] = 2
+    dropout: float = 0.0
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int | tuple[int, ...] = 1280
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    attention_head_dim: int | tuple[int, ...] = 8
+    num_attention_heads: int | tuple[int, ...] | None = None
+    use_linear_projection: bool = False
+    upcast_attention: bool = False
+    resnet_time_scale_shift: str = "default"
+    time_embedding_dim: int | None = None
+    time_cond_proj_dim: int | None = None
+    class_embed_type: str | None = None
+    num_class_embeds: int | None = None
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+    center_input_sample: bool = False
+    downsample_padding: int = 1
+    mid_block_scale_factor: float = 1.0
+    act_fn: str = "silu"
+    encoder_hid_dim: int | None = None
+    encoder_hid_dim_type: str | None = None
+    only_cross_attention: bool = False
+    dual_cross_attention: bool = False
+    resnet_skip_time_act: bool = False
+    resnet_out_scale_factor: float = 1.0
+    time_embedding_type: str = "positional"
+    time_embedding_act_fn: str | None = None
+    timestep_post_act: str | None = None
+    conv_in_kernel: int = 3
+    conv_out_kernel: int = 3
+    attention_type: str = "default"
+    class_embeddings_concat: bool = False
+    mid_block_only_cross_attention: bool | None = None
+    cross_attention_norm: str | None = None
+    addition_embed_type_num_heads: int = 64
+    reverse_transformer_layers_per_block: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in _FIXED.items():
+            check_equal(name, getattr(self, name), value)
+        levels = self.levels
+        for name, allowed in (("down_block_types", DOWN), ("up_block_types", UP)):
+            types = getattr(self, name)
+            if len(types) != levels or any(t not in allowed for t in types):
+                raise ValueError(f"{name} {list(types)}: expected one of {list(allowed)} for each of {levels} levels")
+        _check_member("mid_block_type", self.mid_block_type, MID)
+        _check_member("class_embed_type", self.class_embed_type, CLASS_EMBEDS)
+        _check_member("addition_embed_type", self.addition_embed_type, (None, "text_time"))
+        _check_member("resnet_time_scale_shift", self.resnet_time_scale_shift, ("default", "scale_shift"))
+        check_groups(self.norm_num_groups, self.block_out_channels)
+        for width, heads in zip(self.block_out_channels, self.heads, strict=True):
+            if heads < 1 or width % heads:
+                raise ValueError(f"attention_head_dim (number of heads) {heads} must divide block_out_channels {width}")
+        for name in ("layers_per_block", "transformer_layers_per_block", "cross_attention_dim"):
+            self.per_level(name)
+        needs_input = self.class_embed_type in ("projection", "simple_projection") or self.addition_embed_type
+        if needs_input and self.projection_class_embeddings_input_dim is None:
+            raise ValueError("projection_class_embeddings_input_dim is needed by this class or addition embedding")
+        if self.addition_embed_type and self.addition_time_embed_dim is None:
+            raise ValueError(f"addition_time_embed_dim is needed by addition_embed_type {self.addition_embed_type!r}")
+
+    @property
+    def levels(self) -> int:
+        """Number of resolutions."""
+        return len(self.block_out_channels)
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Number of attention heads of each level."""
+        return self.per_level("attention_head_dim" if self.num_attention_heads is None else "num_attention_heads")
+
+    @property
+    def time_width(self) -> int:
+        """E."""
+        return self.time_embedding_dim or 4 * self.block_out_channels[0]
+
+    def per_level(self, name: str) -> tuple[int, ...]:
+        """A setting as one value a level, finest first; raises ValueError for another number of values."""
+        value = getattr(self, name)
+        values = value if isinstance(value, tuple) else (value,) * self.levels
+        if len(values) != self.levels or min(values) < 1:
+            raise ValueError(f"{name} {value!r}: expected a positive number, or one for each of {self.levels} levels")
+        return values
+
+
+def _check_member(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} {value!r} is not one of {list(allowed)}")
