@@ -57,7 +57,7 @@ def ours(kind: str, batch: int, precision: str) -> Step:
     encode = text_encoder(pipeline.text)
     fixed = {"moments": pipeline.codec.moments(images).detach(), **encode(captions), "weight": weight, "key": captions}
     adapter = LoraAdapter(LoraConfig(rank=RANK)) if kind == "lora" else FullAdapter(FullConfig())
-    trained = adapter.attach(pipeline.unet, pipeline.text)
+    trained = adapter.attach(pipeline.network, pipeline.text)
     objective = DenoiseObjective(trained, pipeline.process, pipeline.codec, encode, DenoiseOptions(drop=0.0))
     config = EngineConfig(zero_stage=1, precision=cast("Any", precision))
     engine = Engine(objective, OPTIM.build(objective.parameters()), config, micro_batch=batch, accumulate=1)
@@ -160,7 +160,7 @@ def merged_difference() -> float:
     """The largest difference of the U-Net's answer, LoRA attached and its file merged, over the largest answer."""
     pipeline = TextToImage.load("emoji")
     adapter = LoraAdapter(LoraConfig(rank=RANK))
-    net = adapter.attach(pipeline.unet, pipeline.text)
+    net = adapter.attach(pipeline.network, pipeline.text)
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in net.parameters():
@@ -171,9 +171,9 @@ def merged_difference() -> float:
         net.detach()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / lora_files.NAME
-            lora_files.write_lora(path, adapter.lora(dict(net.named_parameters())), pipeline.unet.config)
+            lora_files.write_lora(path, adapter.lora(dict(net.named_parameters())), pipeline.network.config)
             pipeline.load_lora(path)
-        return float((pipeline.unet(x, t, cond) - attached).abs().max() / attached.abs().max())
+        return float((pipeline.network(x, t, cond) - attached).abs().max() / attached.abs().max())
 
 
 def run(options: Options) -> dict[str, Any]:

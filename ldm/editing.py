@@ -166,9 +166,11 @@ def inpaint(
             f"mask: {mask.size[0]} x {mask.size[1]} pixels, the picture has {image.width} x {image.height}"
         )
     channels = pipe.codec.channels
-    takes = pipe.unet.config.in_channels
+    takes = pipe.network.config.in_channels
     if takes not in (channels, 2 * channels + 1):
-        raise ValueError(f"inpainting: the U-Net takes {takes} channels, expected {channels} or {2 * channels + 1}")
+        raise ValueError(
+            f"inpainting: the {pipe.network.title} takes {takes} channels, expected {channels} or {2 * channels + 1}"
+        )
     canvas = Canvas.of(pipe, image, settings)
     known = canvas.latents(pipe)
     inside = np.asarray(mask.resize(canvas.picture.size, Image.Resampling.BILINEAR)) > 127
@@ -262,7 +264,7 @@ def edit(
     )
     x = x.to(pipe.device).expand(2, -1, -1, -1)
     same = Rng(settings.seed, (0, 0))
-    with controlled(pipe.unet, control):
+    with controlled(pipe.network, control):
         latents = pipe.latents([source, target], settings, same, control.progress, x=x, wrap=control.blend)
     pictures = _pictures(pipe, latents, settings)
     return pictures[0], pictures[1]
@@ -273,7 +275,7 @@ def attention_maps(pipe: TextToImage, prompt: str, *, settings: Settings) -> tup
     pipe.check([prompt], settings)
     _, h, w = pipe.latent_shape(settings.size)
     maps = p2p.AttentionMaps(rows=1, shape=(h, w))
-    with controlled(pipe.unet, maps, own=False):
+    with controlled(pipe.network, maps, own=False):
         latents = pipe.latents([prompt], settings, Rng(settings.seed, (0,)))
     picture = _pictures(pipe, latents, settings)[0]
     found = {}

@@ -129,7 +129,7 @@ def text_to_image(root: Path, **changes: Any) -> dict[str, Any]:
         "kind": "text_to_image",
         "vae": str(root / "autoencoder"),
         "text": str(root / "towers"),
-        "unet": UNET,
+        "network": {"kind": "unet"} | UNET,
         "process": {"prediction": {"kind": "v"}, "weighting": {"kind": "min_snr"}},
         "samples": {"prompts": ["a red dot", "", "a blue bar"], "every": 4, "settings": {"steps": 2, "guidance": 2.0}},
     }
@@ -163,7 +163,7 @@ def teacher(root: Path, prediction: str = "v") -> Path:
         torch.nn.init.normal_(p, std=0.1) if p.ndim == 1 else torch.nn.init.xavier_normal_(p)
     scheduler = scheduler_to_diffusers(Discrete(zero_terminal_snr=prediction == "v"), PREDICTIONS[prediction])
     parts = {"autoencoder": load_autoencoder(str(root / "autoencoder")), "text": load_towers(str(root / "towers"))}
-    save_diffusers(root / "teacher", unet=unet, scheduler=scheduler, **parts)
+    save_diffusers(root / "teacher", network=unet, scheduler=scheduler, **parts)
     return root / "teacher"
 
 

@@ -7,8 +7,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from ldm.models.network import Network
 from ldm.models.text import TextTower
-from ldm.models.unet import UNet
 
 
 class Adapter(Protocol):
@@ -19,8 +19,8 @@ class Adapter(Protocol):
         """Whether text states need gradients, so that they can be neither cached nor computed without them."""
         ...
 
-    def attach(self, unet: UNet, text: Sequence[TextTower]) -> nn.Module:
-        """Freeze everything and return what trains: a module that is called as the U-Net is, (x, t, cond).
+    def attach(self, network: Network, text: Sequence[TextTower]) -> nn.Module:
+        """Freeze everything and return what trains: a module that is called as the network is, (x, t, cond).
 
         Only what it registers belongs in the engine; the frozen parts stay outside.
         """
@@ -31,9 +31,9 @@ class Adapter(Protocol):
         ...
 
 
-def freeze(unet: UNet, text: Sequence[TextTower]) -> None:
+def freeze(network: Network, text: Sequence[TextTower]) -> None:
     """No gradients for the weights of all parts."""
-    for module in (unet, *text):
+    for module in (network, *text):
         module.requires_grad_(False)
 
 

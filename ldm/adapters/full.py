@@ -1,4 +1,4 @@
-"""All weights of the U-Net train, and those of the text towers if so configured."""
+"""All weights of the network train, and those of the text towers if so configured."""
 
 from __future__ import annotations
 
@@ -9,59 +9,62 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ldm.adapters.base import freeze
+from ldm.models.network import Network
 from ldm.models.text import TextTower
-from ldm.models.unet import UNet
 from ldm.types import Cond
 
 
 @dataclass(frozen=True, kw_only=True)
 class FullConfig:
-    """Every weight of the U-Net trains; with `text` also those of the text towers that conditioning depends on."""
+    """Every weight of the network trains; with `text` also those of the text towers that conditioning depends on."""
 
     kind: Literal["full"] = "full"
     text: bool = False
 
 
 class Together(nn.Module):
-    """The U-Net and the text towers as one trained module; called as the U-Net is."""
+    """The network and the text towers as one trained module; called as the network is."""
 
-    def __init__(self, unet: UNet, text: Sequence[TextTower]) -> None:
+    def __init__(self, network: Network, text: Sequence[TextTower]) -> None:
         super().__init__()
-        self.unet = unet
+        self._network = (network,)
+        self.add_module(network.component, network)
         self.text = nn.ModuleList(tower.model for tower in text)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return self.unet(x, t, cond)
+        return self._network[0](x, t, cond)
 
 
 class FullAdapter:
-    """Whole weights; the exported names are `unet.NAME` and `text.I.NAME` with native names."""
+    """Whole weights; the exported names are `unet.NAME` (its component) and `text.I.NAME` with native names."""
 
     def __init__(self, config: FullConfig) -> None:
         self.config = config
+        self._component = ""
 
     @property
     def trains_text(self) -> bool:
         """Whether the towers train."""
         return self.config.text
 
-    def attach(self, unet: UNet, text: Sequence[TextTower]) -> nn.Module:
-        """The U-Net, or `Together`; a tower's weights that nothing depends on stay frozen."""
-        freeze(unet, text)
-        unet.requires_grad_(True).train()
+    def attach(self, network: Network, text: Sequence[TextTower]) -> nn.Module:
+        """The network, or `Together`; a tower's weights that nothing depends on stay frozen."""
+        freeze(network, text)
+        self._component = network.component
+        network.requires_grad_(True).train()
         if not self.config.text:
-            return unet
-        pooled = unet.config.addition_embed_type is not None
+            return network
+        pooled = "pooled" in network.needs
         for i, tower in enumerate(text):
             for name, p in tower.model.named_parameters():
                 p.requires_grad_(_matters(name, tower, pooled=pooled and i == len(text) - 1))
-        return Together(unet, text)
+        return Together(network, text)
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Native names under `unet.` and `text.I.`."""
+        """Native names under the component's (`unet.`) and `text.I.`."""
         if self.config.text:
             return dict(weights)
-        return {f"unet.{name}": value for name, value in weights.items()}
+        return {f"{self._component}.{name}": value for name, value in weights.items()}
 
 
 def _matters(name: str, tower: TextTower, *, pooled: bool) -> bool:

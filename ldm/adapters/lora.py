@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ldm.adapters.base import freeze
 from ldm.adapters.corrections import Corrections
 from ldm.adapters.low_rank import Lora, LowRank, row_norms
-from ldm.adapters.sites import Site, chosen, text_sites, unet_sites
+from ldm.adapters.sites import Site, chosen, network_sites, text_sites
+from ldm.models.network import Network
 from ldm.models.text import TextTower
-from ldm.models.unet import UNet
 from ldm.types import Cond
 
 
@@ -108,15 +108,15 @@ class Low(nn.Module):
 
 
 class LoraNet(nn.Module):
-    """The corrections of all layers; called as the U-Net is, and the U-Net itself is corrected while attached.
+    """The corrections of all layers; called as the network is, which itself is corrected while attached.
 
-    The U-Net and the towers are not registered: only the corrections enter the engine.
+    The network and the towers are not registered: only the corrections enter the engine.
     """
 
-    def __init__(self, unet: UNet, sites: Sequence[Site], config: LoraConfig) -> None:
+    def __init__(self, network: Network, sites: Sequence[Site], config: LoraConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleDict({_key(site.name): Low(site, config) for site in sites})
-        self._unet = (unet,)
+        self._network = (network,)
         self._on = True
         self._undo = [self._hook(site) for site in sites if not isinstance(site.module, nn.MultiheadAttention)]
         fused: dict[nn.MultiheadAttention, dict[str, str]] = {}
@@ -126,7 +126,7 @@ class LoraNet(nn.Module):
         self._undo += [self._replace(attention, keys) for attention, keys in fused.items()]
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return self._unet[0](x, t, cond)
+        return self._network[0](x, t, cond)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -193,14 +193,14 @@ class LoraAdapter:
         """Whether the towers are adapted too."""
         return self.config.text
 
-    def attach(self, unet: UNet, text: Sequence[TextTower]) -> LoraNet:
+    def attach(self, network: Network, text: Sequence[TextTower]) -> LoraNet:
         """Freeze the model and put corrections on it, which start as none."""
-        freeze(unet, text)
-        unet.train()
-        pooled = unet.config.addition_embed_type is not None
+        freeze(network, text)
+        network.train()
+        pooled = "pooled" in network.needs
         words = text_sites(text, pooled=pooled) if self.config.text else []
-        sites = chosen([*unet_sites(unet), *words], self.config.targets)
-        return LoraNet(unet, sites, self.config)
+        sites = chosen([*network_sites(network), *words], self.config.targets)
+        return LoraNet(network, sites, self.config)
 
     def lora(self, weights: Mapping[str, Tensor]) -> Lora:
         """The corrections, from the attached module's weights by name."""

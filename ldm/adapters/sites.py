@@ -1,7 +1,7 @@
 """The layers that a low-rank correction can sit on, under the names that files use.
 
-A U-Net layer has its own name under `unet.`; a text tower's layers have Hugging Face's names under `text_encoder.` or
-`text_encoder_2.`, where query, key and value are rows of one weight here.
+A network's layer has its own name under its component's (`unet.`); a text tower's layers have Hugging Face's names
+under `text_encoder.` or `text_encoder_2.`, where query, key and value are rows of one weight here.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ldm.adapters.base import COMPONENTS
+from ldm.models.network import Network
 from ldm.models.text import TextTower
-from ldm.models.unet import UNet
 
 GROUPS = ("attention", "feed_forward", "projection", "convolution", "time")
 _TEXT = {
@@ -53,15 +53,13 @@ class Site:
         return None if self.bias is None else self.bias[self.start : self.stop]
 
 
-def unet_sites(unet: UNet) -> list[Site]:
-    """All linear layers and convolutions of the U-Net."""
+def network_sites(network: Network) -> list[Site]:
+    """The layers of the network that adapters may correct."""
     found = []
-    for name, module in unet.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            bias = module.bias
-            found.append(
-                Site(f"unet.{name}", _unet_group(name), module, module.weight, bias, 0, module.weight.shape[0])
-            )
+    for name, module, group in network.correctable():
+        assert isinstance(module, (nn.Linear, nn.Conv2d))
+        own, rows = f"{network.component}.{name}", module.weight.shape[0]
+        found.append(Site(own, group, module, module.weight, module.bias, 0, rows))
     return found
 
 
@@ -91,12 +89,12 @@ def text_sites(text: Sequence[TextTower], *, pooled: bool | None = None) -> list
     return found
 
 
-def all_sites(unet: UNet, text: Sequence[TextTower]) -> dict[str, Site]:
+def all_sites(network: Network, text: Sequence[TextTower]) -> dict[str, Site]:
     """Every site of a model by name."""
-    return {site.name: site for site in [*unet_sites(unet), *text_sites(text)]}
+    return {site.name: site for site in [*network_sites(network), *text_sites(text)]}
 
 
-def other_sites(unet: UNet, text: Sequence[TextTower]) -> dict[str, Site]:
+def other_sites(network: Network, text: Sequence[TextTower]) -> dict[str, Site]:
     """What only others' files correct: norms, biases under NAME.bias, the towers' projections."""
     found = {}
 
@@ -105,11 +103,11 @@ def other_sites(unet: UNet, text: Sequence[TextTower]) -> dict[str, Site]:
             if value is not None:
                 found[own] = Site(own, group, module, value, None, 0, len(value))
 
-    for name, module in unet.named_modules():
+    for name, module in network.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            add(f"unet.{name}", module, None, module.bias)
+            add(f"{network.component}.{name}", module, None, module.bias)
         elif isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
-            add(f"unet.{name}", module, module.weight, module.bias)
+            add(f"{network.component}.{name}", module, module.weight, module.bias)
     for site in text_sites(text):
         if site.bias is not None:
             own = f"{site.name}.bias"
@@ -142,15 +140,3 @@ def chosen(sites: Sequence[Site], targets: Sequence[str]) -> list[Site]:
     if not found:
         raise ValueError(f"targets: {list(targets)} choose no layer of this model")
     return [s for s in sites if s.name in found]
-
-
-def _unet_group(name: str) -> str:
-    if ".attn1." in name or ".attn2." in name:
-        return "attention"
-    if ".ff." in name:
-        return "feed_forward"
-    if name.endswith((".proj_in", ".proj_out")):
-        return "projection"
-    if name.endswith(".time_emb_proj"):
-        return "time"
-    return "convolution" if ".resnets." in name or "samplers." in name else "other"

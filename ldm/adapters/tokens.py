@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.adapters.base import freeze
+from ldm.models.network import Network
 from ldm.models.text import TextTower
-from ldm.models.unet import UNet
 from ldm.types import Cond
 
 
@@ -68,12 +68,12 @@ class Rows(nn.Module):
 
 
 class TokenRows(nn.Module):
-    """All new rows, by token and tower; called as the U-Net is, which is frozen and not registered."""
+    """All new rows, by token and tower; called as the network is, which is frozen and not registered."""
 
-    def __init__(self, unet: UNet, text: Sequence[TextTower], config: TokensConfig) -> None:
+    def __init__(self, network: Network, text: Sequence[TextTower], config: TokensConfig) -> None:
         super().__init__()
         self.tokens = nn.ModuleList()
-        self._unet = (unet,)
+        self._network = (network,)
         for new in config.tokens:
             rows = nn.ModuleList(Rows(start(tower, new), bound_of(tower, config)) for tower in text)
             for tower, own in zip(text, rows, strict=True):
@@ -81,7 +81,7 @@ class TokenRows(nn.Module):
             self.tokens.append(rows)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return self._unet[0](x, t, cond)
+        return self._network[0](x, t, cond)
 
 
 class TokensAdapter:
@@ -93,12 +93,12 @@ class TokensAdapter:
         self.config = config
         self._bounds: list[float] = []
 
-    def attach(self, unet: UNet, text: Sequence[TextTower]) -> TokenRows:
+    def attach(self, network: Network, text: Sequence[TextTower]) -> TokenRows:
         """Freeze the model and add the tokens to its towers; ValueError for a token that exists or a wrong start."""
-        freeze(unet, text)
-        unet.train()
+        freeze(network, text)
+        network.train()
         self._bounds = [bound_of(tower, self.config) for tower in text]
-        return TokenRows(unet, text, self.config)
+        return TokenRows(network, text, self.config)
 
     def concepts(self, weights: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
         """Token -> its rows (n, D) of each tower, from the attached module's weights by name."""

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
-from ldm.checkpoint.convert import load_unet, save_diffusers
+from ldm.checkpoint.convert import load_network, save_diffusers
 from ldm.checkpoint.folders import read_module, write_module
 from ldm.checkpoint.schedulers import scheduler_to_diffusers
 from ldm.checkpoint.students import beside
 from ldm.config.schema import load_run
+from ldm.models import networks
 from ldm.models.shipped import ASSETS
-from ldm.models.unet import UNet
 from ldm.recipes.sources import clip_tower, load_autoencoder
 from ldm.recipes.text_to_image import TextToImageTask
 
@@ -41,8 +41,8 @@ def main() -> None:
         return
     task = load_run(args.config).task
     assert isinstance(task, TextToImageTask)
-    assert task.unet is not None
-    unet = UNet(task.unet) if args.unet is None else load_unet(args.unet / "unet")
+    assert task.network is not None
+    network = networks.build(task.network) if args.unet is None else load_network(args.unet / "unet")
     if args.unet is None:
         autoencoder, tower = load_autoencoder(args.autoencoder), clip_tower(args.clip)
         plain, weights = read_module(Path(args.clip) / "clip")
@@ -56,7 +56,9 @@ def main() -> None:
         autoencoder, tower = load_autoencoder("emoji"), load_towers("emoji")[0]
     scheduler = scheduler_to_diffusers(task.process.schedule, task.process.prediction)
     folder = ASSETS / "emoji_64"
-    save_diffusers(folder, unet=unet, autoencoder=autoencoder, text=[tower], scheduler=scheduler, dtype=torch.float16)
+    save_diffusers(
+        folder, network=network, autoencoder=autoencoder, text=[tower], scheduler=scheduler, dtype=torch.float16
+    )
     report()
 
 

@@ -10,17 +10,23 @@ from ldm.adapters.low_rank import Loras
 from ldm.adapters.tokens import add_concept
 from ldm.checkpoint.embedding_files import file_names, read_embeddings
 from ldm.checkpoint.lora_files import read_adapter
+from ldm.models.network import Network
 from ldm.models.text import TextTower
-from ldm.models.unet import UNet
 
 log = logging.getLogger(__name__)
 
 
 def attach_lora(
-    merged: Loras, unet: UNet, text: Sequence[TextTower], path: str | Path, weight: float, name: str, lenient: bool
+    merged: Loras,
+    network: Network,
+    text: Sequence[TextTower],
+    path: str | Path,
+    weight: float,
+    name: str,
+    lenient: bool,
 ) -> str:
     """Merge a file's corrections under a name, which is returned, and add the tokens that it bundles."""
-    found = read_adapter(path, unet, text, lenient=lenient)
+    found = read_adapter(path, network, text, lenient=lenient)
     merged.add(name, found.corrections, weight)
     for token, rows in found.embeddings.items():
         log.warning("LoRA %s: holds an embedding too, called by %r", path, add_concept(text, token, rows)[0])

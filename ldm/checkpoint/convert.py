@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from ldm.checkpoint import weights
-from ldm.checkpoint.folder import open_folder, open_unet, open_vae, write_folder
+from ldm.checkpoint.folder import open_folder, open_network, open_vae, write_folder
 from ldm.checkpoint.opened import Components, Opened, OpenedText, fill, load_tower, shapes_of
 from ldm.checkpoint.opened import empty as _empty
 from ldm.checkpoint.single import open_single, write_single
 from ldm.checkpoint.towers import open_text
+from ldm.models.network import Network
 from ldm.models.shipped import SHIPPED
 from ldm.models.text import Output, TextTower
-from ldm.models.unet import UNet
 from ldm.models.vae.autoencoder import Autoencoder
 from ldm.words import expanded, near
 
@@ -29,9 +29,9 @@ __all__ = [
     "load_autoencoder",
     "load_diffusers",
     "load_model",
+    "load_network",
     "load_single",
     "load_text",
-    "load_unet",
     "open_model",
     "save_diffusers",
     "save_single",
@@ -44,7 +44,7 @@ _HUB_FILES = ["*.json", "*.txt", "*.safetensors"]
 def save_diffusers(
     folder: Path,
     *,
-    unet: UNet,
+    network: Network,
     autoencoder: Autoencoder,
     text: Sequence[TextTower],
     scheduler: Mapping[str, Any],
@@ -52,7 +52,7 @@ def save_diffusers(
     shard_bytes: int = weights.SHARD_BYTES,
 ) -> None:
     """Write a folder that diffusers' pipelines load, as `folder.write_folder`; `dtype` is that of the file."""
-    write_folder(Path(folder), Opened.of(unet, autoencoder, text, scheduler), dtype=dtype, shard_bytes=shard_bytes)
+    write_folder(Path(folder), Opened.of(network, autoencoder, text, scheduler), dtype=dtype, shard_bytes=shard_bytes)
 
 
 def load_diffusers(folder: Path, *, variant: str | None = None, dtype: torch.dtype = torch.float32) -> Components:
@@ -63,14 +63,14 @@ def load_diffusers(folder: Path, *, variant: str | None = None, dtype: torch.dty
 def save_single(
     path: Path,
     *,
-    unet: UNet,
+    network: Network,
     autoencoder: Autoencoder,
     text: Sequence[TextTower],
     scheduler: Mapping[str, Any],
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write a CompVis single file."""
-    write_single(Path(path), Opened.of(unet, autoencoder, text, scheduler), dtype=dtype)
+    write_single(Path(path), Opened.of(network, autoencoder, text, scheduler), dtype=dtype)
 
 
 def load_single(
@@ -133,13 +133,13 @@ def _from_hub(name: str) -> Path:
         raise ValueError(f"{name}: not a hub id (owner/name)") from error
 
 
-def load_unet(folder: Path, *, variant: str | None = None, dtype: torch.dtype = torch.float32) -> UNet:
-    """A U-Net from its own folder."""
-    config, source = open_unet(Path(folder), variant=variant)
+def load_network(folder: Path, *, variant: str | None = None, dtype: torch.dtype = torch.float32) -> Network:
+    """A denoising network from its own folder."""
+    config, source = open_network(Path(folder), variant=variant)
     source = weights.reshaped(source, shapes_of(config))
     weights.check_keys(str(folder), shapes_of(config), weights.shapes(source))
     model = fill(_empty(config), source, dtype, str(folder))
-    assert isinstance(model, UNet)
+    assert isinstance(model, Network)
     return model
 
 

@@ -19,11 +19,14 @@ from ldm.checkpoint.settings import read_json, write_json
 from ldm.checkpoint.tokenizers import save_tokenizer
 from ldm.checkpoint.towers import open_text
 from ldm.config.load import decode, encode
+from ldm.models.networks import AnyNetwork
 from ldm.models.text import Output, build_tokenizer
 from ldm.models.unet import UNetConfig
 from ldm.models.vae.autoencoder import AutoencoderConfig
 
 log = logging.getLogger(__name__)
+NETWORKS = ("unet",)
+"""Folders that a denoising network may be in."""
 STEM, TEXT_STEM = "diffusion_pytorch_model", towers.STEM
 VERSION = "0.30.0"  # of diffusers, whose format this is
 
@@ -87,7 +90,7 @@ def open_folder(folder: Path, *, variant: str | None = None, lenient: bool = Fal
     for i in range(1 + two):
         where, tokenizer = folder / _numbered("text_encoder", i), folder / _numbered("tokenizer", i)
         text.append(open_text(where, tokenizer, output=output, zero_empty=zeros, variant=variant, lenient=lenient))
-    unet_config, unet = open_unet(folder / "unet", variant=variant)
+    unet_config, unet = open_network(folder / "unet", variant=variant)
     vae_config, vae = open_vae(folder / "vae", variant=variant)
     return Opened(str(folder), unet_config, unet, vae_config, vae, tuple(text), scheduler)
 
@@ -96,8 +99,13 @@ _VAE_DEFAULTS = {"block_out_channels": [64], "layers_per_block": 1, "sample_size
 """What diffusers takes where a file does not say it, and `AutoencoderConfig` takes the published families'."""
 
 
-def open_unet(folder: Path, *, variant: str | None = None) -> tuple[UNetConfig, weights.Source]:
-    """The U-Net in its own folder."""
+def network_in(folder: Path) -> Path | None:
+    """The folder of the denoising network in a model's folder, None where there is none."""
+    return next((folder / name for name in NETWORKS if (folder / name / "config.json").is_file()), None)
+
+
+def open_network(folder: Path, *, variant: str | None = None) -> tuple[AnyNetwork, weights.Source]:
+    """The network in its own folder."""
     plain = _own(read_json(folder / "config.json"), "UNet2DConditionModel", folder)
     return decode(UNetConfig, plain, str(folder)), weights.open_folder(folder, STEM, variant)
 
@@ -148,6 +156,7 @@ def _pipeline(model: Opened) -> str:
 def _unet_json(config: UNetConfig) -> dict[str, Any]:
     heads = config.heads if len(set(config.heads)) > 1 else config.heads[0]
     plain = encode(replace(config, attention_head_dim=heads, num_attention_heads=None))
+    del plain["kind"]  # which the class tells
     return {"_class_name": "UNet2DConditionModel", "_diffusers_version": VERSION, **plain}
 
 

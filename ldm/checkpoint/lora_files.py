@@ -27,9 +27,10 @@ from ldm.checkpoint import weights
 from ldm.checkpoint.lora_names import Named, is_xl, known_names, kohya_names, kohyas_own, plain, split
 from ldm.checkpoint.lora_parts import Misfit, assemble
 from ldm.checkpoint.lora_settings import PEFT_FILES, header_alpha, settings_of
+from ldm.models.network import Network
 from ldm.models.shipped import named as shipped
 from ldm.models.text import TextTower
-from ldm.models.unet import UNet, UNetConfig
+from ldm.models.unet import UNetConfig
 
 log = logging.getLogger(__name__)
 NAME = "pytorch_lora_weights.safetensors"
@@ -116,13 +117,13 @@ def _held(path: Path, lora: Corrections, form: Format, sites: Mapping[str, Site]
 
 
 def read_lora(
-    path: str | Path, unet: UNet, text: Sequence[TextTower], *, lenient: bool = False
+    path: str | Path, network: Network, text: Sequence[TextTower], *, lenient: bool = False
 ) -> dict[str, Correction]:
     """The corrections of a file, as `read_adapter` reads them."""
-    return read_adapter(path, unet, text, lenient=lenient).corrections
+    return read_adapter(path, network, text, lenient=lenient).corrections
 
 
-def read_adapter(path: str | Path, unet: UNet, text: Sequence[TextTower], *, lenient: bool = False) -> LoraFile:
+def read_adapter(path: str | Path, network: Network, text: Sequence[TextTower], *, lenient: bool = False) -> LoraFile:
     """A file of any of these forms, a folder that holds one, or a run, under this model's layer names.
 
     Tensors that fit no layer are refused, or with `lenient` left out and named as long as others fit. Raises ValueError
@@ -130,7 +131,7 @@ def read_adapter(path: str | Path, unet: UNet, text: Sequence[TextTower], *, len
     """
     found, embeddings = LoraFile(), {}
     for file in locate_lora(path):
-        one = _read_file(file, unet, text, lenient)
+        one = _read_file(file, network, text, lenient)
         found.corrections.update(one.corrections)
         embeddings |= one.embeddings
     return LoraFile(found.corrections, embeddings)
@@ -175,11 +176,11 @@ def is_lora(path: str | Path) -> bool:
     return any((found / n).is_file() for n in _NAMES) and not (found / "adapter.json").is_file()
 
 
-def _read_file(path: Path, unet: UNet, text: Sequence[TextTower], lenient: bool) -> LoraFile:
+def _read_file(path: Path, network: Network, text: Sequence[TextTower], lenient: bool) -> LoraFile:
     where = f"LoRA {str(path)!r}"
     source, notes = weights.open_file(path, prefix="LoRA "), weights.metadata(path)
-    own = all_sites(unet, text) | other_sites(unet, text)
-    names = known_names(own, unet.config)
+    own = all_sites(network, text) | other_sites(network, text)
+    names = known_names(own, network.config)
     component = f"{path.parent.name}." if path.name in PEFT_FILES and path.parent.name in ("unet", *COMPONENTS) else ""
     parts: dict[str, dict[str, Tensor]] = {}
     bundled: dict[str, dict[str, Tensor]] = {}

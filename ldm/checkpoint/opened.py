@@ -13,8 +13,10 @@ from torch import nn
 
 from ldm.checkpoint import weights
 from ldm.checkpoint.weights import Source
+from ldm.models import networks
+from ldm.models.network import Network
 from ldm.models.text import TextConfig, TextTower
-from ldm.models.unet import UNet, UNetConfig
+from ldm.models.unet import UNetConfig
 from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.vae.latents import LatentCodec
 
@@ -25,7 +27,7 @@ log = logging.getLogger(__name__)
 class Components:
     """The parts of one model; `scheduler` is the dictionary of diffusers' `scheduler_config.json`."""
 
-    unet: UNet
+    network: Network
     autoencoder: Autoencoder
     codec: LatentCodec
     text: list[TextTower]
@@ -53,12 +55,14 @@ class Opened:
     scheduler: Mapping[str, Any]
 
     @staticmethod
-    def of(unet: UNet, autoencoder: Autoencoder, text: Sequence[TextTower], scheduler: Mapping[str, Any]) -> Opened:
+    def of(
+        network: Network, autoencoder: Autoencoder, text: Sequence[TextTower], scheduler: Mapping[str, Any]
+    ) -> Opened:
         """Modules in memory."""
         return Opened(
             "model",
-            unet.config,
-            weights.of_state(unet.state_dict()),
+            network.config,
+            weights.of_state(network.state_dict()),
             autoencoder.config,
             weights.of_state(autoencoder.state_dict()),
             tuple(OpenedText(t.config, weights.of_state(t.model.state_dict())) for t in text),
@@ -96,19 +100,19 @@ class Opened:
     def load(self, dtype: torch.dtype = torch.float32) -> Components:
         """Read all weights as `dtype`."""
         self.check()
-        unet = fill(empty(self.unet_config), self.unet, dtype, f"{self.where}: U-Net")
+        network = fill(empty(self.unet_config), self.unet, dtype, f"{self.where}: U-Net")
         autoencoder = fill(empty(self.vae_config), self.vae, dtype, f"{self.where}: autoencoder")
-        assert isinstance(unet, UNet)
+        assert isinstance(network, Network)
         assert isinstance(autoencoder, Autoencoder)
         text = [load_tower(tower, dtype, f"{self.where}: text tower") for tower in self.text]
-        return Components(unet, autoencoder, LatentCodec.of(autoencoder), text, dict(self.scheduler))
+        return Components(network, autoencoder, LatentCodec.of(autoencoder), text, dict(self.scheduler))
 
 
 def empty(config: UNetConfig | AutoencoderConfig | TextConfig) -> nn.Module:
     """The module without memory for its weights."""
     with torch.device("meta"):
         if isinstance(config, UNetConfig):
-            return UNet(config)
+            return networks.build(config)
         return Autoencoder(config) if isinstance(config, AutoencoderConfig) else TextTower(config).model
 
 

@@ -99,11 +99,11 @@ def _adapted(args: argparse.Namespace, source: Path, adapter: dict[str, Any] | N
     base = named(usable(base, "--base"))
     pipeline = TextToImage.load(base, lenient=args.lenient)
     if args.to in LORA:
-        found = read_adapter(source, pipeline.unet, pipeline.text, lenient=args.lenient)
+        found = read_adapter(source, pipeline.network, pipeline.text, lenient=args.lenient)
         if found.embeddings:
             print(f"left out: the embeddings {sorted(found.embeddings)}, which this form does not hold")
-        form, sites = "diffusers" if args.to == "lora" else "kohya", all_sites(pipeline.unet, pipeline.text)
-        config, rank = pipeline.unet.config, args.rank or FIT_RANK
+        form, sites = "diffusers" if args.to == "lora" else "kohya", all_sites(pipeline.network, pipeline.text)
+        config, rank = pipeline.network.config, args.rank or FIT_RANK
         _new(args.target)
         write_lora(
             args.target, found.corrections, config, form=form, dtype=dtype or torch.float32, sites=sites, rank=rank
@@ -117,7 +117,11 @@ def _adapted(args: argparse.Namespace, source: Path, adapter: dict[str, Any] | N
     beside = source / "scheduler_config.json"
     if beside.is_file():
         scheduler = json.loads(beside.read_text(encoding="utf-8"))
-    kinds: dict[str, Any] = {"unet": pipeline.unet, "autoencoder": pipeline.codec.autoencoder, "text": pipeline.text}
+    kinds: dict[str, Any] = {
+        "network": pipeline.network,
+        "autoencoder": pipeline.codec.autoencoder,
+        "text": pipeline.text,
+    }
     save = save_single if args.to == "compvis" else save_diffusers
     save(args.target, **kinds, scheduler=scheduler, dtype=dtype)
     print(f"{args.target}: {args.to}, the LoRA merged into {base}")
@@ -136,8 +140,10 @@ def _extract(args: argparse.Namespace, source: Path, dtype: Any) -> int:
     before = TextToImage.load(usable(args.base, "--base"), lenient=args.lenient)
     after = TextToImage.load(source if source.exists() else args.source, lenient=args.lenient)
     rank = args.rank or RANK
-    lora = extract((before.unet, before.text), (after.unet, after.text), rank)
+    lora = extract((before.network, before.text), (after.network, after.text), rank)
     _new(args.target)
-    write_lora(args.target, lora, before.unet.config, form="diffusers" if args.to == "lora" else "kohya", dtype=dtype)
+    write_lora(
+        args.target, lora, before.network.config, form="diffusers" if args.to == "lora" else "kohya", dtype=dtype
+    )
     print(f"{args.target}: LoRA of rank {rank} on {len(lora)} layers")
     return 0

@@ -97,7 +97,7 @@ def main(argv: list[str]) -> int:
     record = {
         "command": ["edit", *argv],
         "inputs": {name: _digest(vars(args)[name]) for name in ("image", "mask") if name in vars(args)},
-        "weights": fingerprint([pipe.unet, pipe.codec.autoencoder, *pipe.text]),
+        "weights": fingerprint([pipe.network, pipe.codec.autoencoder, *pipe.text]),
     }
     for name, picture in pictures.items():
         place = int(name) if name.isdecimal() else None

@@ -136,13 +136,13 @@ def _text_to_image(config: RunConfig, task: Any, world: int, gpu: bool) -> Job:
     from ldm.plan.report import Job
 
     said: list[str] = []
-    unet = models.network(task.unet, task.start, said)
+    unet = models.network(task.network, task.start, said)
     vae, settings = models.vae(task.vae, unet, said)
     towers, channels = models.towers(task.text, unet, said), settings.latent_channels
     configs = tuple(tower.config for tower in towers)
     context, width, pooled = configs[0].context_length, fit.width(configs), fit.pooled_width(configs)
     fit.check_fit(
-        unet, configs, channels, unet_key="task.unet" if task.start is None else "task.start's U-Net",
+        unet, configs, channels, network_key="task.network" if task.start is None else "task.start's U-Net",
         text_key=f"task.text {task.text!r}", vae_key=f"task.vae {task.vae!r}",
     )  # fmt: skip
     chosen = granularity(task.gradient_checkpointing)

@@ -78,8 +78,8 @@ def finetune(config: RunConfig, task: FinetuneTask | DreamboothTask | InversionT
 
     def build(recompute: bool) -> nn.Module:
         model, adapter = _copied(base), make_adapter(kind)
-        trained = adapter.attach(model.unet, model.text)
-        model.unet.enable_gradient_checkpointing(_again(how, recompute))
+        trained = adapter.attach(model.network, model.text)
+        model.network.enable_gradient_checkpointing(_again(how, recompute))
         encode = _live(model) if live else _states(base)
         return Loss(DenoiseObjective(trained, model.process, model.codec, encode, task.options, live=live))
 
@@ -88,9 +88,9 @@ def finetune(config: RunConfig, task: FinetuneTask | DreamboothTask | InversionT
     if not cached:
         said.append("no cache: VAE and text tower run for every image of every step; set task.cache to encode once")
     full = isinstance(kind, FullConfig)
-    kept = [] if full else [Frozen(name="unet", bytes=_weight(base.unet))]
+    kept = [] if full else [Frozen(name="unet", bytes=_weight(base.network))]
     kept += _beside(base, config, cached, live)
-    pooled = base.unet.config.addition_embed_type is not None
+    pooled = base.network.config.addition_embed_type is not None
     return _job(
         config, world, gpu, build, lambda b: (_latents(base, config, b, pooled=pooled),), frozen=kept,
         recompute=how != "none", said=said, cached=cached,
@@ -110,7 +110,7 @@ def distill(config: RunConfig, task: DistillTask, world: int, gpu: bool) -> Job:
     _fits(base, config, "task.teacher", task.teacher)
 
     def made(recompute: bool) -> tuple[Student, Any]:
-        teacher = copy.deepcopy(base.unet)
+        teacher = copy.deepcopy(base.network)
         chosen = replace(task, gradient_checkpointing=_again(how, recompute))
         return make_student(chosen, teacher, base.process), teacher
 
@@ -120,12 +120,12 @@ def distill(config: RunConfig, task: DistillTask, world: int, gpu: bool) -> Job:
         return Loss(make_objective(task, student, teacher, base.process, feed))
 
     student, _ = made(False)
-    kept = [Frozen(name="teacher", bytes=_weight(base.unet))]
+    kept = [Frozen(name="teacher", bytes=_weight(base.network))]
     if student.target is not None:
         kept.append(Frozen(name="target", bytes=4.0 * sum(t.numel() for t in student.target.tensors().values())))
     cached = task.cache is not None or parts.cached(config)
     said += [] if cached else ["no cache: VAE and text tower run for every image of every step; set task.cache"]
-    pooled = base.unet.config.addition_embed_type is not None
+    pooled = base.network.config.addition_embed_type is not None
     return _job(
         config, world, gpu, build, lambda b: (_latents(base, config, b, pooled=pooled),),
         frozen=[*kept, *_beside(base, config, cached, live=False)], recompute=how != "none", said=said,
@@ -175,17 +175,17 @@ def _fits(model: TextToImage, config: RunConfig, key: str, source: str) -> None:
     """Raise ValueError where the model's parts do not fit each other, or the data's size does not fit it."""
     told = f"{key} {source!r}"
     check_fit(
-        model.unet.config, tuple(t.config for t in model.text), model.codec.channels,
-        unet_key=f"{told}: U-Net", text_key="its text tower", vae_key="its autoencoder",
+        model.network.config, tuple(t.config for t in model.text), model.codec.channels,
+        network_key=f"{told}: U-Net", text_key="its text tower", vae_key="its autoencoder",
     )  # fmt: skip
-    pixels = parts.pixels(config, (model.unet.config.sample_size or 64) * model.codec.factor)
+    pixels = parts.pixels(config, (model.network.config.sample_size or 64) * model.codec.factor)
     models.check_size(pixels, model.codec.factor, "data.size")
 
 
 def _copied(model: TextToImage) -> TextToImage:
     """A copy that an adapter may change."""
     other = copy.copy(model)
-    other.unet, other.text = copy.deepcopy(model.unet), copy.deepcopy(model.text)
+    other.network, other.text = copy.deepcopy(model.network), copy.deepcopy(model.text)
     return other
 
 
@@ -220,7 +220,7 @@ def _positions(batch: int) -> dict[str, Any]:
 def _latents(model: TextToImage, config: RunConfig, batch: int, *, pooled: bool) -> dict[str, Any]:
     """A batch as a cache gives it; its captions are read where the towers train."""
     tokens, width, vector = _shape(model)
-    side = parts.pixels(config, (model.unet.config.sample_size or 64) * model.codec.factor) // model.codec.factor
+    side = parts.pixels(config, (model.network.config.sample_size or 64) * model.codec.factor) // model.codec.factor
     found = _positions(batch) | {
         "moments": torch.empty(batch, 2 * model.codec.channels, side, side, device="meta"),
         "text": torch.empty(batch, tokens, width, device="meta"),
@@ -234,7 +234,7 @@ def _latents(model: TextToImage, config: RunConfig, batch: int, *, pooled: bool)
 
 def _beside(model: TextToImage, config: RunConfig, cached: bool, live: bool) -> list[Frozen]:
     """VAE and text towers. Towers that train have copies for the sample pictures, or are frozen below corrections."""
-    pixels = parts.pixels(config, (model.unet.config.sample_size or 64) * model.codec.factor)
+    pixels = parts.pixels(config, (model.network.config.sample_size or 64) * model.codec.factor)
     found = parts.frozen(model.codec.autoencoder, model.text, pixels, model.text[0].config.context_length, cached)
     return [replace(f, flops=0.0) if live and f.name != "vae" else f for f in found]
 

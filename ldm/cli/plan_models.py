@@ -74,7 +74,7 @@ def whole(source: str, key: str, said: list[str]) -> TextToImage:
 
 
 def _on_meta(model: TextToImage) -> TextToImage:
-    model.unet.to("meta")
+    model.network.to("meta")
     model.codec.autoencoder.to("meta")
     for tower in model.text:
         tower.to("meta")
@@ -85,7 +85,7 @@ def network(unet: UNetConfig | None, start: str | None, said: list[str]) -> UNet
     """The U-Net that trains: that of `start`, or of the config where there is none."""
     if start is None:
         if unet is None:
-            raise ValueError("task.unet: missing, and task.start names no model whose U-Net is trained further")
+            raise ValueError("task.network: missing, and task.start names no model whose U-Net is trained further")
         return unet
     folder = SHIPPED.get(start, Path(start))
     for path in (folder / "unet" / "config.json", folder / "export" / "unet" / "config.json"):
@@ -97,7 +97,7 @@ def network(unet: UNetConfig | None, start: str | None, said: list[str]) -> UNet
         return UNETS[FAMILIES[family][0]]
     if unet is None:
         raise ValueError(f"task.start: {start!r} is not here, and its name tells no family; {list(FAMILIES)} do")
-    said.append(f"task.start: {start!r} is not here; planned as task.unet")
+    said.append(f"task.start: {start!r} is not here; planned as task.network")
     return unet
 
 

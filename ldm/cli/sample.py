@@ -190,7 +190,7 @@ def _loaded(args: argparse.Namespace, settings: Settings) -> tuple[TextToImage, 
     record |= {
         "size": list(pipeline.size(settings.size)), "precision": _PRECISIONS[str(pipeline.dtype)],
         "device": str(pipeline.device), "count": args.count or 1,
-        "weights": fingerprint([pipeline.unet, pipeline.codec.autoencoder, *pipeline.text]),
+        "weights": fingerprint([pipeline.network, pipeline.codec.autoencoder, *pipeline.text]),
     }  # fmt: skip
     return pipeline, settings, record
 

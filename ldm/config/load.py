@@ -16,27 +16,31 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config.decoding import FORMS, Decoder, Forms, WrongValue
+from ldm.config.earlier import today, today_key
 from ldm.config.written import Place, Tree, parse_file, parse_value
 from ldm.words import expanded, near
 
 T = TypeVar("T")
 
 
-def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Tree:
     """Read a YAML file with its `base:` files under it and `a.b=c` overrides over it; interpolations resolved.
 
-    Plain data may come instead of a file. Raises ValueError for a missing file, YAML that does not parse, or an
-    override that is not `key=value`.
+    Plain data may come instead of a file. Keys by earlier names are read as today's, and told in `earlier`. Raises
+    ValueError for a missing file, YAML that does not parse, or an override that is not `key=value`.
     """
     if isinstance(source, Mapping):
-        path, tree, places = Path("config"), OmegaConf.create(dict(source)), {}
+        data, earlier = today(dict(source))
+        path, tree, places = Path("config"), OmegaConf.create(data), {}
     else:
         path = Path(expanded(str(source)))
-        tree, places = _read_file(path, depth=0)
+        tree, places, earlier = _read_file(path, depth=0)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key or key.startswith("-"):
             raise ValueError(f"override {override!r}: expected key=value, such as train.optim.lr=1e-4")
+        if (now := today_key(key)) != key:
+            earlier, key = [*earlier, key], now
         try:
             value, place = parse_value(text)
             OmegaConf.update(tree, key, value, force_add=True)
@@ -48,19 +52,21 @@ def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {_first_line(error)}") from error
     assert isinstance(plain, dict)
-    return Tree(typing.cast("dict[str, Any]", plain), places)
+    return Tree(typing.cast("dict[str, Any]", plain), places, tuple(dict.fromkeys(earlier)))
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _read_file(path: Path, depth: int) -> tuple[DictConfig, dict[str, Place]]:
+def _read_file(path: Path, depth: int) -> tuple[DictConfig, dict[str, Place], list[str]]:
     if not path.is_file():
         raise ValueError(f"config {str(path)!r}: {_why_not(path)}")
     if depth > 2:
         raise ValueError(f"config {str(path)!r}: `base:` may be nested at most two levels deep")
     data, own = parse_file(path)
+    data, earlier = today(data)
+    own = {today_key(key): place for key, place in own.items()}
     try:
         tree = OmegaConf.create({} if data is None else data)
     except OmegaConfBaseException as error:
@@ -71,13 +77,14 @@ def _read_file(path: Path, depth: int) -> tuple[DictConfig, dict[str, Place]]:
     bases = [bases] if isinstance(bases, str) else list(bases)
     below, places = OmegaConf.create({}), {}
     files = [_read_file(path.parent / expanded(str(base)), depth + 1) for base in bases]
-    for over, more in (*files, (tree, own)):
+    for over, more, names in (*files, (tree, own, earlier)):
         kept = _without_other_kinds(OmegaConf.to_container(below), OmegaConf.to_container(over))
         merged = OmegaConf.merge(kept, over)
         assert isinstance(merged, DictConfig)
         below = merged
         places |= more
-    return below, places
+        earlier = [*names, *(n for n in earlier if n not in names)]
+    return below, places, earlier
 
 
 def _why_not(path: Path) -> str:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ldm import dist
 from ldm.config import load as config
+from ldm.config.earlier import EARLIER
 from ldm.data.mixture import Data
 from ldm.recipes import Task, check_validation
 from ldm.recipes.models import with_usable
@@ -39,12 +41,19 @@ def load_run(path: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
     """Read and check a run's config, a file or plain data.
 
     Raises ValueError naming the key, the value and what is allowed. `data.kind` may be left out: what lists `sources`
-    is a mixture. A checkpoint that stands for a model is written as one, and the network of `task.start` is filled in.
+    is a mixture; `task.network.kind` too: it is a U-Net. A checkpoint that stands for a model is written as one, and
+    the network of `task.start` is filled in.
     """
     tree = config.read(path, overrides)
     data = tree.get("data")
     if isinstance(data, dict):
         data.setdefault("kind", "mixture" if "sources" in data else "shards")
+    for old, new in EARLIER.items():
+        if any(key == old or key.startswith((f"{old}.", f"{old}[")) for key in tree.earlier):
+            dist.say(f"config: {old} is called {new} now, a choice by `kind`; it is read as such")
+    task = tree.get("task")
+    if isinstance(task, dict) and isinstance(task.get("network"), dict):
+        task["network"].setdefault("kind", "unet")
     run = config.decode(RunConfig, tree)
     task = with_usable(run.task)
     return replace(run, task=settled(task) if isinstance(task, TextToImageTask) else task)

@@ -31,11 +31,14 @@ class Place:
 
 
 class Tree(dict[str, Any]):
-    """Keys and values of a config, with `places` by dotted key: "train.steps", "data.sources[0].weight"."""
+    """Keys and values of a config, with `places` by dotted key: "train.steps", "data.sources[0].weight".
 
-    def __init__(self, values: dict[str, Any], places: dict[str, Place]) -> None:
+    `earlier`: the keys that were written by an earlier name.
+    """
+
+    def __init__(self, values: dict[str, Any], places: dict[str, Place], earlier: tuple[str, ...] = ()) -> None:
         super().__init__(values)
-        self.places = places
+        self.places, self.earlier = places, earlier
 
 
 class _Loader(yaml.SafeLoader):

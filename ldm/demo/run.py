@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.checkpoint.convert import load_unet
+from ldm.checkpoint.convert import load_network
 from ldm.config.schema import RunConfig
 from ldm.data.grid import sheet, to_pil
 from ldm.data.loader import Loader
@@ -27,7 +27,7 @@ from ldm.diffusion import Discrete, Flow
 from ldm.evaluate import measure
 from ldm.metrics.clip_score import nearest
 from ldm.metrics.retrieval import Retrieval
-from ldm.models.unet import UNet
+from ldm.models import networks
 from ldm.pipeline import Settings, TextToImage
 from ldm.recipes.sources import load_clip
 from ldm.recipes.text_to_image import TextToImageTask
@@ -132,15 +132,15 @@ def run(demo: Demo, config_file: Path, overrides: Sequence[str], procs: int) -> 
 
     seed_torch(demo.config.seed)
     assert isinstance(demo.config.task, TextToImageTask)
-    assert demo.config.task.unet is not None
-    untrained = _with_unet(demo.shipped, UNet(demo.config.task.unet))
+    assert demo.config.task.network is not None
+    untrained = demo.shipped.with_network(networks.build(demo.config.task.network).eval().requires_grad_(False))
     r.prompts = PROMPTS
     stages = {"before": demo.draw(untrained, PROMPTS)}
     demo.clock.lap("drawing before training")
     say(f"training a small U-Net on {procs} processes ...")
     train(config_file, overrides, procs)
     minutes = demo.clock.lap("encoding the data once, and training") / 60
-    trained = _with_unet(demo.shipped, load_unet(demo.out / "export" / "unet"))
+    trained = demo.shipped.with_network(load_network(demo.out / "export" / "unet").eval().requires_grad_(False))
     stages[f"after {minutes:.0f} minutes"] = demo.draw(trained, PROMPTS)
     stages["the shipped model"] = demo.draw(demo.shipped, PROMPTS)
     r.stages = stages
@@ -156,15 +156,8 @@ def run(demo: Demo, config_file: Path, overrides: Sequence[str], procs: int) -> 
     return finish(demo, minutes)
 
 
-def _with_unet(pipeline: TextToImage, unet: UNet) -> TextToImage:
-    unet.eval().requires_grad_(False)
-    changed = TextToImage(unet, pipeline.codec, pipeline.text, pipeline.process, spacing=pipeline.spacing)
-    changed.dtype = pipeline.dtype
-    return changed
-
-
 def _parameters(pipeline: TextToImage) -> int:
-    return sum(p.numel() for p in pipeline.unet.parameters())
+    return sum(p.numel() for p in pipeline.network.parameters())
 
 
 def _data_text(count: int, demo: Demo) -> str:

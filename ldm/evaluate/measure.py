@@ -287,7 +287,7 @@ def side_of(pipeline: TextToImage) -> int:
 def model_hashes(pipeline: TextToImage) -> dict[str, str]:
     """Which weights drew the pictures."""
     return {
-        "unet": weights_hash(pipeline.unet),
+        "unet": weights_hash(pipeline.network),
         "vae": weights_hash(pipeline.codec.autoencoder),
         "text": weights_hash(*pipeline.text),
     }

@@ -305,7 +305,7 @@ class Table:
             if progress is not None:
                 progress(i + 1, case.steps)
 
-        hook = pipeline.unet.register_forward_pre_hook(count)
+        hook = pipeline.network.register_forward_pre_hook(count)
         try:
             latents = pipeline.latents(captions, settings, Rng(settings.seed, tuple(part)), step, wrap=started)
             clock.append(_now(pipeline))

@@ -1,10 +1,132 @@
-"""The seam between denoising networks and everything that trains, draws, stores or plans them."""
+"""The seam between denoising networks and everything that trains, draws, stores or plans them.
+
+Legend: B batch, C channels, H, W latent pixels, T tokens.
+"""
 
 from __future__ import annotations
 
-from typing import Literal, cast, get_args
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal, Protocol, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm.types import Cond
 
 Granularity = Literal["none", "transformer", "block"]
+
+
+class NetworkConfig(Protocol):
+    """What others read of any network's settings: a frozen dataclass with the keys of the family's published files."""
+
+    @property
+    def kind(self) -> str:
+        """The network's name in configs."""
+        ...
+
+    @property
+    def in_channels(self) -> int:
+        """Channels that it takes: those of the latents and of what is concatenated to them."""
+        ...
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of its answer."""
+        ...
+
+    @property
+    def sample_size(self) -> int | None:
+        """The side in latent pixels of the pictures that it was trained for."""
+        ...
+
+
+class Network(nn.Module, ABC):
+    """A denoising network: noisy latents, times and conditioning -> the raw prediction."""
+
+    title: ClassVar[str] = "network"
+    """What messages call it."""
+    component: ClassVar[str] = "network"
+    """Its folder in diffusers' layout, and the first word of its layers' names in adapters' files."""
+    config: Any
+
+    @abstractmethod
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """(B, C, H, W) at times t (B,) or (1,) under `cond` -> (B, C', H, W)."""
+
+    @property
+    @abstractmethod
+    def needs(self) -> frozenset[str]:
+        """Keys of `cond` that `forward` must be given; `prepared` may have put others in their place."""
+
+    @property
+    def multiple(self) -> int:
+        """Heights and widths in latent pixels are multiples of this."""
+        return 1
+
+    @property
+    def side(self) -> int:
+        """The side in latent pixels that it draws where none is asked for."""
+        return self.config.sample_size or 64
+
+    def prepared(self, cond: Cond) -> Cond:
+        """The same conditioning with all that is equal at every step computed once; `forward` gives the same values."""
+        return cond
+
+    def prepared_numbers(self, rows: int, tokens: int) -> int:
+        """How many numbers `prepared` keeps for rows of so many tokens."""
+        return 0
+
+    @abstractmethod
+    def blocks(self) -> Iterator[tuple[str, nn.Module]]:
+        """Names and modules in the order in which they run: the units of compiling and of moving between devices."""
+
+    @abstractmethod
+    def enable_gradient_checkpointing(self, on: bool | Granularity = True) -> None:
+        """What training computes again in the backward pass instead of keeping it: "block" (True), the least memory;
+        "transformer": each transformer block alone; "none" (False). Raises ValueError for another name.
+        """
+
+    @abstractmethod
+    def correctable(self) -> Iterator[tuple[str, nn.Module, str]]:
+        """Layers that adapters may correct: name, module and group.
+
+        Groups are attention, feed_forward, projection, convolution, time and other.
+        """
+
+    @abstractmethod
+    def middle(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Features (B, F, h, w) half way through `forward`, for a classifier; the second half does not run."""
+
+    @property
+    @abstractmethod
+    def middle_channels(self) -> int:
+        """F of `middle`."""
+
+    @property
+    def middle_groups(self) -> int:
+        """Groups of a norm over `middle`."""
+        return math.gcd(32, self.middle_channels)
+
+    @abstractmethod
+    def told_guidance(self, width: int | None) -> Network:
+        """A copy that is told the guidance scale by an embedding of this width, and answers as this one at the start.
+
+        None keeps what there is. Raises ValueError where it has one of another width.
+        """
+
+    @property
+    def guidance_width(self) -> int | None:
+        """Width of its embedding of the guidance scale, None without."""
+        return None
+
+    def run_again(self, step: Any, *args: Any, on: bool) -> Tensor:
+        """`step(*args)`, computed again in the backward pass where `on` and training."""
+        if on and self.training and torch.is_grad_enabled():
+            return cast("Tensor", checkpoint(step, *args, use_reentrant=False))
+        return step(*args)
 
 
 def granularity(on: bool | Granularity) -> Granularity:

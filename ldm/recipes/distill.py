@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm import dist
 from ldm.adapters.lora import LoraAdapter, LoraConfig, LoraNet, Low
-from ldm.adapters.sites import unet_sites
+from ldm.adapters.sites import network_sites
 from ldm.checkpoint import files
 from ldm.checkpoint.convert import save_diffusers
 from ldm.checkpoint.lora_files import NAME, read_lora, write_lora
@@ -23,10 +23,10 @@ from ldm.checkpoint.students import few_steps
 from ldm.data.mixture import Data, with_caches
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.process import Process
+from ldm.models import networks
 from ldm.models.discriminator import MiddleHead, PatchHead
-from ldm.models.network import Granularity
+from ldm.models.network import Granularity, Network
 from ldm.models.shipped import SHIPPED, locate
-from ldm.models.unet import UNet
 from ldm.objectives import Objective
 from ldm.objectives.consistency import ConsistencyObjective, ConsistencyOptions
 from ldm.objectives.inputs import Feed, LatentFeed
@@ -90,10 +90,10 @@ class DistillTask:
 
 @dataclass(frozen=True)
 class Student:
-    """What trains, and how it, its target and the critic answer. `unet` is what draws samples."""
+    """What trains, and how it, its target and the critic answer. `network` is what draws samples."""
 
     trained: nn.Module
-    unet: UNet
+    network: Network
     own: Estimator
     goal: Estimator
     target: Target | None
@@ -111,35 +111,35 @@ def build(task: DistillTask, data: Data, train: TrainConfig, seed: int, workers:
         raise ValueError(
             f"task.teacher: {task.teacher!r} learns its variance, which a student has no use for; give one without"
         )
-    towers, codec, unet = source.text, source.codec, source.unet
-    student = make_student(task, unet, source.process)
+    towers, codec, network = source.text, source.codec, source.network
+    student = make_student(task, network, source.process)
     objective = make_objective(
-        task, student, unet, source.process, LatentFeed(codec, text_encoder(towers), task.drop)
+        task, student, network, source.process, LatentFeed(codec, text_encoder(towers), task.drop)
     ).to(device)
-    dist.say(f"weights in memory: {_told(memory(student, unet))}")
+    dist.say(f"weights in memory: {_told(memory(student, network))}")
     if task.cache is not None:
         data = with_caches(data, task.cache, lambda data, folder: cached(folder, data, codec, towers))
     expect = hashes(codec.autoencoder, towers) if data.cached else None
     loader = training_data(data, train, seed, workers, expect=expect)
     scheduler = student_scheduler(task.method, student.own.process)
-    pipeline = TextToImage(student.unet, codec, towers, student.own.process, **_spacing(task.method))
+    pipeline = TextToImage(student.network, codec, towers, student.own.process, **_spacing(task.method))
     pipeline.student = few_steps(scheduler, guided=not student.own.conditioned)
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
         own = _of_student(weights, student)
         if student.lora is not None:
-            write_student_lora(folder, task.teacher, student.lora, own, unet, scheduler)
+            write_student_lora(folder, task.teacher, student.lora, own, network, scheduler)
         else:
-            whole = UNet(student.unet.config)
+            whole = networks.build(student.network.config)
             whole.load_state_dict(own, strict=True)
-            save_diffusers(folder, unet=whole, autoencoder=codec.autoencoder, text=towers, scheduler=scheduler)
+            save_diffusers(folder, network=whole, autoencoder=codec.autoencoder, text=towers, scheduler=scheduler)
         facts = {"steps": train.steps, "batch": train.batch, "teacher": task.teacher, "method": task.method.kind}
         files.write_text(folder / "trained.json", json.dumps(facts))
 
     return Assembly(objective, loader, [SampleHook(task.samples, pipeline)], export)
 
 
-def make_student(task: DistillTask, teacher: UNet, process: Process) -> Student:
+def make_student(task: DistillTask, teacher: Network, process: Process) -> Student:
     """A student that answers as the teacher without guidance does, and what it needs beside it.
 
     Raises ValueError for a prediction that the method cannot change.
@@ -155,24 +155,24 @@ def make_student(task: DistillTask, teacher: UNet, process: Process) -> Student:
         raise ValueError(
             "prediction: progressive distillation needs v or sample; convert the teacher first: stage match"
         )
-    width = task.guidance_embedding or teacher.config.time_cond_proj_dim
-    unet = with_guidance_embedding(teacher, width).train()
-    unet.enable_gradient_checkpointing(task.gradient_checkpointing)
-    own = Estimator(unet, own_process, width is not None)
+    width = task.guidance_embedding or teacher.guidance_width
+    network = teacher.told_guidance(width).train()
+    network.enable_gradient_checkpointing(task.gradient_checkpointing)
+    own = Estimator(network, own_process, width is not None)
     if isinstance(method, MatchingOptions):
-        return _beside_critic(method, unet, teacher, own)
+        return _beside_critic(method, network, teacher, own)
     if decay == 0:
-        return Student(unet, unet, own, own, None)
-    twin = copy.deepcopy(unet).requires_grad_(False).eval()
+        return Student(network, network, own, own, None)
+    twin = copy.deepcopy(network).requires_grad_(False).eval()
     target = Target(dict(twin.named_parameters()), decay)
-    return Student(unet, unet, own, Estimator(twin, own_process, width is not None), target)
+    return Student(network, network, own, Estimator(twin, own_process, width is not None), target)
 
 
 def _beside_critic(
-    options: MatchingOptions, trained: nn.Module, teacher: UNet, own: Estimator, lora: LoraAdapter | None = None
+    options: MatchingOptions, trained: nn.Module, teacher: Network, own: Estimator, lora: LoraAdapter | None = None
 ) -> Student:
     """The student with a critic, a whole copy of the teacher, and the head of the adversarial term if there is one."""
-    critic = with_guidance_embedding(teacher, teacher.config.time_cond_proj_dim).train()
+    critic = teacher.told_guidance(teacher.guidance_width).train()
     both = nn.ModuleDict({"student": trained, "critic": critic})
     logits: Logits | None = None
     if options.adversarial:
@@ -182,13 +182,13 @@ def _beside_critic(
             patches = both["head"] = PatchHead(config.out_channels).to(like)
             logits = lambda x, t, cond: patches(x, schedule.alpha_sigma(t, x.dtype)[1])  # noqa: E731
         else:
-            head = both["head"] = MiddleHead(config.block_out_channels[-1], config.norm_num_groups).to(like)
+            head = both["head"] = MiddleHead(critic.middle_channels, critic.middle_groups).to(like)
             logits = lambda x, t, cond: head(middle(x, t, cond))  # noqa: E731
-    unet = trained if isinstance(trained, UNet) else teacher
-    return Student(both, unet, own, own, None, Estimator(critic, own.process), logits, lora)
+    network = trained if isinstance(trained, Network) else teacher
+    return Student(both, network, own, own, None, Estimator(critic, own.process), logits, lora)
 
 
-def _lora_student(task: DistillTask, config: LoraConfig, teacher: UNet, process: Process, decay: float) -> Student:
+def _lora_student(task: DistillTask, config: LoraConfig, teacher: Network, process: Process, decay: float) -> Student:
     adapter = LoraAdapter(config)
     net = adapter.attach(teacher, [])
     if task.start is not None:
@@ -211,7 +211,7 @@ def _lora_student(task: DistillTask, config: LoraConfig, teacher: UNet, process:
     return Student(net, teacher, own, Estimator(goal, process), Target(weights, decay), lora=adapter)
 
 
-def _start_from(start: str, base: str, adapter: LoraAdapter, net: LoraNet, teacher: UNet) -> None:
+def _start_from(start: str, base: str, adapter: LoraAdapter, net: LoraNet, teacher: Network) -> None:
     """Begin with the corrections of a shipped student's, run's or folder's LoRA. Raises ValueError naming `start`."""
     try:
         folder = locate(start)
@@ -225,32 +225,19 @@ def _start_from(start: str, base: str, adapter: LoraAdapter, net: LoraNet, teach
         raise ValueError(f"start {start!r}: {error}") from None
 
 
-def twin_of(net: LoraNet, unet: UNet, config: LoraConfig) -> nn.ModuleDict:
+def twin_of(net: LoraNet, network: Network, config: LoraConfig) -> nn.ModuleDict:
     """Equal corrections of the same layers, with weights of their own and not in the engine."""
-    sites = {site.name.replace(".", "/"): site for site in unet_sites(unet)}
+    sites = {site.name.replace(".", "/"): site for site in network_sites(network)}
     twin = nn.ModuleDict({key: Low(sites[key], config) for key in net.layers})
     twin.load_state_dict(net.layers.state_dict(), strict=True)
     return twin.requires_grad_(False).eval()
 
 
-def with_guidance_embedding(unet: UNet, width: int | None) -> UNet:
-    """A copy that also takes w, through a projection that starts as zero: it answers as the original does."""
-    present, new = unet.config.time_cond_proj_dim, "time_embedding.cond_proj.weight"
-    if present not in (None, width):
-        raise ValueError(f"guidance_embedding: the teacher has one already, of width {present}, not {width}")
-    made = UNet(replace(unet.config, time_cond_proj_dim=width)).to(next(unet.parameters()).device)
-    weights = unet.state_dict()
-    if width is not None and present is None:
-        weights[new] = torch.zeros_like(made.get_parameter(new))
-    made.load_state_dict(weights, strict=True)
-    return made.requires_grad_(True)
-
-
-def make_objective(task: DistillTask, student: Student, unet: UNet, process: Process, feed: Feed) -> Objective:
-    """The distillation's loss. `unet` is the teacher's."""
+def make_objective(task: DistillTask, student: Student, network: Network, process: Process, feed: Feed) -> Objective:
+    """The distillation's loss. `network` is the teacher's."""
     corrected = student.own.net
-    net = frozen(corrected) if isinstance(corrected, LoraNet) else unet
-    conditioned = unet.config.time_cond_proj_dim is not None
+    net = frozen(corrected) if isinstance(corrected, LoraNet) else network
+    conditioned = network.guidance_width is not None
     guided = task.method.w != (0.0, 0.0)
     teacher = Teacher(Estimator(net, process, conditioned), feed.empty if guided else None)
     method, trained = task.method, student.trained
@@ -308,16 +295,16 @@ def write_student_lora(
     base: str,
     adapter: LoraAdapter,
     weights: Mapping[str, Tensor],
-    unet: UNet,
+    network: Network,
     scheduler: Mapping[str, Any],
 ) -> None:
     """The corrections in float16, the base's name (so that the folder is a model by itself), the sampler's config."""
-    write_lora(folder / NAME, adapter.lora(weights), unet.config, dtype=torch.float16)
+    write_lora(folder / NAME, adapter.lora(weights), network.config, dtype=torch.float16)
     files.write_text(folder / "scheduler_config.json", json.dumps(dict(scheduler), indent=2) + "\n")
     files.write_text(folder / "adapter.json", json.dumps({"base": base, "loras": [NAME], "embeddings": []}, indent=1))
 
 
-def memory(student: Student, teacher: UNet) -> dict[str, int]:
+def memory(student: Student, teacher: Network) -> dict[str, int]:
     """Bytes of the weights that training holds, each storage once, beside gradients and optimizer state.
 
     "shared" is what teacher and student have in common.
@@ -325,7 +312,7 @@ def memory(student: Student, teacher: UNet) -> dict[str, int]:
     trained = _storages(student.trained.parameters())
     base = _storages(teacher.parameters())
     target = _storages(student.target.tensors().values() if student.target else [])
-    below = _storages(student.unet.parameters())
+    below = _storages(student.network.parameters())
     return {
         "trained": sum(trained.values()),
         "teacher": sum(v for k, v in base.items() if k not in below),

@@ -59,7 +59,7 @@ def build(task: DreamboothTask, data: Data, train: TrainConfig, seed: int, worke
     if task.prior is not None:
         shards = Path(sources[1].path)
         folder = task.prior.folder or shards.parent / "class_pictures"
-        base = f"{task.base} {weights_hash(pipeline.unet, *pipeline.text)}"
+        base = f"{task.base} {weights_hash(pipeline.network, *pipeline.text)}"
         class_pictures.make(task.prior, task.class_prompt, folder, base, pipeline)
         prepare(folder, shards, [task.class_prompt], sources[1].size)
     return assembled(task, make_adapter(task.adapter), pipeline, data, train, seed, workers, task.images)

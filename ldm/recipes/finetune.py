@@ -119,8 +119,8 @@ def assembled(
         data = with_caches(data, task.cache, lambda data, folder: _cached(folder, data, codec, towers, expect))
     loader = training_data(data, train, seed, workers, expect=expect if data.cached else None)
     preview, copies = _preview(adapter, pipeline)
-    trained = adapter.attach(pipeline.unet, towers)
-    pipeline.unet.enable_gradient_checkpointing(task.gradient_checkpointing)
+    trained = adapter.attach(pipeline.network, towers)
+    pipeline.network.enable_gradient_checkpointing(task.gradient_checkpointing)
     encode_text = _live(towers) if live else text_encoder(towers)
     objective = DenoiseObjective(trained, pipeline.process, codec, encode_text, task.options, live=live)
     objective.to(dist.device())
@@ -204,21 +204,22 @@ def write_export(base: str, adapter: AnyAdapter, weights: dict[str, Tensor], fol
     fresh = TextToImage.load(base)
     if isinstance(adapter, FullAdapter):
         found = adapter.export(weights)
-        unet = {k.removeprefix("unet."): v for k, v in found.items() if k.startswith("unet.")}
-        fresh.unet.load_state_dict(unet, strict=True)
+        own = f"{fresh.network.component}."
+        network = {k.removeprefix(own): v for k, v in found.items() if k.startswith(own)}
+        fresh.network.load_state_dict(network, strict=True)
         for i, tower in enumerate(fresh.text):
             load_tower(tower, found, i)
         process = fresh.process
         scheduler = scheduler_to_diffusers(process.schedule, process.prediction, variance=process.variance)
         save_diffusers(
-            folder, unet=fresh.unet, autoencoder=fresh.codec.autoencoder, text=fresh.text, scheduler=scheduler
+            folder, network=fresh.network, autoencoder=fresh.codec.autoencoder, text=fresh.text, scheduler=scheduler
         )
         return
     folder.mkdir(parents=True, exist_ok=True)
     names: dict[str, list[str]]
     if isinstance(adapter, LoraAdapter):
-        lora, sites = adapter.lora(weights), all_sites(fresh.unet, fresh.text)
-        config = fresh.unet.config
+        lora, sites = adapter.lora(weights), all_sites(fresh.network, fresh.text)
+        config = fresh.network.config
         lora_files.write_lora(folder / lora_files.NAME, lora, config)
         if lora_files.kohya_holds(lora, folder / "kohya.safetensors"):
             lora_files.write_lora(folder / "kohya.safetensors", lora, config, form="kohya", sites=sites)

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from ldm import dist
 from ldm.checkpoint import files
+from ldm.checkpoint.folder import NETWORKS
 from ldm.config.load import decode
 from ldm.data.fingerprint import fingerprint
 from ldm.data.loader import DataConfig
@@ -24,7 +25,7 @@ PARTS = {"vae": ("vae",), "text": ("clip", "text_encoder", "text_encoder_2", "to
 """Of a model's folder, what the keys `task.vae` and `task.text` take."""
 MODELS = ("vae", "text", "start", "base", "teacher")
 """Keys of tasks that name a model."""
-_WHOLE = ("unet", "vae", "scheduler", *PARTS["text"])
+_WHOLE = (*NETWORKS, "vae", "scheduler", *PARTS["text"])
 _FILES = (".safetensors", ".json", ".txt", ".bin", ".ckpt")
 _BOOKKEEPING = ("_name_or_path", "_diffusers_version", "transformers_version")
 

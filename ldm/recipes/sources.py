@@ -13,15 +13,16 @@ from torch import Tensor, nn
 
 from ldm import dist
 from ldm.checkpoint import convert
-from ldm.checkpoint.folder import open_unet
+from ldm.checkpoint.folder import NETWORKS, network_in, open_network
 from ldm.checkpoint.folders import read_module
 from ldm.config.load import decode
 from ldm.data.mixture import Data, open_data
 from ldm.data.stream import Stream, Tokenize
+from ldm.models.network import Network
+from ldm.models.networks import AnyNetwork
 from ldm.models.shipped import locate, named
 from ldm.models.text import ClipConfig, TextTower, build_clip, encode_texts, openclip
 from ldm.models.text.openclip import AnyClip
-from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae.autoencoder import Autoencoder
 from ldm.pipeline import TextToImage
 from ldm.types import Cond
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 EncodeText = Callable[[Sequence[str]], Cond]
 ADAPTER = "adapter.json"
-_PARTS = ("", "unet/", "vae/", "text_encoder/", "clip/")
+_PARTS = ("", *(f"{name}/" for name in NETWORKS), "vae/", "text_encoder/", "clip/")
 
 
 def training_data(
@@ -87,22 +88,22 @@ def seen(folder: Path) -> str:
     return f"it holds {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}" if names else "it is empty"
 
 
-def network(source: str) -> UNetConfig:
-    """The config of a model's U-Net, without reading its weights; of the base's, for an adapter."""
+def network_of(source: str) -> AnyNetwork:
+    """The settings of a model's network, without reading its weights; of the base's, for an adapter."""
     folder = _below(source)
     if (folder / ADAPTER).is_file():
-        return network(json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base"])
-    if (folder / "unet" / "config.json").is_file():
-        return open_unet(folder / "unet")[0]
+        return network_of(json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base"])
+    if (own := network_in(folder)) is not None:
+        return open_network(own)[0]
     return convert.open_model(folder if folder.exists() else source).unet_config
 
 
-def load_network(source: str) -> UNet:
-    """The U-Net of a model, an adapter merged into its weights."""
+def load_network(source: str) -> Network:
+    """The network of a model, an adapter merged into its weights."""
     folder = _below(source)
-    if (folder / "unet" / "config.json").is_file():
-        return convert.load_unet(folder / "unet")
-    return TextToImage.load(source).unet.requires_grad_(True)
+    if (own := network_in(folder)) is not None:
+        return convert.load_network(own)
+    return TextToImage.load(source).network.requires_grad_(True)
 
 
 def _below(source: str) -> Path:

@@ -1,4 +1,4 @@
-"""Train a cross-attention U-Net on latents and text embeddings."""
+"""Train a denoising network on latents and text embeddings."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from ldm.data.grid import save_grid
 from ldm.data.loader import DataConfig
 from ldm.data.mixture import Data, with_caches
 from ldm.diffusion.process import Process
+from ldm.models import networks
 from ldm.models.fit import check_fit
-from ldm.models.network import Granularity
+from ldm.models.network import Granularity, Network
+from ldm.models.networks import AnyNetwork
 from ldm.models.text import TextTower
-from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae.autoencoder import Autoencoder
 from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
@@ -37,7 +38,7 @@ from ldm.recipes.sources import (
     load_autoencoder,
     load_network,
     load_towers,
-    network,
+    network_of,
     text_encoder,
     training_data,
 )
@@ -58,14 +59,14 @@ class Samples:
 class TextToImageTask:
     """`vae` and `text` name the frozen parts: a shipped model, a run's export, or a diffusers folder.
 
-    `start` names a model (a run, too) whose U-Net is trained further, and whose network `unet` then is, also if it is
-    left out; otherwise weights are random. With `cache`, a folder, pictures
+    `start` names a model (a run, too) whose network is trained further, which `network` then is, also if it is left
+    out; otherwise weights are random. With `cache`, a folder, pictures
     and captions are encoded once before training; without it at every step. `gradient_checkpointing` trades a second
     forward for memory: of each "block" (true), each "transformer" block alone, or "none" (false).
     """
 
     kind: Literal["text_to_image"] = "text_to_image"
-    unet: UNetConfig | None = None
+    network: AnyNetwork | None = None
     vae: str
     text: str
     start: str | None = None
@@ -76,8 +77,8 @@ class TextToImageTask:
     samples: Samples = field(default_factory=Samples)
 
     def __post_init__(self) -> None:
-        if self.unet is None and self.start is None:
-            raise ValueError("unet: missing; give a network, or `start`, a model whose network trains further")
+        if self.network is None and self.start is None:
+            raise ValueError("network: missing; give a network, or `start`, a model whose network trains further")
 
 
 def settled(task: TextToImageTask) -> TextToImageTask:
@@ -89,27 +90,30 @@ def settled(task: TextToImageTask) -> TextToImageTask:
     if task.start is None:
         return task
     try:
-        own = network(task.start)
+        own = network_of(task.start)
     except ValueError as error:
-        if task.unet is not None:  # plans and exports need no weights to start from
+        if task.network is not None:  # plans and exports need no weights to start from
             return task
         raise ValueError(f"task.start: {error}") from error
-    if task.unet is None:
-        return replace(task, unet=own)
-    free = {"sample_size": task.unet.sample_size or own.sample_size, "dropout": task.unet.dropout}
-    written, its = plain(replace(task.unet, **free)), plain(replace(own, **free))
-    odd = [f"{k} {written[k]!r} for {its[k]!r}" for k in its if _by_level(written[k], own) != _by_level(its[k], own)]
+    if task.network is None:
+        return replace(task, network=own)
+    free = {"sample_size": task.network.sample_size or own.sample_size, "dropout": task.network.dropout}
+    written, its = plain(replace(task.network, **free)), plain(replace(own, **free))
+    odd = [f"{k} {written.get(k)!r} for {its[k]!r}" for k in its if not _same(written.get(k), its[k])]
     if odd:
         raise ValueError(
-            f"task.unet: another network than that of task.start {task.start!r}, which is the one that trains: "
-            f"{'; '.join(odd[:4])}{'; ...' if len(odd) > 4 else ''}. Leave task.unet out (null), or task.start"
+            f"task.network: another network than that of task.start {task.start!r}, which is the one that trains: "
+            f"{'; '.join(odd[:4])}{'; ...' if len(odd) > 4 else ''}. Leave task.network out (null), or task.start"
         )
-    return replace(task, unet=replace(own, **free))
+    return replace(task, network=replace(own, **free))
 
 
-def _by_level(value: Any, config: UNetConfig) -> Any:
-    """One value for all levels as a list of them."""
-    return value if isinstance(value, list) else [value] * len(config.block_out_channels)
+def _same(a: Any, b: Any) -> bool:
+    """Whether two settings are equal; one value stands for a list of it, as for all levels of a network."""
+    if isinstance(a, list) != isinstance(b, list):
+        many, one = (a, b) if isinstance(a, list) else (b, a)
+        return all(value == one for value in many)
+    return a == b
 
 
 class SampleHook:
@@ -125,7 +129,7 @@ class SampleHook:
         world, rank = dist.world_size(), dist.rank()
         share = math.ceil(len(prompts) / world)  # equal on all ranks: the network may be divided over them
         indices = [(rank * share + i) % len(prompts) for i in range(share)]
-        with trainer.averaged(), trainer.engine.autocast(), without_dropout(self.pipeline.unet):
+        with trainer.averaged(), trainer.engine.autocast(), without_dropout(self.pipeline.network):
             own = self.pipeline.sample([prompts[i] for i in indices], settings=self.config.settings, indices=indices)
         images = dist.gather(own)[: len(prompts)]
         if rank == 0:
@@ -133,15 +137,15 @@ class SampleHook:
 
 
 @contextmanager
-def without_dropout(unet: UNet) -> Iterator[None]:
+def without_dropout(network: Network) -> Iterator[None]:
     """The network as it draws, inside; nothing where it has no dropout."""
-    was = unet.training
-    if unet.config.dropout:
-        unet.eval()
+    was = network.training
+    if network.config.dropout:
+        network.eval()
     try:
         yield
     finally:
-        unet.train(was)
+        network.train(was)
 
 
 def cached(folder: Path, data: DataConfig, codec: LatentCodec, towers: Sequence[TextTower]) -> Path:
@@ -175,49 +179,50 @@ def hashes(autoencoder: Autoencoder, towers: Sequence[TextTower]) -> dict[str, s
     return cache_hashes(autoencoder, towers)
 
 
-def check_channels(unet: UNet, process: Process, codec: LatentCodec) -> None:
-    """Raise ValueError unless the U-Net answers one value for each latent channel, two with learned variance."""
+def check_channels(network: Network, process: Process, codec: LatentCodec) -> None:
+    """Raise ValueError unless the network answers one value for each latent channel, two with learned variance."""
     learned = process.variance == "learned"
     want = codec.channels * (2 if learned else 1)
-    if unet.config.out_channels != want:
+    if network.config.out_channels != want:
         why = "mean and variance" if learned else "one value"
         raise ValueError(
-            f"unet.out_channels: {unet.config.out_channels}, but process.variance {process.variance!r} needs {want}: "
-            f"{why} for each of the autoencoder's {codec.channels} channels"
+            f"network.out_channels: {network.config.out_channels}, but process.variance {process.variance!r} needs "
+            f"{want}: {why} for each of the autoencoder's {codec.channels} channels"
         )
 
 
 def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:
-    """The U-Net, the frozen parts, the data (encoded once, if so configured) and sample pictures."""
+    """The network, the frozen parts, the data (encoded once, if so configured) and sample pictures."""
     seed_torch(seed)  # initial weights
     device = dist.device()
     autoencoder = load_autoencoder(task.vae).to(device)
     towers = [t.to(device) for t in load_towers(task.text)]
     codec = LatentCodec.of(autoencoder)
     task = settled(task)
-    assert task.unet is not None
-    unet = UNet(task.unet) if task.start is None else load_network(task.start)
-    unet.config = task.unet
-    unet.enable_gradient_checkpointing(task.gradient_checkpointing)
-    check_channels(unet, task.process, codec)
+    assert task.network is not None
+    network = networks.build(task.network) if task.start is None else load_network(task.start)
+    network.config = task.network
+    network.enable_gradient_checkpointing(task.gradient_checkpointing)
+    check_channels(network, task.process, codec)
     check_fit(
-        unet.config, tuple(t.config for t in towers), codec.channels, text_key=f"task.text {task.text!r}",
-        vae_key=f"task.vae {task.vae!r}", unet_key="task.unet" if task.start is None else "task.start's U-Net",
+        network.config, tuple(t.config for t in towers), codec.channels, text_key=f"task.text {task.text!r}",
+        vae_key=f"task.vae {task.vae!r}",
+        network_key="task.network" if task.start is None else f"task.start's {network.title}",
     )  # fmt: skip
     encode_text = text_encoder(towers)
-    objective = DenoiseObjective(unet, task.process, codec, encode_text, task.options).to(device)
+    objective = DenoiseObjective(network, task.process, codec, encode_text, task.options).to(device)
     if task.cache is not None and not data.cached:
         data = with_caches(data, task.cache, lambda data, folder: cached(folder, data, codec, towers))
     expect = hashes(autoencoder, towers) if data.cached else None
     loader = training_data(data, train, seed, workers, expect=expect)
-    pipeline = TextToImage(unet, codec, towers, task.process)
+    pipeline = TextToImage(network, codec, towers, task.process)
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
-        whole = UNet(unet.config)
+        whole = networks.build(network.config)
         whole.load_state_dict(weights, strict=True)
         process = task.process
         scheduler = scheduler_to_diffusers(process.schedule, process.prediction, variance=process.variance)
-        save_diffusers(folder, unet=whole, autoencoder=autoencoder, text=towers, scheduler=scheduler)
+        save_diffusers(folder, network=whole, autoencoder=autoencoder, text=towers, scheduler=scheduler)
         files.write_text(folder / "trained.json", json.dumps({"steps": train.steps, "batch": train.batch}))
 
     return Assembly(objective, loader, [SampleHook(task.samples, pipeline)], export)

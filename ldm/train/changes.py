@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from ldm.config.earlier import today
+
 Record = dict[str, Any]
 
 SILENT = (
@@ -24,7 +26,7 @@ RULES = (
     ("seed", "another seed"),
     ("data*", "other data"),
     ("task.kind", "another method"),
-    ("task.unet*", "another model"),
+    ("task.network*", "another model"),
     ("task.model*", "another model"),
     ("task.discriminator*", "another model"),
     ("task.guidance_embedding", "another model"),
@@ -68,7 +70,7 @@ class Change:
 def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """What is not as it was, those that make it something else first. Keys that one of both does not know are equal."""
     found: list[Change] = []
-    _differ(before.get("config") or {}, now.get("config") or {}, "", found)
+    _differ(today(before.get("config") or {})[0], today(now.get("config") or {})[0], "", found)
     found += _content(before.get("content") or {}, now.get("content") or {})
     if before.get("ranks") and now.get("ranks") and before["ranks"] != now["ranks"]:
         found.append(Change("processes", before["ranks"], now["ranks"]))

@@ -69,7 +69,7 @@ def test_a_run_with_everything_resumes_exactly_and_draws_with_its_variance(tmp_p
     }
     options = {"offset_noise": 0.1, "input_perturbation": 0.1, "bound_weight": 0.01}
     config = miniature.text_to_image(root, process=process, options=options)
-    config["task"]["unet"] = miniature.UNET | {"out_channels": 8}
+    config["task"]["network"] = miniature.UNET | {"out_channels": 8}
     config["task"]["samples"]["settings"] = {"steps": 2, "sampler": "ddpm_learned", "guidance": 2.0}
     config["train"] = miniature.train(steps=8, checkpoint={"every": 4, "keep": 0}, optim={"lr": 2.0e-3})
     miniature.write(config, root / "config.yaml")

@@ -67,7 +67,10 @@ def rows(run: Path) -> list[dict[str, Any]]:
         ("seed=3", "another seed (seed 0 → 3)"),
         ("data.split=heldout", "other data (data.split train → heldout"),
         ("task.process.prediction.kind=epsilon", "another objective (task.process.prediction v → epsilon)"),
-        ("task.unet.block_out_channels=[16,32]", "another model (task.unet.block_out_channels [8, 16] → [16, 32])"),
+        (
+            "task.network.block_out_channels=[16,32]",
+            "another model (task.network.block_out_channels [8, 16] → [16, 32])",
+        ),
         ("train.optim.algorithm=lion", "another optimizer (train.optim.algorithm adamw → lion)"),
         ("data.path=/nowhere", "data.path: '/nowhere' is no folder"),
         ("task.vae=/nowhere", "task.vae: model '/nowhere': not a shipped model"),
@@ -109,7 +112,7 @@ def test_allowed_changes_go_on_and_are_the_rule_from_then_on(run: Path, start: S
     assert read_state(run / "checkpoints" / "step-3")["optimizer"] == "Lion"
     assert start("train.steps=4", *changes)[0] == 0  # as it is now
     assert start("train.steps=5")[0] == 2  # as it was
-    code, text = start("--allow-changes", "train.steps=5", *changes, "task.unet.block_out_channels=[16,32]")
+    code, text = start("--allow-changes", "train.steps=5", *changes, "task.network.block_out_channels=[16,32]")
     assert code == 2
     assert "parameters differ, such as" in text
 
@@ -196,12 +199,12 @@ def test_the_network_of_the_start_trains_and_is_written(
 ) -> None:
     """Of a run, its export and its checkpoint alike; another one is refused, `ldm plan` reads the start's."""
     config = yaml.safe_load((root / "config.yaml").read_text())
-    network = config["task"].pop("unet")
+    network = config["task"].pop("network")
     for number, source in enumerate((done, done / "export", done / "checkpoints" / "step-1", f"{done}@2")):
         out = tmp_path / str(number)
         path = miniature.write(config, tmp_path / "config.yaml")
         assert main(["train", str(path), f"task.start={source}", f"out={out}", "train.steps=1"]) == 0
-        written = yaml.safe_load((out / "config.yaml").read_text())["task"]["unet"]
+        written = yaml.safe_load((out / "config.yaml").read_text())["task"]["network"]
         assert written["block_out_channels"] == network["block_out_channels"]
         assert written["cross_attention_dim"] == 16
     capsys.readouterr()
@@ -209,11 +212,11 @@ def test_the_network_of_the_start_trains_and_is_written(
     plain = capsys.readouterr().out
     assert main(["plan", str(root / "config.yaml"), "--gpu", "a100-80g", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(plain)
-    config["task"]["unet"] = network | {"block_out_channels": [16, 32]}
+    config["task"]["network"] = network | {"block_out_channels": [16, 32]}
     path = miniature.write(config, tmp_path / "config.yaml")
     assert main(["train", str(path), f"task.start={done}", f"out={tmp_path / 'other'}"]) == 2
     said = capsys.readouterr().err
-    assert "task.unet: another network than that of task.start" in said
+    assert "task.network: another network than that of task.start" in said
     assert "block_out_channels [16, 32] for [8, 16]" in said
     assert not (tmp_path / "other").exists()
 

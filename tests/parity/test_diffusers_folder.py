@@ -76,7 +76,7 @@ def make(family: str) -> Components:
 def save(parts: Components, folder: Path, **options: Any) -> None:
     save_diffusers(
         folder,
-        unet=parts.unet,
+        network=parts.network,
         autoencoder=parts.autoencoder,
         text=parts.text,
         scheduler=parts.scheduler,
@@ -94,9 +94,9 @@ def picture(parts: Components, noise: Tensor, scheduler: Any, extra: dict[str, T
         outs = []
         for c in (uncond, cond):
             c = c | (extra or {})
-            if parts.unet.config.addition_embed_type:
+            if parts.network.config.addition_embed_type:
                 c = c | {"time_ids": torch.tensor([[16.0, 16, 0, 0, 16, 16]])}
-            outs.append(parts.unet(x, t.reshape(1), c))
+            outs.append(parts.network(x, t.reshape(1), c))
         out = outs[0] + 5 * (outs[1] - outs[0])
         x = scheduler.step(out, t, x).prev_sample
     return parts.codec.decode(x)
@@ -126,7 +126,9 @@ def test_their_pipeline_gives_our_picture(family: str, tmp_path: Path) -> None:
     again = load_diffusers(tmp_path / "theirs")
     assert (picture(again, noise, pipe.scheduler).clamp(-1, 1) - theirs).abs().max() < 1e-3
     back = load_diffusers(tmp_path / "ours")
-    assert all(torch.equal(a, b) for a, b in zip(back.unet.state_dict().values(), parts.unet.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(back.network.state_dict().values(), parts.network.state_dict().values())
+    )
 
 
 @pytest.mark.parametrize(
@@ -144,10 +146,10 @@ def test_other_pipelines_load(family: str, cls: str, tmp_path: Path) -> None:
         )
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours")
     assert type(pipe).__name__ == cls
-    x, text = torch.randn(1, parts.unet.config.in_channels, 8, 8), torch.randn(1, 5, 32)
+    x, text = torch.randn(1, parts.network.config.in_channels, 8, 8), torch.randn(1, 5, 32)
     with torch.no_grad():
         theirs = pipe.unet(x, torch.tensor([7]), encoder_hidden_states=text).sample
-        ours = parts.unet(x, torch.tensor([7]), {"text": text})
+        ours = parts.network(x, torch.tensor([7]), {"text": text})
     assert (ours - theirs).norm() < 1e-5 * theirs.norm()
 
 
@@ -158,8 +160,8 @@ def test_half_precision_shards_and_variants(tmp_path: Path) -> None:
     save(parts, tmp_path / "half", dtype=torch.float16, shard_bytes=100_000)
     assert len(list((tmp_path / "half/unet").glob("*-of-*.safetensors"))) > 1
     theirs = UNet2DConditionModel.from_pretrained(tmp_path / "half/unet")
-    ours = load_diffusers(tmp_path / "half").unet
-    for key, value in parts.unet.state_dict().items():
+    ours = load_diffusers(tmp_path / "half").network
+    for key, value in parts.network.state_dict().items():
         assert torch.equal(ours.state_dict()[key], value.half().float())
         assert torch.equal(theirs.state_dict()[key], value.half().to(theirs.dtype))
     theirs.to(torch.float16).save_pretrained(tmp_path / "variant", variant="fp16", max_shard_size="100KB")
@@ -172,7 +174,7 @@ def test_half_precision_shards_and_variants(tmp_path: Path) -> None:
 def test_keys_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     parts = make("sd1")
     save(parts, tmp_path / "m")
-    state = dict(parts.unet.state_dict())
+    state = dict(parts.network.state_dict())
     state["conv_in.weight"] = torch.zeros(16, 5, 3, 3)
     state["more.weight"] = state.pop("conv_out.bias")
     weights.write_file(tmp_path / "m/unet/diffusion_pytorch_model.safetensors", weights.of_state(state))

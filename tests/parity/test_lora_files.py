@@ -48,7 +48,7 @@ class Pair:
         return pictures * 2 - 1
 
     def pipeline(self) -> TextToImage:
-        return TextToImage(self.parts.unet, self.parts.codec, self.parts.text, Process())
+        return TextToImage(self.parts.network, self.parts.codec, self.parts.text, Process())
 
 
 @pytest.fixture
@@ -67,9 +67,9 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Pair:
 def trained(parts: Components, config: LoraConfig) -> Lora:
     """A LoRA that changes the picture; the model is left as it was."""
     adapter = LoraAdapter(config)
-    net = filled(adapter.attach(parts.unet, parts.text))
+    net = filled(adapter.attach(parts.network, parts.text))
     net.detach()
-    parts.unet.eval()
+    parts.network.eval()
     return adapter.lora({n: 2.5 * p.detach() if "magn" not in n else p.detach() for n, p in net.named_parameters()})
 
 
@@ -79,11 +79,11 @@ def test_diffusers_draws_our_picture(pair: Pair, form: Any, tmp_path: Path) -> N
     """A LoRA on U-Net and towers, of rank 3 with alpha 5, written here and loaded there."""
     plain = pair.our_picture()
     config = LoraConfig(rank=3, alpha=5.0, text=True, targets=TARGETS)
-    if form == "kohya" and pair.parts.unet.config.addition_embed_type:
+    if form == "kohya" and pair.parts.network.config.addition_embed_type:
         config = LoraConfig(rank=3, alpha=5.0, text=True)  # diffusers' reader takes no kohya convolutions of SDXL
     lora = trained(pair.parts, config)
     path = tmp_path / "pytorch_lora_weights.safetensors"
-    write_lora(path, lora, pair.parts.unet.config, form=form)
+    write_lora(path, lora, pair.parts.network.config, form=form)
     pair.theirs.load_lora_weights(tmp_path, weight_name=path.name)
     pipeline = pair.pipeline()
     pipeline.load_lora(path)
@@ -103,7 +103,7 @@ def test_diffusers_draws_our_picture(pair: Pair, form: Any, tmp_path: Path) -> N
 @pytest.mark.parametrize("options", [{"dora": True}, {"rslora": True, "alpha": 2.0}], ids=["dora", "rslora"])
 def test_options_survive(pair: Pair, options: dict[str, Any], tmp_path: Path) -> None:
     lora = trained(pair.parts, LoraConfig(rank=4, **options))
-    write_lora(tmp_path / "x.safetensors", lora, pair.parts.unet.config)
+    write_lora(tmp_path / "x.safetensors", lora, pair.parts.network.config)
     pair.theirs.load_lora_weights(tmp_path, weight_name="x.safetensors")
     pair.pipeline().load_lora(tmp_path / "x.safetensors")
     assert (pair.our_picture() - pair.their_picture()).abs().max() < 1e-3
@@ -184,7 +184,7 @@ def test_kohya_layout(tmp_path: Path) -> None:
     parts = make("sd1")
     lora = trained(parts, LoraConfig(rank=3, alpha=1.5, text=True, targets=("attention", "convolution")))
     path = tmp_path / "x.safetensors"
-    write_lora(path, lora, parts.unet.config, form="kohya", metadata={"ss_output_name": "x"})
+    write_lora(path, lora, parts.network.config, form="kohya", metadata={"ss_output_name": "x"})
     tensors = load_file(path)
     stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
     assert tensors[f"{stem}.lora_down.weight"].shape == (3, 16)
@@ -195,26 +195,26 @@ def test_kohya_layout(tmp_path: Path) -> None:
     assert tensors["lora_unet_mid_block_resnets_0_conv1.lora_up.weight"].shape == (32, 3, 1, 1)
     assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight" in tensors
     assert {k.rpartition(".lora_")[0] or k.removesuffix(".alpha") for k in tensors} == set(
-        kohya_names(lora, parts.unet.config).values()
+        kohya_names(lora, parts.network.config).values()
     )
     with safe_open(path, "pt") as handle:
         notes = handle.metadata()
     assert notes["ss_network_module"] == "networks.lora"
     assert (notes["ss_network_dim"], notes["ss_network_alpha"], notes["ss_output_name"]) == ("3", "1.5", "x")
     assert json.loads(notes["ss_network_args"]) == {"conv_dim": "3", "conv_alpha": "1.5"}
-    back = read_lora(path, parts.unet, parts.text)
+    back = read_lora(path, parts.network, parts.text)
     assert set(back) == set(lora)
     assert all(torch.equal(back[n].up, lora[n].up) and back[n].alpha == 1.5 for n in lora)
 
 
 def test_kohya_names_of_sdxl() -> None:
     """The published SDXL LoRAs' names: CompVis blocks for the U-Net, two towers."""
-    from ldm.adapters.sites import unet_sites
+    from ldm.adapters.sites import network_sites
     from ldm.models.presets import UNETS
 
     with torch.device("meta"):
         unet = UNet(UNETS["sdxl"])
-    names = kohya_names([s.name for s in unet_sites(unet)], unet.config)
+    names = kohya_names([s.name for s in network_sites(unet)], unet.config)
     for ours, theirs in {
         "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": (
             "input_blocks_4_1_transformer_blocks_0_attn1_to_q"
@@ -276,11 +276,11 @@ def test_embedding_forms_read_back(tmp_path: Path) -> None:
 
 def test_files_for_another_model_are_refused(tmp_path: Path) -> None:
     parts, other = make("sd1"), make("sdxl")
-    write_lora(tmp_path / "x.safetensors", trained(other, LoraConfig(text=True)), other.unet.config)
+    write_lora(tmp_path / "x.safetensors", trained(other, LoraConfig(text=True)), other.network.config)
     with pytest.raises(ValueError, match=r"64 of 104 tensors fit this model; not used: 40 key.*text_encoder_2"):
-        read_lora(tmp_path / "x.safetensors", parts.unet, parts.text)
-    wide = UNet(UNetConfig(**{**vars(parts.unet.config), "cross_attention_dim": 48}))
-    write_lora(tmp_path / "y.safetensors", trained(parts, LoraConfig()), parts.unet.config)
+        read_lora(tmp_path / "x.safetensors", parts.network, parts.text)
+    wide = UNet(UNetConfig(**{**vars(parts.network.config), "cross_attention_dim": 48}))
+    write_lora(tmp_path / "y.safetensors", trained(parts, LoraConfig()), parts.network.config)
     pipeline = TextToImage(wide, parts.codec, parts.text, Process())
     with pytest.raises(ValueError, match="another base model"):
         pipeline.load_lora(tmp_path / "y.safetensors")

@@ -30,7 +30,7 @@ def test_picture(sampler: str, cls: str, more: dict[str, Any], tmp_path: Path) -
     parts = make("sd1")
     parts.scheduler = {"_class_name": cls, **PLAIN, **more}
     with torch.no_grad():  # when the network is asked is to be seen in the picture
-        for parameter in [*parts.unet.time_embedding.parameters(), *parts.unet.conv_out.parameters()]:
+        for parameter in [*parts.network.time_embedding.parameters(), *parts.network.conv_out.parameters()]:
             parameter *= 8
     save(parts, tmp_path / "ours")
     pipe = theirs_of(tmp_path / "ours")

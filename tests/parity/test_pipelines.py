@@ -56,7 +56,7 @@ def test_sdxl(negative: str, noise: Tensor, tmp_path: Path) -> None:
     """Two towers, the pooled state of the second, sizes and crop in their order; zeros for an empty negative prompt."""
     parts = make("sdxl")
     with torch.no_grad():  # sizes are to be seen in the picture
-        for p in parts.unet.add_embedding.parameters():  # type: ignore[union-attr]
+        for p in parts.network.add_embedding.parameters():  # type: ignore[union-attr]
             p *= 10
     save(parts, tmp_path / "ours")
     pipe = theirs_of(tmp_path / "ours")
@@ -157,7 +157,7 @@ def test_weights_of_sdxl_are_their_states_times_the_weight(noise: Tensor, tmp_pa
     """Penultimate states of both towers; the pooled vector knows no weights."""
     parts = make("sdxl")
     with torch.no_grad():  # words are to be seen in the picture
-        for name, p in parts.unet.named_parameters():
+        for name, p in parts.network.named_parameters():
             p *= 6 if "attn2.to_v" in name or "attn2.to_out" in name else 1
     save(parts, tmp_path / "ours")
     pipe = theirs_of(tmp_path / "ours")

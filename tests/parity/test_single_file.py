@@ -81,7 +81,7 @@ def test_text_names_are_those_diffusers_reads(index: int) -> None:
 
     torch.manual_seed(0)
     parts = make("sdxl")
-    model = Opened.of(parts.unet, parts.autoencoder, parts.text, parts.scheduler)
+    model = Opened.of(parts.network, parts.autoencoder, parts.text, parts.scheduler)
     file = {k: e.read() for k, e in single.tensors(model).items()}
     tower = model.text[index]
     hf = {k: e.read() for k, e in maps.follow(maps.text_to_hf(tower.source), tower.source, "").items()}
@@ -127,7 +127,7 @@ def test_strangers_files_are_recognised(name: str, monkeypatch: pytest.MonkeyPat
 
 
 def same(ours: Any, theirs: Any, half: bool = False) -> bool:
-    pairs = [(ours.unet, theirs.unet), (ours.autoencoder, theirs.autoencoder)]
+    pairs = [(ours.network, theirs.network), (ours.autoencoder, theirs.autoencoder)]
     pairs += [(a.model, b.model) for a, b in zip(ours.text, theirs.text, strict=True)]
 
     def equal(a: Tensor, b: Tensor) -> bool:
@@ -140,7 +140,7 @@ def same(ours: Any, theirs: Any, half: bool = False) -> bool:
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "inpainting"])
 def test_round_trip_of_small_models(name: str, tmp_path: Path) -> None:
     parts = make(name)
-    kinds: dict[str, Any] = {"unet": parts.unet, "autoencoder": parts.autoencoder, "text": parts.text}
+    kinds: dict[str, Any] = {"network": parts.network, "autoencoder": parts.autoencoder, "text": parts.text}
     save_single(tmp_path / "m.safetensors", **kinds, scheduler=parts.scheduler)
     back = load_single(tmp_path / "m.safetensors")
     assert same(parts, back)
@@ -165,7 +165,7 @@ def test_averaged_weights_on_request(tmp_path: Path) -> None:
     parts = make("sd1")
     save_single(
         tmp_path / "m.safetensors",
-        unet=parts.unet,
+        network=parts.network,
         autoencoder=parts.autoencoder,
         text=parts.text,
         scheduler=parts.scheduler,
@@ -180,8 +180,8 @@ def test_averaged_weights_on_request(tmp_path: Path) -> None:
     about = {single.CONFIG: weights.metadata(tmp_path / "m.safetensors")[single.CONFIG]}
     weights.write_file(tmp_path / "ema.safetensors", weights.of_state(state), metadata=about)
     raw, mean = load_single(tmp_path / "ema.safetensors"), load_single(tmp_path / "ema.safetensors", ema=True)
-    assert torch.equal(raw.unet.conv_in.weight, parts.unet.conv_in.weight)
-    assert torch.equal(mean.unet.conv_in.weight, parts.unet.conv_in.weight + 1)
+    assert torch.equal(raw.network.conv_in.weight, parts.network.conv_in.weight)
+    assert torch.equal(mean.network.conv_in.weight, parts.network.conv_in.weight + 1)
 
 
 class Evil:
@@ -218,7 +218,7 @@ def test_damaged_and_strange_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_saving_replaces_a_folder_with_a_sharded_one(tmp_path: Path) -> None:
     parts = make("sd1")
-    kinds: dict[str, Any] = {"unet": parts.unet, "autoencoder": parts.autoencoder, "text": parts.text}
+    kinds: dict[str, Any] = {"network": parts.network, "autoencoder": parts.autoencoder, "text": parts.text}
     save_diffusers(tmp_path / "m", **kinds, scheduler=parts.scheduler)
     save_diffusers(tmp_path / "m", **kinds, scheduler=parts.scheduler, shard_bytes=50_000)
     assert not (tmp_path / "m/unet/diffusion_pytorch_model.safetensors").exists()

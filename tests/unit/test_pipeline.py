@@ -100,7 +100,7 @@ def test_a_loaded_model_samples_as_its_scheduler_config_says(pipeline: TextToIma
     from ldm.checkpoint.schedulers import scheduler_to_diffusers
 
     scheduler = scheduler_to_diffusers(Discrete(), V())
-    parts = {"unet": pipeline.unet, "autoencoder": pipeline.codec.autoencoder, "text": pipeline.text}
+    parts = {"network": pipeline.unet, "autoencoder": pipeline.codec.autoencoder, "text": pipeline.text}
     save_diffusers(tmp_path / "model", **parts, scheduler=scheduler)  # type: ignore[arg-type]
     loaded = TextToImage.load(tmp_path / "model")
     settings = Settings(sampler="ddim", steps=10, guidance=3.0)

@@ -72,7 +72,7 @@ def test_the_text_is_projected_once_for_all_steps(pipeline: TextToImage) -> None
 
 def test_known_keys_draw_the_same_picture(pipeline: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
     quick = draw(pipeline, steps=4)
-    monkeypatch.setattr("ldm.pipeline.KV_BYTES", 0)
+    monkeypatch.setattr("ldm.pipeline.conditioning.PREPARED_BYTES", 0)
     assert torch.equal(draw(pipeline, steps=4), quick)
 
 

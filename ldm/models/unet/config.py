@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ldm.config.load import accepts
 from ldm.models import others
@@ -47,6 +47,7 @@ class UNetConfig:
     its files); `num_attention_heads`, if given, is used instead. Keys that only take one value here are checked.
     """
 
+    kind: Literal["unet"] = "unet"
     sample_size: int | None = None
     in_channels: int = 4
     out_channels: int = 4

@@ -6,11 +6,11 @@ Legend: B batch, C channels, H, W latent pixels, T tokens, D width of the text, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ldm.models.layers import (
     Downsample,
@@ -21,7 +21,7 @@ from ldm.models.layers import (
     repeated,
     sinusoid,
 )
-from ldm.models.network import Granularity, granularity
+from ldm.models.network import Granularity, Network, granularity
 from ldm.models.unet.config import DOWN, MID, UP, UNetConfig
 from ldm.models.unet.transformer import Transformer2D
 from ldm.types import Cond
@@ -52,6 +52,15 @@ class Stage(nn.Module):
         x = self.resnets[index](x, time)
         return x if self.attentions is None else self.attentions[index](x, text, kv)
 
+    def layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """Names and modules in the order in which they run."""
+        for i, resnet in enumerate(self.resnets):
+            yield f"resnets.{i}", resnet
+            if self.attentions is not None:
+                yield f"attentions.{i}", self.attentions[i]
+        for name, samplers in (("downsamplers", self.downsamplers), ("upsamplers", self.upsamplers)):
+            yield from ((f"{name}.{i}", module) for i, module in enumerate(samplers or ()))
+
 
 class Middle(nn.Module):
     """resnet, transformer, resnet at the coarsest resolution; or one resnet."""
@@ -68,6 +77,13 @@ class Middle(nn.Module):
             x = attend(x, text, kv)
             x = resnet(x, repeated(time, len(x)))
         return x
+
+    def layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """Names and modules in the order in which they run."""
+        for i, resnet in enumerate(self.resnets):
+            yield f"resnets.{i}", resnet
+            if i < len(self.attentions):
+                yield f"attentions.{i}", self.attentions[i]
 
 
 def _resnet(config: UNetConfig, cin: int, cout: int) -> ResnetBlock:
@@ -119,12 +135,15 @@ def _up_stages(config: UNetConfig) -> nn.ModuleList:
     return stages
 
 
-class UNet(nn.Module):
+class UNet(Network):
     """Noisy latents, times and conditioning -> the raw prediction."""
+
+    title = "U-Net"
+    component = "unet"
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config: UNetConfig = config
         widths, time = config.block_out_channels, config.time_width
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = Embedding(widths[0], time, extra=config.time_cond_proj_dim)
@@ -204,6 +223,14 @@ class UNet(nn.Module):
         x = self._run(self.mid_block, x, repeated(time, len(x)), text, kv)
         return x, skips, time, text, known
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """Text, and what else this U-Net's embeddings are made of."""
+        config, found = self.config, {"text"}
+        found |= {"pooled", "time_ids"} if config.addition_embed_type else set()
+        found |= {"guidance"} if config.time_cond_proj_dim is not None else set()
+        return frozenset(found | ({"class"} if self.class_embedding is not None else set()))
+
     def transformers(self) -> list[Transformer2D]:
         """In the order in which they run."""
         stages = [*self.down_blocks, self.mid_block, *self.up_blocks]
@@ -217,10 +244,52 @@ class UNet(nn.Module):
         """
         return torch.cat([layer.keys_values(text) for layer in self.transformers()], dim=-1)
 
+    def prepared(self, cond: Cond) -> Cond:
+        """With "kv", all keys and values of the cross-attentions, in place of "text"."""
+        if "text" not in cond or not self._kv_widths:
+            return cond
+        return {k: v for k, v in cond.items() if k != "text"} | {"kv": self.keys_values(cond["text"])}
+
+    def prepared_numbers(self, rows: int, tokens: int) -> int:
+        return rows * tokens * sum(self._kv_widths)
+
+    def blocks(self) -> Iterator[tuple[str, nn.Module]]:
+        """Resnets, transformers and resamplings."""
+        stages = [(f"down_blocks.{i}", stage) for i, stage in enumerate(self.down_blocks)]
+        stages += [("mid_block", self.mid_block)]
+        stages += [(f"up_blocks.{i}", stage) for i, stage in enumerate(self.up_blocks)]
+        for prefix, stage in cast("list[tuple[str, Stage | Middle]]", stages):
+            yield from ((f"{prefix}.{name}", module) for name, module in stage.layers())
+
+    def correctable(self) -> Iterator[tuple[str, nn.Module, str]]:
+        """All linear layers and convolutions."""
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                yield name, module, _group(name)
+
     @property
-    def key_value_width(self) -> int:
-        """Numbers in "kv" a token."""
-        return sum(self._kv_widths)
+    def middle_channels(self) -> int:
+        return self.config.block_out_channels[-1]
+
+    @property
+    def middle_groups(self) -> int:
+        return self.config.norm_num_groups
+
+    @property
+    def guidance_width(self) -> int | None:
+        return self.config.time_cond_proj_dim
+
+    def told_guidance(self, width: int | None) -> UNet:
+        """A copy with a projection of w that starts as zero."""
+        present, new = self.config.time_cond_proj_dim, "time_embedding.cond_proj.weight"
+        if present not in (None, width):
+            raise ValueError(f"guidance_embedding: the teacher has one already, of width {present}, not {width}")
+        made = UNet(replace(self.config, time_cond_proj_dim=width)).to(next(self.parameters()).device)
+        weights = self.state_dict()
+        if width is not None and present is None:
+            weights[new] = torch.zeros_like(made.get_parameter(new))
+        made.load_state_dict(weights, strict=True)
+        return made.requires_grad_(True)
 
     def time(self, t: Tensor, cond: Cond, batch: int, dtype: torch.dtype) -> Tensor:
         """The embedding (B, E) of times and of all that is added to them, before its activation."""
@@ -260,9 +329,19 @@ class UNet(nn.Module):
         return sinusoid(t, width, cos_first=self.config.flip_sin_to_cos, shift=self.config.freq_shift)
 
     def _run(self, step: Callable[..., Tensor], *args: Any) -> Tensor:
-        if self.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(step, *args, use_reentrant=False)  # type: ignore[return-value]
-        return step(*args)
+        return self.run_again(step, *args, on=self.recompute)
+
+
+def _group(name: str) -> str:
+    if ".attn1." in name or ".attn2." in name:
+        return "attention"
+    if ".ff." in name:
+        return "feed_forward"
+    if name.endswith((".proj_in", ".proj_out")):
+        return "projection"
+    if name.endswith(".time_emb_proj"):
+        return "time"
+    return "convolution" if ".resnets." in name or "samplers." in name else "other"
 
 
 def _once(x: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Cond]:

@@ -43,7 +43,7 @@ def test_converting_takes_less_than_the_largest_file(to: str, tmp_path: Path) ->
     tower = TextTower(TextConfig(width=32, heads=2, layers=2, context_length=16, vocab_size=4096, bpe="emoji"))
     scheduler = scheduler_to_diffusers(Discrete(), Epsilon())
     parts = {"autoencoder": Autoencoder(AUTOENCODERS["tiny"]), "text": [tower], "scheduler": scheduler}
-    save_diffusers(tmp_path / "in", unet=UNet(UNETS["tiny"]), **parts)  # type: ignore[arg-type]
+    save_diffusers(tmp_path / "in", network=UNet(UNETS["tiny"]), **parts)  # type: ignore[arg-type]
     shapes = shapes_of(WIDE)
     source = {k: Entry(v, torch.float32, lambda v=v: torch.zeros(v)) for k, v in shapes.items()}
     file = tmp_path / "in/unet/diffusion_pytorch_model.safetensors"

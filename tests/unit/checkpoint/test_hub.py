@@ -28,7 +28,7 @@ def cached(cache: Path, name: str) -> UNet:
     scheduler = {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
     snapshot = folder / "snapshots" / "0123abcd"
     snapshot.parent.mkdir()
-    save_diffusers(snapshot, unet=unet, autoencoder=Autoencoder(miniature.VAE), text=[tower], scheduler=scheduler)
+    save_diffusers(snapshot, network=unet, autoencoder=Autoencoder(miniature.VAE), text=[tower], scheduler=scheduler)
     return unet
 
 
@@ -38,7 +38,7 @@ def test_what_is_in_the_cache_loads_offline(tmp_path: Path, monkeypatch: pytest.
     unet = cached(tmp_path, "someone/small")
     found = load_model("someone/small")
     assert found.scheduler["prediction_type"] == "v_prediction"
-    assert all(torch.equal(a, b) for a, b in zip(found.unet.state_dict().values(), unet.state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in zip(found.network.state_dict().values(), unet.state_dict().values()))
     with pytest.raises(ValueError, match=r"someone/other: .*download it where there is a network"):
         load_model("someone/other")
 

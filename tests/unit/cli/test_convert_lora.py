@@ -35,7 +35,7 @@ LAYERS = (
 def test_the_file_gives_the_tuned_weights_back(form: str, tmp_path: Path) -> None:
     parts = make("sd1")
     save(parts, tmp_path / "base")
-    sites = all_sites(parts.unet, parts.text)
+    sites = all_sites(parts.network, parts.text)
     with torch.no_grad():
         for name in LAYERS:
             weight = sites[name].read()
@@ -66,7 +66,7 @@ def corrected(folder: Path, name: str) -> Tensor:
 
 def small_lora(parts: Components) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
     """A correction of three layers, and the weights that it makes."""
-    sites, lora, wanted = all_sites(parts.unet, parts.text), {}, {}
+    sites, lora, wanted = all_sites(parts.network, parts.text), {}, {}
     g = torch.Generator().manual_seed(3)
     for name in LAYERS:
         base = sites[name].read()
@@ -83,7 +83,7 @@ def test_a_lora_is_merged_into_its_base(to: str, source: str, tmp_path: Path) ->
     save(parts, tmp_path / "base")
     lora, wanted = small_lora(parts)
     export = tmp_path / "run" / "export"
-    write_lora(export / "pytorch_lora_weights.safetensors", lora, parts.unet.config)
+    write_lora(export / "pytorch_lora_weights.safetensors", lora, parts.network.config)
     told = {"base": str(tmp_path / "base"), "loras": ["pytorch_lora_weights.safetensors"], "embeddings": []}
     (export / "adapter.json").write_text(json.dumps(told))
     target = tmp_path / ("out" if to == "diffusers" else "out.safetensors")
@@ -100,7 +100,7 @@ def test_a_lora_in_another_form(form: str, to: str, tmp_path: Path) -> None:
     parts = make("sd1")
     save(parts, tmp_path / "base")
     lora, wanted = small_lora(parts)
-    write_lora(tmp_path / "x.safetensors", lora, parts.unet.config, form=form)  # type: ignore[arg-type]
+    write_lora(tmp_path / "x.safetensors", lora, parts.network.config, form=form)  # type: ignore[arg-type]
     target = tmp_path / "y.safetensors"
     argv = [str(tmp_path / "x.safetensors"), str(target), "--to", to, "--base", str(tmp_path / "base")]
     assert main(argv) == 0

@@ -32,7 +32,7 @@ def model(root: Path) -> Path:
     vae, text = load_autoencoder(str(root / "autoencoder")), load_towers(str(root / "towers"))
     scheduler = {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012}
     scheduler |= {"beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False}
-    save_diffusers(root / "model", unet=unet, autoencoder=vae, text=text, scheduler=scheduler)
+    save_diffusers(root / "model", network=unet, autoencoder=vae, text=text, scheduler=scheduler)
     return root / "model"
 
 
@@ -61,7 +61,7 @@ def config(root: Path, tmp_path: Path) -> str:
     ("override", "said"),
     [
         ("train.optim.warmpu=5", ["train.optim", "warmpu", "did you mean 'warmup'"]),
-        ("task.unet.layer_per_block=2", ["task.unet", "did you mean 'layers_per_block'"]),
+        ("task.network.layer_per_block=2", ["task.network", "did you mean 'layers_per_block'"]),
         ("train.steps=many", ["train.steps", "expected int", "'many'"]),
         ("train.steps=1.5", ["train.steps", "expected int", "1.5"]),
         ("train.steps=0", ["train", "steps must be at least 1", "0"]),
@@ -73,7 +73,7 @@ def config(root: Path, tmp_path: Path) -> str:
         ("task.samples.settings.sampler=eulr", ["task.samples.settings", "eulr", "euler"]),
         ("task.process.prediction.kind=noise", ["task.process.prediction.kind", "noise", "epsilon"]),
         ("train.steps", ["train.steps", "key=value"]),
-        ("task.unet.block_out_channels=[8,", ["block_out_channels"]),
+        ("task.network.block_out_channels=[8,", ["block_out_channels"]),
         ("out=${nowhere}", ["nowhere"]),
     ],
 )

@@ -49,7 +49,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     save_diffusers(
         root / "teacher",
-        unet=UNet(UNET),
+        network=UNet(UNET),
         autoencoder=load_autoencoder(str(root / "autoencoder")),
         text=load_towers(str(root / "towers")),
         scheduler=scheduler_to_diffusers(Discrete(), PREDICTIONS["epsilon"]),

@@ -42,21 +42,21 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     ("task", "message"),
     [
         (  # an SDXL network written by hand meets Stable Diffusion 2's tower
-            {"unet": XL, "text": "sd21", "vae": "kl_f8_sdxl"},
-            "task.unet.cross_attention_dim: 2048, but task.text 'sd21' has text states of width 1024; those of sdxl",
+            {"network": XL, "text": "sd21", "vae": "kl_f8_sdxl"},
+            "task.network.cross_attention_dim: 2048, but task.text 'sd21' has text states of width 1024; those of sdxl",
         ),
         (
-            {"unet": {**XL, "projection_class_embeddings_input_dim": 2560}, "text": "sdxl", "vae": "kl_f8"},
-            "task.unet.projection_class_embeddings_input_dim: 2560, but task.text 'sdxl' has a pooled vector of 1280 "
-            "and the six sizes take 1536: 2816 in all",
+            {"network": {**XL, "projection_class_embeddings_input_dim": 2560}, "text": "sdxl", "vae": "kl_f8"},
+            "task.network.projection_class_embeddings_input_dim: 2560, but task.text 'sdxl' has a pooled vector of "
+            "1280 and the six sizes take 1536: 2816 in all",
         ),
         (
-            {"unet": encode(UNETS["sd15_inpainting"]), "text": "sd15", "vae": "kl_f8"},
-            "task.unet.in_channels: 9, but task.vae 'kl_f8' has latents of 4 channels",
+            {"network": encode(UNETS["sd15_inpainting"]), "text": "sd15", "vae": "kl_f8"},
+            "task.network.in_channels: 9, but task.vae 'kl_f8' has latents of 4 channels",
         ),
         (
-            {"unet": encode(UNETS["tiny"]), "text": "somewhere/that-is-not-here", "vae": "tiny"},
-            "task.unet.cross_attention_dim: 32, but task.text 'somewhere/that-is-not-here'",
+            {"network": encode(UNETS["tiny"]), "text": "somewhere/that-is-not-here", "vae": "tiny"},
+            "task.network.cross_attention_dim: 32, but task.text 'somewhere/that-is-not-here'",
         ),
     ],
 )

@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(2)
     unet = UNet(UNETS["tiny"])
     torch.nn.init.normal_(unet.conv_out.weight, std=0.2)
-    parts: dict[str, Any] = {"unet": unet, "autoencoder": Autoencoder(AUTOENCODERS["tiny"])}
+    parts: dict[str, Any] = {"network": unet, "autoencoder": Autoencoder(AUTOENCODERS["tiny"])}
     folder, scheduler = tmp_path_factory.mktemp("model"), scheduler_to_diffusers(Discrete(), V())
     save_diffusers(folder, **parts, text=[TextTower(TEXTS["tiny"][0])], scheduler=scheduler)
     return folder
@@ -114,7 +114,7 @@ def test_another_model_than_the_pictures_own_is_said(model: Path, many: Path, tm
     pipe, other = TextToImage.load(model), tmp_path / "other"
     with torch.no_grad():
         pipe.unet.conv_out.weight *= 1.01
-    parts: dict[str, Any] = {"unet": pipe.unet, "autoencoder": pipe.codec.autoencoder, "text": pipe.text}
+    parts: dict[str, Any] = {"network": pipe.unet, "autoencoder": pipe.codec.autoencoder, "text": pipe.text}
     save_diffusers(other, **parts, scheduler=scheduler_to_diffusers(Discrete(), V()))
     one = next(iter(many.glob("0000*")))
     assert sample("--from-png", one, "--model", other, "--out", tmp_path / "a") == 0

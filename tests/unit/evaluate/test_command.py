@@ -45,7 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     save_diffusers(
         folder,
-        unet=UNet(UNETS["tiny"]),
+        network=UNet(UNETS["tiny"]),
         autoencoder=Autoencoder(AUTOENCODERS["tiny"]),
         text=[TextTower(TEXTS["tiny"][0])],
         scheduler=scheduler_to_diffusers(Discrete(), Epsilon()),

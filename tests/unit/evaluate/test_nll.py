@@ -29,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     save_diffusers(
         folder,
-        unet=UNet(UNETS["tiny"]),
+        network=UNet(UNETS["tiny"]),
         autoencoder=Autoencoder(AUTOENCODERS["tiny"]),
         text=[TextTower(TEXTS["tiny"][0])],
         scheduler=scheduler_to_diffusers(Discrete(zero_terminal_snr=True), V()),
@@ -77,7 +77,7 @@ def test_learned_variance(tmp_path: Path, model: Path, capsys: pytest.CaptureFix
     torch.manual_seed(2)
     save_diffusers(
         tmp_path / "learned",
-        unet=UNet(replace(UNETS["tiny"], out_channels=2 * UNETS["tiny"].out_channels)),
+        network=UNet(replace(UNETS["tiny"], out_channels=2 * UNETS["tiny"].out_channels)),
         autoencoder=Autoencoder(AUTOENCODERS["tiny"]),
         text=[TextTower(TEXTS["tiny"][0])],
         scheduler=scheduler_to_diffusers(Discrete(zero_terminal_snr=True), V(), variance="learned"),

@@ -40,7 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.nn.init.normal_(unet.conv_out.weight, std=0.05)
         save_diffusers(
             root / name,
-            unet=unet,
+            network=unet,
             autoencoder=Autoencoder(AUTOENCODERS["tiny"]),
             text=[TextTower(TEXTS["tiny"][0])],
             scheduler=scheduler_to_diffusers(Discrete(zero_terminal_snr=True), V()),

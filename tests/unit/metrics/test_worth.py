@@ -35,7 +35,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     clip: Any = build_clip(config)
     write_module(root / "clip" / "export" / "clip", clip.state_dict(), {"_class_name": "CLIP", **encode(config)})
     for name, tower in (("own", TextTower.of_clip(clip, config.text)), ("other", TextTower(TEXTS["tiny"][0]))):
-        parts = {"unet": UNet(UNETS["tiny"]), "autoencoder": Autoencoder(AUTOENCODERS["tiny"]), "text": [tower]}
+        parts = {"network": UNet(UNETS["tiny"]), "autoencoder": Autoencoder(AUTOENCODERS["tiny"]), "text": [tower]}
         save_diffusers(root / name, **parts, scheduler=scheduler_to_diffusers(Discrete(), Epsilon()))  # type: ignore[arg-type]
     return root
 

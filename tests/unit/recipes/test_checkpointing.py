@@ -26,7 +26,7 @@ from tests import miniature
 
 NAMES = ("none", "transformer", "block")
 TASKS: dict[str, tuple[type, dict[str, Any]]] = {
-    "text_to_image": (TextToImageTask, {"unet": {}, "vae": "vae", "text": "clip"}),
+    "text_to_image": (TextToImageTask, {"network": {}, "vae": "vae", "text": "clip"}),
     "finetune": (FinetuneTask, {}),
     "distill": (DistillTask, {"teacher": "emoji", "method": {"kind": "lcm"}}),
 }
@@ -98,7 +98,7 @@ def test_the_planner_counts_the_granularity(how: str, tmp_path: Path) -> None:
     """By the modules that it builds; without any, a plan that recomputes does so by block."""
     changes = {"gradient_checkpointing": how, "vae": "kl_f8", "text": "sd15", "cache": None}
     tree = miniature.text_to_image(tmp_path, **changes)
-    tree["task"]["unet"] = {**tree["task"]["unet"], "cross_attention_dim": 768}  # the tower's
+    tree["task"]["network"] = {**tree["task"]["network"], "cross_attention_dim": 768}  # the tower's
     path = miniature.write(tree, tmp_path / "run.yaml")
     job = job_of(load_run(path), 1, gpu=False)
     assert job.recompute == (how != "none")

@@ -56,7 +56,7 @@ def before(tmp_path: Path) -> tuple[Path, Student]:
         nn.init.normal_(p, std=0.2)
     assert student.lora is not None
     lora = student.lora.lora(dict(student.trained.named_parameters()))
-    write_lora(tmp_path / "run" / "export" / NAME, lora, student.unet.config)
+    write_lora(tmp_path / "run" / "export" / NAME, lora, student.network.config)
     return tmp_path / "run", student
 
 

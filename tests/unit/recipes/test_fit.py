@@ -18,13 +18,13 @@ ROOT = Path(__file__).parents[3]
 def test_a_tower_of_another_width_is_named(tmp_path: Path) -> None:
     run = load_run(ROOT / "configs/train/text_to_image_emoji.yaml", [f"out={tmp_path / 'run'}"])
     assert isinstance(run.task, TextToImageTask)
-    task = replace(run.task, unet=replace(UNETS["tiny"], cross_attention_dim=48), cache=None)
-    with pytest.raises(ValueError, match=r"task\.unet\.cross_attention_dim: 48, but task\.text .* of width 192"):
+    task = replace(run.task, network=replace(UNETS["tiny"], cross_attention_dim=48), cache=None)
+    with pytest.raises(ValueError, match=r"task\.network\.cross_attention_dim: 48, but task\.text .* of width 192"):
         build(task, run.data, run.train, 0, 0)
 
 
 def test_the_command_line_says_it_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = [f"out={tmp_path / 'run'}", "task.cache=null", "task.unet.cross_attention_dim=48"]
+    overrides = [f"out={tmp_path / 'run'}", "task.cache=null", "task.network.cross_attention_dim=48"]
     assert main(["train", str(ROOT / "configs/train/text_to_image_emoji.yaml"), "--dry-run", *overrides]) == 2
     said = capsys.readouterr().err
     assert "cross_attention_dim: 48" in said

@@ -63,7 +63,7 @@ def changed(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
             "another objective",
         ),
         ("task.options.drop", 0.5, "task.options.drop 0.1 → 0.5", "another objective"),
-        ("task.unet.norm_num_groups", 8, "task.unet.norm_num_groups 4 → 8", "another model"),
+        ("task.network.norm_num_groups", 8, "task.network.norm_num_groups 4 → 8", "another model"),
         ("train.optim.algorithm", "lion", "train.optim.algorithm adamw → lion", "another optimizer"),
         ("train.batch", 64, "train.batch 4 → 64", ""),
         ("train.steps", 9, "train.steps 6 → 9", ""),

@@ -5,12 +5,9 @@ Legend: B pictures of a batch, Z latent channels, h, w latent pixels.
 
 from __future__ import annotations
 
+import copy
 import functools
-import json
-import logging
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,21 +19,19 @@ from ldm import allocator
 from ldm.adapters.low_rank import Loras
 from ldm.checkpoint import students
 from ldm.checkpoint.attached import attach_embedding, attach_lora
-from ldm.checkpoint.convert import load_model
 from ldm.checkpoint.scheduler_classes import OwnSampler, Plan
-from ldm.checkpoint.schedulers import scheduler_from_diffusers
 from ldm.data.grid import to_pil
 from ldm.diffusion.process import Process
 from ldm.models.attention import sliced
 from ldm.models.layers import unchanging
-from ldm.models.shipped import named
-from ldm.models.text import TextTower, encode_texts
-from ldm.models.text.prompts import count_chunks, encode_prompts, notes, too_long
-from ldm.models.unet import UNet
+from ldm.models.network import Network
+from ldm.models.text import TextTower
 from ldm.models.vae.latents import LatentCodec
+from ldm.pipeline.conditioning import Conditioning, inpainting, warn
+from ldm.pipeline.loading import load_parts
+from ldm.pipeline.memory import Placement, compiled
 from ldm.precision import chosen, compute_dtype
 from ldm.rng import Rng
-from ldm.sampling import SAMPLERS
 from ldm.sampling import sample as run_sampler
 from ldm.sampling.guidance import classifier_free, perpendicular, projected, times_of, told_guidance
 from ldm.sampling.memory import check_memory, enough_memory
@@ -46,21 +41,17 @@ from ldm.sampling.settings import Settings, Size, checked_size, far_size, said
 from ldm.sampling.times import times as spaced
 from ldm.types import Cond, Denoise, Net
 
-log = logging.getLogger(__name__)
-KV_BYTES = 1 << 28
-"""Up to this size a batch's keys and values of the text are kept for all steps."""
-
 Wrap = Callable[[Denoise], Denoise]
 Guide = Callable[..., Denoise]
 """(denoise, *, prompts) -> a denoiser that steers these prompts' batch."""
 
 
 class TextToImage:
-    """A U-Net, a latent codec, text towers and the process that the U-Net was trained for."""
+    """A denoising network, a latent codec, text towers and the process that the network was trained for."""
 
     def __init__(
         self,
-        unet: UNet,
+        network: Network,
         codec: LatentCodec,
         text: Sequence[TextTower],
         process: Process,
@@ -73,13 +64,12 @@ class TextToImage:
         """`spacing`, `offset` and `end` are those of the model's own DDIM and DDPM; None is the sampler's."""
         self.offset = offset
         self.end: Literal["data", "first"] | None = end
-        self.unet, self.codec, self.text, self.process = unet, codec, list(text), process
-        self.spacing, self.dtype = spacing, compute_dtype(precision)
+        self.network, self.codec, self.text, self.process = network, codec, list(text), process
+        self.spacing = spacing
         self.student: students.FewSteps | None = None
         self.own: OwnSampler | None = None
         self._loras: Loras | None = None
-        self._device = next(unet.parameters()).device
-        self._offload = False
+        self._place = Placement(next(network.parameters()).device, compute_dtype(precision))
         self._compiled: Net | None = None
 
     @staticmethod
@@ -88,71 +78,53 @@ class TextToImage:
     ) -> TextToImage:
         """From a shipped model's name (emoji), a run folder, a diffusers folder, a single file or a hub id.
 
-        `precision` of the U-Net is auto, fp32, bf16 or fp16 (autocast; the autoencoder stays in float32); `lenient`
+        `precision` of the network is auto, fp32, bf16 or fp16 (autocast; the autoencoder stays in float32); `lenient`
         leaves unknown tensors out and names them. Raises ValueError when it is none of these.
         """
-        found = named(source)
-        for folder in (found, found / "export"):
-            if (folder / "adapter.json").is_file():
-                return _adapted(folder, device, precision, lenient)
-        if (found / "checkpoints").is_dir() and not (found / "export" / "model_index.json").is_file():
-            raise ValueError(f"run {str(source)!r}: not exported yet; the export is written when training ends")
-        parts = load_model(found / "export" if (found / "export").is_dir() else found, lenient=lenient)
-        how = scheduler_from_diffusers(parts.scheduler)
-        process = Process(schedule=how.schedule, prediction=how.prediction, variance=how.variance)
-        unet = parts.unet.eval().requires_grad_(False)
-        parts.codec.autoencoder.eval().requires_grad_(False)
+        found = load_parts(source, lenient=lenient)
         pipeline = TextToImage(
-            unet, parts.codec, parts.text, process, spacing=how.spacing, offset=how.offset,
-            end="data" if how.last_alpha_one else "first", precision=chosen(precision, device),
+            found.network, found.codec, found.text, found.process, spacing=found.spacing, offset=found.offset,
+            end=found.end, precision=chosen(precision, device),
         )  # fmt: skip
-        pipeline.student = students.few_steps(parts.scheduler, guided=unet.config.time_cond_proj_dim is None)
-        pipeline.own = how.own
-        if how.unlike:
-            log.warning("%s: its own scheduler does not draw here, the samplers do (%s)", source, how.unlike)
-        return pipeline.to(device)
+        pipeline.student, pipeline.own = found.student, found.own
+        pipeline.to(device)
+        for path in found.loras:
+            pipeline.load_lora(path)
+        for path in found.embeddings:
+            pipeline.load_embedding(path)
+        return pipeline
+
+    @property
+    def unet(self) -> Network:
+        """`network`, by the name that diffusers' pipelines have for it in Stable Diffusion."""
+        return self.network
+
+    def with_network(self, network: Network) -> TextToImage:
+        """The same pipeline around another network; this one stays as it is."""
+        other = copy.copy(self)
+        other.network, other._loras, other._compiled, other._place = network, None, None, copy.copy(self._place)
+        return other
 
     def to(self, device: str | torch.device) -> TextToImage:
-        """Move all parts; returns itself. In half precision the U-Net's convolutions take channels_last."""
-        self._device, self._offload = torch.device(device), False
-        for module in (self.unet, self.codec.autoencoder, *self.text):
-            module.to(device)
-        self.unet.to(memory_format=torch.contiguous_format if self.dtype == torch.float32 else torch.channels_last)
+        """Move all parts; returns itself. In half precision the network's convolutions take channels_last."""
+        self._place.move(device, self.network, self._others)
         return self
 
     def offload(self, device: str | torch.device) -> TextToImage:
         """Keep all parts in the CPU's memory, and move each to `device` only while `sample` uses it; returns itself."""
-        self.to("cpu")
-        self._device = torch.device(device)
-        self._offload = self._device.type != "cpu"
-        if not self._offload:
-            log.info("offload to the cpu: nothing to do, the model runs there")
+        self._place.offload(device, self.network, self._others)
         return self
 
-    @contextmanager
-    def _used(self, *parts: torch.nn.Module) -> Iterator[None]:
-        """The parts on the device inside, where they are offloaded."""
-        for part in parts if self._offload else ():
-            part.to(self._device)
-        try:
-            yield
-        finally:
-            for part in parts if self._offload else ():
-                part.to("cpu")
+    @property
+    def _others(self) -> list[torch.nn.Module]:
+        return [self.codec.autoencoder, *self.text]
 
     def compile(self, mode: str | None = None) -> TextToImage:
-        """Compile the U-Net whole at its first call for each shape (minutes on a CPU); returns itself.
+        """Compile the network whole at its first call for each shape (minutes on a CPU); returns itself.
 
         `mode` is torch.compile's; None takes CUDA graphs on a GPU, for which small batches wait.
         """
-        graphs = "reduce-overhead" if self._device.type == "cuda" else "default"
-        compiled = torch.compile(self.unet, fullgraph=True, mode=mode or graphs)
-
-        def call(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-            torch.compiler.cudagraph_mark_step_begin()
-            return compiled(x, t, cond).clone()  # a graph writes its next answer over this one
-
-        self._compiled = call
+        self._compiled = compiled(self.network, self._place.target, mode)
         return self
 
     def load_lora(
@@ -164,7 +136,7 @@ class TextToImage:
         `lenient` what does not fit is left out and named, as long as something fits.
         """
         name = Path(path).stem if name is None else name
-        return attach_lora(self._merged(), self.unet, self.text, path, weight, name, lenient)
+        return attach_lora(self._merged(), self.network, self.text, path, weight, name, lenient)
 
     def set_loras(self, weights: Mapping[str, float]) -> None:
         """Change the weights of loaded LoRAs by name; 0 is as without."""
@@ -184,13 +156,27 @@ class TextToImage:
 
     def _merged(self) -> Loras:
         if self._loras is None:
-            self._loras = Loras(self.unet, self.text)
+            self._loras = Loras(self.network, self.text)
         return self._loras
 
     @property
     def device(self) -> torch.device:
-        """Where the U-Net runs."""
-        return self._device if self._offload else next(self.unet.parameters()).device
+        """Where the network runs."""
+        return self._place.device_of(self.network)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in."""
+        return self._place.dtype
+
+    @dtype.setter
+    def dtype(self, dtype: torch.dtype) -> None:
+        self._place.dtype = dtype
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """What turns prompts into conditioning."""
+        return Conditioning(self.network, self.text, self._place)
 
     def __call__(self, prompt: str | Sequence[str], *, count: int = 1, **settings: Any) -> list[Image.Image]:
         """`count` pictures of each prompt, one prompt after the other; keywords are those of `Settings`.
@@ -257,15 +243,8 @@ class TextToImage:
             yield [places[row] for row in rows], images[rows]
 
     def batches(self, prompts: Sequence[str], settings: Settings) -> list[list[int]]:
-        """Places in `prompts` that are drawn together: in their order, long prompts only with others as long.
-
-        Empty chunks of text would change a picture, and what it is may not depend on its neighbours.
-        """
-        groups: dict[int, list[int]] = {}
-        for i, prompt in enumerate(prompts):
-            groups.setdefault(self._chunks([prompt], settings), []).append(i)
-        size = settings.batch
-        return [places[k : k + size] for places in groups.values() for k in range(0, len(places), size)]
+        """Places in `prompts` that are drawn together: in their order, long prompts only with others as long."""
+        return self.conditioning.batches(prompts, settings)
 
     def check(self, prompts: Sequence[str], settings: Settings) -> None:
         """Warn of what may not be drawn as it was meant: parts of prompts, what is cut off, guidance, a far size.
@@ -274,22 +253,18 @@ class TextToImage:
         """
         if not prompts:
             raise ValueError("expected at least one prompt, got none")
-        every = list(dict.fromkeys([*prompts, settings.negative]))
-        lines = notes(every, weighted=settings.weights, long=settings.long)
-        cuts = [] if settings.long else too_long(self.text[0].tokenizer, every, weighted=settings.weights)
-        lines += [f"prompt of {c.tokens} tokens is longer than {c.limit}; left out: {c.cut!r}" for c in cuts]
-        lines += said(settings, told=self.unet.config.time_cond_proj_dim is not None)
+        lines = self.conditioning.unsaid(prompts, settings)
+        lines += said(settings, told=self.network.guidance_width is not None)
         size, own = self.size(settings.size), self.size(None)
         check_memory(self.codec, size, settings, self.device)
-        if self.unet.config.sample_size is not None and (far := far_size(size, own)):
+        if self.network.config.sample_size is not None and (far := far_size(size, own)):
             lines.append(far)
-        for line in lines:
-            warnings.warn(line, stacklevel=3)
+        warn(lines, 3)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, settings: Settings) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1], float32 on the CPU, of scaled latents; see `LatentCodec.draw`."""
-        with self._used(self.codec.autoencoder), sliced(settings.queries):
+        with self._place.used(self.codec.autoencoder), sliced(settings.queries):
             return self.codec.draw(latents, tile=settings.tile, slices=settings.slices).clamp(-1, 1).float().cpu()
 
     def latents(
@@ -307,14 +282,14 @@ class TextToImage:
     ) -> Tensor:
         """Scaled latents (B, Z, h, w) of one batch; `x`, `start` and `times` as in `ldm.sampling.sample`.
 
-        `wrap` changes the guided denoiser; `given` is more that the U-Net is told, such as `inpainting` gives.
+        `wrap` changes the guided denoiser; `given` is more that the network is told, such as `inpainting` gives.
         """
         shape, device = self.latent_shape(settings.size) if x is None else tuple(x.shape[1:]), self.device
         denoise = self.denoiser(settings, prompts)
         cond = self._cond(prompts, settings, prompts) | (given or {})
         plan = self._plan(settings) if times is None else Plan(times)
         x = (rng.normal("start", shape) if x is None else x) * (plan.scale if start is None else 1)
-        with self._used(self.unet), sliced(settings.queries), unchanging(self.unet, settings.steps):
+        with self._place.used(self.network), sliced(settings.queries), unchanging(self.network, settings.steps):
             return run_sampler(
                 settings.sampler,
                 denoise if wrap is None else wrap(denoise),
@@ -336,7 +311,7 @@ class TextToImage:
         """The model's estimate of x_0 under guidance; `prompts`: what it will be asked for, where they may be long."""
         allocator.keep_freed_memory(self.device.type)
         denoise, scale = self.process.denoiser(self._net), settings.guidance
-        if self.unet.config.time_cond_proj_dim is not None:
+        if self.network.guidance_width is not None:
             return told_guidance(denoise, scale)
         if scale == 1 and settings.guide != "perpendicular":
             return denoise
@@ -349,42 +324,11 @@ class TextToImage:
         return perpendicular(denoise, self._cond([""], settings, prompts), negative, scale, interval=interval)
 
     def _net(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        with self._autocast():
-            return (self._compiled or self.unet)(x, t, cond)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+        with self._place.autocast(self.device):
+            return (self._compiled or self.network)(x, t, cond)
 
     def _cond(self, prompts: Sequence[str], settings: Settings, together: Sequence[str]) -> Cond:
-        """What the U-Net is given at every step: the text's keys and values are computed here, once.
-
-        As many chunks as the longest of `together`, all prompts of the batch, and the negative prompt needs.
-        """
-        chunks = self._chunks(together, settings)
-        with self._used(*self.text):
-            cond = encode_prompts(self.text, prompts, weighted=settings.weights, chunks=chunks)
-        cond |= self._sizes(len(prompts), settings.size, settings)
-        size = 2 * len(together) * cond["text"].shape[1] * self.unet.key_value_width * 4
-        if 0 < size <= KV_BYTES:  # without `together` the other half may come from elsewhere, as text
-            with self._used(self.unet), self._autocast():
-                cond["kv"] = self.unet.keys_values(cond.pop("text"))
-        return cond
-
-    def _chunks(self, prompts: Sequence[str], settings: Settings) -> int:
-        """How many contexts the longest of the prompts and the negative one fill."""
-        if not settings.long:
-            return 1
-        every = [*prompts, settings.negative]
-        return max(count_chunks(tower.tokenizer, every, weighted=settings.weights) for tower in self.text)
-
-    def _sizes(self, count: int, size: Size | None, told: Settings | None = None) -> Cond:
-        """SDXL's time_ids (N, 6): height and width before cropping, the crop's top and left, height and width."""
-        if self.unet.config.addition_embed_type != "text_time":
-            return {}
-        own = self.size(size)
-        original, crop, target = (own, (0, 0), own) if told is None else (told.original, told.crop, told.target)
-        ids = torch.tensor([[*(original or own), *crop, *(target or own)]], dtype=torch.float32, device=self.device)
-        return {"time_ids": ids.expand(count, -1)}
+        return self.conditioning.of(prompts, settings, together, self.size(settings.size))
 
     def _plan(self, settings: Settings) -> Plan:
         """The model's own times for DDIM, DDPM and its own sampler, and a student's: those of published pipelines."""
@@ -400,31 +344,23 @@ class TextToImage:
         return Plan(path, self.end if sampler == "ddim" else None)
 
     def encode_text(self, prompts: Sequence[str], size: Size | None = None) -> Cond:
-        """What the U-Net is given for prompts; SDXL's also for pictures of a size in pixels that are not cropped."""
-        with self._used(*self.text):
-            return encode_texts(self.text, prompts) | self._sizes(len(prompts), size)
+        """What the network is given for prompts; SDXL's also for pictures of a size in pixels that are not cropped."""
+        return self.conditioning.plain(prompts, self.size(size))
 
     @torch.no_grad()
     def inpainting(self, images: Tensor, mask: Tensor) -> Cond:
-        """What a U-Net with 9 channels is told of pictures (B, 3, H, W) in [-1, 1] and a mask (B or 1, 1, H, W).
+        """What a network with 9 channels is told of pictures (B, 3, H, W) in [-1, 1] and a mask (B or 1, 1, H, W).
 
         The mask is 1 where the picture is drawn anew; then the picture's latents with grey in the mask's place. Raises
-        ValueError for a U-Net with other channels.
+        ValueError for a network with other channels.
         """
-        z = self.codec.channels
-        if self.unet.config.in_channels != 2 * z + 1:
-            raise ValueError(f"inpainting: needs a U-Net with {2 * z + 1} channels, got {self.unet.config.in_channels}")
-        mask = (mask >= 0.5).to(images)
-        with self._used(self.codec.autoencoder):
-            known = self.codec.encode(images * (1 - mask))
-        small = mask[..., :: self.codec.factor, :: self.codec.factor].expand(len(images), -1, -1, -1)
-        return {"concat": torch.cat([small.to(known), known], dim=1)}
+        return inpainting(self.network, self.codec, self._place, images, mask)
 
     def latent_shape(self, size: Size | None) -> tuple[int, int, int]:
         """(Z, h, w) for a size in pixels. Raises ValueError unless it is a multiple of 8 (or more, if a latent is)."""
         factor = self.codec.factor
         if size is None:
-            side = self.unet.config.sample_size or 64
+            side = self.network.side
             return (self.codec.channels, side, side)
         height, width = checked_size(size, max(8, factor))
         return (self.codec.channels, height // factor, width // factor)
@@ -433,18 +369,3 @@ class TextToImage:
         """(H, W) in pixels of a size, or of the model's own. Raises ValueError as `latent_shape` does."""
         _, h, w = self.latent_shape(size)
         return (h * self.codec.factor, w * self.codec.factor)
-
-
-def _adapted(folder: Path, device: str | torch.device, precision: str, lenient: bool) -> TextToImage:
-    """The base model of a fine-tuning with its adapter's files."""
-    told = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
-    pipeline = TextToImage.load(told["base"], device=device, precision=precision, lenient=lenient)
-    for name in told["loras"]:
-        pipeline.load_lora(folder / name)
-    for name in told["embeddings"]:
-        pipeline.load_embedding(folder / name)
-    pipeline.student = students.beside(folder)
-    return pipeline
-
-
-__all__ = ["SAMPLERS", "Progress", "Settings", "TextToImage"]

@@ -1,0 +1,9 @@
+"""Text to image: what users import."""
+
+from __future__ import annotations
+
+from ldm.pipeline.text_to_image import Guide, Progress, TextToImage, Wrap
+from ldm.sampling import SAMPLERS
+from ldm.sampling.settings import Settings
+
+__all__ = ["SAMPLERS", "Guide", "Progress", "Settings", "TextToImage", "Wrap"]

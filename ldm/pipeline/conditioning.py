@@ -1,0 +1,107 @@
+"""Prompts and sizes -> what the network is told at every step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ldm.models.network import Network
+from ldm.models.text import TextTower, encode_texts
+from ldm.models.text.prompts import count_chunks, encode_prompts, notes, too_long
+from ldm.models.vae.latents import LatentCodec
+from ldm.pipeline.memory import Placement
+from ldm.sampling.settings import Settings
+from ldm.types import Cond
+
+PREPARED_BYTES = 1 << 28
+"""Up to this size what a batch's text becomes in the network is kept for all steps."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """The parts of a pipeline that make conditioning."""
+
+    network: Network
+    text: Sequence[TextTower]
+    placement: Placement
+
+    def of(self, prompts: Sequence[str], settings: Settings, together: Sequence[str], own: tuple[int, int]) -> Cond:
+        """What the network is told of prompts at every step, and what it makes of that alone, computed once.
+
+        As many chunks as the longest of `together`, all prompts of the batch, and the negative prompt needs. `own` is
+        the size in pixels (H, W) that is drawn.
+        """
+        chunks = self.chunks(together, settings)
+        with self.placement.used(*self.text):
+            cond = encode_prompts(self.text, prompts, weighted=settings.weights, chunks=chunks)
+        cond |= self.sizes(len(prompts), own, settings)
+        size = 4 * self.network.prepared_numbers(2 * len(together), cond["text"].shape[1])
+        if 0 < size <= PREPARED_BYTES:  # without `together` the other half may come from elsewhere, as text
+            device = self.placement.device_of(self.network)
+            with self.placement.used(self.network), self.placement.autocast(device):
+                cond = self.network.prepared(cond)
+        return cond
+
+    def plain(self, prompts: Sequence[str], own: tuple[int, int]) -> Cond:
+        """Prompts as they are, of pictures that are not cropped."""
+        with self.placement.used(*self.text):
+            return encode_texts(self.text, prompts) | self.sizes(len(prompts), own)
+
+    def chunks(self, prompts: Sequence[str], settings: Settings) -> int:
+        """How many contexts the longest of the prompts and the negative one fill."""
+        if not settings.long:
+            return 1
+        every = [*prompts, settings.negative]
+        return max(count_chunks(tower.tokenizer, every, weighted=settings.weights) for tower in self.text)
+
+    def batches(self, prompts: Sequence[str], settings: Settings) -> list[list[int]]:
+        """Places in `prompts` that are drawn together: in their order, long prompts only with others as long.
+
+        Empty chunks of text would change a picture, and what it is may not depend on its neighbours.
+        """
+        groups: dict[int, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            groups.setdefault(self.chunks([prompt], settings), []).append(i)
+        size = settings.batch
+        return [places[k : k + size] for places in groups.values() for k in range(0, len(places), size)]
+
+    def sizes(self, count: int, own: tuple[int, int], told: Settings | None = None) -> Cond:
+        """SDXL's time_ids (N, 6): height and width before cropping, the crop's top and left, height and width."""
+        if "time_ids" not in self.network.needs:
+            return {}
+        original, crop, target = (own, (0, 0), own) if told is None else (told.original, told.crop, told.target)
+        device = self.placement.device_of(self.network)
+        ids = torch.tensor([[*(original or own), *crop, *(target or own)]], dtype=torch.float32, device=device)
+        return {"time_ids": ids.expand(count, -1)}
+
+    def unsaid(self, prompts: Sequence[str], settings: Settings) -> list[str]:
+        """Sentences on parts of prompts that may not mean what was meant, and on what is cut off."""
+        every = list(dict.fromkeys([*prompts, settings.negative]))
+        lines = notes(every, weighted=settings.weights, long=settings.long)
+        cuts = [] if settings.long else too_long(self.text[0].tokenizer, every, weighted=settings.weights)
+        return lines + [f"prompt of {c.tokens} tokens is longer than {c.limit}; left out: {c.cut!r}" for c in cuts]
+
+
+def inpainting(network: Network, codec: LatentCodec, placement: Placement, images: Tensor, mask: Tensor) -> Cond:
+    """What a network with 2 Z + 1 channels is told of pictures (B, 3, H, W) and a mask (B or 1, 1, H, W).
+
+    The mask is 1 where to draw. Raises ValueError for a network with other channels.
+    """
+    z, takes = codec.channels, network.config.in_channels
+    if takes != 2 * z + 1:
+        raise ValueError(f"inpainting: needs a {network.title} with {2 * z + 1} channels, got {takes}")
+    mask = (mask >= 0.5).to(images)
+    with placement.used(codec.autoencoder):
+        known = codec.encode(images * (1 - mask))
+    small = mask[..., :: codec.factor, :: codec.factor].expand(len(images), -1, -1, -1)
+    return {"concat": torch.cat([small.to(known), known], dim=1)}
+
+
+def warn(lines: Sequence[str], level: int) -> None:
+    """A warning a line, at the caller's caller `level` up."""
+    for line in lines:
+        warnings.warn(line, stacklevel=level + 1)

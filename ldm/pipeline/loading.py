@@ -1,0 +1,75 @@
+"""From a model's name or files to the parts that draw, and how they are meant to draw."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from ldm.checkpoint import students
+from ldm.checkpoint.convert import load_model
+from ldm.checkpoint.scheduler_classes import OwnSampler
+from ldm.checkpoint.schedulers import scheduler_from_diffusers
+from ldm.diffusion.process import Process
+from ldm.models.network import Network
+from ldm.models.shipped import named
+from ldm.models.text import TextTower
+from ldm.models.vae.latents import LatentCodec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The parts of a model in float32 on the CPU, its process and sampler, and adapter files to put on them."""
+
+    network: Network
+    codec: LatentCodec
+    text: list[TextTower]
+    process: Process
+    spacing: str | None
+    offset: int
+    end: Literal["data", "first"] | None
+    student: students.FewSteps | None
+    own: OwnSampler | None
+    loras: tuple[Path, ...] = ()
+    embeddings: tuple[Path, ...] = ()
+
+
+def load_parts(source: str | Path, *, lenient: bool = False) -> Loaded:
+    """From a shipped model's name (emoji), a run folder, a diffusers folder, a single file or a hub id.
+
+    `lenient` leaves unknown tensors out and names them. Raises ValueError when it is none of these.
+    """
+    found = named(source)
+    for folder in (found, found / "export"):
+        if (folder / "adapter.json").is_file():
+            return _adapted(folder, lenient)
+    if (found / "checkpoints").is_dir() and not (found / "export" / "model_index.json").is_file():
+        raise ValueError(f"run {str(source)!r}: not exported yet; the export is written when training ends")
+    parts = load_model(found / "export" if (found / "export").is_dir() else found, lenient=lenient)
+    how = scheduler_from_diffusers(parts.scheduler)
+    network = parts.network.eval().requires_grad_(False)
+    parts.codec.autoencoder.eval().requires_grad_(False)
+    if how.unlike:
+        log.warning("%s: its own scheduler does not draw here, the samplers do (%s)", source, how.unlike)
+    return Loaded(
+        network, parts.codec, parts.text,
+        Process(schedule=how.schedule, prediction=how.prediction, variance=how.variance),
+        spacing=how.spacing, offset=how.offset, end="data" if how.last_alpha_one else "first",
+        student=students.few_steps(parts.scheduler, guided=network.guidance_width is None), own=how.own,
+    )  # fmt: skip
+
+
+def _adapted(folder: Path, lenient: bool) -> Loaded:
+    """The base model of a fine-tuning with its adapter's files."""
+    told = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
+    base = load_parts(told["base"], lenient=lenient)
+    return replace(
+        base,
+        loras=(*base.loras, *(folder / name for name in told["loras"])),
+        embeddings=(*base.embeddings, *(folder / name for name in told["embeddings"])),
+        student=students.beside(folder),
+    )

@@ -1,0 +1,74 @@
+"""Where the parts of a pipeline are: all on one device, or in the CPU's memory but for the one that is used."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ldm.models.network import Network
+from ldm.types import Cond, Net
+
+log = logging.getLogger(__name__)
+
+
+class Placement:
+    """Moves the parts that it is given; it keeps none of them."""
+
+    def __init__(self, device: str | torch.device, dtype: torch.dtype) -> None:
+        """`dtype` is what the network computes in, under autocast unless it is float32."""
+        self._device, self._offload, self.dtype = torch.device(device), False, dtype
+
+    def move(self, device: str | torch.device, network: Network, others: Sequence[nn.Module]) -> None:
+        """All parts to a device; in half precision the network's convolutions take channels_last."""
+        self._device, self._offload = torch.device(device), False
+        for module in (network, *others):
+            module.to(device)
+        network.to(memory_format=torch.contiguous_format if self.dtype == torch.float32 else torch.channels_last)
+
+    def offload(self, device: str | torch.device, network: Network, others: Sequence[nn.Module]) -> None:
+        """All parts to the CPU's memory; `used` brings each to `device`."""
+        self.move("cpu", network, others)
+        self._device = torch.device(device)
+        self._offload = self._device.type != "cpu"
+        if not self._offload:
+            log.info("offload to the cpu: nothing to do, the model runs there")
+
+    @contextmanager
+    def used(self, *parts: nn.Module) -> Iterator[None]:
+        """The parts on the device inside, where they are offloaded."""
+        for part in parts if self._offload else ():
+            part.to(self._device)
+        try:
+            yield
+        finally:
+            for part in parts if self._offload else ():
+                part.to("cpu")
+
+    def device_of(self, network: Network) -> torch.device:
+        """Where the network runs."""
+        return self._device if self._offload else next(network.parameters()).device
+
+    @property
+    def target(self) -> torch.device:
+        """The device that was asked for last."""
+        return self._device
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """What the network runs in."""
+        return torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+
+def compiled(network: Network, device: torch.device, mode: str | None) -> Net:
+    """The network compiled whole at its first call for each shape; `mode` None takes CUDA graphs on a GPU."""
+    graphs = "reduce-overhead" if device.type == "cuda" else "default"
+    whole: Callable[..., Tensor] = torch.compile(network, fullgraph=True, mode=mode or graphs)
+
+    def call(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return whole(x, t, cond).clone()  # a graph writes its next answer over this one
+
+    return call

@@ -1,0 +1,108 @@
+"""What every denoising network promises to those who train, draw, store or plan it, kept by each of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.models.network import Network
+from ldm.models.networks import NETWORKS, build
+from ldm.models.presets import UNETS
+from ldm.types import Cond
+
+CONFIGS = {
+    "unet": UNETS["tiny"],
+    "unet, three levels": UNETS["emoji"],
+    "unet, told sizes": UNETS["tiny"].__class__(
+        **vars(UNETS["tiny"])
+        | {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 4,
+            "projection_class_embeddings_input_dim": 40,
+        }
+    ),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def network(request: pytest.FixtureRequest) -> Network:
+    torch.manual_seed(0)
+    made = build(CONFIGS[request.param])
+    for p in made.parameters():
+        nn.init.normal_(p, std=0.1)
+    return made.eval()
+
+
+def inputs(network: Network, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor, Cond]:
+    torch.manual_seed(1)
+    config = network.config
+    cond = {"text": torch.randn(rows, 5, config.per_level("cross_attention_dim")[0])}
+    if "pooled" in network.needs:
+        cond |= {"pooled": torch.randn(rows, 16), "time_ids": torch.rand(rows, 6) * 100}
+    if "guidance" in network.needs:
+        cond["guidance"] = torch.rand(rows) * 8
+    return torch.randn(rows, config.in_channels, 8, 12), torch.tensor([3.0, 700.0])[:rows], cond
+
+
+def test_every_kind_is_tested() -> None:
+    assert {type(c) for c in CONFIGS.values()} == set(NETWORKS)
+    assert {c.kind for c in CONFIGS.values()} == {c.__dataclass_fields__["kind"].default for c in NETWORKS}
+
+
+def test_what_it_needs_is_missed_by_name(network: Network) -> None:
+    x, t, cond = inputs(network)
+    for key in sorted(network.needs - {"text", "guidance"}):
+        with pytest.raises(ValueError, match=f"'{key}'"):
+            network(x, t, {k: v for k, v in cond.items() if k != key})
+
+
+def test_prepared_conditioning_gives_the_same_bits(network: Network) -> None:
+    x, t, cond = inputs(network)
+    before = {k: v.clone() for k, v in cond.items()}
+    with torch.no_grad():
+        ready = network.prepared(cond)
+        assert torch.equal(network(x, t, cond), network(x, t, ready))
+    assert all(torch.equal(cond[k], before[k]) for k in before)
+    added = sum(v.numel() for k, v in ready.items() if k not in cond)
+    assert added == network.prepared_numbers(len(x), 5)
+
+
+def test_blocks_run_in_their_order_and_hold_every_weight_between_the_ends(network: Network) -> None:
+    seen: list[str] = []
+    names = [name for name, _ in network.blocks()]
+    for name, block in network.blocks():
+        assert network.get_submodule(name) is block
+        block.register_forward_pre_hook(lambda *_, name=name: seen.append(name))
+    with torch.no_grad():
+        network(*inputs(network))
+    assert seen == names
+    assert len(set(names)) == len(names)
+    inside = [p for _, block in network.blocks() for p in block.parameters()]
+    assert len({id(p) for p in inside}) == len(inside), "no weight is in two blocks"
+    ends = {n.split(".")[0] for n, p in network.named_parameters() if id(p) not in {id(q) for q in inside}}
+    assert ends <= {"conv_in", "time_embedding", "add_embedding", "conv_norm_out", "conv_out"}
+
+
+def test_correctable_layers_are_all_that_multiply(network: Network) -> None:
+    found = {name: module for name, module, _ in network.correctable()}
+    assert found == {n: m for n, m in network.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    groups = {group for _, _, group in network.correctable()}
+    assert groups == {"attention", "feed_forward", "projection", "convolution", "time", "other"}
+
+
+def test_the_middle_is_as_deep_as_told(network: Network) -> None:
+    with torch.no_grad():
+        assert network.middle(*inputs(network)).shape[:2] == (2, network.middle_channels)
+    assert network.middle_channels % network.middle_groups == 0
+
+
+def test_told_guidance_answers_as_before_until_it_learns(network: Network) -> None:
+    x, t, cond = inputs(network)
+    told = network.told_guidance(16).eval()
+    assert (told.guidance_width, "guidance" in told.needs) == (16, True)
+    with torch.no_grad():
+        for w in (0.0, 7.0):
+            assert torch.equal(told(x, t, {**cond, "guidance": torch.full((2,), w)}), network(x, t, cond))
+    with pytest.raises(ValueError, match="has one already, of width 16, not 32"):
+        told.told_guidance(32)
