@@ -35,7 +35,7 @@ def parser() -> Parser:
     )  # fmt: skip
     common.add_argument("--prompt-weights", action="store_true", help='read "(word:1.3)", "((word))", "[word]"')
     common.add_argument("--long-prompts", action="store_true", help="take prompts beyond the text tower's context")
-    common.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the U-Net")
+    common.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the network")
     common.add_argument("--device", default=None)
     common.add_argument("--out", type=Path, default=Path("edited"), help="folder for the pictures")
     verbs = p.add_subparsers(dest="verb", required=True)

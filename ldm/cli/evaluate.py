@@ -85,7 +85,7 @@ def _parser() -> Parser:
     )
     nll.add_argument("--batch", type=int, default=32)
     nll.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the U-Net (fp32)"
+        "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the network (fp32)"
     )
     nll.add_argument("--device", help="cpu, cuda, ...; default: a GPU if there is one")
     nll.set_defaults(run=_nll)
@@ -109,7 +109,7 @@ def _drawing(parser: Parser) -> None:
     parser.add_argument("--guidance", type=float, help="(3; of a few-step student that has it inside 1)")
     parser.add_argument("--batch", type=int, default=32, help="pictures drawn at once (32)")
     parser.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the U-Net (fp32)"
+        "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the network (fp32)"
     )
     parser.add_argument("--device", help="that draws: cpu, cuda, ...; default: a GPU if there is one")
     parser.add_argument(

@@ -47,7 +47,7 @@ Method = ConsistencyOptions | ProgressiveOptions | TrajectoryOptions | MatchingO
 
 @dataclass(frozen=True, kw_only=True)
 class DistillTask:
-    """`teacher` is a shipped model, a run, a diffusers folder or a single file; the student starts as its U-Net.
+    """`teacher` is a shipped model, a run, a diffusers folder or a single file; the student starts as its network.
 
     `guidance_embedding` is the width of the student's embedding of w, or null for a student of no (or one) guidance.
     With `lora` the teacher's own weights stay and corrections train on them: one copy serves teacher and student; they

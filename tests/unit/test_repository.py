@@ -166,3 +166,18 @@ def test_help_is_quick() -> None:
         "numpy",
     }
     assert loaded & heavy == set()
+
+
+NAMES_UNET = {"ldm/cli/plan.py", "ldm/cli/plan_models.py"}
+
+
+def test_only_models_and_checkpoints_name_the_unet_where_any_network_would_do() -> None:
+    """What trains, draws or plans networks knows `ldm.models.network` and builds them by their settings."""
+    named = set()
+    for path in python_files():
+        own = path.relative_to(ROOT).as_posix()
+        if own.startswith("ldm/") and not own.startswith(("ldm/models/", "ldm/checkpoint/")):
+            imports = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
+            if any((n.module or "") == "ldm.models.unet" for n in imports):
+                named.add(own)
+    assert named - NAMES_UNET == set()
