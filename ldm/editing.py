@@ -68,7 +68,7 @@ class Canvas:
             height, width = pipe.size(settings.size)
             picture = rgb.resize((width, height), Image.Resampling.BICUBIC)
             return Canvas(picture, picture, replace(settings, size=(height, width)))
-        multiple = max(8, pipe.codec.factor)
+        multiple = max(8, pipe.codec.factor * pipe.network.multiple)
         more = [(0, -side % multiple) for side in (rgb.height, rgb.width)]
         padded = Image.fromarray(np.pad(np.asarray(rgb), [*more, (0, 0)], mode="edge")) if any(map(max, more)) else rgb
         return Canvas(rgb, padded, replace(settings, size=(padded.height, padded.width)))

@@ -20,7 +20,7 @@ def add(verbs: Any) -> None:
     p.add_argument("--refine", type=int, default=0, help="fixed-point rounds a step, one more call each (0)")
     p.add_argument("--captions", action="store_true", help="under the pictures' captions instead of no prompt")
     p.add_argument("--batch", type=int, default=16)
-    p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the network (fp32)")
+    p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the network")
     p.add_argument("--device", help="cpu, cuda, ...; default: a GPU if there is one")
     p.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures and the protocol here")
     p.set_defaults(run=main)

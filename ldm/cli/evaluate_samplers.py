@@ -47,7 +47,7 @@ def add(verbs: Any) -> None:
     p.add_argument("--candidates", type=int, default=64, help="captions to choose from (64)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--batch", type=int, default=32, help="pictures drawn at once (32)")
-    p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the network (fp32)")
+    p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the network")
     p.add_argument("--device", help="that draws: cpu, cuda, ...; default: a GPU if there is one")
     p.add_argument("--no-bounds", action="store_true", help="leave out real pictures and the autoencoder's")
     p.add_argument("--out", type=Path, default=Path("samplers"), help="folder of rows, table and figure (samplers)")
