@@ -341,7 +341,7 @@ class TextToImage:
         return inpainting(self.network, self.codec, self._place, images, mask)
 
     def latent_shape(self, size: Size | None) -> tuple[int, int, int]:
-        """(Z, h, w) for a size in pixels. Raises ValueError unless it is a multiple of 8, or of what the network asks."""
+        """(Z, h, w) for a size in pixels. Raises ValueError unless it is a multiple of 8, or of more for some."""
         factor = self.codec.factor
         if size is None:
             side = self.network.side
