@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.words import expanded
 
 if TYPE_CHECKING:
-    from ldm.evaluate.quality import Entry
+    from ldm.evaluate.sampler_rows import Entry
 
 TABLE, FIGURE = "table.md", "figure.svg"
 
@@ -63,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
 
     from ldm import dist, progress
     from ldm.checkpoint.files import write_text
-    from ldm.evaluate import measure, quality, quality_table
+    from ldm.evaluate import measure, sampler_measure, sampler_rows, sampler_table
     from ldm.pipeline import TextToImage
     from ldm.recipes.models import usable
     from ldm.recipes.sources import load_clip
@@ -72,12 +72,12 @@ def main(args: argparse.Namespace) -> int:
     models = tuple(entry(text) for text in args.model or ["emoji"])
     for name in {*samplers, *(s for m in models for s in m.samplers or ())}:
         lookup(name)
-    plan = quality.Plan(
+    plan = sampler_rows.Plan(
         models=models, samplers=samplers, steps=steps, guidance=guidance, clip_guidance=clips, splits=splits,
         counts=_counts(args.count), bounds=not args.no_bounds,
     )  # fmt: skip
     clip, config = load_clip(measure.exported(args.clip))
-    judge = quality.Judge(
+    judge = sampler_measure.Judge(
         network=measure.feature_network(args.network, args.weights), clip=clip, clip_config=config, clip_name=args.clip,
         data=args.data, reference=args.reference, candidates=args.candidates, seed=args.seed,
     )  # fmt: skip
@@ -86,21 +86,21 @@ def main(args: argparse.Namespace) -> int:
     def load(source: str) -> TextToImage:
         return TextToImage.load(usable(source, "--model"), device=device, precision=args.precision)
 
-    table = quality.Table(args.out, judge, load, batch=args.batch, precision=args.precision)
+    table = sampler_table.Table(args.out, judge, load, batch=args.batch, precision=args.precision)
     with progress.Bar("drawing a batch", "steps", leave=False) as bar:
         rows = table.run(plan, progress.line, bar.to)
     if dist.rank():
         return 0
-    write_text(args.out / TABLE, quality_table.markdown(rows))
+    write_text(args.out / TABLE, sampler_table.markdown(rows))
     write_text(args.out / FIGURE, figure(rows))
-    print(quality_table.markdown(rows), end="")
+    print(sampler_table.markdown(rows), end="")
     print(f"written: {args.out}/results.json, {TABLE}, {FIGURE}")
     return 0
 
 
 def entry(text: str) -> Entry:
     """A model from its option: PATH, or NAME=PATH with choices after colons."""
-    from ldm.evaluate.quality import Entry
+    from ldm.evaluate.sampler_rows import Entry
 
     name, equal, rest = text.partition("=")
     if not equal:
@@ -147,7 +147,7 @@ def _counts(text: str) -> tuple[tuple[int, int], ...]:
 
 def figure(rows: list[dict[str, Any]]) -> str:
     """KID and R@1 of each split, against whichever was varied most: steps, guidance or CLIP guidance."""
-    from ldm.evaluate.quality_table import BOUNDS
+    from ldm.evaluate.sampler_rows import BOUNDS
     from ldm.web.chart import Curve
     from ldm.web.figure import Panel, svg
 

@@ -2,14 +2,10 @@
 
 import itertools
 import os
-import re
 import subprocess
 import sys
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -19,87 +15,40 @@ from ldm.data.manifest import Manifest
 from ldm.data.remote import Remote, RemoteConfig, RemoteError, ShardCache
 from ldm.data.shards import Shards
 from tests.unit.data.remote import QUICK, batches, same
+from tests.unit.data.serving import FolderServer, RangeHandler, running
 
 pytest.importorskip("aiohttp")
 Make = Callable[..., Path]
 
 
-class Server(ThreadingHTTPServer):
-    """Serves a folder; `faults` maps a request's number to what goes wrong with it."""
-
-    daemon_threads = True
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder = folder
-        self.faults: dict[int, str] = {}
-        self.numbers = itertools.count()
-        self.seen: Counter[str] = Counter()
-        self.release = threading.Event()
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
+class Handler(RangeHandler):
     def do_GET(self) -> None:
-        server = self.server
-        assert isinstance(server, Server)
-        fault = server.faults.get(next(server.numbers)) if self.command == "GET" else None
-        server.seen[self.path.rsplit("/", 1)[-1]] += 1
-        path = server.folder / self.path.lstrip("/")
+        fault = self.owner.fault() if self.command == "GET" else None
+        self.owner.answers[self.path.rsplit("/", 1)[-1]] += 1
+        path = self.owner.folder / self.path.lstrip("/")
         if not path.is_file() or fault == "500":
-            self.send_response(500 if fault else 404)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self.answer(500 if fault else 404, b"", {})
             return
-        data = path.read_bytes()
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        part = data[int(wanted[1]) : int(wanted[2]) + 1] if wanted else data
-        self.send_response(206 if wanted else 200)
-        self.send_header("Content-Length", str(len(part)))
-        self.send_header("Accept-Ranges", "bytes")
-        if wanted:
-            self.send_header("Content-Range", f"bytes {wanted[1]}-{int(wanted[1]) + len(part) - 1}/{len(data)}")
-        self.end_headers()
-        if self.command == "HEAD":
-            return
+        status, part, headers = self.ranged(path.read_bytes())
         if fault == "stall":
-            server.release.wait(30)
-        if fault == "cut":
-            self.wfile.write(part[: len(part) // 2])
-            self.close_connection = True
-            return
-        self.wfile.write(part)
+            self.owner.release.wait(30)
+        self.answer(status, part, headers, cut=fault == "cut")
 
 
 @pytest.fixture
-def served(make_set: Make) -> Iterator[tuple[Server, Path]]:
+def served(make_set: Make) -> Iterator[tuple[FolderServer, Path]]:
     folder = make_set(30, shard_samples=12)
-    server = Server(folder)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server, folder
-    server.release.set()
-    server.shutdown()
-    server.server_close()
+    with running(FolderServer(folder, Handler)) as server:
+        yield server, folder
 
 
-def test_http_ranges_give_what_the_disk_gives(served: tuple[Server, Path]) -> None:
+def test_http_ranges_give_what_the_disk_gives(served: tuple[FolderServer, Path]) -> None:
     server, folder = served
     assert same(batches(server.address, QUICK, workers=1), batches(str(folder), QUICK))
-    assert sum(v for k, v in server.seen.items() if k.endswith(".tar")) <= 30 + 2  # one request a sample
+    assert sum(v for k, v in server.answers.items() if k.endswith(".tar")) <= 30 + 2  # one request a sample
 
 
-def test_failures_stalls_and_cuts_are_survived(served: tuple[Server, Path]) -> None:
+def test_failures_stalls_and_cuts_are_survived(served: tuple[FolderServer, Path]) -> None:
     server, folder = served
     kinds = itertools.cycle(["500", "cut", "500", "cut", "500"])
     server.faults = {n: next(kinds) for n in range(2, 30, 3)} | {7: "stall"}
@@ -108,7 +57,7 @@ def test_failures_stalls_and_cuts_are_survived(served: tuple[Server, Path]) -> N
     )
 
 
-def test_a_lasting_failure_names_the_address_and_the_cause(served: tuple[Server, Path]) -> None:
+def test_a_lasting_failure_names_the_address_and_the_cause(served: tuple[FolderServer, Path]) -> None:
     server, _ = served
     server.faults = dict.fromkeys(range(1000), "500")
     with pytest.raises(RemoteError, match=r"manifest.json: failed 3 times; the last: .*500"):
@@ -125,7 +74,7 @@ def test_a_lasting_failure_names_the_address_and_the_cause(served: tuple[Server,
     assert time.monotonic() - start < 10
 
 
-def test_the_cache_keeps_shards_within_its_bound(served: tuple[Server, Path], tmp_path: Path) -> None:
+def test_the_cache_keeps_shards_within_its_bound(served: tuple[FolderServer, Path], tmp_path: Path) -> None:
     server, folder = served
     shards = Manifest.read(folder).shards
     bound = max(s.bytes for s in shards) * 2
@@ -136,13 +85,13 @@ def test_the_cache_keeps_shards_within_its_bound(served: tuple[Server, Path], tm
     assert 0 < cache.bytes <= bound
     whole = RemoteConfig(cache=str(tmp_path / "cache2"), retries=3, timeout=5.0, backoff=0.01)
     batches(server.address, whole)
-    before = sum(v for k, v in server.seen.items() if k.endswith(".tar"))
+    before = sum(v for k, v in server.answers.items() if k.endswith(".tar"))
     assert same(batches(server.address, whole), expected)
-    assert sum(v for k, v in server.seen.items() if k.endswith(".tar")) == before  # all from the cache
+    assert sum(v for k, v in server.answers.items() if k.endswith(".tar")) == before  # all from the cache
 
 
 def test_a_full_disk_falls_back_to_ranges(
-    served: tuple[Server, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    served: tuple[FolderServer, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, folder = served
 
@@ -156,7 +105,7 @@ def test_a_full_disk_falls_back_to_ranges(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
-def test_a_disk_that_is_really_full(served: tuple[Server, Path], tmp_path: Path) -> None:
+def test_a_disk_that_is_really_full(served: tuple[FolderServer, Path], tmp_path: Path) -> None:
     """A file system of 16 KiB: the first shard does not fit, nothing is left behind, and training goes on."""
     server, folder = served
     cache = tmp_path / "small"
@@ -201,7 +150,7 @@ def test_a_client_that_is_not_installed_is_named(
         Manifest.read(f"{scheme}://pictures/set", QUICK)
 
 
-def test_a_spoiled_download_is_refused(served: tuple[Server, Path], tmp_path: Path) -> None:
+def test_a_spoiled_download_is_refused(served: tuple[FolderServer, Path], tmp_path: Path) -> None:
     server, folder = served
     tar = folder / "train-00000.tar"
     data = bytearray(tar.read_bytes())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.data.indexing import index
-from ldm.evaluate import quality, statistics
+from ldm.evaluate import sampler_table, statistics
 from ldm.evaluate.measure import real_pictures
 from ldm.metrics.features import Encoder
 from ldm.models.text import TextConfig, TextTower
@@ -49,10 +49,10 @@ def test_rows_of_a_table_say_which_samples_they_are_of(tmp_path: Path) -> None:
     for where in ("score < 6", "score >= 6", "score <= 5"):
         index(data, where=where)
         told.append({"data": "set", "samples": statistics.samples_of(str(data), "train")})
-    quality.same(Path("row.json"), told[0], told[2])
+    sampler_table.same(Path("row.json"), told[0], told[2])
     with pytest.raises(ValueError, match=r"row\.json: measured with samples '\w+', now '\w+'; give another --out"):
-        quality.same(Path("row.json"), told[0], told[1])
-    quality.same(Path("row.json"), {"data": "set"}, told[1])  # of a version that did not say
+        sampler_table.same(Path("row.json"), told[0], told[1])
+    sampler_table.same(Path("row.json"), {"data": "set"}, told[1])  # of a version that did not say
 
 
 def test_texts_are_told_apart_by_more_than_weights() -> None:

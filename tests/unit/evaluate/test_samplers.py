@@ -18,7 +18,7 @@ from ldm.cli import evaluate, evaluate_samplers
 from ldm.cli.evaluate_samplers import entry
 from ldm.config.load import encode
 from ldm.diffusion import Discrete, V
-from ldm.evaluate import measure, quality
+from ldm.evaluate import measure, sampler_measure, sampler_rows
 from ldm.metrics import features
 from ldm.models.presets import AUTOENCODERS, CLIPS, TEXTS, UNETS
 from ldm.models.text import TextTower, build_clip
@@ -91,7 +91,7 @@ def test_rows_are_what_the_single_commands_measure(models: Path, tmp_path: Path,
     with torch.no_grad():
         own = pipe.codec.decode(pipe.codec.encode(measure.real_pictures("emoji", "heldout", drawn.ids[:6], size)))
     real = small(measure.real_pictures("emoji", "heldout", drawn.ids[:-21:-1], size)).double()
-    expected = quality.fid.kernel_distance(real, small(own.clamp(-1, 1)).double(), subsets=20, size=3)
+    expected = sampler_measure.fid.kernel_distance(real, small(own.clamp(-1, 1)).double(), subsets=20, size=3)
     found = find(rows, sampler="autoencoder")["result"]["kernel_distance"]
     assert found["mean"] == pytest.approx(expected.mean, rel=1e-4)
     assert find(rows, sampler="real")["protocol"]["shared"] == 0
@@ -122,8 +122,8 @@ def test_the_time_of_a_picture_is_that_of_the_sampling_loop(models: Path, tmp_pa
     takes(TextToImage, "_cond", 1.0)
     takes(TextToImage, "_net", 10.0)
     takes(TextToImage, "decode", 100.0)
-    takes(quality.Judge, "describe", 1000.0)
-    monkeypatch.setattr(quality.time, "perf_counter", lambda: clock[0])
+    takes(sampler_measure.Judge, "describe", 1000.0)
+    monkeypatch.setattr(sampler_measure.time, "perf_counter", lambda: clock[0])
     rows = command(models, tmp_path, "--samplers", "ddim", "--steps", 3, "--guidance", 2, "--no-bounds")
     result = rows[0]["result"]
     assert result["loop_seconds_per_picture"] == 3 * 10 / 4
@@ -203,14 +203,14 @@ def test_clip_guidance_is_a_row_of_its_own(models: Path, tmp_path: Path) -> None
 
 
 def test_small_splits_come_round_with_other_noise() -> None:
-    truth = quality.Truth(("a", "b", "c"), (7, 8, 9), (), torch.zeros(1, 1), ())
+    truth = sampler_measure.Truth(("a", "b", "c"), (7, 8, 9), (), torch.zeros(1, 1), ())
     assert truth.of(5) == (["a", "b", "c", "a", "b"], [7, 8, 9, 7, 8])
 
 
 def test_entries() -> None:
-    assert entry("emoji") == quality.Entry(name="emoji", source="emoji")
+    assert entry("emoji") == sampler_rows.Entry(name="emoji", source="emoji")
     full = entry("four=runs/x/export:lcm,tcd:steps=1,4:guidance=1:spacing=lcm")
-    assert full == quality.Entry(
+    assert full == sampler_rows.Entry(
         name="four", source="runs/x/export", samplers=("lcm", "tcd"), steps=(1, 4), guidance=(1.0,), spacing="lcm"
     )
 
@@ -220,8 +220,8 @@ def test_every_sampler_takes_every_number_of_steps_of_the_table() -> None:
     counts = ((0, 1000), (250, 128), (1000, 32))
     assert evaluate_samplers._counts("1000,250:128,1000:32") == counts
     steps, samplers = (1, 2, 4, 8, 16, 25, 50, 250, 1000), ("ddpm", "ddim", "dpmpp_2m", "unipc")
-    plan = quality.Plan(models=(entry("emoji"),), samplers=samplers, steps=steps, counts=counts)
-    cases = [case for case in plan.cases() if case.sampler not in quality.BOUNDS]
+    plan = sampler_rows.Plan(models=(entry("emoji"),), samplers=samplers, steps=steps, counts=counts)
+    cases = [case for case in plan.cases() if case.sampler not in sampler_rows.BOUNDS]
     assert len(cases) == 2 * len(samplers) * len(steps)
     assert {case.split for case in cases} == {"train", "compositional"}
     assert {case.steps: case.count for case in cases} == dict.fromkeys(steps[:-2], 1000) | {250: 128, 1000: 32}
