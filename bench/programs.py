@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.apart import Worker, compare, serve
+from bench.networks import QUICK, SHAPES, Shape, adam, both, call_of, deviation, inputs, plain, quiet, training, under
 from bench.timing import Options
-from bench.unet import QUICK, SHAPES, Shape, adam, both, call_of, deviation, inputs, plain, quiet, training, under
 from ldm.allocator import keep_freed_memory
 from ldm.diffusion.prediction import Epsilon
 from ldm.diffusion.process import Process

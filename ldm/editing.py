@@ -68,7 +68,7 @@ class Canvas:
             height, width = pipe.size(settings.size)
             picture = rgb.resize((width, height), Image.Resampling.BICUBIC)
             return Canvas(picture, picture, replace(settings, size=(height, width)))
-        multiple = max(8, pipe.codec.factor)
+        multiple = max(8, pipe.codec.factor * pipe.network.multiple)
         more = [(0, -side % multiple) for side in (rgb.height, rgb.width)]
         padded = Image.fromarray(np.pad(np.asarray(rgb), [*more, (0, 0)], mode="edge")) if any(map(max, more)) else rgb
         return Canvas(rgb, padded, replace(settings, size=(padded.height, padded.width)))
@@ -158,7 +158,7 @@ def inpaint(
 
     Any base model does: its estimate outside the mask is the picture. A 9-channel inpainting model is told the mask and
     the picture without its white instead. What is transparent in the mask is black. Raises ValueError for a mask of
-    another size than the picture, and for a U-Net of other channels.
+    another size than the picture, and for a network of other channels.
     """
     image, mask = to_rgb(image), to_mask(mask)
     if mask.size != image.size:
@@ -309,7 +309,7 @@ def _places(pipe: TextToImage, prompt: str, word: str) -> list[int]:
 def clip_guide(pipe: TextToImage, clip: nn.Module, config: AnyClip, scale: float) -> Guide:
     """A guide for `TextToImage.sample`: CLIP's image-text similarity, times its own temperature, steers each picture.
 
-    The gradient goes through the decoder but not through the U-Net.
+    The gradient goes through the decoder but not through the network.
     """
     model: Any = clip
     tokenize = tokenizer_of(config)

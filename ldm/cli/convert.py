@@ -29,7 +29,7 @@ def parser() -> Parser:
                    "what stands for DoRA, LoHa and LoKr where the form has none (64)")  # fmt: skip
     p.add_argument("--dtype", choices=DTYPES, help="type of the stored weights; default: as they are")
     p.add_argument("--variant", help="read the files of this variant of a folder, such as fp16")
-    p.add_argument("--ema", action="store_true", help="take the averaged (EMA) U-Net of a single file")
+    p.add_argument("--ema", action="store_true", help="take the averaged (EMA) weights of a single file")
     p.add_argument("--prediction", choices=("epsilon", "v"), help="what an SD 2.x single file predicts")
     p.add_argument(
         "--lenient", action="store_true", help="leave out, and name, unknown tensors instead of refusing the file"

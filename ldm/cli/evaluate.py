@@ -89,9 +89,7 @@ def _parser() -> Parser:
         "--variance", choices=("small", "large", "learned"), default="large", help="of the reverse steps (large)"
     )
     nll.add_argument("--batch", type=int, default=32, help="pictures at a time")
-    nll.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the U-Net (fp32)"
-    )
+    nll.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the network")
     nll.add_argument("--device", help="cpu, cuda, ...; default: a GPU if there is one")
     nll.set_defaults(run=_nll)
     evaluate_samplers.add(verbs)
@@ -113,9 +111,7 @@ def _drawing(parser: Parser) -> None:
     parser.add_argument("--steps", type=int, help="(25; of a few-step model 4)")
     parser.add_argument("--guidance", type=float, help="(3; 1 if guidance is distilled into the model)")
     parser.add_argument("--batch", type=int, default=32, help="pictures drawn at once (32)")
-    parser.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the U-Net (fp32)"
-    )
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the network")
     parser.add_argument("--device", help="that draws: cpu, cuda, ...; default: a GPU if there is one")
     parser.add_argument(
         "--keep", type=Path, metavar="FOLDER", help="leave the pictures and finished parts here, each named by split, "

@@ -23,7 +23,7 @@ def add(verbs: Any) -> None:
     p.add_argument("--refine", type=int, default=0, help="fixed-point iterations in each step, one more call each (0)")
     p.add_argument("--captions", action="store_true", help="under the pictures' captions instead of no prompt")
     p.add_argument("--batch", type=int, default=16, help="pictures at a time")
-    p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the U-Net (fp32)")
+    p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the network")
     p.add_argument("--device", help="cpu, cuda, ...; default: a GPU if there is one")
     p.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures and all settings here")
     p.set_defaults(run=main)

@@ -49,7 +49,7 @@ def add(verbs: Any) -> None:
     p.add_argument("--candidates", type=int, default=64, help="captions to choose from (64)")
     p.add_argument("--seed", type=int, default=0, help="of the choice and the noise")
     p.add_argument("--batch", type=int, default=32, help="pictures drawn at once (32)")
-    p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the U-Net (fp32)")
+    p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the network")
     p.add_argument("--device", help="cpu, cuda, ...; default: a GPU if there is one")
     p.add_argument(
         "--no-bounds", action="store_true", help="leave out the rows of real pictures and of the autoencoder"

@@ -34,7 +34,7 @@ from ldm.types import Denoise
 
 SPENT = ("loop_seconds", "text_seconds", "decode_seconds", "network_rows")
 """What a picture costs: its share of its batch's sampling loop, of encoding the prompts, of decoding, in seconds of one
-process, none of it spent on measuring; how often the U-Net saw it."""
+process, none of it spent on measuring; how often the network saw it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,7 @@ class DenoiseObjective(Objective):
 
     def __init__(
         self,
-        unet: nn.Module,
+        network: nn.Module,
         process: Process,
         codec: LatentCodec,
         encode_text: EncodeText,
@@ -66,7 +66,7 @@ class DenoiseObjective(Objective):
         *,
         live: bool = False,
     ) -> None:
-        super().__init__(unet)
+        super().__init__(network)
         self.process, self.options = process, options
         self._feed = LatentFeed(codec, encode_text, options.drop, live=live)
         density = process.density

@@ -30,15 +30,15 @@ from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline.conditioning import Conditioning, inpainting, warn
 from ldm.pipeline.loading import load_parts
 from ldm.pipeline.memory import Placement, compiled
+from ldm.pipeline.steps import OwnSteps, guided
 from ldm.precision import chosen, compute_dtype
 from ldm.rng import Rng
 from ldm.sampling import sample as run_sampler
-from ldm.sampling.guidance import classifier_free, perpendicular, projected, times_of, told_guidance
+from ldm.sampling.guidance import told_guidance
 from ldm.sampling.memory import check_memory, enough_memory
 from ldm.sampling.run import Count as Progress
 from ldm.sampling.run import counted
 from ldm.sampling.settings import Settings, Size, checked_size, far_size, said
-from ldm.sampling.times import times as spaced
 from ldm.types import Cond, Denoise, Net
 
 Wrap = Callable[[Denoise], Denoise]
@@ -310,18 +310,11 @@ class TextToImage:
     def denoiser(self, settings: Settings, prompts: Sequence[str] = ()) -> Denoise:
         """The model's estimate of x_0 under guidance; `prompts`: what it will be asked for, where they may be long."""
         allocator.keep_freed_memory(self.device.type)
-        denoise, scale = self.process.denoiser(self._net), settings.guidance
+        denoise = self.process.denoiser(self._net)
         if self.network.guidance_width is not None:
-            return told_guidance(denoise, scale)
-        if scale == 1 and settings.guide != "perpendicular":
-            return denoise
-        interval = times_of(settings.interval, self.process.schedule.last)
-        negative = self._cond([settings.negative], settings, prompts)
-        if settings.guide == "cfg":
-            return classifier_free(denoise, negative, scale, settings.rescale, interval)
-        if settings.guide == "projected":
-            return projected(denoise, negative, scale, interval=interval)
-        return perpendicular(denoise, self._cond([""], settings, prompts), negative, scale, interval=interval)
+            return told_guidance(denoise, settings.guidance)
+        of = lambda prompt: self._cond([prompt], settings, prompts)  # noqa: E731
+        return guided(denoise, settings, self.process.schedule, of)
 
     def _net(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         with self._place.autocast(self.device):
@@ -331,17 +324,8 @@ class TextToImage:
         return self.conditioning.of(prompts, settings, together, self.size(settings.size))
 
     def _plan(self, settings: Settings) -> Plan:
-        """The model's own times for DDIM, DDPM and its own sampler, and a student's: those of published pipelines."""
-        schedule, sampler = self.process.schedule, settings.sampler
-        if settings.spacing is not None:
-            return Plan()
-        if self.student is not None and sampler == self.student.sampler:
-            return Plan(self.student.times(schedule, settings.steps))
-        if self.own is not None and sampler == self.own.name:
-            return self.own.plan(schedule, settings.steps)
-        known = self.spacing if sampler in ("ddim", "ddpm") else None
-        path = None if known is None else spaced(schedule, settings.steps, known, offset=self.offset)
-        return Plan(path, self.end if sampler == "ddim" else None)
+        steps = OwnSteps(self.spacing, self.offset, self.end, self.student, self.own)
+        return steps.plan(settings, self.process.schedule)
 
     def encode_text(self, prompts: Sequence[str], size: Size | None = None) -> Cond:
         """What the network is given for prompts; SDXL's also for pictures of a size in pixels that are not cropped."""
@@ -357,12 +341,12 @@ class TextToImage:
         return inpainting(self.network, self.codec, self._place, images, mask)
 
     def latent_shape(self, size: Size | None) -> tuple[int, int, int]:
-        """(Z, h, w) for a size in pixels. Raises ValueError unless it is a multiple of 8 (or more, if a latent is)."""
+        """(Z, h, w) for a size in pixels. Raises ValueError unless it is a multiple of 8, or of more for some."""
         factor = self.codec.factor
         if size is None:
             side = self.network.side
             return (self.codec.channels, side, side)
-        height, width = checked_size(size, max(8, factor))
+        height, width = checked_size(size, max(8, factor * self.network.multiple))
         return (self.codec.channels, height // factor, width // factor)
 
     def size(self, size: Size | None) -> tuple[int, int]:

@@ -24,13 +24,15 @@ _PERSISTENT = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How training is divided. `copies`: averages; `moments`: of the optimizer; `bucket`: elements of a buffer."""
+    """How training is divided. `copies`: averages; `moments`: of the optimizer, in float32 values a weight; `bucket`:
+    elements of a buffer.
+    """
 
     stage: int
     world: int
     half: bool = False
     copies: int = 1
-    moments: int = 2
+    moments: float = 2
     bucket: int = 50_000_000
     overlap: bool = True
     accumulate: int = 1
@@ -127,10 +129,8 @@ def memory(sizes: Sizes, activations: Activations, micro: float, layout: Layout,
         whole, share = whole / 2, share / 2
     bucket = 4.0 * min(layout.bucket, sizes.weights) * (2 if layout.overlap else 1)
     if layout.stage == 0:
-        moments = [
-            (peak, whole if layout.accumulate > 1 else kept - peak, 0.0),
-            (0.0, whole, min(whole, 4.0 * _WHOLE)),
-        ]
+        copied = min(whole, 4.0 * _WHOLE) if layout.world > 1 else 0.0  # one process has nothing to reduce
+        moments = [(peak, whole if layout.accumulate > 1 else kept - peak, 0.0), (0.0, whole, copied)]
     elif layout.stage == 1:
         moments = [(peak, whole if layout.accumulate > 1 else kept - peak, bucket), (0.0, whole + share, 0.0)]
     elif layout.stage == 2:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ldm.plan.hardware import GB
 from ldm.plan.memory import STAGES, Activations, Layout, Parts, Sizes, largest_micro_batch, memory
-from ldm.plan.throughput import Cluster, Step, Wire, step_time, wire
+from ldm.plan.throughput import Cluster, Step, Wire, drawing_time, step_time, wire
 
 DAY = 86400.0
 
@@ -26,12 +26,23 @@ class Frozen:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """Pictures that are drawn once, before the first step: how many, operations of one, and the rows of a batch."""
+
+    name: str
+    count: int
+    flops: float
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """What is planned. `build(recompute)` makes the trained network on the meta device, `inputs(b)` its arguments.
 
     `flops` are those of its forward pass for one image; None counts forward and backward as they are, for steps where
     the backward pass is not twice the forward (frozen weights, a teacher in the loss). `samples` of the data (None:
-    unknown), each of `sample_bytes`.
+    unknown), each of `sample_bytes`. `drawn` comes before, `then` are rounds that follow, each a job of its own; with
+    them `round` names this one.
     """
 
     name: str
@@ -47,6 +58,9 @@ class Job:
     samples: int | None = None
     sample_bytes: float = 0.0
     warnings: tuple[str, ...] = ()
+    drawn: Drawn | None = None
+    round: str = ""
+    then: tuple[Job, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +76,10 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A size of the cluster: time and cost of the whole run. `accumulate` is what it takes to fit."""
+    """A size of the cluster: time and cost of the whole run. `accumulate` is what it takes to fit.
+
+    `drawing`: seconds before the first step.
+    """
 
     gpus: int
     micro: int
@@ -71,6 +88,18 @@ class Point:
     images_per_second: float
     days: float
     cost: float | None
+    drawing: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One of several rounds of a run: its steps, and on the cluster that was asked for seconds a step, days, bytes."""
+
+    name: str
+    steps: int
+    step: float | None
+    days: float | None
+    memory: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +123,8 @@ class Plan:
     data_bytes: float | None
     data_rate: float
     warnings: tuple[str, ...]
+    drawn: Drawn | None = None
+    rounds: tuple[Round, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -151,6 +182,7 @@ class Planner:
             data_bytes=None if job.samples is None else job.samples * job.sample_bytes,
             data_rate=rate,
             warnings=(*job.warnings, *self._warnings(fits, chosen, micro, point)),
+            drawn=job.drawn,
         )  # fmt: skip
 
     def _flops(self) -> float:
@@ -202,7 +234,9 @@ class Planner:
             stage=layout.stage, cluster=cluster, half=self._half, copies=layout.copies,
             frozen_flops=self.frozen_flops, element=2 if layout.half and layout.stage else 4,
         )  # fmt: skip
-        days = job.steps * step.total / DAY
+        drawn = job.drawn
+        drawing = 0.0 if drawn is None else drawing_time(counted, drawn.flops, drawn.count, drawn.rows, cluster)
+        days = (job.steps * step.total + drawing) / DAY
         return Point(
             gpus=world,
             micro=each // accumulate,
@@ -211,6 +245,7 @@ class Planner:
             images_per_second=job.batch / step.total,
             days=days,
             cost=None if self.price is None else days * 24 * world * self.price,
+            drawing=drawing,
         )
 
     def sweep(self) -> tuple[Point, ...]:
@@ -318,9 +353,15 @@ def _time(plan: Plan) -> list[str]:
         f"images a second    {digits(p.images_per_second, 1)} ({digits(100 * plan.utilisation, 1)} % of the peak rate)",
         f"the run            {plan.steps:,} steps in {duration(p.days)}"
         + ("" if p.cost is None else f", cost {digits(p.cost, 2)}"),
+        *([f"before the steps   {before(plan)}"] if plan.drawn is not None else []),
         f"data               {digits(plan.data_rate / 1e6)} MB/s"
         + ("" if plan.data_bytes is None else f", {digits(plan.data_bytes / GB)} GB of {plan.samples:,} samples")
         + ("" if plan.data_rate else ": not counted, as the size of a sample is not known"),
+    ]
+    lines += [
+        f"{r.name + ':':<18} {r.steps:,} steps of {digits(r.step or 0.0)} s, {duration(r.days or 0.0)}, "
+        f"{digits(r.memory / GB)} GB a GPU"
+        for r in plan.rounds
     ]
     if len(plan.sweep) > 1:
         lines += ["", f"{'GPUs':>8}{'images/s':>12}{'time':>16}{'cost':>12}"]
@@ -328,6 +369,13 @@ def _time(plan: Plan) -> list[str]:
             cost = "" if q.cost is None else digits(q.cost, 2)
             lines.append(f"{q.gpus:8d}{digits(q.images_per_second, 1):>12}{duration(q.days):>16}{cost:>12}")
     return lines
+
+
+def before(plan: Plan) -> str:
+    """What is drawn before the first step, and how long it takes, in words."""
+    assert plan.drawn is not None
+    took = "" if plan.point is None else f" in {duration(plan.point.drawing / DAY)}, counted in the run's time"
+    return f"{plan.drawn.count:,} {plan.drawn.name} are drawn{took}"
 
 
 def duration(days: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -108,6 +109,18 @@ def compute(activations: Activations, batch: float, cluster: Cluster, half: bool
     parts = ([p for p in pairs if not p[0].backward], [p for p in pairs if p[0].backward])
     forward, backward = (kernels(p, batch, few.batch, more.batch, cluster, half) for p in parts)
     return forward, backward
+
+
+def drawing_time(activations: Activations, flops: float, count: int, rows: int, cluster: Cluster) -> float:
+    """Seconds until `count` pictures of `flops` each are drawn in float32 by all ranks, `rows` in a forward pass.
+
+    Networks without gradients are as much bound by memory as the trained one's forward pass.
+    """
+    ideal = cluster.hardware.matmul_fp32 * 1e12 * cluster.assumptions.matmul
+    more = activations.more
+    products = sum(o.flops for o in more.ops if not o.backward) / more.batch * rows
+    slower = compute(activations, rows, cluster, half=False)[0] * ideal / products if products else 1.0
+    return math.ceil(count / cluster.world) * flops / ideal * max(1.0, slower)
 
 
 def step_time(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from ldm.data.mixture import Data
+from ldm.plan.report import Job
 from ldm.recipes import autoencoder, clip, distill, dreambooth, finetune, inversion, text_to_image
 from ldm.recipes.autoencoder import AutoencoderTask
 from ldm.recipes.base import Assembly
@@ -11,11 +14,22 @@ from ldm.recipes.distill import DistillTask
 from ldm.recipes.dreambooth import DreamboothTask
 from ldm.recipes.finetune import FinetuneTask
 from ldm.recipes.inversion import InversionTask
+from ldm.recipes.planned import Asked
 from ldm.recipes.text_to_image import TextToImageTask
 from ldm.train.trainer import TrainConfig
 from ldm.train.validate import LossOnHeldOut
 
 Task = AutoencoderTask | ClipTask | DistillTask | DreamboothTask | FinetuneTask | InversionTask | TextToImageTask
+RECIPES: dict[type[Task], ModuleType] = {
+    AutoencoderTask: autoencoder,
+    ClipTask: clip,
+    DistillTask: distill,
+    DreamboothTask: dreambooth,
+    FinetuneTask: finetune,
+    InversionTask: inversion,
+    TextToImageTask: text_to_image,
+}
+"""The recipe of a kind of task: `build` puts the method together, `job` tells the planner what it takes."""
 
 
 def check_validation(task: Task, train: TrainConfig) -> None:
@@ -33,20 +47,13 @@ def assemble(
 ) -> Assembly:
     """Put a method together. Raises ValueError for `train.validate` with a task that validates in its own way."""
     check_validation(task, train)
-    if isinstance(task, AutoencoderTask):
-        return autoencoder.build(task, data, train, seed, workers)
-    if isinstance(task, ClipTask):
-        return clip.build(task, data, train, seed, workers)
-    if isinstance(task, DistillTask):
-        return distill.build(task, data, train, seed, workers)
-    if isinstance(task, DreamboothTask):
-        return dreambooth.build(task, data, train, seed, workers)
-    if isinstance(task, FinetuneTask):
-        return finetune.build(task, data, train, seed, workers)
-    if isinstance(task, InversionTask):
-        return inversion.build(task, data, train, seed, workers)
-    assembly = text_to_image.build(task, data, train, seed, workers)
+    assembly = RECIPES[type(task)].build(task, data, train, seed, workers)
     if train.validate is not None:
         batch = autoencoder.held_out(data, train.validate.split, train.validate.samples)
         assembly.hooks.append(LossOnHeldOut(train.validate, batch, seed))
     return assembly
+
+
+def plan_job(task: Task, data: Data, train: TrainConfig, asked: Asked) -> Job:
+    """What the planner needs of a run. Raises ValueError, naming keys and values, for parts that do not fit."""
+    return RECIPES[type(task)].job(task, data, train, asked)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm import dist
 from ldm.checkpoint.files import write_text
@@ -22,6 +22,9 @@ from ldm.metrics.reconstruction import psnr, ssim
 from ldm.models.discriminator import Discriminator, DiscriminatorConfig
 from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.objectives.autoencoder import AutoencoderLoss, AutoencoderObjective, Features
+from ldm.plan.flops import count_flops
+from ldm.plan.report import Job
+from ldm.recipes import planned
 from ldm.recipes.base import Assembly
 from ldm.recipes.sources import training_data
 from ldm.rng import seed_torch
@@ -104,3 +107,36 @@ def build(task: AutoencoderTask, data: Data, train: TrainConfig, seed: int, work
         write_text(folder / "figures.json", json.dumps(validation.last, indent=1))
 
     return Assembly(objective, loader, [validation], export)
+
+
+class Reconstruct(nn.Module):
+    """Images -> moments -> images."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.autoencoder = Autoencoder(config)
+
+    def forward(self, images: Tensor) -> Tensor:
+        mean, _ = self.autoencoder.encode(images).chunk(2, dim=1)
+        return self.autoencoder.decode(mean)
+
+
+def job(task: AutoencoderTask, data: Data, train: TrainConfig, asked: planned.Asked) -> Job:
+    """The autoencoder's own step."""
+    said = ["the discriminator and the perceptual network are not counted", "checkpointing is not counted"]
+    size = planned.side(data)
+    planned.check_size(size, 2 ** (len(task.model.block_out_channels) - 1), "data.size")
+
+    def build(recompute: bool) -> nn.Module:
+        with torch.device("meta"):
+            return Reconstruct(task.model).train()
+
+    def inputs(batch: int) -> tuple[Any, ...]:
+        return (torch.empty(batch, 3, size, size, device="meta"),)
+
+    samples, stored = planned.samples_of(data, 0.0, False, said)
+    return Job(
+        name=asked.name, build=build, inputs=inputs, flops=float(count_flops(build(False), *inputs(1))),
+        batch=train.batch, steps=train.steps, layout=planned.layout(train, asked), recompute=False,
+        precision=planned.precision(train, asked.gpu), samples=samples, sample_bytes=stored, warnings=tuple(said),
+    )  # fmt: skip

@@ -18,6 +18,8 @@ from ldm.data.mixture import Data
 from ldm.metrics.retrieval import caption_retrieval
 from ldm.models.text import ClipConfig, build_clip, build_tokenizer
 from ldm.objectives.contrastive import ContrastiveObjective
+from ldm.plan.report import Job
+from ldm.recipes import planned
 from ldm.recipes.autoencoder import held_out
 from ldm.recipes.base import Assembly
 from ldm.recipes.sources import training_data
@@ -88,3 +90,20 @@ def build(task: ClipTask, data: Data, train: TrainConfig, seed: int, workers: in
         write_text(folder / "figures.json", json.dumps(validation.last, indent=1))
 
     return Assembly(objective, loader, [validation], export)
+
+
+def job(task: ClipTask, data: Data, train: TrainConfig, asked: planned.Asked) -> Job:
+    """Both towers on pictures and tokens."""
+
+    def build(recompute: bool) -> nn.Module:
+        with torch.device("meta"):
+            model = build_clip(task.model).train()
+        return planned.Loss(ContrastiveObjective(model, task.augment))
+
+    def inputs(batch: int) -> tuple[Any, ...]:
+        size = task.model.image_size
+        tokens = torch.zeros(batch, task.model.context_length, dtype=torch.int64)
+        return (planned.positions(batch) | {"image": torch.zeros(batch, 3, size, size), "tokens": tokens},)
+
+    said = ["checkpointing is not counted: the towers have none", *planned.attention(asked.gpu)]
+    return planned.loss_job(asked, data, train, build, inputs, said=said)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.process import Process
 from ldm.models import networks
 from ldm.models.discriminator import MiddleHead, PatchHead
-from ldm.models.network import Granularity, Network
+from ldm.models.network import Granularity, Network, granularity
 from ldm.models.shipped import SHIPPED, locate
 from ldm.objectives import Objective
 from ldm.objectives.consistency import ConsistencyObjective, ConsistencyOptions
@@ -35,7 +35,10 @@ from ldm.objectives.progressive import ProgressiveObjective, ProgressiveOptions
 from ldm.objectives.teacher import Estimator, Target, Teacher
 from ldm.objectives.trajectory import TrajectoryObjective, TrajectoryOptions
 from ldm.pipeline import TextToImage
+from ldm.plan.report import Frozen, Job
+from ldm.recipes import planned, planned_models
 from ldm.recipes.base import Assembly
+from ldm.recipes.rounds import Round, rounds
 from ldm.recipes.sources import text_encoder, training_data
 from ldm.recipes.text_to_image import SampleHook, Samples, cached, hashes
 from ldm.rng import seed_torch
@@ -47,7 +50,7 @@ Method = ConsistencyOptions | ProgressiveOptions | TrajectoryOptions | MatchingO
 
 @dataclass(frozen=True, kw_only=True)
 class DistillTask:
-    """`teacher` is a shipped model, a run, a diffusers folder or a single file; the student starts as its U-Net.
+    """`teacher` is a shipped model, a run, a diffusers folder or a single file; the student starts as its network.
 
     `guidance_embedding` is the width of the student's embedding of w, or null for a student of no (or one) guidance.
     With `lora` the teacher's own weights stay and corrections train on them: one copy serves teacher and student; they
@@ -330,3 +333,70 @@ def _told(sizes: Mapping[str, int]) -> str:
 
 
 __all__: Sequence[str] = ("DistillTask", "Student", "build", "make_objective", "make_student")
+
+
+def job(task: DistillTask, data: Data, train: TrainConfig, asked: planned.Asked) -> Job:
+    """A student, its frozen teacher and its target; a LoRA shares the teacher's weights. Progressive: all rounds."""
+    said: list[str] = []
+    base = planned_models.whole(task.teacher, "task.teacher", said)
+    planned.fits(base, data, "task.teacher", task.teacher)
+    cached = task.cache is not None or data.cached
+    planned.check_cache(task.cache, cached, said)
+    task = replace(task, start=None)  # what the weights are does not change what they take
+    if not isinstance(task.method, ProgressiveOptions):
+        return _round_job(task, base, data, train, asked, said, cached)
+    return _rounds_job(task, base, data, train, asked, said, cached)
+
+
+def _round_job(
+    task: DistillTask, base: TextToImage, data: Data, train: TrainConfig, asked: planned.Asked, said: list[str],
+    cached: bool,
+) -> Job:  # fmt: skip
+    how = granularity(task.gradient_checkpointing)
+
+    def made(recompute: bool) -> tuple[Student, Network]:
+        teacher = copy.deepcopy(base.network)
+        chosen = replace(task, gradient_checkpointing=planned.again(how, recompute))
+        return make_student(chosen, teacher, base.process), teacher
+
+    def build(recompute: bool) -> nn.Module:
+        student, teacher = made(recompute)
+        feed = LatentFeed(base.codec, planned.states(base), task.drop)
+        return planned.Loss(make_objective(task, student, teacher, base.process, feed))
+
+    student, _ = made(False)
+    kept = [Frozen(name="teacher", bytes=planned.weight(base.network))]
+    if student.target is not None:
+        kept.append(Frozen(name="target", bytes=4.0 * sum(t.numel() for t in student.target.tensors().values())))
+    return planned.loss_job(
+        asked, data, train, build, lambda batch: (planned.latents(base, data, batch),),
+        frozen=[*kept, *planned.beside(base, data, cached, live=False)], recompute=how != "none", said=said,
+        cached=cached,
+    )  # fmt: skip
+
+
+def _rounds_job(
+    task: DistillTask, base: TextToImage, data: Data, train: TrainConfig, asked: planned.Asked, said: list[str],
+    cached: bool,
+) -> Job:  # fmt: skip
+    """Of each kind of round once: the first, and those whose teacher is a student, which are alike."""
+    alike: list[tuple[Round, TextToImage, int]] = []
+    teacher, process = base.network, base.process
+    for found in rounds(task, Path("."), process.prediction.kind):
+        stage = found.task.method.stage if isinstance(found.task.method, ProgressiveOptions) else ""
+        before = alike[-1] if alike else None
+        if before is not None and before[0].task.teacher.endswith("export") and stage == "halve":
+            alike[-1] = (before[0], before[1], before[2] + 1)
+            continue
+        model = copy.copy(base)
+        model.network, model.process = teacher, process
+        alike.append((found, model, 1))
+        student = make_student(found.task, copy.deepcopy(teacher), process)
+        teacher, process = student.network.requires_grad_(False).eval(), student.own.process
+    jobs = []
+    for k, (found, model, count) in enumerate(alike):
+        own = replace(train, steps=count * train.steps)
+        made = _round_job(found.task, model, data, own, asked, said if k == 0 else [], cached)
+        told = found.name if count == 1 else f"{found.name} and {count - 1} more"
+        jobs.append(replace(made, round=told))
+    return replace(jobs[0], then=tuple(jobs[1:]))

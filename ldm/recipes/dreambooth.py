@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -10,12 +10,15 @@ from ldm.adapters.full import FullConfig
 from ldm.adapters.lora import LoraConfig
 from ldm.data.loader import DataConfig
 from ldm.data.mixture import Data
+from ldm.plan.report import Drawn, Job
+from ldm.recipes import planned, planned_models
 from ldm.recipes import prior as class_pictures
 from ldm.recipes.base import Assembly
-from ldm.recipes.finetune import Finetuning, assembled, make_adapter, open_base
+from ldm.recipes.finetune import Finetuning, adapted_job, assembled, make_adapter, open_base
 from ldm.recipes.pictures import prepare
 from ldm.recipes.prior import Prior
 from ldm.recipes.sources import weights_hash
+from ldm.sampling.registry import lookup
 from ldm.train.trainer import TrainConfig
 
 
@@ -75,3 +78,31 @@ def _sources(task: DreamboothTask, data: Data) -> list[DataConfig]:
         why = "the subject and, with task.prior, the class" if want == 2 else "the subject, since task.prior is null"
         raise ValueError(f"data: {len(found)} source(s), expected {want}: {why}")
     return found
+
+
+def job(task: DreamboothTask, data: Data, train: TrainConfig, asked: planned.Asked) -> Job:
+    """Fine-tuning on subject and class, after the class pictures that are not there yet are drawn by the base model."""
+    sources = _sources(task, data)
+    found = adapted_job(task, task.adapter, data, train, asked)
+    prior, own = task.prior, planned.pictures_in(task.images)
+    if prior is not None:
+        folder = prior.folder or Path(sources[1].path).parent / "class_pictures"
+        found = _with_drawn(found, task, prior, class_pictures.to_draw(prior, folder), sources[1].size)
+        own = None if own is None else own + prior.count
+    return found if found.samples is not None or own is None else planned.told(found, own)
+
+
+def _with_drawn(found: Job, task: DreamboothTask, prior: Prior, count: int, pixels: int) -> Job:
+    """With the time of `count` class pictures; they are drawn in float32, whatever training computes in."""
+    if not count:
+        return found
+    base, settings = planned_models.whole(task.base, "task.base", []), prior.settings
+    guided = settings.guidance != 1 and base.network.guidance_width is None
+    calls = settings.steps * lookup(settings.sampler).cost
+    flops = planned.drawing_flops(base, pixels, calls, guided)
+    said = (
+        f"{count} class pictures are drawn first, each of {calls:g} {'guided ' * guided}calls of the network; "
+        "the memory of drawing is not counted"
+    )
+    drawn = Drawn(name="class pictures", count=count, flops=flops, rows=settings.batch * (2 if guided else 1))
+    return replace(found, drawn=drawn, warnings=(said, *found.warnings))

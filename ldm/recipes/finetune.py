@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm import dist
 from ldm.adapters.full import FullAdapter, FullConfig
@@ -23,12 +23,14 @@ from ldm.data.encode import EncodeConfig, encode, finish
 from ldm.data.loader import DataConfig
 from ldm.data.mixture import Data, with_caches
 from ldm.diffusion.weighting import P2, SNR, VLB, MinSNR, Uniform
-from ldm.models.network import Granularity
+from ldm.models.network import Granularity, granularity
 from ldm.models.text import TextTower, encode_texts
 from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.objectives.inputs import EncodeText
 from ldm.pipeline import TextToImage
+from ldm.plan.report import Frozen, Job
+from ldm.recipes import planned, planned_models
 from ldm.recipes.base import Assembly
 from ldm.recipes.page import write_page
 from ldm.recipes.pictures import prepare
@@ -243,3 +245,40 @@ def _write_tokens(adapter: TokensAdapter, weights: dict[str, Tensor], folder: Pa
 def plain(token: str) -> str:
     """A token as a file's name."""
     return "".join(c if c.isalnum() or c in "-_" else "" for c in token) or "token"
+
+
+def job(task: FinetuneTask, data: Data, train: TrainConfig, asked: planned.Asked) -> Job:
+    """The base model with its adapter on captioned pictures."""
+    found = adapted_job(task, task.adapter, data, train, asked)
+    count = None if task.images is None else planned.pictures_in(task.images)
+    return found if found.samples is not None or count is None else planned.told(found, count)
+
+
+def adapted_job(
+    task: Finetuning, config: FullConfig | LoraConfig | TokensConfig, data: Data, train: TrainConfig,
+    asked: planned.Asked,
+) -> Job:  # fmt: skip
+    """A base model with an adapter, counted from its loss: the network is frozen beside a LoRA or new tokens."""
+    how, said = granularity(task.gradient_checkpointing), list[str]()
+    base = planned_models.whole(task.base, "task.base", said)
+    base.process = replace(base.process, weighting=task.weighting)
+    planned.fits(base, data, "task.base", task.base)
+    live = make_adapter(config).trains_text
+
+    def build(recompute: bool) -> nn.Module:
+        model, adapter = planned.copied(base), make_adapter(config)
+        trained = adapter.attach(model.network, model.text)
+        model.network.enable_gradient_checkpointing(planned.again(how, recompute))
+        encode = _live(model.text) if live else planned.states(base)
+        return planned.Loss(DenoiseObjective(trained, model.process, model.codec, encode, task.options, live=live))
+
+    cached = task.cache is not None or data.cached
+    said += planned.attention(asked.gpu) if live else []
+    planned.check_cache(task.cache, cached, said)
+    whole = isinstance(config, FullConfig)
+    kept = [] if whole else [Frozen(name=base.network.component, bytes=planned.weight(base.network))]
+    return planned.loss_job(
+        asked, data, train, build, lambda batch: (planned.latents(base, data, batch),),
+        frozen=[*kept, *planned.beside(base, data, cached, live)], recompute=how != "none", said=said, cached=cached,
+        reads=("moments",) if live else ("moments", "text", "pooled"),
+    )  # fmt: skip

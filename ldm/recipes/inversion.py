@@ -9,8 +9,10 @@ from typing import Literal
 from ldm.adapters.tokens import NewToken, TokensAdapter, TokensConfig
 from ldm.data.loader import DataConfig
 from ldm.data.mixture import Data
+from ldm.plan.report import Job
+from ldm.recipes import planned
 from ldm.recipes.base import Assembly
-from ldm.recipes.finetune import Finetuning, assembled, open_base
+from ldm.recipes.finetune import Finetuning, adapted_job, assembled, open_base
 from ldm.recipes.pictures import prepare
 from ldm.train.trainer import TrainConfig
 
@@ -84,14 +86,30 @@ class InversionTask(Finetuning):
 
 def build(task: InversionTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:
     """Each concept's pictures as shards under its templates, and the new rows."""
-    sources = [data] if isinstance(data, DataConfig) else [s.data for s in data.sources]
-    if len(sources) != len(task.concepts):
-        raise ValueError(
-            f"data: {len(sources)} source(s) for {len(task.concepts)} concept(s); one each, in their order"
-        )
+    sources = concept_sources(task, data)
     pipeline = open_base(task)
     for concept, source in zip(task.concepts, sources, strict=True):
         prepare(concept.images, Path(source.path), concept.captions, source.size)
     tokens = tuple(NewToken(token=c.token, vectors=c.vectors, initializer=c.initializer) for c in task.concepts)
     adapter = TokensAdapter(TokensConfig(tokens=tokens, max_norm=task.max_norm))
     return assembled(task, adapter, pipeline, data, train, seed, workers, task.concepts[0].images)
+
+
+def concept_sources(task: InversionTask, data: Data) -> list[DataConfig]:
+    """The data set of each concept. Raises ValueError where their numbers differ."""
+    sources = [data] if isinstance(data, DataConfig) else [s.data for s in data.sources]
+    if len(sources) != len(task.concepts):
+        raise ValueError(
+            f"data: {len(sources)} source(s) for {len(task.concepts)} concept(s); one each, in their order"
+        )
+    return sources
+
+
+def job(task: InversionTask, data: Data, train: TrainConfig, asked: planned.Asked) -> Job:
+    """The new rows of the text towers: gradients pass through the frozen network and towers to them."""
+    concept_sources(task, data)
+    tokens = tuple(NewToken(token=c.token, vectors=c.vectors) for c in task.concepts)
+    # No bound: without weights there are no norms to take it from, and it takes next to nothing.
+    found = adapted_job(task, TokensConfig(tokens=tokens, max_norm=0.0), data, train, asked)
+    count = planned.pictures_in(*(c.images for c in task.concepts))
+    return found if found.samples is not None or count is None else planned.told(found, count)

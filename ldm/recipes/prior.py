@@ -92,3 +92,10 @@ def _claim(folder: Path, record: dict[str, object]) -> None:
     elif (old := json.loads(note.read_text(encoding="utf-8"))) != record:
         odd = sorted(k for k in record if old.get(k) != record[k])
         raise ValueError(f"{folder}: holds class pictures of other {', '.join(odd)}: {old.get(odd[0])!r}; take another")
+
+
+def to_draw(prior: Prior, folder: Path) -> int:
+    """How many class pictures are not there yet."""
+    if is_set(folder):
+        return 0
+    return len(_missing(folder, prior.count)) if folder.is_dir() else prior.count

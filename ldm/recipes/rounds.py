@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ldm.checkpoint.convert import open_model
 from ldm.checkpoint.schedulers import scheduler_from_diffusers
 from ldm.models.shipped import SHIPPED
 from ldm.objectives.progressive import ProgressiveOptions
-from ldm.recipes.distill import DistillTask
+
+if TYPE_CHECKING:
+    from ldm.recipes.distill import DistillTask
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from ldm import dist
@@ -23,15 +24,18 @@ from ldm.data.loader import DataConfig
 from ldm.data.mixture import Data, with_caches
 from ldm.diffusion.process import Process
 from ldm.models import networks
-from ldm.models.fit import check_fit
-from ldm.models.network import Granularity, Network
+from ldm.models.fit import check_fit, pooled_width, width
+from ldm.models.network import Granularity, Network, granularity
 from ldm.models.networks import AnyNetwork
 from ldm.models.text import TextTower
 from ldm.models.vae.autoencoder import Autoencoder
 from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.pipeline import Settings, TextToImage
+from ldm.plan.flops import count_flops
+from ldm.plan.report import Job
 from ldm.progress import Bar
+from ldm.recipes import planned, planned_models
 from ldm.recipes.base import Assembly
 from ldm.recipes.sources import (
     cache_hashes,
@@ -226,3 +230,45 @@ def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, work
         files.write_text(folder / "trained.json", json.dumps({"steps": train.steps, "batch": train.batch}))
 
     return Assembly(objective, loader, [SampleHook(task.samples, pipeline)], export)
+
+
+def job(task: TextToImageTask, data: Data, train: TrainConfig, asked: planned.Asked) -> Job:
+    """The network's own step; frozen parts run in it where nothing is cached."""
+    said: list[str] = []
+    settings = planned_models.network(task.network, task.start, said)
+    vae, vae_settings = planned_models.vae(task.vae, settings, said)
+    towers = planned_models.towers(task.text, settings, said)
+    channels, configs = vae_settings.latent_channels, tuple(tower.config for tower in towers)
+    how = granularity(task.gradient_checkpointing)
+
+    def build(recompute: bool) -> Network:
+        with torch.device("meta"):
+            network = networks.build(settings).train()
+        network.enable_gradient_checkpointing(planned.again(how, recompute))
+        return network
+
+    network = build(False)
+    check_fit(
+        settings, configs, channels, text_key=f"task.text {task.text!r}", vae_key=f"task.vae {task.vae!r}",
+        network_key="task.network" if task.start is None else f"task.start's {network.title}",
+    )  # fmt: skip
+    pixels = planned.side(data)
+    side = planned.check_size(pixels, vae.factor, "data.size")
+    context, wide, pooled = configs[0].context_length, width(configs), pooled_width(configs)
+    cached = task.cache is not None or data.cached
+    planned.check_cache(task.cache, cached, said)
+
+    def inputs(batch: int) -> tuple[Any, ...]:
+        shapes = {"text": (context, wide), "pooled": (pooled,), "time_ids": (6,)}
+        cond = {k: torch.empty(batch, *shape, device="meta") for k, shape in shapes.items() if k in network.needs}
+        x = torch.empty(batch, settings.in_channels, side, side, device="meta")
+        return x, torch.empty(batch, device="meta"), cond
+
+    encoded = 2.0 * (2 * channels * side * side + context * wide + pooled)
+    samples, size = planned.samples_of(data, encoded, cached, said)
+    return Job(
+        name=asked.name, build=build, inputs=inputs, flops=float(count_flops(network, *inputs(1))),
+        batch=train.batch, steps=train.steps, layout=planned.layout(train, asked), recompute=how != "none",
+        precision=planned.precision(train, asked.gpu), frozen=tuple(planned.frozen(vae, towers, pixels, cached)),
+        samples=samples, sample_bytes=size, warnings=tuple(said),
+    )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,51 +19,16 @@ from ldm.precision import measured
 from ldm.rng import Rng, key
 from ldm.train import guards, state
 from ldm.train.changes import Change, Record
-from ldm.train.ema import Ema, EmaConfig
-from ldm.train.engine import Engine, EngineConfig
-from ldm.train.guards import BadSamples, GuardConfig, Spikes, Watchdog
-from ldm.train.log import Log, LogConfig
+from ldm.train.config import TrainConfig
+from ldm.train.ema import Ema
+from ldm.train.engine import Engine
+from ldm.train.guards import BadSamples, Spikes, Watchdog
+from ldm.train.log import Log
 from ldm.train.meter import Meter, StepFlops, peak
-from ldm.train.optim import Optim
 from ldm.train.stop import AGAIN, Stop
-from ldm.train.validate import ValidateConfig
 from ldm.train.writer import CheckpointConfig, Job, Report, Writer, on_first
 
 __all__ = ["AGAIN", "CheckpointConfig", "Hook", "Stop", "TrainConfig", "Trainer"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """The loop: `steps` optimizer steps, each over `batch` samples on all ranks together.
-
-    After `max_skipped` steps in a row whose loss or gradient was not finite the run stops.
-    """
-
-    steps: int
-    batch: int
-    accumulate: int = 1
-    optim: Optim = field(default_factory=Optim)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    ema: EmaConfig | None = field(default_factory=EmaConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    guard: GuardConfig = field(default_factory=GuardConfig)
-    validate: ValidateConfig | None = None
-    threads: int = 0
-    max_skipped: int = 20
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-    def micro_batch(self, world: int) -> int:
-        """Samples of one forward on one rank. Raises ValueError when the batch does not divide."""
-        parts = world * self.accumulate
-        if self.batch % parts:
-            how = f"{world} processes x accumulate {self.accumulate}"
-            raise ValueError(f"train.batch: {self.batch} does not divide by {parts} ({how})")
-        return self.batch // parts
 
 
 class Hook(Protocol):

@@ -3,33 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ldm import dist
 from ldm.rng import Rng
+from ldm.train.config import ValidateConfig
+from ldm.train.trainer import Trainer
 from ldm.types import Batch
-
-if TYPE_CHECKING:
-    from ldm.train.trainer import Trainer
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValidateConfig:
-    """Every `every` steps the loss of the averaged weights on the first `samples` of the data's split `split`."""
-
-    split: str = "test"
-    samples: int = 256
-    every: int = 1000
-
-    def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"samples must be at least 1, got {self.samples}")
-        if self.every < 0:
-            raise ValueError(f"every must be at least 0 steps (0: at the end only), got {self.every}")
 
 
 def rows(batch: Batch, chosen: list[int]) -> Batch:

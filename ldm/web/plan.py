@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from ldm.plan.hardware import GB
-from ldm.plan.report import COLUMNS, NOTHING, Plan, digits, duration
+from ldm.plan.report import COLUMNS, DAY, NOTHING, Plan, digits, duration
 from ldm.web.chart import Bar, Curve
 from ldm.web.gallery import Fact, Gallery
 
@@ -21,6 +21,13 @@ def page(plan: Plan) -> Gallery:
         section.table(("what to look at",), [(w,) for w in plan.warnings])
     if len(plan.sweep) > 1:
         _sweep(gallery, plan)
+    if plan.rounds:
+        section = gallery.section("Rounds", "One after the other; memory below is that of the heaviest.")
+        rows = [
+            (r.name, r.steps, digits(r.step or 0.0), duration(r.days or 0.0), digits(r.memory / GB))
+            for r in plan.rounds
+        ]
+        section.table(("round", "steps", "s a step", "time", "GB a GPU"), rows)
     _memory(gallery, plan)
     if plan.point is not None:
         section = gallery.section("A step", f"{digits(plan.point.step.total)} s, by part.")
@@ -55,6 +62,8 @@ def _facts(plan: Plan) -> list[Fact]:
         facts.append(Fact(digits(p.images_per_second, 1), "images a second", used))
         cost = "" if p.cost is None else f"cost {digits(p.cost, 2)}"
         facts.append(Fact(duration(p.days), f"for {plan.steps:,} steps", cost))
+        if plan.drawn is not None:
+            facts.append(Fact(duration(p.drawing / DAY), f"of it for {plan.drawn.count:,} {plan.drawn.name}", "first"))
     return facts
 
 

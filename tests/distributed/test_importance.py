@@ -98,4 +98,4 @@ def test_channels_that_do_not_fit_the_variance_are_named(tmp_path: Path, capsys:
     config = miniature.text_to_image(root, process={"prediction": {"kind": "v"}, "variance": "learned"})
     miniature.write(config, root / "config.yaml")
     assert main(["train", str(root / "config.yaml")]) == 2
-    assert "unet.out_channels: 4, but process.variance 'learned' needs 8" in capsys.readouterr().err
+    assert "network.out_channels: 4, but process.variance 'learned' needs 8" in capsys.readouterr().err

@@ -17,12 +17,13 @@ from ldm.checkpoint import files
 from ldm.checkpoint.lock import LockLost
 from ldm.train import state
 from ldm.train.chosen import choose
+from ldm.train.config import ValidateConfig
 from ldm.train.ema import EmaConfig
 from ldm.train.engine import EngineConfig
 from ldm.train.guards import GuardConfig
 from ldm.train.log import LogConfig
 from ldm.train.trainer import CheckpointConfig, TrainConfig, Trainer
-from ldm.train.validate import LossOnHeldOut, ValidateConfig
+from ldm.train.validate import LossOnHeldOut
 from ldm.train.writer import SaveFailed
 from ldm.types import Batch
 from tests import ranks

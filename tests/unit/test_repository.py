@@ -166,3 +166,44 @@ def test_help_is_quick() -> None:
         "numpy",
     }
     assert loaded & heavy == set()
+
+
+NAMES_UNET = {"ldm/cli/plan.py", "ldm/cli/plan_models.py"}
+
+
+def test_only_models_and_checkpoints_name_the_unet_where_any_network_would_do() -> None:
+    """What trains, draws or plans networks knows `ldm.models.network` and builds them by their settings."""
+    named = set()
+    for path in python_files():
+        own = path.relative_to(ROOT).as_posix()
+        if own.startswith("ldm/") and not own.startswith(("ldm/models/", "ldm/checkpoint/")):
+            imports = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
+            if any((n.module or "") == "ldm.models.unet" for n in imports):
+                named.add(own)
+    assert named - NAMES_UNET == set()
+
+
+def imported(path: Path, names: set[str]) -> set[str]:
+    """The modules among `names` that a file imports, anywhere in it, for its types alone too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found & names
+
+
+def test_no_two_modules_import_each_other() -> None:
+    """Not by way of others either. A package's `__init__` that gathers its own modules' names is not among them."""
+    modules = {}
+    for path in python_files():
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[-1] != "__init__":
+            modules[".".join(parts)] = path
+    left = {name: imported(path, set(modules)) - {name} for name, path in modules.items()}
+    while ends := {name for name, own in left.items() if not own}:
+        left = {name: own - ends for name, own in left.items() if name not in ends}
+    while starts := set(left) - set().union(*left.values()) if left else set():
+        left = {name: own for name, own in left.items() if name not in starts}
+    assert left == {}, "circles"

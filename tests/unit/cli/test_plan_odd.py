@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from ldm.cli import plan_models
 from ldm.cli.__main__ import main
 from ldm.config.load import encode
 from ldm.models.presets import TEXTS, UNETS
 from ldm.plan.report import digits, duration
+from ldm.recipes import planned_models
 from tests import miniature
 
 XL = {k: v for k, v in encode(UNETS["sdxl"]).items() if v is not None}
@@ -135,13 +135,13 @@ def test_a_model_whose_config_cannot_be_read_is_named(root: Path, capsys: pytest
     ],
 )
 def test_a_published_name_tells_its_family(name: str, family: str | None) -> None:
-    assert plan_models.family_of(name) == family
+    assert planned_models.family_of(name) == family
 
 
 def test_a_tower_that_is_not_here_is_that_which_the_network_takes() -> None:
     for family in ("sd15", "sd21", "sdxl"):
         said: list[str] = []
-        found = plan_models.towers("of/mine", UNETS[family], said)
+        found = planned_models.towers("of/mine", UNETS[family], said)
         assert tuple(t.config for t in found) == TEXTS[family]
         assert said == [f"task.text: 'of/mine' is not here; planned as that of {family}"]
 

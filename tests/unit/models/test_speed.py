@@ -110,7 +110,7 @@ def test_keys_and_values_once_are_those_of_the_layers() -> None:
     net, x, t, text = tiny(transformer_layers_per_block=(2, 1))
     net.eval()
     kv = net.keys_values(text)
-    assert kv.shape == (3, 7, net.key_value_width)
+    assert kv.shape == (3, 7, net.prepared_numbers(1, 1))
     assert torch.equal(net(x, t, {"kv": kv}), net(x, t, {"text": text}))
     mixed = torch.cat([kv[2:], kv[:1].expand(2, -1, -1)])  # rows are chosen as those of the text would be
     assert torch.equal(net(x, t, {"kv": mixed}), net(x, t, {"text": text[[2, 0, 0]]}))

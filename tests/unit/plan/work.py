@@ -72,12 +72,12 @@ def measured(shape: str, stage: int, micro: int, accumulate: int, recompute: boo
 
 def measured_task(path: str, micro: int) -> tuple[int, int]:
     """The same of a run's own objective, with all that its recipe keeps beside it, on a batch as a cache gives it."""
-    from ldm.cli.plan import job_of
     from ldm.config.schema import load_run
-    from ldm.recipes import assemble
+    from ldm.recipes import assemble, plan_job
+    from ldm.recipes.planned import Asked
 
     run = load_run(path)
-    planned = job_of(run, 1, gpu=False).inputs(micro)[0]
+    planned = plan_job(run.task, run.data, run.train, Asked(name=run.name, world=1, gpu=False)).inputs(micro)[0]
 
     def make() -> tuple[Objective, Batch, Any]:
         assembly = assemble(run.task, run.data, run.train, 0, 0)

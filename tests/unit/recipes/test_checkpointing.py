@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from ldm.adapters.lora import LoraConfig
-from ldm.cli.plan import job_of
 from ldm.config.load import decode
 from ldm.config.schema import load_run
 from ldm.diffusion.process import Process
 from ldm.models.presets import UNETS
 from ldm.models.unet import UNet
 from ldm.objectives.consistency import ConsistencyOptions
+from ldm.recipes import plan_job
 from ldm.recipes.distill import DistillTask, make_student
 from ldm.recipes.finetune import FinetuneTask
+from ldm.recipes.planned import Asked
 from ldm.recipes.text_to_image import TextToImageTask
 from tests import miniature
 
@@ -100,7 +101,8 @@ def test_the_planner_counts_the_granularity(how: str, tmp_path: Path) -> None:
     tree = miniature.text_to_image(tmp_path, **changes)
     tree["task"]["network"] = {**tree["task"]["network"], "cross_attention_dim": 768}  # the tower's
     path = miniature.write(tree, tmp_path / "run.yaml")
-    job = job_of(load_run(path), 1, gpu=False)
+    run = load_run(path)
+    job = plan_job(run.task, run.data, run.train, Asked(name=run.name, world=1, gpu=False))
     assert job.recompute == (how != "none")
     for recompute in (True, False):
         unet = job.build(recompute)

@@ -13,8 +13,7 @@ import torch
 from ldm.checkpoint.convert import save_diffusers
 from ldm.checkpoint.schedulers import scheduler_to_diffusers
 from ldm.cli.__main__ import main
-from ldm.cli.plan import job_of
-from ldm.config.schema import load_run
+from ldm.config.schema import RunConfig, load_run
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.schedule import Discrete
 from ldm.models.text import build_clip
@@ -22,8 +21,10 @@ from ldm.models.unet import UNet, UNetConfig
 from ldm.plan.flops import count_flops
 from ldm.plan.hardware import find
 from ldm.plan.memory import memory
-from ldm.plan.report import Plan, Planner
+from ldm.plan.report import Job, Plan, Planner
 from ldm.plan.throughput import Cluster
+from ldm.recipes import plan_job
+from ldm.recipes.planned import Asked
 from ldm.recipes.sources import load_autoencoder, load_towers
 from tests import miniature, ranks
 from tests.unit.plan import work
@@ -81,6 +82,10 @@ def plan(root: Path) -> Callable[[str], Plan]:
         return Planner(job_of(load_run(config(root, kind)), 1, gpu=True), cluster, recomputing=(False,)).plan()
 
     return made
+
+
+def job_of(run: RunConfig, world: int, *, gpu: bool) -> Job:
+    return plan_job(run.task, run.data, run.train, Asked(name=run.name, world=world, gpu=gpu))
 
 
 def numbers(module: torch.nn.Module) -> int:

@@ -5,24 +5,23 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ldm.checkpoint.settings import read_json
 from ldm.config.load import decode
 from ldm.diffusion.process import Process
+from ldm.models import networks
 from ldm.models.fit import width
+from ldm.models.networks import AnyNetwork
 from ldm.models.presets import AUTOENCODERS, TEXTS, UNETS
 from ldm.models.shipped import SHIPPED
 from ldm.models.text import TextConfig, TextTower
-from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline import TextToImage
-
-if TYPE_CHECKING:
-    from ldm.models.text import TextTower as Tower
+from ldm.recipes.sources import load_towers, network_of
 
 FAMILIES = {
     "sd15": ("sd15", "kl_f8", "sd15"),
@@ -68,7 +67,7 @@ def whole(source: str, key: str, said: list[str]) -> TextToImage:
         said.append(f"{key}: {source!r} is not here; planned as the family {family}")
     unet, vae, text = FAMILIES[family]
     with torch.device("meta"):
-        network, autoencoder = UNet(UNETS[unet]), Autoencoder(AUTOENCODERS[vae])
+        network, autoencoder = networks.build(UNETS[unet]), Autoencoder(AUTOENCODERS[vae])
     network, autoencoder = network.requires_grad_(False).eval(), autoencoder.requires_grad_(False).eval()
     return _on_meta(TextToImage(network, LatentCodec.of(autoencoder), _empty(TEXTS[text]), Process()))
 
@@ -81,27 +80,25 @@ def _on_meta(model: TextToImage) -> TextToImage:
     return model
 
 
-def network(unet: UNetConfig | None, start: str | None, said: list[str]) -> UNetConfig:
-    """The U-Net that trains: that of `start`, or of the config where there is none."""
+def network(own: AnyNetwork | None, start: str | None, said: list[str]) -> AnyNetwork:
+    """The network that trains: that of `start`, or of the config where there is none."""
     if start is None:
-        if unet is None:
-            raise ValueError("task.network: missing, and task.start names no model whose U-Net is trained further")
-        return unet
-    folder = SHIPPED.get(start, Path(start))
-    for path in (folder / "unet" / "config.json", folder / "export" / "unet" / "config.json"):
-        if path.is_file():
-            return decode(UNetConfig, _plain(path), str(path))
+        if own is None:
+            raise ValueError("task.network: missing, and task.start names no model whose network is trained further")
+        return own
+    if here(start):
+        return network_of(start)
     family = family_of(start)
     if family is not None:
         said.append(f"task.start: {start!r} is not here; planned as the family {family}")
         return UNETS[FAMILIES[family][0]]
-    if unet is None:
+    if own is None:
         raise ValueError(f"task.start: {start!r} is not here, and its name tells no family; {list(FAMILIES)} do")
     said.append(f"task.start: {start!r} is not here; planned as task.network")
-    return unet
+    return own
 
 
-def vae(source: str, unet: UNetConfig, said: list[str]) -> tuple[Autoencoder, AutoencoderConfig]:
+def vae(source: str, of: AnyNetwork, said: list[str]) -> tuple[Autoencoder, AutoencoderConfig]:
     """The autoencoder; the one that a network of this kind usually has where it is not here."""
     folder = SHIPPED.get(source, Path(source))
     found = [p for p in (folder / "vae" / "config.json", folder / "config.json") if p.is_file()]
@@ -109,7 +106,7 @@ def vae(source: str, unet: UNetConfig, said: list[str]) -> tuple[Autoencoder, Au
         settings = decode(AutoencoderConfig, _plain(found[0]), str(found[0]))
     else:
         family = family_of(source)
-        usual = "kl_f8_sdxl" if unet.addition_embed_type else "kl_f8"
+        usual = "kl_f8_sdxl" if of.addition_embed_type else "kl_f8"
         name = source if source in AUTOENCODERS else FAMILIES[family][1] if family else usual
         if source not in (name, family):
             said.append(f"task.vae: {source!r} is not here; planned as {name}")
@@ -118,23 +115,21 @@ def vae(source: str, unet: UNetConfig, said: list[str]) -> tuple[Autoencoder, Au
         return Autoencoder(settings).requires_grad_(False).eval(), settings
 
 
-def towers(source: str, unet: UNetConfig, said: list[str]) -> list[Tower]:
+def towers(source: str, of: AnyNetwork, said: list[str]) -> list[TextTower]:
     """The text towers; of the family whose states the network takes where they are not here."""
-    from ldm.recipes.sources import load_towers
-
     if here(source) and source not in TEXTS:
         return _empty(tuple(tower.config for tower in load_towers(source)))
     name = source if source in TEXTS else family_of(source)
     name = FAMILIES[name][2] if name in FAMILIES else name
     if name is None:
-        wanted = unet.per_level("cross_attention_dim")[0]
+        wanted = of.per_level("cross_attention_dim")[0]
         name = next((n for n in ("sd21", "sd15", "sdxl") if width(TEXTS[n]) == wanted), "sd21")
     if name != source and source not in FAMILIES:
         said.append(f"task.text: {source!r} is not here; planned as that of {name}")
     return _empty(TEXTS[name])
 
 
-def _empty(configs: tuple[TextConfig, ...]) -> list[Tower]:
+def _empty(configs: tuple[TextConfig, ...]) -> list[TextTower]:
     with torch.device("meta"):
         return [TextTower(c) for c in configs]
 

@@ -1,0 +1,56 @@
+"""Which steps a picture takes: the model's own times, and the guidance of its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from ldm.checkpoint.scheduler_classes import OwnSampler, Plan
+from ldm.checkpoint.students import FewSteps
+from ldm.diffusion.schedule import Schedule
+from ldm.sampling.guidance import classifier_free, perpendicular, projected, times_of
+from ldm.sampling.settings import Settings
+from ldm.sampling.times import times as spaced
+from ldm.types import Cond, Denoise
+
+
+@dataclass(frozen=True)
+class OwnSteps:
+    """How a model's own scheduler spaces DDIM's and DDPM's times, as published pipelines do; None is the sampler's way.
+
+    `student` and `own` are the samplers of a distilled model and of its own scheduler's class.
+    """
+
+    spacing: str | None = None
+    offset: int = 0
+    end: Literal["data", "first"] | None = None
+    student: FewSteps | None = None
+    own: OwnSampler | None = None
+
+    def plan(self, settings: Settings, schedule: Schedule) -> Plan:
+        """The model's times for the settings' sampler; none of its own where the settings say a spacing."""
+        sampler = settings.sampler
+        if settings.spacing is not None:
+            return Plan()
+        if self.student is not None and sampler == self.student.sampler:
+            return Plan(self.student.times(schedule, settings.steps))
+        if self.own is not None and sampler == self.own.name:
+            return self.own.plan(schedule, settings.steps)
+        known = self.spacing if sampler in ("ddim", "ddpm") else None
+        path = None if known is None else spaced(schedule, settings.steps, known, offset=self.offset)
+        return Plan(path, self.end if sampler == "ddim" else None)
+
+
+def guided(denoise: Denoise, settings: Settings, schedule: Schedule, of: Callable[[str], Cond]) -> Denoise:
+    """The estimate of x_0 under the settings' guidance; `of` gives the conditioning of a prompt."""
+    scale = settings.guidance
+    if scale == 1 and settings.guide != "perpendicular":
+        return denoise
+    interval = times_of(settings.interval, schedule.last)
+    negative = of(settings.negative)
+    if settings.guide == "cfg":
+        return classifier_free(denoise, negative, scale, settings.rescale, interval)
+    if settings.guide == "projected":
+        return projected(denoise, negative, scale, interval=interval)
+    return perpendicular(denoise, of(""), negative, scale, interval=interval)

@@ -1,0 +1,247 @@
+"""What the planner's jobs share: how a run is divided, its data, its loss as a network, what stays frozen."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.data.loader import DataConfig
+from ldm.data.manifest import Manifest, resolve
+from ldm.data.mixture import Data
+from ldm.models.fit import check_fit, pooled_width, width
+from ldm.models.network import Granularity
+from ldm.models.text import TextTower
+from ldm.models.vae.autoencoder import Autoencoder
+from ldm.objectives import Objective
+from ldm.pipeline import TextToImage
+from ldm.plan.flops import count_flops
+from ldm.plan.memory import Layout
+from ldm.plan.report import Frozen, Job
+from ldm.recipes.pictures import entries
+from ldm.recipes.planned_models import check_size
+from ldm.rng import Rng
+from ldm.train.trainer import TrainConfig
+
+HOW_MANY = "--samples N tells how many there will be"
+NO_CACHE = "no cache: VAE and text tower run for every image of every step; set task.cache to encode once"
+_MOMENTS = {"adamw8bit": 0.5, "lion": 1.0, "sgd": 1.0}
+"""Of other optimizers than AdamW, in float32 values a weight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is planned: the run's `name`, the number of processes, and whether they are GPUs."""
+
+    name: str
+    world: int
+    gpu: bool
+
+
+def layout(train: TrainConfig, asked: Asked) -> Layout:
+    """How the run is divided."""
+    engine = train.engine
+    return Layout(
+        stage=engine.zero_stage,
+        world=asked.world,
+        half=engine.precision == "fp16",
+        copies=0 if train.ema is None else 1 + len(train.ema.others) + len(train.ema.power),
+        moments=_MOMENTS.get(train.optim.algorithm, 2.0),
+        bucket=engine.bucket,
+        overlap=asked.gpu,
+        accumulate=train.accumulate,
+        offload_optimizer=engine.offload_optimizer,
+        offload_parameters=engine.offload_parameters,
+    )
+
+
+def precision(train: TrainConfig, gpu: bool) -> torch.dtype:
+    """What the forward computes in on the planned hardware: the GPUs of a plan have bf16, the CPU counts in float32."""
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": torch.bfloat16}
+    return named[train.engine.precision] if gpu else torch.float32
+
+
+def frozen(vae: Autoencoder, towers: Sequence[TextTower], pixels: int, cached: bool) -> list[Frozen]:
+    """The networks that stay on the GPU beside the trained one; they run for each image where nothing is cached."""
+    flops = 0 if cached else count_flops(vae.encode, torch.empty(1, 3, pixels, pixels, device="meta"))
+    found = [Frozen(name="vae", bytes=weight(vae), flops=float(flops))]
+    for i, tower in enumerate(towers):
+        tokens = torch.zeros(1, tower.config.context_length, dtype=torch.int64, device="meta")
+        flops = 0 if cached else count_flops(tower.model, tokens)
+        found.append(Frozen(name=f"text {i + 1}", bytes=weight(tower), flops=float(flops)))
+    return found
+
+
+def weight(module: nn.Module) -> float:
+    """Bytes of a module's weights."""
+    return 4.0 * sum(p.numel() for p in module.parameters())
+
+
+def side(data: Data) -> int:
+    """The pictures' side in pixels, the largest of a mixture's."""
+    return data.size if isinstance(data, DataConfig) else max(s.data.size for s in data.sources)
+
+
+def samples_of(data: Data, encoded: float, cached: bool, said: list[str]) -> tuple[int | None, float]:
+    """Samples and bytes of one as training reads it: `encoded` in a cache, else as stored."""
+    sources = [data] if isinstance(data, DataConfig) else [s.data for s in data.sources]
+    samples, size = 0, 0.0
+    for source in sources:
+        try:
+            manifest = Manifest.read(resolve(source.path), source.remote)
+        except (ValueError, OSError) as error:
+            said.append(f"{error}; {HOW_MANY}")
+            return None, encoded if cached else 0.0
+        shards = manifest.split(source.split)
+        samples += sum(s.samples for s in shards)
+        size += sum(s.bytes for s in shards)
+        if cached and manifest.cached is None:
+            size = encoded * samples
+    return samples, size / max(1, samples)
+
+
+def told(job: Job, samples: int) -> Job:
+    """The job with a number of samples that its data set does not tell yet."""
+    known = tuple(w for w in job.warnings if HOW_MANY not in w)
+    return replace(job, samples=samples, warnings=known)
+
+
+def pictures_in(*folders: Path) -> int | None:
+    """How many pictures there are in folders or built sets, None where one of them has none."""
+    try:
+        return sum(len(entries(folder)) for folder in folders)
+    except (ValueError, OSError):
+        return None
+
+
+def check_cache(cache: Path | None, cached: bool, said: list[str]) -> None:
+    """Say what a cache that is not there, or none, costs."""
+    if not cached:
+        said.append(NO_CACHE)
+    elif cache is not None and not (Path(cache) / "manifest.json").is_file():
+        said.append(f"task.cache: nothing in {str(cache)!r} yet: the run encodes everything first, once")
+
+
+class Loss(nn.Module):
+    """An objective as a network from a batch to its loss; only what trains is registered."""
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        return self.objective(batch, Rng.of(0, batch["position"]))[0]
+
+
+def loss_job(
+    asked: Asked,
+    data: Data,
+    train: TrainConfig,
+    build: Callable[[bool], nn.Module],
+    inputs: Callable[[int], tuple[Any, ...]],
+    *,
+    frozen: Sequence[Frozen] = (),
+    recompute: bool = False,
+    said: list[str],
+    cached: bool = False,
+    reads: Sequence[str] = ("moments", "text", "pooled"),
+) -> Job:
+    """A job whose step is counted from its loss. `reads`: what of a batch is stored in a cache."""
+    batch = inputs(1)[0]
+    encoded = 2.0 * sum(batch[k].numel() for k in reads if k in batch)
+    samples, size = samples_of(data, encoded, cached, said)
+    return Job(
+        name=asked.name, build=build, inputs=inputs, flops=None, batch=train.batch, steps=train.steps,
+        layout=layout(train, asked), recompute=recompute, precision=precision(train, asked.gpu),
+        frozen=tuple(frozen), samples=samples, sample_bytes=size, warnings=tuple(said),
+    )  # fmt: skip
+
+
+def again(how: Granularity, recompute: bool) -> Granularity:
+    """What is computed twice in the plan's rows with recomputation: what is configured, or whole blocks."""
+    return "none" if not recompute else "block" if how == "none" else how
+
+
+def attention(gpu: bool) -> list[str]:
+    """What is said of towers that train."""
+    return ["attention of text and picture towers that train is counted in float32"] if gpu else []
+
+
+def fits(model: TextToImage, data: Data, key: str, source: str) -> None:
+    """Raise ValueError where the model's parts do not fit each other, or the data's size does not fit it."""
+    told = f"{key} {source!r}"
+    check_fit(
+        model.network.config, tuple(t.config for t in model.text), model.codec.channels,
+        network_key=f"{told}: {model.network.title}", text_key="its text tower", vae_key="its autoencoder",
+    )  # fmt: skip
+    check_size(side(data), model.codec.factor, "data.size")
+
+
+def copied(model: TextToImage) -> TextToImage:
+    """A copy that an adapter may change."""
+    other = copy.copy(model)
+    other.network, other.text = copy.deepcopy(model.network), copy.deepcopy(model.text)
+    return other
+
+
+def states(model: TextToImage) -> Callable[[Sequence[str]], dict[str, Tensor]]:
+    """Prompts -> conditioning of the right shape, computed by nobody: a cache's, or of frozen towers."""
+    tokens, wide, pooled = _shape(model)
+
+    def encode(prompts: Sequence[str]) -> dict[str, Tensor]:
+        return {"text": torch.zeros(len(prompts), tokens, wide), "pooled": torch.zeros(len(prompts), pooled)}
+
+    return encode
+
+
+def _shape(model: TextToImage) -> tuple[int, int, int]:
+    """Tokens, width of their states together, width of the pooled vector."""
+    configs = tuple(tower.config for tower in model.text)
+    return configs[0].context_length, width(configs), pooled_width(configs)
+
+
+def positions(batch: int) -> dict[str, Any]:
+    """One sample many times, so that counts are linear in the batch; one whose time is late, as those work most."""
+    late = max(range(100), key=lambda p: float(Rng.of(0, [p]).uniform("time")))
+    return {"position": torch.full((batch,), late), "weight": torch.ones(batch), "key": ["a"] * batch}
+
+
+def latents(model: TextToImage, data: Data, batch: int) -> dict[str, Any]:
+    """A batch as a cache gives it; its captions are read where the towers train."""
+    tokens, wide, vector = _shape(model)
+    size = side(data) // model.codec.factor
+    found = positions(batch) | {
+        "moments": torch.empty(batch, 2 * model.codec.channels, size, size, device="meta"),
+        "text": torch.empty(batch, tokens, wide, device="meta"),
+        "caption": ["a"] * batch,
+    }
+    if "pooled" in model.network.needs:
+        found |= {"pooled": torch.empty(batch, vector, device="meta")}
+    if "time_ids" in model.network.needs:
+        found |= {k: torch.zeros(batch, 2) for k in ("original_size", "crop_top_left", "target_size")}
+    return found
+
+
+def beside(model: TextToImage, data: Data, cached: bool, live: bool) -> list[Frozen]:
+    """VAE and text towers. Towers that train have copies for the sample pictures, or are frozen below corrections."""
+    found = frozen(model.codec.autoencoder, model.text, side(data), cached)
+    return [replace(f, flops=0.0) if live and f.name != "vae" else f for f in found]
+
+
+def drawing_flops(model: TextToImage, pixels: int, evaluations: float, guided: bool) -> float:
+    """Operations of drawing one picture: the network's evaluations, two rows each under guidance, and the decoder."""
+    size = pixels // model.codec.factor
+    tokens, wide, vector = _shape(model)
+    needs = model.network.needs
+    cond = {"text": torch.empty(1, tokens, wide, device="meta")}
+    cond |= {"pooled": torch.empty(1, vector, device="meta")} if "pooled" in needs else {}
+    cond |= {"time_ids": torch.empty(1, 6, device="meta")} if "time_ids" in needs else {}
+    cond |= {"guidance": torch.empty(1, device="meta")} if "guidance" in needs else {}
+    x = torch.empty(1, model.codec.channels, size, size, device="meta")
+    once = count_flops(model.network, x, torch.empty(1, device="meta"), cond)
+    return evaluations * (2 if guided else 1) * once + count_flops(model.codec.autoencoder.decode, x)
