@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.process import Process
 from ldm.models import networks
 from ldm.models.discriminator import MiddleHead, PatchHead
-from ldm.models.network import Granularity, Network, granularity
+from ldm.models.network import Network, granularity
 from ldm.models.shipped import SHIPPED, locate
 from ldm.objectives import Objective
 from ldm.objectives.consistency import ConsistencyObjective, ConsistencyOptions
@@ -38,57 +38,13 @@ from ldm.pipeline import TextToImage
 from ldm.plan.report import Frozen, Job
 from ldm.recipes import planned, planned_models
 from ldm.recipes.base import Assembly
+from ldm.recipes.distill_task import DistillTask, Method
 from ldm.recipes.rounds import Round, rounds
 from ldm.recipes.sources import text_encoder, training_data
-from ldm.recipes.text_to_image import SampleHook, Samples, cached, hashes
+from ldm.recipes.text_to_image import SampleHook, cached, hashes
 from ldm.rng import seed_torch
 from ldm.train.trainer import TrainConfig
 from ldm.types import Cond
-
-Method = ConsistencyOptions | ProgressiveOptions | TrajectoryOptions | MatchingOptions
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillTask:
-    """`teacher` is a shipped model, a run, a diffusers folder or a single file; the student starts as its network.
-
-    `guidance_embedding` is the width of the student's embedding of w, or null for a student of no (or one) guidance.
-    With `lora` the teacher's own weights stay and corrections train on them: one copy serves teacher and student; they
-    start as none, or as those of `start`: a shipped student, a run or a folder with a LoRA of these layers and rank.
-    `prediction` "v" needs the method progressive with stage "match" where the teacher has another. `drop`: share of
-    captions that become the empty prompt. `cache` as in text_to_image.
-    """
-
-    kind: Literal["distill"] = "distill"
-    teacher: str
-    method: Method
-    guidance_embedding: int | None = 256
-    lora: LoraConfig | None = None
-    start: str | None = None
-    prediction: Literal["teacher", "v", "sample"] = "teacher"
-    drop: float = 0.0
-    cache: Path | None = None
-    gradient_checkpointing: bool | Granularity = False
-    samples: Samples = field(default_factory=Samples)
-
-    def __post_init__(self) -> None:
-        method = self.method
-        if self.guidance_embedding is not None and self.guidance_embedding < 4:
-            raise ValueError(f"guidance_embedding must be null or at least 4, got {self.guidance_embedding}")
-        if not 0 <= self.drop <= 1:
-            raise ValueError(f"drop must be in [0, 1], got {self.drop}")
-        if self.lora is not None:
-            if isinstance(method, ProgressiveOptions):
-                raise ValueError(f"lora: method {method.kind!r} trains whole networks; lcm, tcd and dmd take lora")
-            if self.guidance_embedding is not None:
-                raise ValueError("guidance_embedding: a LoRA has none, write null; its guidance is the one in `w`")
-            if self.lora.text:
-                raise ValueError("lora.text: the text towers are not distilled, write false")
-        elif self.start is not None:
-            raise ValueError(f"start: {self.start!r} is a LoRA to go on with, and needs lora")
-        matches = isinstance(method, ProgressiveOptions) and method.stage == "match"
-        if self.prediction != "teacher" and not matches:
-            raise ValueError(f"prediction: {self.prediction!r} needs method progressive with stage match")
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ldm.checkpoint.convert import open_model
 from ldm.checkpoint.schedulers import scheduler_from_diffusers
 from ldm.models.shipped import SHIPPED
 from ldm.objectives.progressive import ProgressiveOptions
-
-if TYPE_CHECKING:
-    from ldm.recipes.distill import DistillTask
+from ldm.recipes.distill_task import DistillTask
 
 
 @dataclass(frozen=True)
