@@ -72,6 +72,18 @@ def test_links_lead_to_files(page: Path) -> None:
     assert [t for t in links(page.read_text(encoding="utf-8")) if not (page.parent / t).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_to_sections(page: Path) -> None:
+    """Anchors as GitHub makes them of headings."""
+    gone = []
+    for target, anchor in re.findall(r"\]\(([^)\s#:]*)#([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        text = (page.parent / target if target else page).read_text(encoding="utf-8")
+        heads = re.findall(r"^#+ (.*)", _FENCE.sub("", text), re.MULTILINE)
+        if anchor not in [re.sub(r"[^\w\- ]", "", head.strip().lower()).replace(" ", "-") for head in heads]:
+            gone.append(f"{target}#{anchor}")
+    assert gone == []
+
+
 @pytest.mark.parametrize("page", PRESENT, ids=lambda p: p.name)
 def test_files_that_are_named_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
