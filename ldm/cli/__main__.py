@@ -13,19 +13,19 @@ from launch.options import ended, near
 from ldm import __version__
 
 VERBS = {
-    "demo": "train a small model on the embedded data and write the gallery",
-    "train": "train from a config; the same command again resumes",
-    "distill": "few-step students: latent consistency, progressive, trajectory, distribution matching",
-    "finetune": "DreamBooth, textual inversion or LoRA from a folder of pictures",
-    "sample": "pictures from prompts",
+    "demo": "train a small model on the embedded data, draw with it, and write a gallery page",
+    "train": "train a model from a config file; the same command again resumes",
+    "distill": "make a model that draws in 1 to 8 steps: LCM, TCD, DMD, progressive distillation",
+    "finetune": "teach a model from a folder of pictures: DreamBooth, textual inversion, LoRA",
+    "sample": "draw pictures of prompts",
     "edit": "change pictures: img2img, inpaint, invert, prompt-to-prompt, attention maps",
-    "data": "build, index, encode and inspect data sets",
-    "convert": "between model formats",
-    "export": "a run's weights as a model folder, also while it trains",
-    "plan": "memory, time and cost of a run before it is queued",
-    "evaluate": "measure pictures and models",
-    "show": "noising strips and run pages",
-    "serve": "a page in the browser: prompt -> pictures",
+    "data": "build, index, inspect and encode (cache) data sets",
+    "convert": "turn one model format into another: diffusers, CompVis, LoRA, kohya",
+    "export": "write a run's weights as a model folder, also while it trains",
+    "plan": "tell memory, time and cost of a run before it is queued",
+    "evaluate": "measure models and pictures: FID-like distances, retrieval, CLIP score, PSNR",
+    "show": "draw how noise is added to a picture, or a page about a run",
+    "serve": "draw in a browser",
 }
 _OTHERS = {
     "txt2img": "sample", "generate": "sample", "draw": "sample", "infer": "sample", "inference": "sample",

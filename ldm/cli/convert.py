@@ -16,7 +16,7 @@ RANK = 16
 
 def parser() -> Parser:
     """Options of the verb."""
-    p = Parser(prog="ldm convert", description="Turn one model format into another.")
+    p = Parser(prog="ldm convert", description="Turn one model format into another, one tensor at a time.")
     p.add_argument("source", help="run or diffusers folder, single file (.safetensors, .ckpt), LoRA file or hub id")
     p.add_argument("target", type=Path, help="folder, or file ending in .safetensors")
     p.add_argument("--to", required=True, choices=("diffusers", "compvis", *LORA), help="format of the target; lora "
@@ -29,9 +29,11 @@ def parser() -> Parser:
                    "what stands for DoRA, LoHa and LoKr where the form has none (64)")  # fmt: skip
     p.add_argument("--dtype", choices=DTYPES, help="type of the stored weights; default: as they are")
     p.add_argument("--variant", help="read the files of this variant of a folder, such as fp16")
-    p.add_argument("--ema", action="store_true", help="take the averaged weights of a single file")
+    p.add_argument("--ema", action="store_true", help="take the averaged (EMA) weights of a single file")
     p.add_argument("--prediction", choices=("epsilon", "v"), help="what an SD 2.x single file predicts")
-    p.add_argument("--lenient", action="store_true", help="leave out, and name, tensors that are not known")
+    p.add_argument(
+        "--lenient", action="store_true", help="leave out, and name, unknown tensors instead of refusing the file"
+    )
     return p
 
 

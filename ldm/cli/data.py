@@ -27,60 +27,73 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="ldm data", description="Make data sets and look at them.")
+    parser = Parser(
+        prog="ldm data", description="Make data sets (WebDataset shards), look at them, and cache latents and text."
+    )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     _add_build(verbs)
 
-    _add_index(verbs.add_parser("index", help="manifest and offset indexes for existing tars"))
+    _add_index(
+        verbs.add_parser("index", help="use existing WebDataset tars: write a manifest and offset indexes for them")
+    )
 
-    inspect = verbs.add_parser("inspect", help="contact sheet and statistics")
+    inspect = verbs.add_parser("inspect", help="contact sheet, statistics and look-alikes of a data set")
     inspect.add_argument("data", help="a shipped data set's name, a folder or a manifest")
     inspect.add_argument("--out", type=Path, help="folder for contact.png, statistics.json, index.html (DATA-inspect)")
-    inspect.add_argument("--split", default="all")
-    inspect.add_argument("--limit", type=int, default=20_000, help="samples looked at, evenly spaced (20000)")
-    inspect.add_argument("--pictures", type=int, default=96, help="on the contact sheet (96)")
+    inspect.add_argument("--split", default="all", help="which part, such as train")
+    inspect.add_argument("--limit", type=int, default=20_000, help="look at so many samples at most, evenly spaced")
+    inspect.add_argument("--pictures", type=int, default=96, help="on the contact sheet")
     inspect.set_defaults(run=_inspect)
 
     encode = verbs.add_parser(
         "encode",
-        help="cache latents and text states; any number of processes share the work, start again to resume",
+        help="cache latents and text states; any number of processes share the work, the same command resumes",
     )
     encode.add_argument("data", help="a shipped data set's name, a folder, an address or a manifest")
     encode.add_argument("out", type=Path, help="folder of the cache")
     encode.add_argument("--vae", help="autoencoder: a model folder, a run's export, or a shipped one's name")
-    encode.add_argument("--text", help="text towers: the same")
-    encode.add_argument("--splits", nargs="+", default=["train"])
+    encode.add_argument("--text", help="text encoders: the same")
+    encode.add_argument("--splits", nargs="+", default=["train"], help="which parts to encode")
     shape = encode.add_mutually_exclusive_group(required=True)
     shape.add_argument("--size", type=int, help="side of the square pictures")
-    shape.add_argument("--buckets", action="store_true", help="the shapes of the data set's buckets")
-    encode.add_argument("--crop", choices=("center", "random"), default="center")
-    encode.add_argument("--flip", action="store_true")
-    encode.add_argument("--variants", type=int, default=1, help="crops and flips of each picture (1)")
-    encode.add_argument("--template", default="{}")
-    encode.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
-    encode.add_argument("--batch", type=int, default=64)
+    shape.add_argument("--buckets", action="store_true", help="instead: each picture in the shape of its bucket")
+    encode.add_argument("--crop", choices=("center", "random"), default="center", help="where to cut")
+    encode.add_argument("--flip", action="store_true", help="mirror variants beyond the first at random")
+    encode.add_argument("--variants", type=int, default=1, help="how many crops and flips of each picture to store")
+    encode.add_argument("--template", default="{}", help="wraps each caption, such as 'a photo of {}'")
+    encode.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="type to store")
+    encode.add_argument("--batch", type=int, default=64, help="pictures at a time")
     encode.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the autoencoder (fp32)"
+        "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="what the autoencoder computes in"
     )
     encode.set_defaults(run=_encode)
     return parser
 
 
 def _add_build(verbs: Any) -> None:
-    build = verbs.add_parser("build", help="shards from a folder of pictures with captions")
+    build = verbs.add_parser("build", help="make a data set of a folder of pictures with captions")
     build.add_argument("source", type=Path, help="folder of pictures, or its metadata.jsonl, .csv, .tsv or .parquet")
     build.add_argument("out", type=Path, help="folder to make")
     build.add_argument("--size", type=int, help="shrink the short side to this many pixels")
-    build.add_argument("--format", choices=("keep", "jpg", "png", "webp"), default="keep")
-    build.add_argument("--quality", type=int, default=95, help="of jpg and webp (95)")
-    build.add_argument("--heldout", type=float, default=0.0, help="share of samples for the split heldout (0)")
-    build.add_argument("--captions-from", choices=("files", "folder", "name"), default="files")
+    build.add_argument(
+        "--format", choices=("keep", "jpg", "png", "webp"), default="keep", help="of the stored pictures"
+    )
+    build.add_argument("--quality", type=int, default=95, help="of jpg and webp")
+    build.add_argument(
+        "--heldout", type=float, default=0.0, help="share of the pictures to keep out of training, as the split heldout"
+    )
+    build.add_argument(
+        "--captions-from",
+        choices=("files", "folder", "name"),
+        default="files",
+        help="text files, the folder's name or the picture's",
+    )
     build.add_argument("--without-captions", action="store_true", help="keep pictures that have no caption")
-    build.add_argument("--min-side", type=int, default=1, help="leave out pictures with a shorter side (1)")
-    build.add_argument("--max-pixels", type=int, default=100_000_000, help="refuse larger pictures (100 million)")
+    build.add_argument("--min-side", type=int, default=1, help="leave out pictures with a side shorter than this")
+    build.add_argument("--max-pixels", type=int, default=100_000_000, help="leave out pictures with more pixels")
     _add_buckets(build)
-    build.add_argument("--shard-bytes", type=int, default=256 << 20, help="largest tar (256 MiB)")
-    build.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    build.add_argument("--shard-bytes", type=int, default=256 << 20, help="size of a tar at most")
+    build.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     build.set_defaults(run=_build)
 
 
@@ -93,19 +106,21 @@ def _add_index(index: Parser) -> None:
         type=Path,
         help="folder for manifest and indexes (the folder of the tars); the tars stay where they are",
     )
-    index.add_argument("--split", default="train")
+    index.add_argument("--split", default="train", help="what this part is called")
     index.add_argument("--where", help="keep samples by their json, as in 'width >= 256 and pwatermark < 0.5'")
     index.add_argument("--name", help="the data set's name (the folder's)")
     _add_buckets(index)
-    index.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    index.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     index.set_defaults(run=_index)
 
 
 def _add_buckets(parser: Parser) -> None:
     parser.add_argument("--buckets", type=int, metavar="SIZE", help="aspect-ratio buckets, at most SIZE x SIZE pixels")
-    parser.add_argument("--bucket-step", type=int, default=64, help="sides are multiples of this (64)")
-    parser.add_argument("--bucket-ratio", type=float, default=2.0, help="longest aspect (2)")
-    parser.add_argument("--bucket-least", type=int, default=64, help="smaller buckets are merged into the nearest (64)")
+    parser.add_argument("--bucket-step", type=int, default=64, help="sides are multiples of this")
+    parser.add_argument("--bucket-ratio", type=float, default=2.0, help="longest aspect ratio")
+    parser.add_argument(
+        "--bucket-least", type=int, default=64, help="buckets of fewer pictures are merged into the nearest"
+    )
 
 
 def _buckets(args: argparse.Namespace) -> BucketConfig | None:

@@ -26,13 +26,16 @@ def parser() -> Parser:
     """Options of the verb."""
     parser = Parser(
         prog="ldm distill",
-        description="Train a few-step student. The same command again resumes.",
+        description="Distillation: train a student that draws in a few steps what its teacher draws in many. The "
+        "same command again resumes.",
         epilog="methods: " + "; ".join(f"{name}: {text}" for name, text in METHODS.items()),
     )
-    parser.add_argument("method", choices=tuple(METHODS), help="must be the config's task.method.kind")
+    parser.add_argument("method", choices=tuple(METHODS), help="the method; must be the config's task.method.kind")
     parser.add_argument("config", help="a YAML file, such as configs/distill/lcm_emoji.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=100 out=runs/try")
-    parser.add_argument("--print-rounds", action="store_true", help="print the rounds of progressive, and stop")
+    parser.add_argument(
+        "--print-rounds", action="store_true", help="print the rounds of progressive distillation, and stop"
+    )
     starts.add(parser)
     return parser
 

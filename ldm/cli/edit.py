@@ -16,51 +16,77 @@ if TYPE_CHECKING:
     from ldm.pipeline import Settings, TextToImage
 
 
-def parser() -> Parser:
-    """Options of the verb."""
-    p = Parser(prog="ldm edit", description="Change pictures with a text-to-image model.")
+def _common() -> Parser:
+    """What all verbs take."""
     common = Parser(add_help=False)
     common.add_argument("--model", default="emoji", help="shipped name, run or diffusers folder, file or hub id")
-    common.add_argument("--lenient", action="store_true", help="leave out, and name, tensors that are not known")
-    common.add_argument("--sampler", default="ddim")
-    common.add_argument("--steps", type=int, default=50)
-    common.add_argument("--guidance", type=float, default=3.0)
-    common.add_argument("--negative", default="")
+    common.add_argument(
+        "--lenient", action="store_true", help="leave out, and name, unknown tensors of a file instead of refusing it"
+    )
+    common.add_argument("--sampler", default="ddim", help="see `ldm sample --list-samplers`")
+    common.add_argument("--steps", type=int, default=50, help="sampling steps")
+    common.add_argument("--guidance", type=float, default=3.0, help="guidance scale, 1 is none")
+    common.add_argument("--negative", default="", help="negative prompt")
     common.add_argument("--seed", type=int, default=0, help="any whole number")
-    common.add_argument("--count", type=int, default=1)
+    common.add_argument("--count", type=int, default=1, help="how many results")
     common.add_argument("--batch", type=int, default=16, help="pictures at a time")
     common.add_argument(
         "--size", type=int, nargs="+", metavar="PIXELS", help="side, or height and width, multiples of 8 (the picture's"
         " own, else the model's)",
     )  # fmt: skip
     common.add_argument("--prompt-weights", action="store_true", help='read "(word:1.3)", "((word))", "[word]"')
-    common.add_argument("--long-prompts", action="store_true", help="take prompts beyond the text tower's context")
-    common.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the network")
-    common.add_argument("--device", default=None)
+    common.add_argument(
+        "--long-prompts", action="store_true", help="encode prompts longer than the text encoder's context in chunks"
+    )
+    common.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="the network's")
+    common.add_argument("--device", default=None, help="cpu, cuda, ...; default: a GPU if there is one")
     common.add_argument("--out", type=Path, default=Path("edited"), help="folder for the pictures")
+    return common
+
+
+def parser() -> Parser:
+    """Options of the verb."""
+    p = Parser(
+        prog="ldm edit", description="Change pictures with a text-to-image model. `ldm edit VERB --help` tells more."
+    )
+    common = _common()
     verbs = p.add_subparsers(dest="verb", required=True)
-    one = verbs.add_parser("img2img", parents=[common], help="draw a picture again under a prompt")
-    one.add_argument("image", type=Path)
-    one.add_argument("prompt")
+    one = verbs.add_parser(
+        "img2img", parents=[common], help="redraw a picture so that it shows a prompt, more or less freely"
+    )
+    one.add_argument("image", type=Path, help="a picture file")
+    one.add_argument("prompt", help="what to draw")
     one.add_argument("--strength", type=float, default=0.7, help="between 0 (the picture unchanged) and 1 (ignored)")
-    one = verbs.add_parser("inpaint", parents=[common], help="draw the white part of a mask anew")
-    one.add_argument("image", type=Path)
-    one.add_argument("mask", type=Path)
-    one.add_argument("prompt")
-    one = verbs.add_parser("invert", parents=[common], help="DDIM inversion, and the picture drawn back or edited")
-    one.add_argument("image", type=Path)
+    one = verbs.add_parser("inpaint", parents=[common], help="redraw only the white part of a mask")
+    one.add_argument("image", type=Path, help="a picture file")
+    one.add_argument("mask", type=Path, help="a picture: white is drawn anew, black is kept")
+    one.add_argument("prompt", help="what to draw")
+    one = verbs.add_parser(
+        "invert",
+        parents=[common],
+        help="DDIM inversion: find the noise that draws a picture, and draw it back, as it is or under another prompt",
+    )
+    one.add_argument("image", type=Path, help="a picture file")
     one.add_argument("--prompt", default="", help="what the picture shows")
     one.add_argument("--target", help="draw it back under this prompt instead")
-    one.add_argument("--refine", type=int, default=0, help="fixed-point rounds a step")
+    one.add_argument(
+        "--refine", type=int, default=0, help="fixed-point iterations in each inversion step: more exact, slower"
+    )
     one = verbs.add_parser("prompt", parents=[common], help="prompt-to-prompt: the same composition, other words")
-    one.add_argument("source")
-    one.add_argument("target")
+    one.add_argument("source", help="the prompt of the first picture")
+    one.add_argument("target", help="the changed prompt")
     one.add_argument("--cross", type=float, default=0.8, help="share of steps with the source's cross-attention")
     one.add_argument("--own", type=float, default=0.4, help="share of steps with the source's self-attention")
-    one.add_argument("--local", nargs="*", default=[], metavar="WORD", help="only the place of these words changes")
-    one.add_argument("--weight", nargs="*", default=[], metavar="WORD=FACTOR", help="strengthen or weaken words")
-    one = verbs.add_parser("maps", parents=[common], help="where the network looked for each word")
-    one.add_argument("prompt")
+    one.add_argument(
+        "--local", nargs="*", default=[], metavar="WORD", help="change the picture only where these words are"
+    )
+    one.add_argument(
+        "--weight", nargs="*", default=[], metavar="WORD=FACTOR", help="strengthen or weaken words, such as red=2"
+    )
+    one = verbs.add_parser(
+        "maps", parents=[common], help="cross-attention maps: where the network looked for each word"
+    )
+    one.add_argument("prompt", help="what to draw")
     return p
 
 

@@ -38,10 +38,13 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="ldm evaluate", description="Measure models and pictures.")
+    parser = Parser(
+        prog="ldm evaluate",
+        description="Measure models and pictures. Several processes: python -m launch local --procs 2 -- ldm evaluate",
+    )
     verbs = parser.add_subparsers(metavar="MEASURE", required=True)
 
-    retrieval = verbs.add_parser("retrieval", help="how often a CLIP finds a picture's caption among others")
+    retrieval = verbs.add_parser("retrieval", help="how often a CLIP model finds a picture's caption among others")
     _data(retrieval, split="train")
     _drawing(retrieval)
     retrieval.add_argument(
@@ -55,10 +58,12 @@ def _parser() -> Parser:
     _data(reconstruction, split="heldout")
     reconstruction.add_argument("--model", default="emoji", help="shipped model, run, or a folder with vae/ (emoji)")
     reconstruction.add_argument("--size", type=int, default=64, help="side of the pictures (64)")
-    reconstruction.add_argument("--batch", type=int, default=32)
+    reconstruction.add_argument("--batch", type=int, default=32, help="pictures at a time")
     reconstruction.set_defaults(run=_reconstruction)
 
-    features = verbs.add_parser("features", help="Fréchet and kernel distances to a split's pictures")
+    features = verbs.add_parser(
+        "features", help="distances of drawn to real pictures: Fréchet (FID), kernel (KID), precision and recall"
+    )
     _data(features, split="train")
     _drawing(features)
     features.add_argument("--pictures", type=Path, help="measure the pictures of this folder instead of a model's")
@@ -71,7 +76,7 @@ def _parser() -> Parser:
     features.add_argument("--cache", type=Path, help="folder that keeps the features of real pictures")
     features.set_defaults(run=_features)
 
-    prompts = verbs.add_parser("prompts", help="CLIP score, retrieval and diversity prompt by prompt, and CMMD")
+    prompts = verbs.add_parser("prompts", help="CLIP score, retrieval and diversity for each prompt, and CMMD")
     _data(prompts, split="compositional")
     _drawing(prompts)
     evaluate_prompts.add(prompts, _drawn, _protocol)
@@ -79,11 +84,11 @@ def _parser() -> Parser:
     nll = verbs.add_parser("nll", help="bound on the negative log-likelihood of real pictures' latents")
     _data(nll, split="heldout")
     nll.add_argument("--model", default="emoji", help="shipped model, run, diffusers folder or single file (emoji)")
-    nll.add_argument("--steps", type=int, default=50, help="times of the bound; all of them make it tightest (50)")
+    nll.add_argument("--steps", type=int, default=50, help="time steps of the bound; all of them make it tightest (50)")
     nll.add_argument(
         "--variance", choices=("small", "large", "learned"), default="large", help="of the reverse steps (large)"
     )
-    nll.add_argument("--batch", type=int, default=32)
+    nll.add_argument("--batch", type=int, default=32, help="pictures at a time")
     nll.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the network")
     nll.add_argument("--device", help="cpu, cuda, ...; default: a GPU if there is one")
     nll.set_defaults(run=_nll)
@@ -97,14 +102,14 @@ def _data(parser: Parser, split: str) -> None:
     parser.add_argument("--split", default=split, help=f"as in train, heldout, compositional ({split})")
     parser.add_argument("--count", type=int, help="pictures, of distinct captions (256, or all of a smaller split)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice, the noise and the candidates (0)")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures and the protocol here")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures and all settings here")
 
 
 def _drawing(parser: Parser) -> None:
     parser.add_argument("--model", default="emoji", help="shipped model, run, diffusers folder or single file (emoji)")
-    parser.add_argument("--sampler", help="(dpmpp_2m; of a few-step student its own)")
-    parser.add_argument("--steps", type=int, help="(25; of a few-step student 4)")
-    parser.add_argument("--guidance", type=float, help="(3; of a few-step student that has it inside 1)")
+    parser.add_argument("--sampler", help="(dpmpp_2m; a few-step model has its own)")
+    parser.add_argument("--steps", type=int, help="(25; of a few-step model 4)")
+    parser.add_argument("--guidance", type=float, help="(3; 1 if guidance is distilled into the model)")
     parser.add_argument("--batch", type=int, default=32, help="pictures drawn at once (32)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the network")
     parser.add_argument("--device", help="that draws: cpu, cuda, ...; default: a GPU if there is one")

@@ -10,19 +10,22 @@ from typing import Any
 
 def add(verbs: Any) -> None:
     """Enter the verb."""
-    p = verbs.add_parser("inversion", help="what DDIM inversion and back loses beside the autoencoder, in dB")
+    p = verbs.add_parser(
+        "inversion",
+        help="how much DDIM inversion and drawing back changes a picture, compared with the autoencoder alone, in dB",
+    )
     p.add_argument("--model", default="emoji", help="shipped model, run, diffusers folder or single file (emoji)")
     p.add_argument("--data", default="emoji", help="a shipped data set's name, a folder or a manifest (emoji)")
     p.add_argument("--split", default="heldout", help="as in train, heldout, compositional (heldout)")
     p.add_argument("--count", type=int, default=16, help="pictures (16)")
     p.add_argument("--seed", type=int, default=0, help="of the choice (0)")
-    p.add_argument("--steps", type=int, default=250, help="each way (250)")
-    p.add_argument("--refine", type=int, default=0, help="fixed-point rounds a step, one more call each (0)")
+    p.add_argument("--steps", type=int, default=250, help="steps each way (250)")
+    p.add_argument("--refine", type=int, default=0, help="fixed-point iterations in each step, one more call each (0)")
     p.add_argument("--captions", action="store_true", help="under the pictures' captions instead of no prompt")
-    p.add_argument("--batch", type=int, default=16)
+    p.add_argument("--batch", type=int, default=16, help="pictures at a time")
     p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the network")
     p.add_argument("--device", help="cpu, cuda, ...; default: a GPU if there is one")
-    p.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures and the protocol here")
+    p.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures and all settings here")
     p.set_defaults(run=main)
 
 

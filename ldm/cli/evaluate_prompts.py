@@ -23,9 +23,13 @@ def add(parser: argparse.ArgumentParser, draw: Draw, protocol: Callable[..., dic
     parser.add_argument(
         "--clip", default="clip_emoji", help="the judge: shipped CLIP, a run, or open_clip:ARCH:WEIGHTS (clip_emoji)"
     )
-    parser.add_argument("--no-diversity", action="store_true", help="leave out the perceptual distance of pairs")
-    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="pictures, a row a prompt, worst fit first")
-    parser.add_argument("--table", type=Path, metavar="FILE.csv", help="the figures of each prompt")
+    parser.add_argument(
+        "--no-diversity", action="store_true", help="leave out diversity, the perceptual distance between pairs"
+    )
+    parser.add_argument(
+        "--sheet", type=Path, metavar="FILE.png", help="write a contact sheet: a row for each prompt, worst fit first"
+    )
+    parser.add_argument("--table", type=Path, metavar="FILE.csv", help="write the figures of each prompt")
     parser.set_defaults(run=lambda args: main(args, draw, protocol))
 
 

@@ -18,7 +18,7 @@ def add(verbs: Any) -> None:
     """Enter the verb."""
     p = verbs.add_parser(
         "samplers",
-        help="quality against steps: samplers, models, guidance; resumable row by row",
+        help="quality and time against steps, for samplers, models and guidance scales; resumable",
         description="Kernel distance and caption retrieval of drawn pictures, a row for each way of drawing. Each row "
         "is a file in OUT/rows; the same command again measures only what is missing, and other rows may be added.",
     )
@@ -26,18 +26,20 @@ def add(verbs: Any) -> None:
         "--model", action="append", metavar="MODEL", help="shipped name, run or folder, or NAME=PATH[:SAMPLER,...]"
         "[:steps=1,2,4][:guidance=1][:spacing=NAME] for one with choices of its own; repeat it for more (emoji)"
     )  # fmt: skip
-    p.add_argument("--samplers", default="ddpm,ddim,dpmpp_2m,unipc", help="(ddpm,ddim,dpmpp_2m,unipc)")
-    p.add_argument("--steps", default="1,2,4,8,16,50,250", help="(1,2,4,8,16,50,250)")
+    p.add_argument("--samplers", default="ddpm,ddim,dpmpp_2m,unipc", help="see `ldm sample --list-samplers`")
+    p.add_argument("--steps", default="1,2,4,8,16,50,250", help="one or more")
     p.add_argument("--guidance", default="3", help="classifier-free guidance, one or more (3)")
     p.add_argument("--clip-guidance", default="0", help="strengths of CLIP guidance, one or more (0: none)")
-    p.add_argument("--splits", default="train,compositional", help="(train,compositional)")
+    p.add_argument("--splits", default="train,compositional", help="captions of these parts of the data")
     p.add_argument(
         "--count", default="1000", metavar="N[,STEPS:N...]",
         help="pictures a row; 1000,250:256 means 256 from 250 steps on (1000)",
     )  # fmt: skip
     p.add_argument("--data", default="emoji", help="a shipped data set's name, a folder or a manifest (emoji)")
     p.add_argument("--reference", type=int, default=1500, help="real pictures of a split to compare with (1500)")
-    p.add_argument("--network", default="efficientnet_lite0", help="of the kernel distance, or inception, clip:CLIP")
+    p.add_argument(
+        "--network", default="efficientnet_lite0", help="features of the kernel distance: this, inception, or clip:CLIP"
+    )
     p.add_argument("--weights", type=Path, help="file of inception's weights, where there is no network")
     p.add_argument(
         "--clip",
@@ -45,11 +47,13 @@ def add(verbs: Any) -> None:
         help="judge of retrieval: shipped CLIP, a run, or open_clip:ARCH:WEIGHTS (clip_emoji)",
     )
     p.add_argument("--candidates", type=int, default=64, help="captions to choose from (64)")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="of the choice and the noise")
     p.add_argument("--batch", type=int, default=32, help="pictures drawn at once (32)")
     p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the network")
-    p.add_argument("--device", help="that draws: cpu, cuda, ...; default: a GPU if there is one")
-    p.add_argument("--no-bounds", action="store_true", help="leave out real pictures and the autoencoder's")
+    p.add_argument("--device", help="cpu, cuda, ...; default: a GPU if there is one")
+    p.add_argument(
+        "--no-bounds", action="store_true", help="leave out the rows of real pictures and of the autoencoder"
+    )
     p.add_argument("--out", type=Path, default=Path("samplers"), help="folder of rows, table and figure (samplers)")
     p.set_defaults(run=main)
 

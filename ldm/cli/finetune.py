@@ -20,58 +20,78 @@ def parser() -> Parser:
     p = Parser(prog="ldm finetune", description="Fine-tune a model on a folder of pictures.")
     methods = p.add_subparsers(dest="method", required=True)
 
-    d = methods.add_parser("dreambooth", help="a subject under a rare word", epilog=_EPILOG)
+    d = methods.add_parser(
+        "dreambooth", help="teach a subject from 3 to 10 pictures, under a rare word", epilog=_EPILOG
+    )
     _common(d, "400, with --lora 500", "5e-6, of a shipped model 1e-4; with --lora 1e-4 and 4e-3")
     d.add_argument("--identifier", default="sks", help="the rare word that names the subject")
-    d.add_argument("--class", dest="noun", required=True, metavar="NOUN", help="what the subject is one of: dog")
+    d.add_argument("--class", dest="noun", required=True, metavar="NOUN", help="the class of the subject, such as dog")
     d.add_argument("--instance-prompt", metavar="TEXT", help="caption of the pictures (default: a IDENTIFIER NOUN)")
     d.add_argument("--class-prompt", metavar="TEXT", help="caption of the class pictures (default: a NOUN)")
     d.add_argument("--num-class-images", type=int, default=100, help="class pictures for prior preservation")
     d.add_argument("--class-data-dir", type=Path, metavar="FOLDER",
-                   help="where class pictures are, or are put; or a built data set of them")  # fmt: skip
-    d.add_argument("--prior-loss-weight", type=float, default=1.0)
+                   help="class pictures: those there are used, missing ones drawn; or a data set of them")  # fmt: skip
+    d.add_argument("--prior-loss-weight", type=float, default=1.0, help="loss weight of class pictures")
     d.add_argument("--no-prior", action="store_true", help="without prior preservation")
-    d.add_argument("--train-text-encoder", action="store_true", help="train the text towers too")
-    d.add_argument("--lora", action="store_true", help="low-rank corrections instead of all weights")
+    d.add_argument("--train-text-encoder", action="store_true", help="train the text encoders too")
+    d.add_argument("--lora", action="store_true", help="train a LoRA instead of all weights")
     _lora(d)
 
-    t = methods.add_parser("textual-inversion", help="a new word for a subject or style",
+    t = methods.add_parser("textual-inversion", help="learn a new word (token) for a subject or style",
                            epilog=_EPILOG)  # fmt: skip
     _common(t, "500", "5e-3, of a shipped model 1e-2")
     t.add_argument("--placeholder-token", "--token", dest="token", default="<thing>", help="the new word")
     t.add_argument("--initializer-token", dest="initializer", nargs="+", default=[], metavar="WORD",
                    help="words to start from, each one token")  # fmt: skip
-    t.add_argument("--num-vectors", type=int, default=1)
-    t.add_argument("--learnable-property", choices=("object", "style"), default="object")
+    t.add_argument("--num-vectors", type=int, default=1, help="embeddings that the new word stands for")
+    t.add_argument("--learnable-property", choices=("object", "style"), default="object", help="chooses the captions")
     t.add_argument("--template", action="append", default=[], metavar="TEXT", help="caption with {} for the new word")
-    t.add_argument("--max-norm", type=float, default=2.0, help="bound in multiples of the vocabulary's median; 0: none")
+    t.add_argument(
+        "--max-norm",
+        type=float,
+        default=2.0,
+        help="longest embedding, in multiples of the vocabulary's median; 0: no limit",
+    )
 
-    r = methods.add_parser("lora", help="a style or many things, from captioned pictures",
+    r = methods.add_parser("lora", help="learn a style or many things from captioned pictures, as a small file",
                            epilog=_EPILOG)  # fmt: skip
     _common(r, "1000", "1e-4, of a shipped model 4e-3")
-    r.add_argument("--train-text-encoder", action="store_true", help="adapt the text towers too")
+    r.add_argument("--train-text-encoder", action="store_true", help="adapt the text encoders too")
     _lora(r)
     return p
 
 
 def _common(p: Parser, steps: str, rates: str) -> None:
     p.add_argument("--images", "--instance-data-dir", dest="images", type=Path, required=True, metavar="FOLDER",
-                   help="of pictures, or a data set that `ldm data build` or `ldm data index` made")  # fmt: skip
+                   help="folder of pictures, or a data set that `ldm data build` or `ldm data index` made")  # fmt: skip
     p.add_argument("--base", default="emoji", help="shipped name, run or diffusers folder, single file or hub id")
     p.add_argument("--out", type=Path, help="run folder (default: runs/METHOD_FOLDER)")
     p.add_argument("--steps", "--max-train-steps", dest="steps", type=int, help=f"optimizer steps (default: {steps})")
-    p.add_argument("--batch", "--train-batch-size", dest="batch", type=int, default=2, help="on all processes together")
-    p.add_argument("--accumulate", "--gradient-accumulation-steps", dest="accumulate", type=int, default=1)
+    p.add_argument(
+        "--batch",
+        "--train-batch-size",
+        dest="batch",
+        type=int,
+        default=2,
+        help="samples a step, of all processes together",
+    )
+    p.add_argument("--accumulate", "--gradient-accumulation-steps", dest="accumulate", type=int, default=1,
+                   help="micro-batches that make one step")  # fmt: skip
     p.add_argument("--lr", "--learning-rate", dest="lr", type=float, help=f"learning rate (default: {rates})")
     p.add_argument("--size", "--resolution", dest="size", type=int, help="side in pixels (default: the base's own)")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--prompt", action="append", default=[], help="drawn before, after and between; may be repeated")
-    p.add_argument("--samples-every", type=int, default=100, metavar="STEPS")
-    p.add_argument("--zero-stage", type=int, default=1)
-    p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
+    p.add_argument("--seed", type=int, default=0, help="any whole number")
+    p.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        help="sample prompt, drawn before, during and after training; may be repeated",
+    )
+    p.add_argument("--samples-every", type=int, default=100, metavar="STEPS", help="how often to draw them")
+    p.add_argument("--zero-stage", type=int, default=1, help="DeepSpeed ZeRO stage, 0 to 3")
+    p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="to compute in")
     p.add_argument("--no-cache", action="store_true", help="encode pictures and captions anew at every step")
     p.add_argument("--gradient-checkpointing", nargs="?", const="block", default="none",
-                   choices=("none", "transformer", "block"), help="compute again, keep less")  # fmt: skip
+                   choices=("none", "transformer", "block"), help="save memory: compute activations again")  # fmt: skip
     starts.add(p)
     p.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     p.add_argument("--set", dest="overrides", action="append", default=[], metavar="key=value",
@@ -79,13 +99,13 @@ def _common(p: Parser, steps: str, rates: str) -> None:
 
 
 def _lora(p: Parser) -> None:
-    p.add_argument("--rank", type=int, default=4)
+    p.add_argument("--rank", type=int, default=4, help="of the LoRA: its size")
     p.add_argument("--alpha", type=float, help="scale is alpha / rank (default: 1)")
-    p.add_argument("--dropout", type=float, default=0.0)
+    p.add_argument("--dropout", type=float, default=0.0, help="of the LoRA's input")
     p.add_argument("--targets", nargs="+", default=["attention"],
                    help="attention feed_forward projection convolution time, or ends of layer names")  # fmt: skip
-    p.add_argument("--dora", action="store_true")
-    p.add_argument("--rslora", action="store_true")
+    p.add_argument("--dora", action="store_true", help="train a DoRA: direction and magnitude apart")
+    p.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(rank)")
 
 
 def tree(args: argparse.Namespace) -> dict[str, Any]:

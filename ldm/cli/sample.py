@@ -27,38 +27,36 @@ def parser() -> Parser:
     """Options of the verb; their names are those of diffusers' and CompVis' scripts where they have one."""
     p = Parser(
         prog="ldm sample",
-        description="Draw pictures of prompts. The same seed gives the same pictures whatever the batch size.",
+        description="Draw pictures of prompts, as PNG files that hold their settings. The same seed gives the same "
+        "pictures whatever the batch size.",
     )
     p.add_argument("prompts", nargs="*", metavar="PROMPT", help='what to draw, such as "a red apple"')
-    p.add_argument("--from-file", type=Path, metavar="FILE", help="one prompt a line, instead or besides")
+    p.add_argument("--from-file", type=Path, metavar="FILE", help="more prompts, one a line")
     p.add_argument(
         "--from-png", type=Path, metavar="PNG",
-        help="draw this picture again: its settings, but for what is given beside; also A1111's and ComfyUI's, as far "
-        "as they are known here",
+        help="draw this picture again with the settings stored in it; other options given change them; also reads "
+        "A1111's and ComfyUI's, as far as they are known here",
     )  # fmt: skip
     p.add_argument("--model", default="emoji", help="shipped name, run or diffusers folder, single file or hub id")
-    p.add_argument("--lora", action="append", default=[], metavar="PATH[:WEIGHT]", help="merge a LoRA; may be repeated")
-    p.add_argument("--embedding", action="append", default=[], metavar="PATH", help="textual inversion; repeatable")
-    p.add_argument("--lenient", action="store_true", help="leave out, and name, tensors of a file that are not known")
-    own = "; of a few-step student its own, {}"
-    p.add_argument("--sampler", help="see `ldm sample --list-samplers` (dpmpp_2m" + own.format("such as lcm") + ")")
-    p.add_argument("--steps", type=int, help="(25" + own.format("4") + ")")
     p.add_argument(
-        "--guidance", type=float, help="guidance scale, 1 is none (3" + own.format("1 where it is inside") + ")"
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:WEIGHT]",
+        help="add a LoRA at a weight (1); may be repeated",
     )
-    p.add_argument("--guide", default="cfg", help="cfg, projected (APG) or perpendicular (Perp-Neg)")
-    p.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="shares of T that are guided")
-    p.add_argument("--rescale", type=float, default=0.0, help="guidance rescale in [0, 1]")
-    p.add_argument("--negative", default="", help="negative prompt")
-    p.add_argument("--clip-guidance", type=float, default=0.0, metavar="S", help="strength of CLIP guidance; 0 is none")
-    p.add_argument("--clip", default="clip_emoji", help="the CLIP of --clip-guidance, as in ldm evaluate --clip")
-    p.add_argument("--eta", type=float, help="DDIM's noise, 0 to 1 (default: the sampler's own)")
-    p.add_argument("--spacing", help="how the sampler's times are spaced (default: its own)")
+    p.add_argument(
+        "--embedding", action="append", default=[], metavar="PATH", help="add a textual-inversion file; may be repeated"
+    )
+    p.add_argument(
+        "--lenient", action="store_true", help="leave out, and name, unknown tensors of a file instead of refusing it"
+    )
+    _add_sampler(p)
     p.add_argument("--seed", type=int, default=0, help="any whole number")
     p.add_argument("--count", type=int, help="pictures of each prompt (default: 1)")
     p.add_argument(
         "--index", type=int, nargs="+", metavar="N",
-        help="only these of all pictures, from 0; their batches are drawn whole, so that every bit is the same",
+        help="draw only these of all pictures, counted from 0; every bit is as when all are drawn",
     )  # fmt: skip
     p.add_argument(
         "--size",
@@ -68,21 +66,72 @@ def parser() -> Parser:
         help="side, or height and width, multiples of 8 (default: the model's own)",
     )
     p.add_argument("--batch", type=int, default=16, help="pictures at a time")
-    p.add_argument("--prompt-weights", action="store_true", help='read "(word:1.3)", "((word))", "[word]"')
-    p.add_argument("--long-prompts", action="store_true", help="take prompts beyond the text tower's context in chunks")
-    p.add_argument("--original-size", type=int, nargs=2, metavar=("H", "W"), help="what SDXL is told of the picture")
-    p.add_argument("--crop", type=int, nargs=2, default=(0, 0), metavar=("TOP", "LEFT"), help="the same: its crop")
-    p.add_argument("--target-size", type=int, nargs=2, metavar=("H", "W"), help="the same: its size after cropping")
-    p.add_argument("--vae-tile", type=int, metavar="PIXELS", help="decode in bands of so many pixels squared")
-    p.add_argument("--vae-slices", action="store_true", help="decode one picture at a time")
-    p.add_argument("--attention-slice", type=int, metavar="N", help="let so many pixels attend at a time")
-    p.add_argument("--offload", action="store_true", help="keep the model in the CPU's memory but for the part at work")
-    p.add_argument("--compile", action="store_true", help="compile the network first (minutes on a CPU)")
-    p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the network")
-    p.add_argument("--device", default=None, help="cpu, cuda, ...; default: a GPU if there is one")
+    _add_prompts_and_memory(p)
     p.add_argument("--out", type=Path, default=Path("samples"), help="folder for the pictures")
     p.add_argument("--list-samplers", action="store_true", help="name the samplers and stop")
     return p
+
+
+def _add_sampler(p: Parser) -> None:
+    """Sampler and guidance."""
+    own = "; a few-step model has its own, {}"
+    p.add_argument("--sampler", help="see `ldm sample --list-samplers` (dpmpp_2m" + own.format("such as lcm") + ")")
+    p.add_argument("--steps", type=int, help="(25" + own.format("4") + ")")
+    p.add_argument(
+        "--guidance",
+        type=float,
+        help="guidance scale, 1 is none (3" + own.format("1 if guidance is distilled into it") + ")",
+    )
+    p.add_argument("--guide", default="cfg", help="kind of guidance: cfg, projected (APG) or perpendicular (Perp-Neg)")
+    p.add_argument(
+        "--interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guide only between these shares of the time range, such as 0.2 0.8",
+    )
+    p.add_argument(
+        "--rescale", type=float, default=0.0, help="guidance rescale, 0 (off) to 1: less over-exposure at high guidance"
+    )
+    p.add_argument("--negative", default="", help="negative prompt")
+    p.add_argument("--clip-guidance", type=float, default=0.0, metavar="S", help="strength of CLIP guidance; 0 is none")
+    p.add_argument("--clip", default="clip_emoji", help="the CLIP model of --clip-guidance, as in ldm evaluate --clip")
+    p.add_argument("--eta", type=float, help="noise added in each step, 0 to 1 (default: the sampler's own)")
+    p.add_argument("--spacing", help="time spacing, such as trailing or karras (default: the sampler's own)")
+
+
+def _add_prompts_and_memory(p: Parser) -> None:
+    """How prompts are read, what SDXL is told, and what takes less memory or time."""
+    p.add_argument("--prompt-weights", action="store_true", help='read "(word:1.3)", "((word))", "[word]"')
+    p.add_argument(
+        "--long-prompts", action="store_true", help="encode prompts longer than the text encoder's context in chunks"
+    )
+    p.add_argument(
+        "--original-size", type=int, nargs=2, metavar=("H", "W"), help="SDXL: the original size that it is told"
+    )
+    p.add_argument(
+        "--crop", type=int, nargs=2, default=(0, 0), metavar=("TOP", "LEFT"), help="SDXL: the crop that it is told"
+    )
+    p.add_argument(
+        "--target-size", type=int, nargs=2, metavar=("H", "W"), help="SDXL: the size after cropping that it is told"
+    )
+    p.add_argument("--vae-tile", type=int, metavar="PIXELS", help="less memory: decode in tiles of this side")
+    p.add_argument("--vae-slices", action="store_true", help="less memory: decode one picture at a time")
+    p.add_argument(
+        "--attention-slice", type=int, metavar="N", help="less memory: compute attention for N pixels at a time"
+    )
+    p.add_argument(
+        "--offload",
+        action="store_true",
+        help="less GPU memory: keep the parts of the model in the CPU's memory until each is used",
+    )
+    p.add_argument(
+        "--compile", action="store_true", help="compile the network first with torch.compile (minutes on a CPU)"
+    )
+    p.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="what the network computes in"
+    )
+    p.add_argument("--device", default=None, help="cpu, cuda, ...; default: a GPU if there is one")
 
 
 def main(argv: list[str]) -> int:

@@ -11,10 +11,12 @@ def parser() -> Parser:
     """Options of the verb."""
     p = Parser(
         prog="ldm serve",
-        description="Draw from words in a browser. Needs the extra `web`.",
+        description="Draw pictures of prompts in a browser. Needs `pip install 'ldm[web]'`.",
     )
     p.add_argument("--model", default="emoji", help="shipped name, run or diffusers folder, single file or hub id")
-    p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the network")
+    p.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="what the network computes in"
+    )
     p.add_argument("--device", default=None, help="cpu, cuda, ...; default: a GPU if there is one")
     p.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     p.add_argument("--port", type=int, default=7860)

@@ -12,22 +12,24 @@ from ldm.words import near
 
 def parser() -> Parser:
     """Options of the verb."""
-    p = Parser(prog="ldm show", description="Pictures that explain.")
+    p = Parser(
+        prog="ldm show", description="Pictures and pages that explain: how noise is added, and how a training run goes."
+    )
     kinds = p.add_subparsers(dest="what", required=True)
     n = kinds.add_parser(
         "noising",
-        help="strips and animations of x_t over t for each schedule, with SNR and alpha_bar curves",
+        help="a picture as more and more noise is added: strips and animations for each noise schedule, with curves",
     )
     n.add_argument("image", type=Path, help="a picture file")
     n.add_argument("--out", type=Path, default=Path("noising"), help="folder for the pictures")
     n.add_argument("--schedule", nargs="+", metavar="NAME", help="which schedules; all of them if left out")
     n.add_argument("--frames", type=int, default=11, help="times in a strip; animations have three times as many")
     n.add_argument("--size", type=int, default=96, help="the longer side of the pictures, pixels")
-    n.add_argument("--seed", type=int, default=0)
+    n.add_argument("--seed", type=int, default=0, help="of the noise")
     r = kinds.add_parser("run", help="a run's curves, figures, events and sample pictures as one self-contained page")
     r.add_argument("run", type=Path, help="a run folder, in training or finished")
     r.add_argument("--out", type=Path, help="the page to write; RUN/run.html if left out")
-    r.add_argument("--samples", type=int, default=8, help="at most so many sample pictures, evenly spaced (8)")
+    r.add_argument("--samples", type=int, default=8, help="at most so many sample pictures, evenly spaced")
     return p
 
 

@@ -14,7 +14,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-changes",
         action="store_true",
-        help="go on from a checkpoint that was trained with something else (data, seed, objective, ...), and log it",
+        help="resume although data, seed, objective, ... differ from those of the checkpoint, and log what differs",
     )
     parser.add_argument(
         "--from-scratch",
