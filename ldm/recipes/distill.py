@@ -39,7 +39,7 @@ from ldm.plan.report import Frozen, Job
 from ldm.recipes import planned, planned_models
 from ldm.recipes.base import Assembly
 from ldm.recipes.distill_task import DistillTask, Method
-from ldm.recipes.rounds import Round, rounds
+from ldm.recipes.rounds import rounds
 from ldm.recipes.sources import text_encoder, training_data
 from ldm.recipes.text_to_image import SampleHook, cached, hashes
 from ldm.rng import seed_torch
@@ -335,24 +335,15 @@ def _rounds_job(
     task: DistillTask, base: TextToImage, data: Data, train: TrainConfig, asked: planned.Asked, said: list[str],
     cached: bool,
 ) -> Job:  # fmt: skip
-    """Of each kind of round once: the first, and those whose teacher is a student, which are alike."""
-    alike: list[tuple[Round, TextToImage, int]] = []
-    teacher, process = base.network, base.process
-    for found in rounds(task, Path("."), process.prediction.kind):
-        stage = found.task.method.stage if isinstance(found.task.method, ProgressiveOptions) else ""
-        before = alike[-1] if alike else None
-        if before is not None and before[0].task.teacher.endswith("export") and stage == "halve":
-            alike[-1] = (before[0], before[1], before[2] + 1)
-            continue
-        model = copy.copy(base)
-        model.network, model.process = teacher, process
-        alike.append((found, model, 1))
-        student = make_student(found.task, copy.deepcopy(teacher), process)
-        teacher, process = student.network.requires_grad_(False).eval(), student.own.process
-    jobs = []
-    for k, (found, model, count) in enumerate(alike):
-        own = replace(train, steps=count * train.steps)
-        made = _round_job(found.task, model, data, own, asked, said if k == 0 else [], cached)
-        told = found.name if count == 1 else f"{found.name} and {count - 1} more"
-        jobs.append(replace(made, round=told))
-    return replace(jobs[0], then=tuple(jobs[1:]))
+    """The first round, and once for all the later ones, which are alike: their teacher is a student."""
+    first, *later = rounds(task, Path(), base.process.prediction.kind)
+    found = _round_job(first.task, base, data, train, asked, said, cached)
+    if not later:
+        return found
+    student = make_student(first.task, copy.deepcopy(base.network), base.process)
+    model = copy.copy(base)
+    model.network, model.process = student.network.requires_grad_(False).eval(), student.own.process
+    every = replace(train, steps=len(later) * train.steps)
+    rest = _round_job(later[0].task, model, data, every, asked, [], cached)
+    name = later[0].name if len(later) == 1 else f"{later[0].name} to {later[-1].name}"
+    return replace(found, round=first.name, then=(replace(rest, round=name),))

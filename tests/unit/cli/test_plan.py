@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +66,12 @@ def test_mistakes(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "gpu: 'a100' is not one of ['a100-80g'" in capsys.readouterr().err
     assert main(["plan", str(config), "--nodes", "0"]) == 2
     assert "--nodes must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import contextlib, sys\nfrom ldm.cli.__main__ import main\n"
+        "with contextlib.suppress(SystemExit):\n    main(['plan', '--help'])\n"
+        "assert not {'torch', 'ldm.recipes'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -1,29 +1,36 @@
-"""`ldm plan` of CLIP, fine-tuning and distillation: weights, frozen parts, operations, and real peaks beside them."""
+"""Jobs that recipes tell the planner, counted from their losses: weights, frozen parts, operations, real peaks."""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from PIL import Image
 
 from ldm.checkpoint.convert import save_diffusers
 from ldm.checkpoint.schedulers import scheduler_to_diffusers
 from ldm.cli.__main__ import main
+from ldm.config.load import decode
 from ldm.config.schema import RunConfig, load_run
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.schedule import Discrete
 from ldm.models.text import build_clip
 from ldm.models.unet import UNet, UNetConfig
+from ldm.pipeline import TextToImage
+from ldm.plan import rounds
 from ldm.plan.flops import count_flops
 from ldm.plan.hardware import find
 from ldm.plan.memory import memory
 from ldm.plan.report import Job, Plan, Planner
 from ldm.plan.throughput import Cluster
-from ldm.recipes import plan_job
+from ldm.recipes import RECIPES, Task, plan_job
+from ldm.recipes.dreambooth import DreamboothTask
 from ldm.recipes.planned import Asked
 from ldm.recipes.sources import load_autoencoder, load_towers
 from tests import miniature, ranks
@@ -66,6 +73,10 @@ def config(root: Path, kind: str) -> Path:
         lora = kind == "distill lora"
         changes = {"lora": LORA, "guidance_embedding": None} if lora else {}
         tree = miniature.distill(root, LCM, **changes)
+    elif kind.startswith("dreambooth"):
+        tree = subject(root, LORA if kind == "dreambooth lora" else {"kind": "full"})
+    elif kind == "inversion":
+        tree = words(root)
     else:
         adapter = LORA if kind == "lora" else {"kind": "full", "text": kind == "full with text"}
         task = {"kind": "finetune", "base": str(root / "teacher"), "adapter": adapter}
@@ -73,6 +84,40 @@ def config(root: Path, kind: str) -> Path:
     tree["train"]["batch"] = MICRO
     tree["train"]["engine"] = {"zero_stage": 1, "precision": "fp32", "bucket": work.BUCKET}
     return miniature.write(tree, root / f"{kind.replace(' ', '-')}.yaml")
+
+
+def pictures(folder: Path, count: int) -> Path:
+    """Different pictures without captions."""
+    folder.mkdir(exist_ok=True)
+    for i, shape in enumerate(miniature.SHAPES[:count]):
+        (folder / f"{i}.png").write_bytes(miniature.picture("red", shape))
+    return folder
+
+
+def subject(root: Path, adapter: dict[str, Any]) -> dict[str, Any]:
+    """DreamBooth on three pictures, and four of the class, which the base draws in three guided steps each."""
+    name = adapter["kind"]
+    task = {
+        "kind": "dreambooth", "base": str(root / "teacher"), "images": str(pictures(root / "subject", 3)),
+        "noun": "dot", "adapter": adapter, "cache": str(root / f"cache-{name}"),
+        "prior": {"count": 4, "settings": {"sampler": "dpmpp_2m", "steps": 3, "guidance": 2.0, "batch": 2}},
+    }  # fmt: skip
+    shards = [str(root / f"shards-{name}" / part) for part in ("subject", "class")]
+    sources = [{"data": {"path": path, "size": miniature.SIZE, "last": "wrap"}} for path in shards]
+    return {**miniature.contrastive(root), "task": task, "data": {"kind": "mixture", "sources": sources}}
+
+
+def words(root: Path) -> dict[str, Any]:
+    """Textual inversion of one word of two vectors."""
+    concept = {"token": "<a>", "vectors": 2, "images": str(pictures(root / "subject", 3))}
+    task = {
+        "kind": "textual_inversion", "base": str(root / "teacher"), "concepts": [concept],
+        "cache": str(root / "cache-words"),
+    }  # fmt: skip
+    data = {"path": str(root / "shards-words"), "size": miniature.SIZE, "last": "wrap"}
+    tree = {**miniature.contrastive(root), "task": task, "data": data}
+    tree["train"]["optim"]["weight_decay"] = 0.0
+    return tree
 
 
 @pytest.fixture
@@ -130,6 +175,93 @@ def test_clip_is_both_towers(plan: Any) -> None:
     assert plan("clip").weights == numbers(build_clip(miniature.CLIP))
 
 
+def test_the_table_of_recipes_has_every_kind_of_task() -> None:
+    assert set(RECIPES) == set(get_args(Task))
+    assert all(callable(recipe.build) and callable(recipe.job) for recipe in RECIPES.values())
+
+
+@pytest.mark.parametrize(
+    ("prediction", "width", "first", "passes"),
+    [
+        # the student's forward and backward are 3, a guided answer of the teacher 2; a halving asks it twice
+        ("epsilon", 32, "round-0-match", (3 + 2, 3 + 2)),
+        ("v", 32, "round-1-4", (3 + 4, 3 + 2)),
+        ("v", None, "round-1-4", (3 + 4, 3 + 2)),
+    ],
+)
+def test_progressive_distillation_is_all_its_rounds(
+    root: Path, tmp_path: Path, prediction: str, width: int | None, first: str, passes: tuple[int, int]
+) -> None:
+    for name in ("autoencoder", "towers", "data"):
+        (tmp_path / name).symlink_to(root / name)
+    miniature.teacher(tmp_path, prediction)
+    tree = miniature.distill(tmp_path, {"kind": "progressive", "steps": 4, "until": 1}, guidance_embedding=width)
+    job = job_of(load_run(miniature.write(tree, tmp_path / "rounds.yaml")), 1, gpu=True)
+    cluster = Cluster(nodes=1, per_node=1, hardware=find("a100-80g"))
+    found = rounds.plan(job, cluster)
+    steps, count = miniature.train()["steps"], 4 if prediction == "epsilon" else 3
+    assert found.steps == steps * count
+    assert [(r.name, r.steps) for r in found.rounds] == [
+        (first, steps),
+        (f"round-{5 - count}-{4 if prediction == 'epsilon' else 2} to round-3-1", steps * (count - 1)),
+    ]
+    cond = {"text": torch.zeros(1, 12, 16)}
+    forward = count_flops(UNet(decode(UNetConfig, miniature.UNET)), torch.zeros(1, 4, 8, 8), torch.zeros(1), cond)
+    for each, wanted in zip((job, *job.then), passes, strict=True):
+        alone = Planner(replace(each, then=()), cluster, recomputing=(False,))
+        assert sum(o.flops for o in alone.activations[False].few.ops) / 2 == pytest.approx(wanted * forward, rel=0.1)
+
+
+def test_class_pictures_are_counted_as_they_are_drawn(root: Path, tmp_path: Path) -> None:
+    """Against the operations of really drawing one; those that are there already are not drawn again."""
+    tree = subject(root, {"kind": "full"})
+    tree["task"]["prior"]["folder"] = str(tmp_path)
+    path = miniature.write(tree, tmp_path / "subject.yaml")
+    run = load_run(path)
+    drawn = job_of(run, 1, gpu=True).drawn
+    assert isinstance(run.task, DreamboothTask)
+    assert run.task.prior is not None
+    model, settings = TextToImage.load(run.task.base), run.task.prior.settings
+
+    def real(guidance: float) -> int:
+        how = replace(settings, guidance=guidance, size=miniature.SIZE)
+        return count_flops(lambda: model.sample(["a dot"], settings=how))
+
+    assert drawn is not None
+    assert drawn.count == 4
+    assert drawn.flops == pytest.approx(real(2.0), rel=0.01)
+    once = replace(run.task, prior=replace(run.task.prior, settings=replace(settings, guidance=1.0)))
+    unguided = job_of(replace(run, task=once), 1, gpu=True).drawn
+    assert unguided is not None
+    assert unguided.flops == pytest.approx(real(1.0), rel=0.01)
+    pictures_there = tmp_path / "there"
+    pictures_there.mkdir()
+    (pictures_there / "mine.png").write_bytes(large())
+    there = replace(run.task, prior=replace(run.task.prior, folder=pictures_there))
+    left = job_of(replace(run, task=there), 1, gpu=True).drawn
+    assert left is not None
+    assert left.count == 3
+
+
+def large() -> bytes:
+    """A picture that is large enough to be one of a class."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_fine_tuning_counts_the_pictures_of_its_folders(root: Path) -> None:
+    """Where the shards are not written yet: three of the subject and four of the class."""
+    tree = subject(root, {"kind": "full"})
+    for source in tree["data"]["sources"]:
+        source["data"]["path"] += "-later"
+    run = load_run(miniature.write(tree, root / "later.yaml"))
+    assert job_of(run, 1, gpu=True).samples == 3 + 4
+    tree = words(root)
+    tree["data"]["path"] += "-later"
+    assert job_of(load_run(miniature.write(tree, root / "later.yaml")), 1, gpu=True).samples == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [{"kind": "progressive", "stage": "match"}, {"kind": "tcd"}, {"kind": "dmd"}])
 def test_every_method_is_counted(root: Path, method: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,6 +284,10 @@ def test_every_method_is_counted(root: Path, method: dict[str, Any], capsys: pyt
         pytest.param("full with text", 1, marks=pytest.mark.slow),
         pytest.param("distill lora", 1, marks=pytest.mark.slow),
         pytest.param("clip", 1, marks=pytest.mark.slow),
+        pytest.param("dreambooth", 1, marks=pytest.mark.slow),
+        pytest.param("dreambooth", 2, marks=pytest.mark.slow),
+        pytest.param("dreambooth lora", 1, marks=pytest.mark.slow),
+        pytest.param("inversion", 1, marks=pytest.mark.slow),
     ],
 )
 def test_planned_memory_is_that_of_a_real_run(root: Path, kind: str, world: int) -> None:

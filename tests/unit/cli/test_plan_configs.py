@@ -1,0 +1,63 @@
+"""`ldm plan` of every run in `configs/`: steps as written, and figures that can be."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldm.cli.__main__ import main
+from ldm.config.load import read
+from ldm.recipes.sources import load_network
+
+ROOT = Path(__file__).parents[3]
+RUNS = sorted(p for folder in ("train", "finetune", "distill") for p in (ROOT / "configs" / folder).rglob("*.yaml"))
+ROUNDS = {"progressive_emoji": 6}
+"""Of 32, 16, 8, 4, 2 and 1 steps."""
+DRAWN = {"dreambooth": 100, "dreambooth_lora": 100}
+WEIGHTS = {
+    "text_to_image_sd2": 865_910_724,  # of the published U-Net of Stable Diffusion 2
+    "textual_inversion": 2 * 192,  # two vectors of the emoji tower's width
+}
+
+
+def numbers(value: Any) -> list[float]:
+    """All of a plan's."""
+    if isinstance(value, dict):
+        return [n for v in value.values() for n in numbers(v)]
+    if isinstance(value, list):
+        return [n for v in value for n in numbers(v)]
+    return [value] if isinstance(value, (int, float)) else []
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
+def test_every_run_is_planned(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where there are no caches, runs and pictures
+    assert main(["plan", str(path), "--gpus-per-node", "1", "--price", "2", "--json"]) == 0
+    plan, written = json.loads(capsys.readouterr().out), read(path)
+    assert all(math.isfinite(n) for n in numbers(plan))
+    assert plan["steps"] == ROUNDS.get(path.stem, 1) * written["train"]["steps"]
+    assert sum(r["steps"] for r in plan["rounds"]) == (plan["steps"] if path.stem in ROUNDS else 0)
+    assert (plan["drawn"] or {}).get("count", 0) == DRAWN.get(path.stem, 0)
+    assert plan["batch"] == written["train"]["batch"]
+    assert plan["weights"] == WEIGHTS.get(path.stem, plan["weights"]) > 0
+    if path.stem in ("text_to_image_emoji", "dreambooth"):
+        assert plan["weights"] == sum(p.numel() for p in load_network("emoji").parameters())
+    for fit in plan["fits"]:
+        parts = fit["parts"]
+        states = 4 * plan["weights"] * (3 if path.stem not in ROUNDS else 2.9)  # weights and Adam's two moments
+        assert sum(v for k, v in parts.items() if k != "host") > states
+        assert parts["activations"] + parts["gradients"] > 0
+    point = plan["point"]
+    assert point["images_per_second"] * sum(point["step"].values()) == pytest.approx(plan["batch"])
+    assert point["days"] * 86400 == pytest.approx(plan["steps"] * sum(point["step"].values()) + point["drawing"])
+    assert (point["drawing"] > 0) == (path.stem in DRAWN)
+    assert point["cost"] == pytest.approx(48 * point["days"])
+    data = written["data"].get("path")
+    assert plan["samples"] == 2856 if data == "emoji" else plan["samples"] is None
+    assert 0 < plan["flops_per_image"] < 1e13
