@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import Module
 
 from ldm.checkpoint import weights
 from ldm.checkpoint.folder import open_folder, open_network, open_vae, write_folder
@@ -16,9 +17,10 @@ from ldm.checkpoint.opened import empty as _empty
 from ldm.checkpoint.single import open_single, write_single
 from ldm.checkpoint.towers import open_text
 from ldm.models.network import Network
+from ldm.models.networks import AnyNetwork
 from ldm.models.shipped import SHIPPED
 from ldm.models.text import Output, TextTower
-from ldm.models.vae.autoencoder import Autoencoder
+from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.words import expanded, near
 
 __all__ = [
@@ -135,22 +137,23 @@ def _from_hub(name: str) -> Path:
 
 def load_network(folder: Path, *, variant: str | None = None, dtype: torch.dtype = torch.float32) -> Network:
     """A denoising network from its own folder."""
-    config, source = open_network(Path(folder), variant=variant)
-    source = weights.reshaped(source, shapes_of(config))
-    weights.check_keys(str(folder), shapes_of(config), weights.shapes(source))
-    model = fill(_empty(config), source, dtype, str(folder))
+    model = _read(Path(folder), *open_network(Path(folder), variant=variant), dtype)
     assert isinstance(model, Network)
     return model
 
 
 def load_autoencoder(folder: Path, *, variant: str | None = None, dtype: torch.dtype = torch.float32) -> Autoencoder:
     """An autoencoder from its own folder."""
-    config, source = open_vae(Path(folder), variant=variant)
-    source = weights.reshaped(source, shapes_of(config))
-    weights.check_keys(str(folder), shapes_of(config), weights.shapes(source))
-    model = fill(_empty(config), source, dtype, str(folder))
+    model = _read(Path(folder), *open_vae(Path(folder), variant=variant), dtype)
     assert isinstance(model, Autoencoder)
     return model
+
+
+def _read(folder: Path, config: AnyNetwork | AutoencoderConfig, source: weights.Source, dtype: torch.dtype) -> Module:
+    """A part whose tensors must be those of its settings."""
+    source = weights.reshaped(source, shapes_of(config))
+    weights.check_keys(str(folder), shapes_of(config), weights.shapes(source))
+    return fill(_empty(config), source, dtype, str(folder))
 
 
 def load_text(

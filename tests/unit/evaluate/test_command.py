@@ -11,21 +11,18 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.checkpoint.convert import save_diffusers
 from ldm.checkpoint.folders import write_module
-from ldm.checkpoint.schedulers import scheduler_to_diffusers
 from ldm.cli import evaluate
 from ldm.config.load import encode
 from ldm.data.manifest import resolve
 from ldm.diffusion import Discrete, Epsilon
 from ldm.evaluate import measure
 from ldm.metrics import features
-from ldm.models.presets import AUTOENCODERS, CLIPS, TEXTS, UNETS
-from ldm.models.text import TextTower, build_clip
+from ldm.models.presets import CLIPS
+from ldm.models.text import build_clip
 from ldm.models.text.openclip import fitted, tokenizer_of
-from ldm.models.unet import UNet
-from ldm.models.vae.autoencoder import Autoencoder
 from ldm.recipes.sources import load_autoencoder, load_clip
+from tests.unit.evaluate.models import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +38,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder of tiny random networks."""
-    torch.manual_seed(2)
-    folder = tmp_path_factory.mktemp("model")
-    save_diffusers(
-        folder,
-        network=UNet(UNETS["tiny"]),
-        autoencoder=Autoencoder(AUTOENCODERS["tiny"]),
-        text=[TextTower(TEXTS["tiny"][0])],
-        scheduler=scheduler_to_diffusers(Discrete(), Epsilon()),
-    )
-    return folder
+    return tiny_model(tmp_path_factory.mktemp("model"), Discrete(), Epsilon())
 
 
 def plain_captions(split: str) -> dict[str, str]:

@@ -21,20 +21,12 @@ from ldm.models.unet import UNet
 from ldm.models.vae.autoencoder import Autoencoder
 from ldm.pipeline import TextToImage
 from ldm.rng import Rng
+from tests.unit.evaluate.models import tiny_model
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(2)
-    folder = tmp_path_factory.mktemp("model")
-    save_diffusers(
-        folder,
-        network=UNet(UNETS["tiny"]),
-        autoencoder=Autoencoder(AUTOENCODERS["tiny"]),
-        text=[TextTower(TEXTS["tiny"][0])],
-        scheduler=scheduler_to_diffusers(Discrete(zero_terminal_snr=True), V()),
-    )
-    return folder
+    return tiny_model(tmp_path_factory.mktemp("model"), Discrete(zero_terminal_snr=True), V())
 
 
 def test_the_verb_gives_the_bound(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

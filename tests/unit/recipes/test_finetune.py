@@ -29,6 +29,7 @@ from ldm.recipes.prior import Prior
 from ldm.recipes.text_to_image import Samples
 from ldm.rng import Rng
 from tests import miniature
+from tests.unit.recipes.drawing import Fake
 
 ROOT = Path(__file__).parents[3]
 
@@ -72,17 +73,6 @@ def test_shards_carry_the_method_s_captions(tmp_path: Path) -> None:
         pictures.prepare(source, tmp_path / "out", ["a sks dot"], 16)
     with pytest.raises(ValueError, match=r"has no caption; write one into 0\.txt"):
         pictures.prepare(source, tmp_path / "own", None, 16)
-
-
-class Fake:
-    """Draws a picture that tells its number."""
-
-    def __init__(self) -> None:
-        self.drawn: list[int] = []
-
-    def sample(self, prompts: list[str], *, settings: Settings, indices: list[int]) -> Tensor:
-        self.drawn += indices
-        return torch.stack([torch.full((3, 4, 4), i / 10 - 1) for i in indices])
 
 
 def test_class_pictures_are_counted_and_used_again(tmp_path: Path) -> None:

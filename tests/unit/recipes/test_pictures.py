@@ -6,9 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch import Tensor
 
 from ldm.cli.finetune import parser, tree
 from ldm.config.load import decode
@@ -23,6 +21,7 @@ from ldm.recipes import pictures, prior
 from ldm.recipes.finetune import FinetuneTask
 from ldm.recipes.prior import Prior
 from tests import miniature
+from tests.unit.recipes.drawing import Fake
 
 COLORS = ("red", "green", "blue", "white")
 
@@ -154,17 +153,6 @@ def test_a_cache_is_no_set_of_pictures(built: Path) -> None:
         pictures.check(built, 16)
     with pytest.raises(ValueError, match="holds cached latents"):
         tree(parser().parse_args(["lora", "--images", str(built), "--size", "64"]))
-
-
-class Fake:
-    """Draws a picture that tells its number."""
-
-    def __init__(self) -> None:
-        self.drawn: list[int] = []
-
-    def sample(self, prompts: list[str], *, settings: Settings, indices: list[int]) -> Tensor:
-        self.drawn += indices
-        return torch.stack([torch.full((3, 4, 4), i / 10 - 1) for i in indices])
 
 
 def made(own: Path, count: int) -> list[int]:
