@@ -25,7 +25,7 @@ _PERSISTENT = 10_000
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """How training is divided. `copies`: averages; `moments`: of the optimizer, in float32 values a weight; `bucket`:
-    elements of a buffer.
+    elements of a buffer; `live`: weights that stage 3 keeps whole between forward and backward.
     """
 
     stage: int
@@ -34,6 +34,7 @@ class Layout:
     copies: int = 1
     moments: float = 2
     bucket: int = 50_000_000
+    live: int = 1_000_000_000
     overlap: bool = True
     accumulate: int = 1
     offload_optimizer: bool = False
@@ -134,11 +135,13 @@ def memory(sizes: Sizes, activations: Activations, micro: float, layout: Layout,
     elif layout.stage == 1:
         moments = [(peak, whole if layout.accumulate > 1 else kept - peak, bucket), (0.0, whole + share, 0.0)]
     elif layout.stage == 2:
-        held = share if layout.accumulate > 1 else (kept - peak) / layout.world
+        # What is accumulated, and the last micro-batch's share before it is added.
+        held = 2 * share if layout.accumulate > 1 else (kept - peak) / layout.world
         moments = [(peak, held, bucket), (0.0, 2 * share, 0.0)]
     else:
-        gathered = 4.0 * (sizes.small + min(sizes.weights, sizes.largest + layout.bucket))
-        moments = [(peak, share, bucket + gathered), (0.0, 2 * share, 4.0 * sizes.small)]
+        largest = min(sizes.weights, sizes.largest)  # is reduced in a copy of its gradient
+        gathered = 4.0 * min(sizes.weights, sizes.small + max(layout.live, sizes.largest + layout.bucket))
+        moments = [(peak, share, bucket + gathered + 4.0 * largest), (0.0, 2 * share, 4.0 * sizes.small)]
     fullest = max(moments, key=sum)
     return Parts(
         weights=states.weights, optimizer=states.optimizer, ema=states.ema, host=states.host, frozen=frozen,

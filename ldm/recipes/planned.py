@@ -53,6 +53,7 @@ def layout(train: TrainConfig, asked: Asked) -> Layout:
         copies=0 if train.ema is None else 1 + len(train.ema.others) + len(train.ema.power),
         moments=_MOMENTS.get(train.optim.algorithm, 2.0),
         bucket=engine.bucket,
+        live=engine.live,
         overlap=asked.gpu,
         accumulate=train.accumulate,
         offload_optimizer=engine.offload_optimizer,

@@ -116,6 +116,24 @@ def test_states_by_stage_are_those_of_the_zero_paper() -> None:
     assert offloaded.host == pytest.approx(12 * psi / n)
 
 
+def test_what_is_copied_and_kept_whole_is_counted() -> None:
+    """One process copies no gradients; stage 3 holds all weights whole, or as many as it is told."""
+    psi, sizes = 4_000_000.0, Sizes(weights=1_000_000, small=0, largest=1000)
+    none = Activations.count(
+        Chain().to("meta"), lambda b: (torch.empty(b, 64, device="meta"),), precision=torch.float32, gpu=False
+    )
+
+    def held(**layout: Any) -> float:
+        return memory(sizes, none, 1, Layout(bucket=1, overlap=False, copies=0, **layout)).total
+
+    assert held(stage=0, world=2) - held(stage=0, world=1) == pytest.approx(psi)
+    whole, few = held(stage=3, world=4), held(stage=3, world=4, live=2000)
+    assert whole == pytest.approx((1 + 1 + 1 + 2) * psi / 4 + psi, rel=0.1)  # weights, masters, gradients, moments
+    assert few == pytest.approx((1 + 2 + 1 + 2) * psi / 4, rel=0.1)  # and the optimizer's copy of the gradients
+    halves = [memory(sizes, none, 1, Layout(stage=1, world=1, moments=m, offload_optimizer=True)).host for m in (2, 1)]
+    assert halves[0] - halves[1] == psi
+
+
 def test_the_largest_micro_batch_is_the_largest() -> None:
     config = work.DEEP
     with torch.device("meta"):
