@@ -216,7 +216,7 @@ def reconstruction_of(autoencoder: Autoencoder, images: Tensor, batch: int = 32)
 
 
 def features_of(network: FeatureNetwork, real: Tensor, other: Tensor, *, seed: int = 0) -> dict[str, Any]:
-    """All distances of `evaluate.fid.compare` between two sets of pictures (N, 3, H, W) in [-1, 1]."""
+    """All distances of `metrics.fid.compare` between two sets of pictures (N, 3, H, W) in [-1, 1]."""
     a, b = extract(network, in_batches(real)), extract(network, in_batches(other))
     return fid.compare(a, b, network=network.name, seed=seed)
 
@@ -268,7 +268,7 @@ def nll_of(
 
 
 def feature_network(name: str, weights: Path | None = None) -> features.FeatureNetwork:
-    """As `evaluate.features.load_network`, and `clip:SOURCE` for the image tower of any source of `load_clip`."""
+    """As `metrics.features.load_network`, and `clip:SOURCE` for the image tower of any source of `load_clip`."""
     kind, _, source = name.partition(":")
     if kind != "clip":
         return features.load_network(name, weights)

@@ -1,1 +1,1 @@
-"""Figures of pictures and features: distances, retrieval, scores. Pure: no model of ours, no files."""
+"""Figures of pictures and features: distances, retrieval, scores. No model of ours; judges that others published."""

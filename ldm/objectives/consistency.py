@@ -14,42 +14,31 @@ from torch import Tensor
 
 from ldm.diffusion.prediction import broadcast
 from ldm.objectives.base import by_noise
-from ldm.objectives.pairs import PairObjective
-from ldm.objectives.teacher import Estimator, check_range, guidance_of, place, solver_stride, solver_times
+from ldm.objectives.pairs import PairObjective, PairOptions
+from ldm.objectives.teacher import Estimator, place, solver_stride
 from ldm.rng import Rng
 from ldm.types import Batch, Cond, Metrics
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConsistencyOptions:
-    """`w`: range of the teacher's guidance strength, drawn uniformly for each sample; [0, 0] is no guidance.
+class ConsistencyOptions(PairOptions):
+    """`reach` is how many of the solver's steps lie between both ends of a pair: 1 in the paper.
 
-    `solver_steps` is the number of DDIM steps that the teacher's whole path has; samplers visit a subset of them.
-    `reach` is how many of them lie between both ends of a pair: 1 in the paper; with more, answers travel from the
-    data to the noise in fewer hops, at two teacher calls a step; from `solver_steps` on, the goal is the end of the
-    teacher's path itself and no target network is asked. `decay` 0 makes the student itself the target. `huber` is the
-    Huber loss' width; `scaling` and `data_std` shape the boundary condition and must be those of the sampler (10, 0.5).
+    With more, answers travel from the data to the noise in fewer hops, at two teacher calls a step; from `solver_steps`
+    on, the goal is the end of the teacher's path itself and no target network is asked. `scaling` and `data_std` shape
+    the boundary condition and must be those of the sampler (10, 0.5).
     """
 
     kind: Literal["lcm"] = "lcm"
-    w: tuple[float, float] = (2.0, 14.0)
-    solver_steps: int = 50
     reach: int = 1
-    decay: float = 0.95
-    loss: Literal["huber", "l2"] = "huber"
-    huber: float = 0.001
     scaling: float = 10.0
     data_std: float = 0.5
 
     def __post_init__(self) -> None:
-        check_range("w", self.w)
-        if self.solver_steps < 1:
-            raise ValueError(f"solver_steps must be at least 1, got {self.solver_steps}")
+        super().__post_init__()
         if self.reach < 1:
             raise ValueError(f"reach must be at least 1, got {self.reach}")
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay must be in [0, 1), got {self.decay}")
-        for name in ("huber", "scaling", "data_std"):
+        for name in ("scaling", "data_std"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
@@ -59,20 +48,16 @@ class ConsistencyObjective(PairObjective[ConsistencyOptions]):
 
     def forward(self, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
         """Mean over the micro-batch; randomness belongs to each sample's global position."""
-        options, schedule = self.options, self._student.process.schedule
-        x0 = self._feed.latents(batch, rng, self.device)
-        cond = self._feed.cond(batch, rng, self.device)
-        late, near = solver_times(schedule, options.solver_steps, rng.uniform("time"))
-        w = guidance_of(rng, options.w, x0.device)
-        noise = rng.normal("noise", x0.shape[1:]).to(x0)
-        level = late.to(x0.device) / schedule.last
-        x = self._student.process.add_noise(x0, noise, late.to(x0.device))
-        answer = self.consistent(self._student, x, late.to(x0.device), self._student.seen(cond, w))
+        options, begun = self.options, self.begin(batch, rng)
+        x, cond, w = begun.x, begun.cond, begun.w
+        late = begun.late.to(x.device)
+        answer = self.consistent(self._student, x, late, self._student.seen(cond, w))
         with torch.no_grad():
-            clean, goal, near = self._moved(x, late, near, cond, w)
+            clean, goal, near = self._moved(x, begun.late, begun.near, cond, w)
             if options.reach < options.solver_steps:  # not per batch: all ranks must ask, or none
-                goal = self.consistent(self._goal, goal, near.to(x0.device), self._goal.seen(cond, w))
+                goal = self.consistent(self._goal, goal, near.to(x.device), self._goal.seen(cond, w))
         losses = distance(answer, goal, options.loss, options.huber)
+        level = late / self._student.process.schedule.last
         gap = (answer.detach() - clean).square().flatten(1).mean(1)
         metrics = by_noise(losses.detach(), level) | by_noise(gap, level, "gap")
         return (losses * batch["weight"].to(losses)).mean(), metrics

@@ -15,31 +15,17 @@ from torch import Tensor
 
 from ldm.objectives.base import by_noise
 from ldm.objectives.consistency import distance
-from ldm.objectives.pairs import PairObjective
-from ldm.objectives.teacher import check_range, guidance_of, place, solver_times
+from ldm.objectives.pairs import PairObjective, PairOptions
+from ldm.objectives.teacher import place
 from ldm.rng import Rng
 from ldm.types import Batch, Metrics
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrajectoryOptions:
+class TrajectoryOptions(PairOptions):
     """As of latent consistency distillation; the end of each jump is uniform between the first time and t_n."""
 
     kind: Literal["tcd"] = "tcd"
-    w: tuple[float, float] = (2.0, 14.0)
-    solver_steps: int = 50
-    decay: float = 0.95
-    loss: Literal["huber", "l2"] = "huber"
-    huber: float = 0.001
-
-    def __post_init__(self) -> None:
-        check_range("w", self.w)
-        if self.solver_steps < 1:
-            raise ValueError(f"solver_steps must be at least 1, got {self.solver_steps}")
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay must be in [0, 1), got {self.decay}")
-        if not self.huber > 0:
-            raise ValueError(f"huber must be above 0, got {self.huber}")
 
 
 class TrajectoryObjective(PairObjective[TrajectoryOptions]):
@@ -47,16 +33,12 @@ class TrajectoryObjective(PairObjective[TrajectoryOptions]):
 
     def forward(self, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
         """Mean over the micro-batch; randomness belongs to each sample's global position."""
-        options, schedule = self.options, self._student.process.schedule
-        x0 = self._feed.latents(batch, rng, self.device)
-        cond = self._feed.cond(batch, rng, self.device)
-        late, near = (t.to(x0.device) for t in solver_times(schedule, options.solver_steps, rng.uniform("time")))
-        end = near * rng.uniform("end").to(x0.device)
+        options, schedule, begun = self.options, self._student.process.schedule, self.begin(batch, rng)
+        x, cond, w = begun.x, begun.cond, begun.w
+        late, near = begun.late.to(x.device), begun.near.to(x.device)
+        end = near * rng.uniform("end").to(x.device)
         if schedule.discrete:
             end = end.round().long()
-        w = guidance_of(rng, options.w, x0.device)
-        noise = rng.normal("noise", x0.shape[1:]).to(x0)
-        x = self._student.process.add_noise(x0, noise, late)
         answer = place(schedule, *self._student.both(x, late, self._student.seen(cond, w)), end)
         with torch.no_grad():
             moved = place(schedule, *self._teacher.both(x, late, cond, w), near).to(x.dtype)
