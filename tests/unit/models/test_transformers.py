@@ -195,3 +195,14 @@ def test_mistakes_are_named(name: str) -> None:
 def test_configs_that_cannot_be(config: Any, change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         replace(config, **change)
+
+
+@pytest.mark.parametrize("name", NETS)
+@torch.no_grad()
+def test_compiles_as_one_graph(name: str) -> None:
+    """Traced whole, and the traced graph gives the same bits; the backend runs it as it is."""
+    net = network(name)
+    x, t, cond = inputs(name)
+    traced = torch.compile(net, backend="eager", fullgraph=True)
+    assert torch.equal(traced(x, t, cond), net(x, t, cond))
+    assert torch.equal(traced(x, t, net.prepared(cond)), net(x, t, cond))
