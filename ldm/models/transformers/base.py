@@ -1,0 +1,139 @@
+"""What the transformers share as networks: their inputs, what is computed once, blocks that are recomputed or skipped.
+
+Legend: B batch, C channels, H, W latent pixels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm.models.layers import Embedding
+from ldm.models.transformers.blocks import Modulation
+from ldm.types import Cond, Net
+
+NOTHING: frozenset[int] = frozenset()
+
+
+class Transformer(nn.Module, ABC):
+    """A denoising transformer over patches of latents.
+
+    `latent_channels`: of the latents it takes, without cond "concat"; `multiple`: H and W are multiples of it; `needs`:
+    what `cond` has to have; `known`: the key that `prepared` leaves in the place of the text.
+    """
+
+    latent_channels: int
+    multiple: int
+    needs: frozenset[str]
+    known: str
+    recompute: bool = False
+
+    @abstractmethod
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, *, skip: frozenset[int] = NOTHING) -> Tensor:
+        """(B, C, H, W) at times t (B,) or (1,) in 0 ... 1000 -> (B, C', H, W), without the blocks of numbers `skip`."""
+
+    @abstractmethod
+    def prepared(self, cond: Cond) -> Cond:
+        """What of the conditioning is the same at every step, computed once; `forward` takes either, alike bit for bit.
+
+        Every tensor has the batch first, so that rows may be joined and chosen. Raises ValueError for a missing key.
+        """
+
+    @abstractmethod
+    def blocks(self) -> Iterator[tuple[str, nn.Module]]:
+        """The transformer blocks in running order, by the prefix of their parameters' names."""
+
+    def without(self, blocks: Sequence[int]) -> Net:
+        """The network without these blocks (counted in running order), for skip-layer guidance; on the same weights.
+
+        Raises ValueError for a block that there is not.
+        """
+        count = sum(1 for _ in self.blocks())
+        for block in blocks:
+            if not 0 <= block < count:
+                raise ValueError(f"block {block} cannot be skipped: there are blocks 0 to {count - 1}")
+        return partial(self, skip=frozenset(blocks))
+
+    def enable_gradient_checkpointing(self, on: bool | Literal["block", "none"] = True) -> None:
+        """Compute each block again in the backward pass ("block", True) or keep what it computed ("none", False)."""
+        chosen = {True: "block", False: "none"}[on] if isinstance(on, bool) else on
+        if chosen not in ("block", "none"):
+            raise ValueError(f"gradient_checkpointing {on!r} is not one of ['block', 'none']")
+        self.recompute = chosen == "block"
+
+    def _run(self, block: Callable[..., Any], *args: Any) -> Any:
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+    def _latents(self, x: Tensor, cond: Cond, channels: int) -> Tensor:
+        """x with cond "concat" (B, C'', H, W) after its channels, in the weights' type, checked."""
+        if "concat" in cond:
+            x = torch.cat([x, cond["concat"].to(x.dtype)], dim=1)
+        if x.shape[1] != channels:
+            raise ValueError(f"{self._name} takes {channels} channels, got {x.shape[1]} (with concat)")
+        if x.shape[2] % self.multiple or x.shape[3] % self.multiple:
+            raise ValueError(
+                f"{self._name} takes sides that are multiples of {self.multiple}, got {tuple(x.shape[2:])}"
+            )
+        return x.to(self._dtype)
+
+    def _ready(self, cond: Cond) -> Cond:
+        return cond if self.known in cond else self.prepared(cond)
+
+    def _told(self, cond: Cond, **widths: int) -> dict[str, Tensor]:
+        """The tensors of these keys in the weights' type, checked against the width of their last axis."""
+        for key in sorted(self.needs):
+            if key not in cond:
+                raise ValueError(f"{self._name} needs cond {key!r}; got {sorted(cond)}")
+        if "guidance" in cond and "guidance" not in self.needs:
+            raise ValueError(f'cond "guidance" needs guidance_embeds, which this {self._name} has not')
+        for key, width in widths.items():
+            if cond[key].shape[-1] != width:
+                raise ValueError(f"cond {key!r} has {cond[key].shape[-1]} channels, {self._name} takes {width}")
+        return {key: cond[key].to(self._dtype) for key in widths}
+
+    def _rest(self, cond: Cond, *used: str) -> Cond:
+        return {key: value for key, value in cond.items() if key not in used}
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def _start(self, zero: Iterable[nn.Module]) -> None:
+        """Xavier for Linears and patches, 0.02 for embeddings of vectors, zero for modulations and `zero` (DiT)."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                _zero(module.bias)
+        for module in self.modules():
+            if isinstance(module, Embedding):
+                nn.init.normal_(module.linear_1.weight, std=0.02)
+                nn.init.normal_(module.linear_2.weight, std=0.02)
+        layers = [*zero, *(m.linear for m in self.modules() if isinstance(m, Modulation))]
+        for layer in layers:
+            _zero(*layer.parameters())
+
+
+def _zero(*tensors: Tensor | None) -> None:
+    for tensor in tensors:
+        if tensor is not None:
+            nn.init.zeros_(tensor)
+
+
+def check_counts(config: object, *names: str) -> None:
+    """Raise ValueError unless each of these settings is at least 1."""
+    for name in names:
+        value = vars(config)[name]
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")

@@ -1,0 +1,155 @@
+"""FLUX.1's transformer (Black Forest Labs 2024) with diffusers' parameter names and config keys.
+
+Legend: B batch, C channels, H, W latent pixels, N image tokens, T text tokens, D width, P width of the pooled text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.models.layers import check_equal
+from ldm.models.transformers.base import NOTHING, Transformer, check_counts
+from ldm.models.transformers.blocks import (
+    Attention,
+    JointBlock,
+    Modulation,
+    TimeTextEmbedding,
+    bounded,
+    modulated,
+    normed,
+)
+from ldm.models.transformers.positions import Rotary, pack, rotary_positions, unpack
+from ldm.types import Cond
+
+PATCH = 2
+"""Latent pixels along a side of a token; the config's channels are those of a token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxConfig:
+    """The keys of diffusers' FluxTransformer2DModel `config.json`, with its defaults.
+
+    `in_channels` and `out_channels` count the channels of a token, 2 x 2 latent pixels; `patch_size` is always 1.
+    """
+
+    patch_size: int = 1
+    in_channels: int = 64
+    out_channels: int | None = None
+    num_layers: int = 19
+    num_single_layers: int = 38
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 4096
+    pooled_projection_dim: int = 768
+    guidance_embeds: bool = False
+    axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
+
+    def __post_init__(self) -> None:
+        check_equal("patch_size", self.patch_size, 1)
+        check_counts(self, "in_channels", "num_layers", "num_single_layers", "attention_head_dim")
+        check_counts(self, "num_attention_heads", "joint_attention_dim", "pooled_projection_dim")
+        for name, value in (("in_channels", self.in_channels), ("out_channels", self.token_channels)):
+            if value < 1 or value % PATCH**2:
+                raise ValueError(f"{name} {value} must be a multiple of {PATCH**2}: tokens are 2 x 2 latent pixels")
+        axes = self.axes_dims_rope
+        if len(axes) != 3 or sum(axes) != self.attention_head_dim or any(a < 0 or a % 2 for a in axes):
+            raise ValueError(
+                f"axes_dims_rope {list(axes)}: expected 3 even numbers that add up to {self.attention_head_dim}"
+            )
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def token_channels(self) -> int:
+        """Channels of a token that is given."""
+        return self.in_channels if self.out_channels is None else self.out_channels
+
+
+class SingleBlock(nn.Module):
+    """Attention and feed-forward side by side over text and image tokens, with one modulation and one gate."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm = Modulation(width, 3)
+        self.proj_mlp = nn.Linear(width, 4 * width)
+        self.proj_out = nn.Linear(5 * width, width)
+        self.attn = Attention(width, heads, qk_norm=True, out=False)
+
+    def forward(self, x: Tensor, vector: Tensor, rotary: Rotary) -> Tensor:
+        """(B, T + N, D) under the activated vector (B, D)."""
+        shift, scale, gate = self.norm(vector)
+        h = modulated(normed(x), shift, scale)
+        hidden = F.gelu(self.proj_mlp(h), approximate="tanh")
+        both = torch.cat([self.attn(h, rotary=rotary), hidden], dim=-1)
+        return bounded(torch.addcmul(x, gate, self.proj_out(both)))
+
+
+class FluxTransformer(Transformer):
+    """Noisy latents, times and conditioning -> velocity, noise - x_0.
+
+    Latents are (B, C, H, W) with even sides; tokens of 2 x 2 pixels are made and unmade inside. `cond`: "text"
+    (B, T, D'), "pooled" (B, P) and, for FLUX.1 dev, "guidance" (B,), the guidance scale; or in their place "context"
+    (B, T, D) and "vector" (B, D), which `prepared` makes of them; "concat" (B, C'', H, W), added to the channels
+    (FLUX.1 Fill, Depth). A "mask" is not used: padding is attended to, as in training.
+    """
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, heads = config.width, config.num_attention_heads
+        self.latent_channels, self.multiple = config.token_channels // PATCH**2, PATCH
+        self.needs = frozenset({"text", "pooled"} | ({"guidance"} if config.guidance_embeds else set()))
+        self.known = "context"
+        self.time_text_embed = TimeTextEmbedding(width, config.pooled_projection_dim, guidance=config.guidance_embeds)
+        self.context_embedder = nn.Linear(config.joint_attention_dim, width)
+        self.x_embedder = nn.Linear(config.in_channels, width)
+        self.transformer_blocks = nn.ModuleList(
+            JointBlock(width, heads, qk_norm=True) for _ in range(config.num_layers)
+        )
+        self.single_transformer_blocks = nn.ModuleList(
+            SingleBlock(width, heads) for _ in range(config.num_single_layers)
+        )
+        self.norm_out = Modulation(width, 2)
+        self.proj_out = nn.Linear(width, config.token_channels)
+        self._start([self.proj_out])
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, *, skip: frozenset[int] = NOTHING) -> Tensor:
+        """t is sigma x 1000. Blocks of `skip` count from the first joint one on to the last single one."""
+        size = (x.shape[2], x.shape[3])
+        x = self._latents(x, cond, self.config.in_channels // PATCH**2)
+        cond = self._ready(cond)
+        vector, text = self.time_text_embed(t, cond["vector"]), cond["context"]
+        count, (h, w) = text.shape[1], (size[0] // PATCH, size[1] // PATCH)
+        rotary = rotary_positions(h, w, count, self.config.axes_dims_rope, x.device, x.dtype)
+        x = self.x_embedder(pack(x, PATCH))
+        for i, block in enumerate(self.transformer_blocks):
+            if i not in skip:
+                x, text = self._run(block, x, text, vector, rotary)
+        x = torch.cat([text, x], dim=1)
+        for i, block in enumerate(self.single_transformer_blocks, len(self.transformer_blocks)):
+            if i not in skip:
+                x = self._run(block, x, vector, rotary)
+        scale, shift = self.norm_out(vector)
+        return unpack(self.proj_out(modulated(normed(x[:, count:]), shift, scale)), size, PATCH)
+
+    def prepared(self, cond: Cond) -> Cond:
+        """With "context" (B, T, D), the projected text, and "vector" (B, D), the embedded "pooled" and "guidance"."""
+        config = self.config
+        told = self._told(cond, text=config.joint_attention_dim, pooled=config.pooled_projection_dim)
+        context = self.context_embedder(told["text"])
+        vector = self.time_text_embed.constant(told["pooled"], cond.get("guidance"))
+        return {**self._rest(cond, "text", "pooled", "guidance"), "context": context, "vector": vector}
+
+    def blocks(self) -> Iterator[tuple[str, nn.Module]]:
+        """ "transformer_blocks.0" and so on, then "single_transformer_blocks.0" and so on."""
+        for name in ("transformer_blocks", "single_transformer_blocks"):
+            for i, block in enumerate(self.get_submodule(name).children()):
+                yield f"{name}.{i}", block

@@ -1,0 +1,122 @@
+"""SD3 and SD3.5's transformer (Esser et al. 2024, arXiv 2403.03206) with diffusers' parameter names and config keys.
+
+Legend: B batch, C channels, H, W latent pixels, N image tokens, T text tokens, D width, P width of the pooled text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ldm.models.transformers.base import NOTHING, Transformer, check_counts
+from ldm.models.transformers.blocks import JointBlock, Modulation, TimeTextEmbedding, modulated, normed
+from ldm.models.transformers.positions import PatchEmbed, from_patches
+from ldm.types import Cond
+
+
+@dataclass(frozen=True, kw_only=True)
+class SD3Config:
+    """The keys of diffusers' SD3Transformer2DModel `config.json`, with its defaults."""
+
+    sample_size: int = 128
+    patch_size: int = 2
+    in_channels: int = 16
+    num_layers: int = 18
+    attention_head_dim: int = 64
+    num_attention_heads: int = 18
+    joint_attention_dim: int = 4096
+    caption_projection_dim: int = 1152
+    pooled_projection_dim: int = 2048
+    out_channels: int | None = 16
+    pos_embed_max_size: int = 96
+    dual_attention_layers: tuple[int, ...] = ()
+    qk_norm: str | None = None
+
+    def __post_init__(self) -> None:
+        check_counts(self, "sample_size", "patch_size", "in_channels", "num_layers", "attention_head_dim")
+        check_counts(self, "num_attention_heads", "joint_attention_dim", "pooled_projection_dim", "pos_embed_max_size")
+        if self.out_channels is not None:
+            check_counts(self, "out_channels")
+        if self.qk_norm not in (None, "rms_norm"):
+            raise ValueError(f"qk_norm {self.qk_norm!r} is not one of [None, 'rms_norm']")
+        if self.caption_projection_dim != self.width:
+            raise ValueError(
+                f"caption_projection_dim {self.caption_projection_dim} must be heads x head = {self.width}"
+            )
+        if self.width % 4:
+            raise ValueError(f"num_attention_heads x attention_head_dim must be a multiple of 4, got {self.width}")
+        if self.sample_size < self.patch_size:
+            raise ValueError(f"sample_size {self.sample_size} must be at least patch_size {self.patch_size}")
+        for layer in self.dual_attention_layers:
+            if not 0 <= layer < self.num_layers:
+                raise ValueError(f"dual_attention_layers {layer}: there are layers 0 to {self.num_layers - 1}")
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.num_attention_heads * self.attention_head_dim
+
+
+class SD3Transformer(Transformer):
+    """Noisy latents, times and conditioning -> velocity, noise - x_0.
+
+    `cond`: "text" (B, T, D') and "pooled" (B, P), or in their place "context" (B, T, D) and "vector" (B, D), which
+    `prepared` makes of them; "concat" (B, C'', H, W), added to the channels. A "mask" is not used: padding is attended
+    to, as in training. Sides are multiples of `patch_size`, up to `pos_embed_max_size` patches.
+    """
+
+    def __init__(self, config: SD3Config) -> None:
+        super().__init__()
+        self.config = config
+        width, patch, last = config.width, config.patch_size, config.num_layers - 1
+        self.out_channels = config.out_channels or config.in_channels
+        self.latent_channels, self.multiple = self.out_channels, patch
+        self.needs, self.known = frozenset({"text", "pooled"}), "context"
+        self.pos_embed = PatchEmbed(
+            config.in_channels,
+            width,
+            patch=patch,
+            base=config.sample_size // patch,
+            max_size=config.pos_embed_max_size,
+        )
+        self.time_text_embed = TimeTextEmbedding(width, config.pooled_projection_dim)
+        self.context_embedder = nn.Linear(config.joint_attention_dim, width)
+        self.transformer_blocks = nn.ModuleList(
+            JointBlock(
+                width,
+                config.num_attention_heads,
+                qk_norm=config.qk_norm is not None,
+                dual=i in config.dual_attention_layers,
+                last=i == last,
+            )
+            for i in range(config.num_layers)
+        )
+        self.norm_out = Modulation(width, 2)
+        self.proj_out = nn.Linear(width, patch * patch * self.out_channels)
+        self._start([self.proj_out])
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, *, skip: frozenset[int] = NOTHING) -> Tensor:
+        """t is sigma x 1000, as the scheduler gives it."""
+        size = (x.shape[2], x.shape[3])
+        x = self.pos_embed(self._latents(x, cond, self.config.in_channels))
+        cond = self._ready(cond)
+        vector, text = self.time_text_embed(t, cond["vector"]), cond["context"]
+        for i, block in enumerate(self.transformer_blocks):
+            if i not in skip:
+                x, text = self._run(block, x, text, vector)
+        scale, shift = self.norm_out(vector)
+        return from_patches(self.proj_out(modulated(normed(x), shift, scale)), size, self.config.patch_size)
+
+    def prepared(self, cond: Cond) -> Cond:
+        """With "context" (B, T, D), the projected text, and "vector" (B, D), the embedded "pooled"."""
+        config = self.config
+        told = self._told(cond, text=config.joint_attention_dim, pooled=config.pooled_projection_dim)
+        context, vector = self.context_embedder(told["text"]), self.time_text_embed.constant(told["pooled"])
+        return {**self._rest(cond, "text", "pooled"), "context": context, "vector": vector}
+
+    def blocks(self) -> Iterator[tuple[str, nn.Module]]:
+        """ "transformer_blocks.0" and so on."""
+        for i, block in enumerate(self.transformer_blocks):
+            yield f"transformer_blocks.{i}", block
