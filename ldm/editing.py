@@ -166,7 +166,7 @@ def inpaint(
             f"mask: {mask.size[0]} x {mask.size[1]} pixels, the picture has {image.width} x {image.height}"
         )
     channels = pipe.codec.channels
-    takes = pipe.network.config.in_channels
+    takes = pipe.network.in_channels
     if takes not in (channels, 2 * channels + 1):
         raise ValueError(
             f"inpainting: the {pipe.network.title} takes {takes} channels, expected {channels} or {2 * channels + 1}"

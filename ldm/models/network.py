@@ -5,10 +5,11 @@ Legend: B batch, C channels, H, W latent pixels, T tokens.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal, Protocol, cast, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,30 +20,6 @@ from ldm.types import Cond
 Granularity = Literal["none", "transformer", "block"]
 
 
-class NetworkConfig(Protocol):
-    """What others read of any network's settings: a frozen dataclass with the keys of the family's published files."""
-
-    @property
-    def kind(self) -> str:
-        """The network's name in configs."""
-        ...
-
-    @property
-    def in_channels(self) -> int:
-        """Channels that it takes: those of the latents and of what is concatenated to them."""
-        ...
-
-    @property
-    def out_channels(self) -> int:
-        """Channels of its answer."""
-        ...
-
-    @property
-    def sample_size(self) -> int | None:
-        """The side in latent pixels of the pictures that it was trained for."""
-        ...
-
-
 class Network(nn.Module, ABC):
     """A denoising network: noisy latents, times and conditioning -> the raw prediction."""
 
@@ -51,20 +28,18 @@ class Network(nn.Module, ABC):
     component: ClassVar[str] = "network"
     """Its folder in diffusers' layout, and the first word of its layers' names in adapters' files."""
     config: Any
+    in_channels: int
+    """Channels that it takes: those of the latents and of what is concatenated to them."""
+    out_channels: int
+    """Channels of its answer."""
+    needs: frozenset[str]
+    """Keys of `cond` that `forward` must be given; `prepared` may have put others in their place."""
+    multiple: int = 1
+    """Heights and widths in latent pixels are multiples of this."""
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """(B, C, H, W) at times t (B,) or (1,) under `cond` -> (B, C', H, W)."""
-
-    @property
-    @abstractmethod
-    def needs(self) -> frozenset[str]:
-        """Keys of `cond` that `forward` must be given; `prepared` may have put others in their place."""
-
-    @property
-    def multiple(self) -> int:
-        """Heights and widths in latent pixels are multiples of this."""
-        return 1
 
     @property
     def side(self) -> int:
@@ -96,26 +71,31 @@ class Network(nn.Module, ABC):
         Groups are attention, feed_forward, projection, convolution, time and other.
         """
 
-    @abstractmethod
     def middle(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Features (B, F, h, w) half way through `forward`, for a classifier; the second half does not run."""
+        """Features (B, F, h, w) half way through `forward`, for a classifier; the second half does not run.
+
+        Raises ValueError for a network that has none.
+        """
+        raise ValueError(f"the {self.title} gives no features half way")
 
     @property
-    @abstractmethod
     def middle_channels(self) -> int:
         """F of `middle`."""
+        raise ValueError(f"the {self.title} gives no features half way")
 
     @property
     def middle_groups(self) -> int:
         """Groups of a norm over `middle`."""
         return math.gcd(32, self.middle_channels)
 
-    @abstractmethod
     def told_guidance(self, width: int | None) -> Network:
         """A copy that is told the guidance scale by an embedding of this width, and answers as this one at the start.
 
-        None keeps what there is. Raises ValueError where it has one of another width.
+        None keeps what there is. Raises ValueError where it has one of another width, or cannot have one.
         """
+        if width is not None:
+            raise ValueError(f"guidance_embedding: the {self.title} has no place for one; write null")
+        return copy.deepcopy(self).requires_grad_(True)
 
     @property
     def guidance_width(self) -> int | None:

@@ -91,7 +91,7 @@ def inpainting(network: Network, codec: LatentCodec, placement: Placement, image
 
     The mask is 1 where to draw. Raises ValueError for a network with other channels.
     """
-    z, takes = codec.channels, network.config.in_channels
+    z, takes = codec.channels, network.in_channels
     if takes != 2 * z + 1:
         raise ValueError(f"inpainting: needs a {network.title} with {2 * z + 1} channels, got {takes}")
     mask = (mask >= 0.5).to(images)

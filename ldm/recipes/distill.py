@@ -135,10 +135,10 @@ def _beside_critic(
     both = nn.ModuleDict({"student": trained, "critic": critic})
     logits: Logits | None = None
     if options.adversarial:
-        config, middle, schedule = teacher.config, critic.middle, own.process.schedule
+        middle, schedule = critic.middle, own.process.schedule
         like = next(critic.parameters())
         if options.judge == "patches":
-            patches = both["head"] = PatchHead(config.out_channels).to(like)
+            patches = both["head"] = PatchHead(critic.out_channels).to(like)
             logits = lambda x, t, cond: patches(x, schedule.alpha_sigma(t, x.dtype)[1])  # noqa: E731
         else:
             head = both["head"] = MiddleHead(critic.middle_channels, critic.middle_groups).to(like)

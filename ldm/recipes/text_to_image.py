@@ -187,10 +187,10 @@ def check_channels(network: Network, process: Process, codec: LatentCodec) -> No
     """Raise ValueError unless the network answers one value for each latent channel, two with learned variance."""
     learned = process.variance == "learned"
     want = codec.channels * (2 if learned else 1)
-    if network.config.out_channels != want:
+    if network.out_channels != want:
         why = "mean and variance" if learned else "one value"
         raise ValueError(
-            f"network.out_channels: {network.config.out_channels}, but process.variance {process.variance!r} needs "
+            f"network.out_channels: {network.out_channels}, but process.variance {process.variance!r} needs "
             f"{want}: {why} for each of the autoencoder's {codec.channels} channels"
         )
 

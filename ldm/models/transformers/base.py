@@ -5,32 +5,31 @@ Legend: B batch, C channels, H, W latent pixels.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ldm.models.layers import Embedding
+from ldm.models.network import Granularity, Network
 from ldm.models.transformers.blocks import Modulation
 from ldm.types import Cond, Net
 
 NOTHING: frozenset[int] = frozenset()
 
 
-class Transformer(nn.Module, ABC):
+class Transformer(Network):
     """A denoising transformer over patches of latents.
 
-    `latent_channels`: of the latents it takes, without cond "concat"; `multiple`: H and W are multiples of it; `needs`:
-    what `cond` has to have; `known`: the key that `prepared` leaves in the place of the text.
+    `latent_channels`: of the latents it takes, without cond "concat"; `known`: the key that `prepared` leaves in the
+    place of the text, `known_width` its numbers a token.
     """
 
+    component = "transformer"
     latent_channels: int
-    multiple: int
-    needs: frozenset[str]
     known: str
     recompute: bool = False
 
@@ -45,9 +44,19 @@ class Transformer(nn.Module, ABC):
         Every tensor has the batch first, so that rows may be joined and chosen. Raises ValueError for a missing key.
         """
 
+    def correctable(self) -> Iterator[tuple[str, nn.Module, str]]:
+        """All linear layers and the patches' convolution."""
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                yield name, module, _group(name)
+
+    def prepared_numbers(self, rows: int, tokens: int) -> int:
+        return rows * tokens * self.known_width
+
+    @property
     @abstractmethod
-    def blocks(self) -> Iterator[tuple[str, nn.Module]]:
-        """The transformer blocks in running order, by the prefix of their parameters' names."""
+    def known_width(self) -> int:
+        """Numbers a token of what `prepared` leaves in the place of the text."""
 
     def without(self, blocks: Sequence[int]) -> Net:
         """The network without these blocks (counted in running order), for skip-layer guidance; on the same weights.
@@ -60,7 +69,7 @@ class Transformer(nn.Module, ABC):
                 raise ValueError(f"block {block} cannot be skipped: there are blocks 0 to {count - 1}")
         return partial(self, skip=frozenset(blocks))
 
-    def enable_gradient_checkpointing(self, on: bool | Literal["block", "none"] = True) -> None:
+    def enable_gradient_checkpointing(self, on: bool | Granularity = True) -> None:
         """Compute each block again in the backward pass ("block", True) or keep what it computed ("none", False)."""
         chosen = {True: "block", False: "none"}[on] if isinstance(on, bool) else on
         if chosen not in ("block", "none"):
@@ -68,9 +77,7 @@ class Transformer(nn.Module, ABC):
         self.recompute = chosen == "block"
 
     def _run(self, block: Callable[..., Any], *args: Any) -> Any:
-        if self.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
+        return self.run_again(block, *args, on=self.recompute)
 
     def _latents(self, x: Tensor, cond: Cond, channels: int) -> Tensor:
         """x with cond "concat" (B, C'', H, W) after its channels, in the weights' type, checked."""
@@ -123,6 +130,17 @@ class Transformer(nn.Module, ABC):
         layers = [*zero, *(m.linear for m in self.modules() if isinstance(m, Modulation))]
         for layer in layers:
             _zero(*layer.parameters())
+
+
+def _group(name: str) -> str:
+    parts = name.split(".")
+    if any(part.startswith("attn") for part in parts):
+        return "attention"
+    if any(part.startswith("ff") or part in ("proj_mlp", "mlp") for part in parts):
+        return "feed_forward"
+    if "time_text_embed" in parts or any(part.startswith(("norm", "adaln")) for part in parts):
+        return "time"
+    return "projection" if parts[0] in ("proj_out", "x_embedder", "pos_embed", "context_embedder") else "other"
 
 
 def _zero(*tensors: Tensor | None) -> None:

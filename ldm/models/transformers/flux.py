@@ -101,11 +101,14 @@ class FluxTransformer(Transformer):
     (FLUX.1 Fill, Depth). A "mask" is not used: padding is attended to, as in training.
     """
 
+    title = "FLUX transformer"
+
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
         self.config = config
         width, heads = config.width, config.num_attention_heads
-        self.latent_channels, self.multiple = config.token_channels // PATCH**2, PATCH
+        self.in_channels, self.out_channels = config.in_channels // PATCH**2, config.token_channels // PATCH**2
+        self.latent_channels, self.multiple = self.out_channels, PATCH
         self.needs = frozenset({"text", "pooled"} | ({"guidance"} if config.guidance_embeds else set()))
         self.known = "context"
         self.time_text_embed = TimeTextEmbedding(width, config.pooled_projection_dim, guidance=config.guidance_embeds)
@@ -147,6 +150,15 @@ class FluxTransformer(Transformer):
         context = self.context_embedder(told["text"])
         vector = self.time_text_embed.constant(told["pooled"], cond.get("guidance"))
         return {**self._rest(cond, "text", "pooled", "guidance"), "context": context, "vector": vector}
+
+    @property
+    def known_width(self) -> int:
+        return self.config.width
+
+    @property
+    def side(self) -> int:
+        """Of pictures of 1024 pixels, which the published files do not tell."""
+        return 128
 
     def blocks(self) -> Iterator[tuple[str, nn.Module]]:
         """ "transformer_blocks.0" and so on, then "single_transformer_blocks.0" and so on."""

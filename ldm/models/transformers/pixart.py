@@ -134,6 +134,8 @@ class AdaSingle(nn.Module):
 class PixArtBlock(nn.Module):
     """Self-attention, cross-attention without a norm before it, feed-forward; a table is added to the modulation."""
 
+    title = "PixArt transformer"
+
     def __init__(self, config: PixArtConfig) -> None:
         super().__init__()
         width, heads, bias = config.width, config.num_attention_heads, config.attention_bias
@@ -163,12 +165,14 @@ class PixArtTransformer(Transformer):
     height / width, or in their place "vector" (B, D).
     """
 
+    title = "PixArt transformer"
+
     def __init__(self, config: PixArtConfig) -> None:
         super().__init__()
         self.config = config
         width, patch = config.width, config.patch_size
         self.out_channels = config.out_channels or config.in_channels
-        self.latent_channels, self.multiple = config.in_channels, patch
+        self.in_channels, self.latent_channels, self.multiple = config.in_channels, config.in_channels, patch
         self.needs = frozenset({"text"} | ({"resolution", "aspect_ratio"} if config.micro else set()))
         self.known = "kv"
         base = config.sample_size // patch
@@ -231,6 +235,10 @@ class PixArtTransformer(Transformer):
         if config.micro:
             vector = self.adaln_single.emb.constant(cond["resolution"], cond["aspect_ratio"], text.dtype)
         return text if self.caption_projection is None else self.caption_projection(text), vector
+
+    @property
+    def known_width(self) -> int:
+        return 2 * self.config.width * self.config.num_layers
 
     def blocks(self) -> Iterator[tuple[str, nn.Module]]:
         """ "transformer_blocks.0" and so on."""

@@ -67,12 +67,14 @@ class SD3Transformer(Transformer):
     to, as in training. Sides are multiples of `patch_size`, up to `pos_embed_max_size` patches.
     """
 
+    title = "SD3 transformer"
+
     def __init__(self, config: SD3Config) -> None:
         super().__init__()
         self.config = config
         width, patch, last = config.width, config.patch_size, config.num_layers - 1
         self.out_channels = config.out_channels or config.in_channels
-        self.latent_channels, self.multiple = self.out_channels, patch
+        self.in_channels, self.latent_channels, self.multiple = config.in_channels, self.out_channels, patch
         self.needs, self.known = frozenset({"text", "pooled"}), "context"
         self.pos_embed = PatchEmbed(
             config.in_channels,
@@ -115,6 +117,10 @@ class SD3Transformer(Transformer):
         told = self._told(cond, text=config.joint_attention_dim, pooled=config.pooled_projection_dim)
         context, vector = self.context_embedder(told["text"]), self.time_text_embed.constant(told["pooled"])
         return {**self._rest(cond, "text", "pooled"), "context": context, "vector": vector}
+
+    @property
+    def known_width(self) -> int:
+        return self.config.width
 
     def blocks(self) -> Iterator[tuple[str, nn.Module]]:
         """ "transformer_blocks.0" and so on."""

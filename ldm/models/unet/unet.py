@@ -144,6 +144,7 @@ class UNet(Network):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config: UNetConfig = config
+        self.in_channels, self.out_channels, self.needs = config.in_channels, config.out_channels, _needs(config)
         widths, time = config.block_out_channels, config.time_width
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = Embedding(widths[0], time, extra=config.time_cond_proj_dim)
@@ -222,14 +223,6 @@ class UNet(Network):
         kv = next(known) if len(self.mid_block.attentions) else None
         x = self._run(self.mid_block, x, repeated(time, len(x)), text, kv)
         return x, skips, time, text, known
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Text, and what else this U-Net's embeddings are made of."""
-        config, found = self.config, {"text"}
-        found |= {"pooled", "time_ids"} if config.addition_embed_type else set()
-        found |= {"guidance"} if config.time_cond_proj_dim is not None else set()
-        return frozenset(found | ({"class"} if self.class_embedding is not None else set()))
 
     def transformers(self) -> list[Transformer2D]:
         """In the order in which they run."""
@@ -330,6 +323,14 @@ class UNet(Network):
 
     def _run(self, step: Callable[..., Tensor], *args: Any) -> Tensor:
         return self.run_again(step, *args, on=self.recompute)
+
+
+def _needs(config: UNetConfig) -> frozenset[str]:
+    """Text, and what else the embeddings are made of."""
+    found = {"text"} | ({"pooled", "time_ids"} if config.addition_embed_type else set())
+    found |= {"guidance"} if config.time_cond_proj_dim is not None else set()
+    classes = config.class_embed_type is not None or config.num_class_embeds is not None
+    return frozenset(found | ({"class"} if classes else set()))
 
 
 def _group(name: str) -> str:

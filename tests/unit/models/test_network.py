@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,26 +12,39 @@ from torch import nn
 from ldm.models.network import Network
 from ldm.models.networks import NETWORKS, build
 from ldm.models.presets import UNETS
+from ldm.models.transformers import presets
+from ldm.models.transformers.flux import FluxTransformer
+from ldm.models.transformers.pixart import PixArtTransformer
+from ldm.models.transformers.sd3 import SD3Transformer
 from ldm.types import Cond
 
-CONFIGS = {
-    "unet": UNETS["tiny"],
-    "unet, three levels": UNETS["emoji"],
-    "unet, told sizes": UNETS["tiny"].__class__(
-        **vars(UNETS["tiny"])
-        | {
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 4,
-            "projection_class_embeddings_input_dim": 40,
-        }
-    ),
+TOLD = replace(
+    UNETS["tiny"],
+    addition_embed_type="text_time",
+    addition_time_embed_dim=4,
+    projection_class_embeddings_input_dim=40,
+)
+NETS: dict[str, Callable[[], Network]] = {
+    "unet": lambda: build(UNETS["tiny"]),
+    "unet, three levels": lambda: build(UNETS["emoji"]),
+    "unet, told sizes": lambda: build(TOLD),
+    "sd3": lambda: SD3Transformer(presets.SD3_TINY),
+    "flux": lambda: FluxTransformer(presets.FLUX_TINY),
+    "pixart": lambda: PixArtTransformer(presets.PIXART_TINY),
 }
+ENDS = {  # parameters that are no block's
+    "unet": {"conv_in", "time_embedding", "add_embedding", "conv_norm_out", "conv_out"},
+    "transformer": {
+        "pos_embed", "x_embedder", "time_text_embed", "context_embedder", "norm_out", "proj_out", "adaln_single",
+        "caption_projection", "scale_shift_table",
+    },
+}  # fmt: skip
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=NETS)
 def network(request: pytest.FixtureRequest) -> Network:
     torch.manual_seed(0)
-    made = build(CONFIGS[request.param])
+    made = NETS[request.param]()
     for p in made.parameters():
         nn.init.normal_(p, std=0.1)
     return made.eval()
@@ -37,22 +53,27 @@ def network(request: pytest.FixtureRequest) -> Network:
 def inputs(network: Network, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor, Cond]:
     torch.manual_seed(1)
     config = network.config
-    cond = {"text": torch.randn(rows, 5, config.per_level("cross_attention_dim")[0])}
+    unet = network.component == "unet"
+    cond = {"text": torch.randn(rows, 5, config.per_level("cross_attention_dim")[0] if unet else 20)}
     if "pooled" in network.needs:
-        cond |= {"pooled": torch.randn(rows, 16), "time_ids": torch.rand(rows, 6) * 100}
+        cond["pooled"] = torch.randn(rows, 16 if unet else 12)
+    if "time_ids" in network.needs:
+        cond["time_ids"] = torch.rand(rows, 6) * 100
     if "guidance" in network.needs:
         cond["guidance"] = torch.rand(rows) * 8
-    return torch.randn(rows, config.in_channels, 8, 12), torch.tensor([3.0, 700.0])[:rows], cond
+    return torch.randn(rows, network.in_channels, 8, 12), torch.tensor([3.0, 700.0])[:rows], cond
 
 
 def test_every_kind_is_tested() -> None:
-    assert {type(c) for c in CONFIGS.values()} == set(NETWORKS)
-    assert {c.kind for c in CONFIGS.values()} == {c.__dataclass_fields__["kind"].default for c in NETWORKS}
+    assert {type(make()) for make in NETS.values()} >= set(NETWORKS.values())
+    kinds = [config.__dataclass_fields__["kind"].default for config in NETWORKS]
+    assert len(set(kinds)) == len(kinds)
 
 
 def test_what_it_needs_is_missed_by_name(network: Network) -> None:
     x, t, cond = inputs(network)
-    for key in sorted(network.needs - {"text", "guidance"}):
+    optional = {"text", "guidance"} if network.component == "unet" else set()
+    for key in sorted(network.needs - optional):
         with pytest.raises(ValueError, match=f"'{key}'"):
             network(x, t, {k: v for k, v in cond.items() if k != key})
 
@@ -64,7 +85,7 @@ def test_prepared_conditioning_gives_the_same_bits(network: Network) -> None:
         ready = network.prepared(cond)
         assert torch.equal(network(x, t, cond), network(x, t, ready))
     assert all(torch.equal(cond[k], before[k]) for k in before)
-    added = sum(v.numel() for k, v in ready.items() if k not in cond)
+    added = sum(v.numel() for k, v in ready.items() if k not in cond and v.shape[1] == 5)
     assert added == network.prepared_numbers(len(x), 5)
 
 
@@ -81,17 +102,22 @@ def test_blocks_run_in_their_order_and_hold_every_weight_between_the_ends(networ
     inside = [p for _, block in network.blocks() for p in block.parameters()]
     assert len({id(p) for p in inside}) == len(inside), "no weight is in two blocks"
     ends = {n.split(".")[0] for n, p in network.named_parameters() if id(p) not in {id(q) for q in inside}}
-    assert ends <= {"conv_in", "time_embedding", "add_embedding", "conv_norm_out", "conv_out"}
+    assert ends <= ENDS[network.component]
 
 
 def test_correctable_layers_are_all_that_multiply(network: Network) -> None:
     found = {name: module for name, module, _ in network.correctable()}
     assert found == {n: m for n, m in network.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
     groups = {group for _, _, group in network.correctable()}
-    assert groups == {"attention", "feed_forward", "projection", "convolution", "time", "other"}
+    own = {"convolution"} if network.component == "unet" else set()
+    assert groups - {"other"} == {"attention", "feed_forward", "projection", "time"} | own
 
 
 def test_the_middle_is_as_deep_as_told(network: Network) -> None:
+    if network.component != "unet":
+        with pytest.raises(ValueError, match="gives no features half way"):
+            network.middle(*inputs(network))
+        return
     with torch.no_grad():
         assert network.middle(*inputs(network)).shape[:2] == (2, network.middle_channels)
     assert network.middle_channels % network.middle_groups == 0
@@ -99,6 +125,13 @@ def test_the_middle_is_as_deep_as_told(network: Network) -> None:
 
 def test_told_guidance_answers_as_before_until_it_learns(network: Network) -> None:
     x, t, cond = inputs(network)
+    same = network.told_guidance(network.guidance_width).eval()
+    with torch.no_grad():
+        assert torch.equal(same(x, t, cond), network(x, t, cond))
+    if network.component != "unet":
+        with pytest.raises(ValueError, match="has no place for one"):
+            network.told_guidance(16)
+        return
     told = network.told_guidance(16).eval()
     assert (told.guidance_width, "guidance" in told.needs) == (16, True)
     with torch.no_grad():
