@@ -58,7 +58,16 @@ def parts(in_ci: bool) -> list[Part]:
         Part(name="processes, clusters, whole runs", folders=[p for p in rest if "__" not in p]),
     ]
     if in_ci:
-        rooms = ("diffusion", "evaluate", "models", "objectives", "sampling", "data/test_jpeg.py", "test_pipeline.py")
+        rooms = (
+            "diffusion",
+            "evaluate",
+            "metrics",
+            "models",
+            "objectives",
+            "sampling",
+            "data/test_jpeg.py",
+            "test_pipeline.py",
+        )
         numeric = [f"tests/unit/{room}" for room in rooms]
         other = other_arithmetic()
         name = "as on another processor: " + " ".join(f"{k}={v}" for k, v in other.items())
