@@ -141,7 +141,8 @@ def run(demo: Demo, config_file: Path, overrides: Sequence[str], procs: int) -> 
     train(config_file, overrides, procs)
     minutes = demo.clock.lap("encoding the data once, and training") / 60
     trained = demo.shipped.with_network(load_network(demo.out / "export" / "unet").eval().requires_grad_(False))
-    stages[f"after {minutes:.0f} minutes"] = demo.draw(trained, PROMPTS)
+    spent = f"{minutes:.0f} minute{'' if round(minutes) == 1 else 's'}"
+    stages[f"after {spent}"] = demo.draw(trained, PROMPTS)
     stages["the shipped model"] = demo.draw(demo.shipped, PROMPTS)
     r.stages = stages
     r.loss = [_curve(demo.out / "log" / "metrics.jsonl")]
