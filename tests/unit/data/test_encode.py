@@ -184,8 +184,8 @@ def test_variants_are_stored_and_drawn(make_set: Make, tmp_path: Path) -> None:
 
 
 def masked(texts: list[str]) -> dict[str, Tensor]:
-    """As an encoder with a mask: a token a word, up to 12, then padding whose states are not zero."""
-    lengths = torch.tensor([min(len(t.split()) + 1, 12) for t in texts])
+    """As an encoder with a mask: 2 to 9 tokens, then padding whose states are not zero."""
+    lengths = torch.tensor([sum(map(ord, t)) % 8 + 2 for t in texts])
     mask = torch.arange(12) < lengths[:, None]
     codes = torch.tensor([[float(sum(map(ord, t)) % 97)] for t in texts])
     text = (codes[:, :, None] + torch.arange(12.0)[:, None]).expand(-1, -1, 3) + torch.arange(3.0)
