@@ -61,9 +61,13 @@ UNETS: dict[str, UNetConfig] = {
     ),
 }
 
+_KL_16 = AutoencoderConfig(sample_size=1024, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False)
+
 AUTOENCODERS: dict[str, AutoencoderConfig] = {
     "kl_f8": AutoencoderConfig(),
     "kl_f8_sdxl": AutoencoderConfig(sample_size=1024, scaling_factor=0.13025),
+    "kl_f8_sd3": replace(_KL_16, scaling_factor=1.5305, shift_factor=0.0609),
+    "kl_f8_flux": replace(_KL_16, scaling_factor=0.3611, shift_factor=0.1159),
     "tiny": AutoencoderConfig(
         block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=32, scaling_factor=1.0
     ),
