@@ -257,7 +257,7 @@ class TextToImage:
         lines += said(settings, told=self.network.guidance_width is not None)
         size, own = self.size(settings.size), self.size(None)
         check_memory(self.codec, size, settings, self.device)
-        if self.network.config.sample_size is not None and (far := far_size(size, own)):
+        if self.network.own_side is not None and (far := far_size(size, own)):
             lines.append(far)
         warn(lines, 3)
 

@@ -18,6 +18,7 @@ from ldm.models.networks import AnyNetwork
 from ldm.models.presets import AUTOENCODERS, TEXTS, UNETS
 from ldm.models.shipped import SHIPPED
 from ldm.models.text import TextConfig, TextTower
+from ldm.models.unet import UNetConfig
 from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline import TextToImage
@@ -106,7 +107,7 @@ def vae(source: str, of: AnyNetwork, said: list[str]) -> tuple[Autoencoder, Auto
         settings = decode(AutoencoderConfig, _plain(found[0]), str(found[0]))
     else:
         family = family_of(source)
-        usual = "kl_f8_sdxl" if of.addition_embed_type else "kl_f8"
+        usual = "kl_f8_sdxl" if getattr(of, "addition_embed_type", None) else "kl_f8"
         name = source if source in AUTOENCODERS else FAMILIES[family][1] if family else usual
         if source not in (name, family):
             said.append(f"task.vae: {source!r} is not here; planned as {name}")
@@ -122,7 +123,7 @@ def towers(source: str, of: AnyNetwork, said: list[str]) -> list[TextTower]:
     name = source if source in TEXTS else family_of(source)
     name = FAMILIES[name][2] if name in FAMILIES else name
     if name is None:
-        wanted = of.per_level("cross_attention_dim")[0]
+        wanted = of.per_level("cross_attention_dim")[0] if isinstance(of, UNetConfig) else None
         name = next((n for n in ("sd21", "sd15", "sdxl") if width(TEXTS[n]) == wanted), "sd21")
     if name != source and source not in FAMILIES:
         said.append(f"task.text: {source!r} is not here; planned as that of {name}")

@@ -101,7 +101,10 @@ def settled(task: TextToImageTask) -> TextToImageTask:
         raise ValueError(f"task.start: {error}") from error
     if task.network is None:
         return replace(task, network=own)
-    free = {"sample_size": task.network.sample_size or own.sample_size, "dropout": task.network.dropout}
+    if type(task.network) is not type(own):
+        raise ValueError(f"task.network.kind: {task.network.kind!r}, but task.start {task.start!r} has a {own.kind!r}")
+    free = {key: getattr(task.network, key, None) for key in ("sample_size", "dropout") if hasattr(own, key)}
+    free = {key: getattr(own, key) if value is None else value for key, value in free.items()}
     written, its = plain(replace(task.network, **free)), plain(replace(own, **free))
     odd = [f"{k} {written.get(k)!r} for {its[k]!r}" for k in its if not _same(written.get(k), its[k])]
     if odd:
@@ -144,7 +147,7 @@ class SampleHook:
 def without_dropout(network: Network) -> Iterator[None]:
     """The network as it draws, inside; nothing where it has no dropout."""
     was = network.training
-    if network.config.dropout:
+    if network.has_dropout:
         network.eval()
     try:
         yield
