@@ -90,7 +90,7 @@ def text_sites(text: Sequence[nn.Module], *, pooled: Sequence[bool] | None = Non
     With `pooled`, only of blocks that the conditioning depends on: for each encoder, whether its pooled vector is used.
     """
     found = []
-    uses = dict(zip(COMPONENTS, pooled or [False] * len(text), strict=False))
+    uses: dict[str, bool] = dict(zip(COMPONENTS, pooled or [False] * len(text), strict=False))
     for component, tower in towers(text):
         whole = tower.config.output == "last" or (tower.config.output == "penultimate" and pooled is None)
         whole = whole or uses[component]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm.adapters.base import freeze
 from ldm.models.network import Network
-from ldm.models.text import TextTower
+from ldm.models.text import TextEncoder
 from ldm.types import Cond
 
 
@@ -70,7 +70,7 @@ class Rows(nn.Module):
 class TokenRows(nn.Module):
     """All new rows, by token and tower; called as the network is, which is frozen and not registered."""
 
-    def __init__(self, network: Network, text: Sequence[TextTower], config: TokensConfig) -> None:
+    def __init__(self, network: Network, text: Sequence[TextEncoder], config: TokensConfig) -> None:
         super().__init__()
         self.tokens = nn.ModuleList()
         self._network = (network,)
@@ -93,7 +93,7 @@ class TokensAdapter:
         self.config = config
         self._bounds: list[float] = []
 
-    def attach(self, network: Network, text: Sequence[TextTower]) -> TokenRows:
+    def attach(self, network: Network, text: Sequence[TextEncoder]) -> TokenRows:
         """Freeze the model and add the tokens to its towers; ValueError for a token that exists or a wrong start."""
         freeze(network, text)
         network.train()
@@ -123,18 +123,18 @@ def within(rows: Tensor, bound: float) -> Tensor:
     return rows * (bound / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
 
 
-def bound_of(tower: TextTower, config: TokensConfig) -> float:
+def bound_of(tower: TextEncoder, config: TokensConfig) -> float:
     """The largest norm that a new row of this tower may have; 0 is none."""
     if not config.max_norm:
         return 0.0
-    table = tower.model.token_embedding.weight.detach().float()
+    table = tower.table.weight.detach().float()
     return config.max_norm * float(table.norm(dim=1).median())
 
 
 @torch.no_grad()
-def start(tower: TextTower, new: NewToken) -> Tensor:
+def start(tower: TextEncoder, new: NewToken) -> Tensor:
     """The rows (n, D) to start from. Raises ValueError for an initialiser that is not one token of this tower."""
-    table = tower.model.token_embedding.weight.detach().float()
+    table = tower.table.weight.detach().float()
     if not new.initializer:
         return table[: tower.tokenizer.vocab_size].mean(0).expand(new.vectors, -1)
     ids = []
@@ -152,7 +152,7 @@ def start(tower: TextTower, new: NewToken) -> Tensor:
 _WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL's second tower"}
 
 
-def add_concept(text: Sequence[TextTower], token: str, rows: Sequence[Tensor], also: Sequence[str] = ()) -> list[str]:
+def add_concept(text: Sequence[TextEncoder], token: str, rows: Sequence[Tensor], also: Sequence[str] = ()) -> list[str]:
     """Teach the towers a token from a file: its rows (n, D) for each; the words that call it, `also` where they can.
 
     A file's name that is a word of the vocabulary calls it in angle brackets. Raises ValueError when widths or the

@@ -19,7 +19,7 @@ from ldm.checkpoint.towers import open_text
 from ldm.models.network import Network
 from ldm.models.networks import AnyNetwork
 from ldm.models.shipped import SHIPPED
-from ldm.models.text import Output, TextTower
+from ldm.models.text import Output, TextEncoder, TextTower
 from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.words import expanded, near
 
@@ -48,7 +48,7 @@ def save_diffusers(
     *,
     network: Network,
     autoencoder: Autoencoder,
-    text: Sequence[TextTower],
+    text: Sequence[TextEncoder],
     scheduler: Mapping[str, Any],
     dtype: torch.dtype | None = None,
     shard_bytes: int = weights.SHARD_BYTES,
@@ -67,7 +67,7 @@ def save_single(
     *,
     network: Network,
     autoencoder: Autoencoder,
-    text: Sequence[TextTower],
+    text: Sequence[TextEncoder],
     scheduler: Mapping[str, Any],
     dtype: torch.dtype | None = None,
 ) -> None:

@@ -15,7 +15,7 @@ from ldm.checkpoint import weights
 from ldm.checkpoint.weights import Source
 from ldm.models import networks
 from ldm.models.network import Network
-from ldm.models.text import TextConfig, TextTower
+from ldm.models.text import TextConfig, TextEncoder, TextTower
 from ldm.models.unet import UNetConfig
 from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.vae.latents import LatentCodec
@@ -30,7 +30,7 @@ class Components:
     network: Network
     autoencoder: Autoencoder
     codec: LatentCodec
-    text: list[TextTower]
+    text: list[TextEncoder]
     scheduler: dict[str, Any]
 
 
@@ -56,7 +56,7 @@ class Opened:
 
     @staticmethod
     def of(
-        network: Network, autoencoder: Autoencoder, text: Sequence[TextTower], scheduler: Mapping[str, Any]
+        network: Network, autoencoder: Autoencoder, text: Sequence[TextEncoder], scheduler: Mapping[str, Any]
     ) -> Opened:
         """Modules in memory."""
         return Opened(
