@@ -1,4 +1,4 @@
-"""FLUX.1's transformer in its authors' names (double_blocks, single_blocks ...), and its settings as shapes tell them."""
+"""FLUX.1's transformer in its authors' names (double_blocks, single_blocks ...), and its settings by their shapes."""
 
 from __future__ import annotations
 

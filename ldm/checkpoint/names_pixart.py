@@ -1,4 +1,4 @@
-"""PixArt's transformer in its authors' names (blocks, t_block, y_embedder ...), and its settings as shapes tell them."""
+"""PixArt's transformer in its authors' names (blocks, t_block, y_embedder ...), and its settings by their shapes."""
 
 from __future__ import annotations
 

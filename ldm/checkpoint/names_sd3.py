@@ -72,6 +72,6 @@ def settings(source: Source) -> SD3Config:
         caption_projection_dim=width,
         pooled_projection_dim=source["y_embedder.mlp.0.weight"].shape[1],
         pos_embed_max_size=math.isqrt(source["pos_embed"].shape[1]),
-        dual_attention_layers=tuple(sorted(i for i in blocks if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in source)),
+        dual_attention_layers=tuple(i for i in sorted(blocks) if f"joint_blocks.{i}.x_block.attn2.qkv.bias" in source),
         qk_norm=None if norm is None else "rms_norm",
     )

@@ -15,13 +15,13 @@ from ldm.checkpoint import weights
 from ldm.checkpoint.weights import Source
 from ldm.models import networks
 from ldm.models.network import Network
-from ldm.models.text import TextConfig, TextTower
 from ldm.models.networks import AnyNetwork
+from ldm.models.text import AnyText, TextEncoder, build_encoder, filled_encoder
 from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.vae.latents import LatentCodec
 
 log = logging.getLogger(__name__)
-AnyConfig = AnyNetwork | AutoencoderConfig | TextConfig
+AnyConfig = AnyNetwork | AutoencoderConfig | AnyText
 """Settings of a part that has weights."""
 
 
@@ -32,15 +32,15 @@ class Components:
     network: Network
     autoencoder: Autoencoder
     codec: LatentCodec
-    text: list[TextTower]
+    text: list[TextEncoder]
     scheduler: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class OpenedText:
-    """A text tower."""
+    """A text encoder."""
 
-    config: TextConfig
+    config: AnyText
     source: Source
 
 
@@ -58,7 +58,7 @@ class Opened:
 
     @staticmethod
     def of(
-        network: Network, autoencoder: Autoencoder, text: Sequence[TextTower], scheduler: Mapping[str, Any]
+        network: Network, autoencoder: Autoencoder, text: Sequence[TextEncoder], scheduler: Mapping[str, Any]
     ) -> Opened:
         """Modules in memory."""
         return Opened(
@@ -88,7 +88,7 @@ class Opened:
             self,
             network=own(title(self.network_config), self.network, self.network_config),
             vae=own("autoencoder", self.vae, self.vae_config),
-            text=tuple(replace(t, source=own("text tower", t.source, t.config)) for t in self.text),
+            text=tuple(replace(t, source=own("text encoder", t.source, t.config)) for t in self.text),
         )
 
     def check(self) -> Opened:
@@ -97,7 +97,7 @@ class Opened:
         weights.check_keys(what, shapes_of(self.network_config), weights.shapes(self.network))
         weights.check_keys(f"{self.where}: autoencoder", shapes_of(self.vae_config), weights.shapes(self.vae))
         for tower in self.text:
-            weights.check_keys(f"{self.where}: text tower", shapes_of(tower.config), weights.shapes(tower.source))
+            weights.check_keys(f"{self.where}: text encoder", shapes_of(tower.config), weights.shapes(tower.source))
         return self
 
     def load(self, dtype: torch.dtype = torch.float32) -> Components:
@@ -108,7 +108,7 @@ class Opened:
         autoencoder = fill(empty(self.vae_config), self.vae, dtype, f"{self.where}: autoencoder")
         assert isinstance(network, Network)
         assert isinstance(autoencoder, Autoencoder)
-        text = [load_tower(tower, dtype, f"{self.where}: text tower") for tower in self.text]
+        text = [load_encoder(tower, dtype, f"{self.where}: text encoder") for tower in self.text]
         return Components(network, autoencoder, LatentCodec.of(autoencoder), text, dict(self.scheduler))
 
 
@@ -127,7 +127,7 @@ def empty(config: AnyConfig) -> nn.Module:
     with torch.device("meta"):
         if isinstance(config, tuple(networks.NETWORKS)):
             return networks.build(config)
-        return Autoencoder(config) if isinstance(config, AutoencoderConfig) else TextTower(config).model
+        return Autoencoder(config) if isinstance(config, AutoencoderConfig) else build_encoder(config).model
 
 
 @functools.lru_cache(maxsize=16)
@@ -142,8 +142,11 @@ def fill(model: nn.Module, source: Source, dtype: torch.dtype, where: str = "wei
     return model.eval()
 
 
-def load_tower(opened: OpenedText, dtype: torch.dtype, where: str = "weights") -> TextTower:
-    """A frozen tower with its tokenizer."""
-    tower = TextTower(opened.config)
-    tower.model.load_state_dict(weights.read_all(opened.source, dtype, where), strict=True, assign=True)
-    return tower.to(dtype).requires_grad_(False).eval()
+def load_encoder(opened: OpenedText, dtype: torch.dtype, where: str = "weights") -> TextEncoder:
+    """A frozen text encoder with its tokenizer; weights that would overflow in float16 stay in float32."""
+    with torch.device("meta"):
+        bare = build_encoder(opened.config)
+    state = {}
+    for key, entry in opened.source.items():
+        state |= weights.read_all({key: entry}, bare.kept(key, dtype), where)
+    return filled_encoder(opened.config, state, dtype)

@@ -25,7 +25,9 @@ class Pair:
     swapped: bool = False
 
 
-def layer(other: str, *natives: str, rows: tuple[int, ...] = (), swapped: bool = False, bias: bool = True) -> list[Pair]:
+def layer(
+    other: str, *natives: str, rows: tuple[int, ...] = (), swapped: bool = False, bias: bool = True
+) -> list[Pair]:
     """The weight and the bias of a layer there, and of those that it joins here."""
     kinds = ("weight", "bias") if bias else ("weight",)
     return [Pair(f"{other}.{kind}", tuple(f"{n}.{kind}" for n in natives), rows, swapped) for kind in kinds]
@@ -40,13 +42,13 @@ def from_authors(pairs: Iterable[Pair]) -> Plan:
     """The authors' names -> plan for native ones."""
     plan: Plan = {}
     for pair in pairs:
-        start = 0
+        start, whole = 0, sum(pair.rows)
         for i, native in enumerate(pair.natives):
             if len(pair.natives) == 1:
                 plan[native] = Part((pair.other,), swap if pair.swapped else None)
                 continue
             end = start + pair.rows[i]
-            plan[native] = Part((pair.other,), lambda x, a=start, b=end, whole=sum(pair.rows): _rows(x, a, b, whole))
+            plan[native] = Part((pair.other,), lambda x, a=start, b=end, n=whole: _rows(x, a, b, n))
             start = end
     return plan
 

@@ -1,4 +1,4 @@
-"""Which of diffusers' pipelines a model's folder is for: the classes that are read of each family, and those written."""
+"""Which of diffusers' pipelines a model's folder is for: the classes that are read of each family, and the written."""
 
 from __future__ import annotations
 
