@@ -92,7 +92,7 @@ def make(kind: str, folder: Path) -> Components:
         block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, sample_size=16, scaling_factor=0.7,
         shift_factor=shift, use_quant_conv=shift is None, use_post_quant_conv=shift is None,
     )  # fmt: skip
-    autoencoder = scrambled(Autoencoder(vae))
+    autoencoder = scrambled(Autoencoder(vae), 0.1)
     text: list[TextEncoder] = [scrambled(build_encoder(config), 0.2) for config in towers(kind, folder)]
     scheduler = dict(DPM) if kind.startswith("pixart") else dict(FLOW) | {"shift": 1.0 if "schnell" in kind else 3.0}
     return Components(network, autoencoder, LatentCodec.of(autoencoder), text, scheduler)
