@@ -6,7 +6,7 @@ import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -126,8 +126,10 @@ def empty(config: AnyConfig) -> nn.Module:
     """The module without memory for its weights."""
     with torch.device("meta"):
         if isinstance(config, tuple(networks.NETWORKS)):
-            return networks.build(config)
-        return Autoencoder(config) if isinstance(config, AutoencoderConfig) else build_encoder(config).model
+            return networks.build(cast("AnyNetwork", config))
+        if isinstance(config, AutoencoderConfig):
+            return Autoencoder(config)
+        return build_encoder(cast("AnyText", config)).model
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,4 +1,4 @@
-"""Folders of SD3, FLUX.1 and PixArt: what we write diffusers' pipelines load and draw with, and theirs are read here."""
+"""Folders of SD3, FLUX.1 and PixArt: diffusers' pipelines load and draw with what we write; theirs are read here."""
 
 from __future__ import annotations
 

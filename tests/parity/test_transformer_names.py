@@ -1,7 +1,7 @@
-"""Transformers in their authors' names: what diffusers' converters make of our files is what we had, tensor for tensor.
+"""Transformers in their authors' names: diffusers' converters make of our files what we had, tensor for tensor.
 
-Every row of every tensor has a value of its own, so that rows that are split, joined or swapped wrongly are seen. Tensors
-keep their rows and lose their columns, which no conversion touches.
+Every row of every tensor has a value of its own, so that rows that are split, joined or swapped wrongly are seen.
+Tensors keep their rows and lose their columns, which no conversion touches.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ CASES: dict[str, tuple[ModuleType, Any]] = {
     "flux_dev": (names_flux, presets.FLUX_DEV),
     "flux_schnell": (names_flux, presets.FLUX_SCHNELL),
     "pixart_sigma": (names_pixart, presets.PIXART_SIGMA),
-    "pixart_alpha": (names_pixart, replace(presets.PIXART_SIGMA, interpolation_scale=None, use_additional_conditions=True)),
-}  # fmt: skip
+    "pixart_alpha": (
+        names_pixart,
+        replace(presets.PIXART_SIGMA, interpolation_scale=None, use_additional_conditions=True),
+    ),
+}
 
 
 def rows(shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
