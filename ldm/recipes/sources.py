@@ -95,7 +95,7 @@ def network_of(source: str) -> AnyNetwork:
         return network_of(json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base"])
     if (own := network_in(folder)) is not None:
         return open_network(own)[0]
-    return convert.open_model(folder if folder.exists() else source).unet_config
+    return convert.open_model(folder if folder.exists() else source).network_config
 
 
 def load_network(source: str) -> Network:

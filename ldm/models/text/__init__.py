@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ldm.models.text.base import TextEncoder
-from ldm.models.text.clip import TextTower, build_clip, build_encoder, encode_texts, open_clip_config
+from ldm.models.text.base import TextEncoder, padded, trimmed
+from ldm.models.text.clip import TextTower, build_clip, open_clip_config
 from ldm.models.text.config import (
     Added,
     AnyText,
@@ -15,6 +15,11 @@ from ldm.models.text.config import (
     T5Config,
     TextConfig,
 )
+from ldm.models.text.encoders import build_encoder, encode_texts, filled_encoder
+from ldm.models.text.missing import MissingT5
+from ldm.models.text.pretrained import copy_tokenizer
+from ldm.models.text.qwen import QwenEncoder
+from ldm.models.text.t5 import T5Encoder
 from ldm.models.text.tokenizer import EMOJI_BPE, Overlong, Tokenizer, build_tokenizer
 
 __all__ = [
@@ -23,11 +28,14 @@ __all__ = [
     "AnyText",
     "ClipConfig",
     "MissingConfig",
+    "MissingT5",
     "Output",
     "Overlong",
     "Pad",
     "QwenConfig",
+    "QwenEncoder",
     "T5Config",
+    "T5Encoder",
     "TextConfig",
     "TextEncoder",
     "TextTower",
@@ -35,6 +43,10 @@ __all__ = [
     "build_clip",
     "build_encoder",
     "build_tokenizer",
+    "copy_tokenizer",
     "encode_texts",
+    "filled_encoder",
     "open_clip_config",
+    "padded",
+    "trimmed",
 ]

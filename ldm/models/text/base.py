@@ -114,7 +114,7 @@ def trimmed(cond: Cond) -> list[Cond]:
 
 
 def padded(samples: Sequence[Cond], length: int | None = None) -> Cond:
-    """Samples as `trimmed` gives them in one batch: states up to the longest of them, or to `length`, with zeros.
+    """Samples as `trimmed` gives them in one batch: texts up to the longest, or to `length`, filled up with zeros.
 
     A mask, False at what was filled in, is there where the samples have one. Raises ValueError for texts of several
     lengths without a mask, and for more tokens than `length`.

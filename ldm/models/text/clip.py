@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.text.base import TextEncoder, own_precision
-from ldm.models.text.config import AnyText, ClipConfig, MissingConfig, T5Config, TextConfig
-from ldm.models.text.t5 import MissingEncoder, T5Encoder
+from ldm.models.text.config import ClipConfig, TextConfig
 from ldm.models.text.tokenizer import build_tokenizer
 from ldm.types import Cond
 
@@ -73,6 +72,11 @@ class TextTower(TextEncoder):
         self.tokenizer = build_tokenizer(config)
         self.requires_grad_(False).eval()
 
+    @property
+    def table(self) -> nn.Embedding:
+        """The token embeddings (V, D)."""
+        return self.model.token_embedding
+
     @staticmethod
     def of_clip(model: CLIP, config: TextConfig) -> TextTower:
         """A copy of the text tower of an open_clip model."""
@@ -85,10 +89,6 @@ class TextTower(TextEncoder):
     def width(self) -> int:
         """D."""
         return self.config.width
-
-    @property
-    def table(self) -> nn.Embedding:
-        return self.model.token_embedding
 
     def encode(self, tokens: Tensor) -> Cond:
         """{"text": (B, T, D), "pooled": (B, P)} of token ids (B, T); never under autocast."""
@@ -122,32 +122,3 @@ class TextTower(TextEncoder):
             keep = torch.tensor([t != "" for t in texts], device=cond["text"].device)
             cond = {k: v * keep.view(-1, *[1] * (v.ndim - 1)) for k, v in cond.items()}
         return cond
-
-
-def encode_texts(encoders: Sequence[TextEncoder], texts: Sequence[str]) -> Cond:
-    """What text encoders give.
-
-    CLIP's towers: hidden states side by side (B, T, sum of D) and the last one's pooled vector. Others among them: each
-    one's own, under its number, "text.0", "pooled.0", "text.1", which the network joins. One alone: as it gives it.
-    """
-    return together(encoders, [encoder(texts) for encoder in encoders])
-
-
-def together(encoders: Sequence[TextEncoder], conds: Sequence[Cond]) -> Cond:
-    """`encode_texts` of what each encoder gave."""
-    if all(isinstance(encoder, TextTower) for encoder in encoders):
-        return {"text": torch.cat([c["text"] for c in conds], dim=-1), "pooled": conds[-1]["pooled"]}
-    if len(conds) == 1:
-        return conds[0]
-    return {f"{key}.{i}": value for i, cond in enumerate(conds) for key, value in cond.items()}
-
-
-def build_encoder(config: AnyText) -> TextEncoder:
-    """The encoder of some settings, with random weights."""
-    if isinstance(config, TextConfig):
-        return TextTower(config)
-    if isinstance(config, T5Config):
-        return T5Encoder(config)
-    if isinstance(config, MissingConfig):
-        return MissingEncoder(config)
-    raise ValueError(f"text encoder {config.kind!r} is not known here")

@@ -9,10 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ldm.models.text import Overlong, TextEncoder, TextTower, Tokenizer, encode_texts
-from ldm.models.text.clip import together
+from ldm.models.text import Overlong, TextTower, Tokenizer, encode_texts
 from ldm.models.text.emphasis import parse, unread
-from ldm.models.text.t5 import T5Encoder
 from ldm.types import Cond
 
 Token = tuple[int, float]
@@ -59,7 +57,7 @@ def count_chunks(tokenizer: Tokenizer, prompts: Sequence[str], *, weighted: bool
 
 
 def encode_prompts(
-    towers: Sequence[TextEncoder], prompts: Sequence[str], *, weighted: bool = False, chunks: int = 1
+    towers: Sequence[TextTower], prompts: Sequence[str], *, weighted: bool = False, chunks: int = 1
 ) -> Cond:
     """{"text": (B, nT, D), "pooled": (B, P)} of prompts whose tokens go into `chunks` contexts, one after the other.
 
@@ -70,15 +68,8 @@ def encode_prompts(
     """
     if chunks == 1 and not (weighted and any(w != 1 for p in prompts for _, w in pieces(p))):
         return encode_texts(towers, [_plain(p) for p in prompts] if weighted else prompts)
-    conds = []
-    for tower in towers:
-        if isinstance(tower, TextTower):
-            conds.append(_encode(tower, prompts, weighted, chunks))
-        elif chunks > 1:
-            raise ValueError(f"long prompts: the {tower.title} takes {tower.context} tokens, and not in parts")
-        else:
-            conds.append(_weighted(tower, prompts) if weighted else tower(prompts))
-    return together(towers, conds)
+    conds = [_encode(tower, prompts, weighted, chunks) for tower in towers]
+    return {"text": torch.cat([c["text"] for c in conds], dim=-1), "pooled": conds[-1]["pooled"]}
 
 
 def _plain(prompt: str) -> str:
@@ -98,23 +89,6 @@ def _chunks(tokenizer: Tokenizer, prompt: str, weighted: bool) -> list[list[Toke
     for section in _tokens(tokenizer, prompt, weighted):
         found += [section[k : k + limit] for k in range(0, max(len(section), 1), limit)]
     return found
-
-
-def _weighted(encoder: TextEncoder, prompts: Sequence[str]) -> Cond:
-    """What an encoder gives for the words, its states times the weights of their tokens."""
-    if not isinstance(encoder, T5Encoder):
-        if any(w != 1 for p in prompts for _, w in pieces(p)) and encoder.tokenizer is not None:
-            raise ValueError(f"prompt weights: the {encoder.title} of this model takes none")
-        return encoder([_plain(p) for p in prompts])
-    rows = torch.full((len(prompts), encoder.context), encoder.tokenizer.pad, dtype=torch.int64)
-    mask, factors = torch.zeros(rows.shape, dtype=torch.bool), torch.ones(rows.shape)
-    for i, prompt in enumerate(prompts):
-        own = [t for section in _tokens(encoder.tokenizer, prompt, True) for t in section][: encoder.context - 1]
-        rows[i, : len(own) + 1] = torch.tensor([*(t for t, _ in own), encoder.tokenizer.end])
-        factors[i, : len(own)] = torch.tensor([w for _, w in own])
-        mask[i, : len(own) + 1] = True
-    cond = encoder.encode(rows, mask)
-    return cond | {"text": cond["text"] * factors.to(cond["text"])[..., None]}
 
 
 def _encode(tower: TextTower, prompts: Sequence[str], weighted: bool, chunks: int) -> Cond:

@@ -1,4 +1,4 @@
-"""T5's encoder by transformers: SD3, FLUX.1 and PixArt read prompts with it.
+"""T5's encoder, which SD3, FLUX.1 and PixArt are told their text by; transformers' module, imported lazily.
 
 Legend: B batch, T tokens of the context, D width of the states.
 """
@@ -6,99 +6,118 @@ Legend: B batch, T tokens of the context, D width of the states.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from ldm.models.text.base import TextEncoder, own_precision
-from ldm.models.text.config import MissingConfig, T5Config
-from ldm.models.text.pretrained import PretrainedTokenizer, the_package
+from ldm.models.text.base import own_precision
+from ldm.models.text.config import T5Config
+from ldm.models.text.pretrained import (
+    PretrainedEncoder,
+    PretrainedTokenizer,
+    has_sentencepiece,
+    tokenizer_folder,
+    transformers_for,
+)
 from ldm.types import Cond
 
-_OURS = ("kind", "max_length", "masked", "lower", "tokenizer")
+TITLE = "T5 text encoder"
+FORMS = (("tokenizer.json",), ("spiece.model",))
+"""Files that a tokenizer's folder has: those of one of these, and others that say more."""
 
 
-class T5Encoder(TextEncoder):
-    """A frozen T5 encoder: prompts -> tokens -> the states of the last layer, in the weights' own precision.
+class T5Tokenizer(PretrainedTokenizer):
+    """T5's unigram tokenizer from the folder of a model: `tokenizer.json`, or `spiece.model` alone."""
 
-    The captions that PixArt's pipeline cleans (links, addresses) are only put in small letters.
+    def __init__(self, folder: Path, *, context: int, lower: bool = False) -> None:
+        folder = tokenizer_folder(folder, TITLE, FORMS)
+        cls = transformers_for(f"the {TITLE}").T5TokenizerFast
+        if not (folder / "tokenizer.json").is_file() and not has_sentencepiece():
+            raise ValueError(
+                f"tokenizer {str(folder)!r}: reading spiece.model needs sentencepiece and protobuf: "
+                "pip install 'ldm[transformers]'"
+            )
+        super().__init__(cls.from_pretrained(str(folder), local_files_only=True), folder, context)
+        self.end: int = self._fast.eos_token_id
+        self.lower = lower
+
+    @property
+    def limit(self) -> int:
+        """How many tokens of a prompt's own fit beside the end token."""
+        return self.context - 1
+
+    def framed(self, ids: Sequence[int]) -> list[int]:
+        """A prompt's own ids as the encoder takes them: cut at `limit`, with the end token."""
+        return [*ids[: self.limit], self.end]
+
+    def _plain(self, text: str) -> list[int]:
+        return super()._plain(text.lower().strip() if self.lower else text)
+
+
+class T5Encoder(PretrainedEncoder):
+    """T5's encoder: the normed states of its last layer at all `max_length` tokens.
+
+    In float16 the layers whose values would overflow stay in float32. Prompts are taken as they are, or in small
+    letters (`lower`); PixArt's cleaning of captions, which its pipeline can do before, is left out.
     """
 
-    title = "T5 encoder"
+    title = TITLE
+    linear_in_float32 = ("wo",)
 
     def __init__(self, config: T5Config) -> None:
-        super().__init__(config)
-        transformers = the_package("a T5 text encoder")
-        keys = {key: value for key, value in asdict(config).items() if key not in _OURS}
-        self.model = transformers.T5EncoderModel(transformers.T5Config(**keys, is_encoder_decoder=False))
-        self.tokenizer: Any = None
-        if config.tokenizer is not None:
-            self.tokenizer = PretrainedTokenizer(config.tokenizer, config.max_length)
-        self.requires_grad_(False).eval()
-
-    @property
-    def width(self) -> int:
-        """D."""
-        return self.config.d_model
-
-    @property
-    def context(self) -> int:
-        """T."""
-        return self.config.max_length
+        super().__init__(config, _build(config))
 
     @property
     def table(self) -> nn.Embedding:
+        """The token embeddings (V, D)."""
         return self.model.shared
 
+    def _read_tokenizer(self) -> T5Tokenizer:
+        folder = tokenizer_folder(self.config.tokenizer, TITLE, FORMS)
+        return T5Tokenizer(folder, context=self.config.max_length, lower=self.config.lower)
+
     def forward(self, texts: Sequence[str]) -> Cond:
-        """{"text": (B, T, D)}, with "mask" (B, T) where the family masks its padding."""
-        if self.tokenizer is None:
-            raise ValueError(f"the {self.title} has no tokenizer: give its folder, with tokenizer.json or spiece.model")
-        if self.config.lower:
-            texts = [text.lower().strip() for text in texts]
-        return self.encode(*self.tokenizer.both(texts))
+        """{"text": (B, T, D)} and, where the family masks, "mask" (B, T)."""
+        return self.encode(*self.tokenizer.batch(self.tokenizer.rows(texts)))
 
     def encode(self, tokens: Tensor, mask: Tensor | None = None) -> Cond:
-        """The same of token ids (B, T) and the mask of those that are no padding; never under autocast."""
-        device = self.table.weight.device
-        tokens = tokens.to(device)
-        seen = mask.to(device) if mask is not None and self.config.masked else None
-        with own_precision(device):
+        """States of token ids (B, T), True in `mask` where they are no padding; never under autocast.
+
+        A masked encoder without a `mask` takes ids of the padding for padding.
+        """
+        tokens = tokens.to(self.table.weight.device)
+        if not self.config.masked:
+            mask = None
+        elif mask is None:
+            mask = tokens != self.tokenizer.pad
+        else:
+            mask = mask.to(tokens.device)
+        with own_precision(tokens.device):
+            # without transformers' own masks where nothing is masked, so that the module also runs on the meta device
+            seen = None if mask is None else mask.long()
             states = self.model(inputs_embeds=self._embed(tokens), attention_mask=seen).last_hidden_state
-        return {"text": states} if seen is None else {"text": states, "mask": seen}
-
-    def kept(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        """The feed-forward's second layer overflows in float16."""
-        return torch.float32 if dtype == torch.float16 and ".wo." in name else dtype
+        return {"text": states} if mask is None else {"text": states, "mask": mask}
 
 
-class MissingEncoder(TextEncoder):
-    """Stands for an encoder that is left out: its states are zeros (SD3 without T5)."""
-
-    title = "missing text encoder"
-    model = None
-    tokenizer = None
-
-    def __init__(self, config: MissingConfig) -> None:
-        super().__init__(config)
-        self.register_buffer("place", torch.zeros(()), persistent=False)
-
-    @property
-    def width(self) -> int:
-        """D."""
-        return self.config.width
-
-    @property
-    def context(self) -> int:
-        """T."""
-        return self.config.tokens
-
-    @property
-    def table(self) -> nn.Embedding:
-        raise ValueError(f"the {self.title} has no token embeddings")
-
-    def forward(self, texts: Sequence[str]) -> Cond:
-        """{"text": zeros (B, T, D)}."""
-        return {"text": self.get_buffer("place").new_zeros(len(texts), self.context, self.width)}
+def _build(config: T5Config) -> nn.Module:
+    """transformers' module with random weights; the embedding is in it once."""
+    transformers = transformers_for(f"the {TITLE}")
+    model = transformers.T5EncoderModel(
+        transformers.T5Config(
+            vocab_size=config.vocab_size,
+            d_model=config.d_model,
+            d_kv=config.d_kv,
+            d_ff=config.d_ff,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            relative_attention_num_buckets=config.relative_attention_num_buckets,
+            relative_attention_max_distance=config.relative_attention_max_distance,
+            layer_norm_epsilon=config.layer_norm_epsilon,
+            feed_forward_proj=config.feed_forward_proj,
+            dropout_rate=0.0,
+            use_cache=False,
+            is_encoder_decoder=False,
+        )
+    )
+    model.encoder.embed_tokens = None  # the same as `shared`; ours are looked up there and given as vectors
+    return model
