@@ -12,15 +12,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ldm.adapters.base import COMPONENTS
+from ldm.models.families import family_of
 from ldm.models.network import Network
 from ldm.models.text import TextTower
 
 GROUPS = ("attention", "feed_forward", "projection", "convolution", "time")
-_JOINT = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
-_ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
-_FEED = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
-_USUAL: dict[str, tuple[str, ...]] = {"sd3": (*_JOINT, *_ADDED), "flux": (*_JOINT, *_ADDED, *_FEED)}
-"""What the scripts of a family's community correct, by the `kind` of its settings: diffusers' for SD3 and FLUX.1."""
 _TEXT = {
     "mlp.c_fc": ("mlp.fc1", "feed_forward"),
     "mlp.c_proj": ("mlp.fc2", "feed_forward"),
@@ -69,8 +65,8 @@ def network_sites(network: Network) -> list[Site]:
 
 
 def usual_targets(network: Network) -> tuple[str, ...]:
-    """The targets where none are named: those of the family's community, attention where it has no other habit."""
-    return _USUAL.get(getattr(network.config, "kind", ""), ("attention",))
+    """The targets where none are named: those of the family's community."""
+    return family_of(network.config).targets
 
 
 def towers(text: Sequence[nn.Module]) -> list[tuple[str, TextTower]]:
@@ -90,7 +86,7 @@ def text_sites(text: Sequence[nn.Module], *, pooled: Sequence[bool] | None = Non
     With `pooled`, only of blocks that the conditioning depends on: for each encoder, whether its pooled vector is used.
     """
     found = []
-    uses = dict(zip(COMPONENTS, pooled or [False] * len(text), strict=False))
+    uses: dict[str, bool] = dict(zip(COMPONENTS, pooled or [False] * len(text), strict=False))
     for component, tower in towers(text):
         whole = tower.config.output == "last" or (tower.config.output == "penultimate" and pooled is None)
         whole = whole or uses[component]

@@ -123,18 +123,24 @@ def within(rows: Tensor, bound: float) -> Tensor:
     return rows * (bound / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
 
 
+def table_of(encoder: nn.Module) -> nn.Embedding:
+    """The vocabulary's embeddings of a text encoder of any kind."""
+    found = getattr(encoder, "table", None)
+    return found if isinstance(found, nn.Embedding) else encoder.model.token_embedding  # type: ignore[union-attr]
+
+
 def bound_of(tower: TextTower, config: TokensConfig) -> float:
     """The largest norm that a new row of this tower may have; 0 is none."""
     if not config.max_norm:
         return 0.0
-    table = tower.model.token_embedding.weight.detach().float()
+    table = table_of(tower).weight.detach().float()
     return config.max_norm * float(table.norm(dim=1).median())
 
 
 @torch.no_grad()
 def start(tower: TextTower, new: NewToken) -> Tensor:
     """The rows (n, D) to start from. Raises ValueError for an initialiser that is not one token of this tower."""
-    table = tower.model.token_embedding.weight.detach().float()
+    table = table_of(tower).weight.detach().float()
     if not new.initializer:
         return table[: tower.tokenizer.vocab_size].mean(0).expand(new.vectors, -1)
     ids = []
@@ -168,7 +174,7 @@ def add_concept(text: Sequence[TextTower], token: str, rows: Sequence[Tensor], a
     if not words and token in also and token not in text[0].tokenizer.added:
         words = [f"<{token}>"]
     for tower, own in zip(text, rows, strict=True):
-        kept = own.detach().to(tower.model.token_embedding.weight)
+        kept = own.detach().to(table_of(tower).weight)
         tower.add_token(words[0] if words else token, len(kept), lambda kept=kept: kept)
         for word in words[1:]:
             tower.tokenizer.alias(word, words[0])
