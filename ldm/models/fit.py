@@ -8,7 +8,7 @@ from ldm.models import networks
 from ldm.models.network import Network
 from ldm.models.networks import AnyNetwork
 from ldm.models.presets import TEXTS
-from ldm.models.text import TextConfig
+from ldm.models.text.config import AnyText, MissingConfig, TextConfig
 from ldm.models.unet import UNetConfig
 from ldm.types import Cond
 
@@ -23,11 +23,35 @@ def pooled_width(configs: tuple[TextConfig, ...]) -> int:
     return configs[-1].projection or configs[-1].width
 
 
-def given(configs: tuple[TextConfig, ...], batch: int = 1) -> Cond:
-    """What text encoders give, without memory: the keys and shapes of `encode_texts`."""
-    tokens = configs[0].max_length or configs[0].context_length
-    shapes = {"text": (batch, tokens, width(configs)), "pooled": (batch, pooled_width(configs))}
-    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+def tokens(config: AnyText) -> int:
+    """How many tokens a text encoder gives at most."""
+    if isinstance(config, TextConfig):
+        return config.max_length or config.context_length
+    return config.tokens if isinstance(config, MissingConfig) else config.max_length
+
+
+def given(configs: tuple[AnyText, ...], batch: int = 1, *, device: str = "meta") -> Cond:
+    """What text encoders give: zeros under the keys and in the shapes of `encode_texts`, by default without memory."""
+    towers = tuple(c for c in configs if isinstance(c, TextConfig))
+    shapes: dict[str, tuple[int, ...]] = {}
+    if len(towers) == len(configs):
+        shapes = {"text": (batch, tokens(towers[0]), width(towers)), "pooled": (batch, pooled_width(towers))}
+    else:
+        for i, config in enumerate(configs):
+            end = f".{i}" if len(configs) > 1 else ""
+            shapes[f"text{end}"] = (batch, tokens(config), config.width)
+            if isinstance(config, TextConfig):
+                shapes[f"pooled{end}"] = (batch, pooled_width((config,)))
+            elif getattr(config, "masked", False):
+                shapes[f"mask{end}"] = (batch, tokens(config))
+    return {key: torch.zeros(shape, device=device) for key, shape in shapes.items()}
+
+
+def told(network: Network, configs: tuple[AnyText, ...], batch: int = 1) -> Cond:
+    """All that a network is told of prompts and sizes, without memory; without what it has no use for."""
+    heads = {*network.needs, "mask"}
+    found = {key: value for key, value in given(configs, batch).items() if key.partition(".")[0] in heads}
+    return found | sizes(network, batch)
 
 
 def sizes(network: Network, batch: int = 1) -> Cond:
@@ -37,20 +61,21 @@ def sizes(network: Network, batch: int = 1) -> Cond:
 
 
 def check_fit(
-    network: AnyNetwork, text: tuple[TextConfig, ...], channels: int, *, text_key: str, vae_key: str, network_key: str
+    network: AnyNetwork, text: tuple[AnyText, ...], channels: int, *, text_key: str, vae_key: str, network_key: str
 ) -> None:
     """Raise ValueError, naming keys and values, where the network cannot take what the other parts give."""
     if isinstance(network, UNetConfig):
-        _check_unet(network, text, text_key, network_key)
+        towers = tuple(c for c in text if isinstance(c, TextConfig))
+        if len(towers) != len(text):
+            raise ValueError(f"{text_key}: holds other encoders than CLIP's towers, which alone a U-Net takes")
+        _check_unet(network, towers, text_key, network_key)
         takes = network.in_channels
     else:
         with torch.device("meta"):
             built = networks.build(network)
         takes = built.in_channels
-        wanted = {*built.needs, "mask"}
-        cond = {k: v for k, v in (given(text) | sizes(built)).items() if k.partition(".")[0] in wanted}
         try:
-            built.prepared(cond)
+            built.prepared(told(built, text))
         except ValueError as error:
             raise ValueError(f"{network_key}: does not fit {text_key}: {error}") from None
     if takes != channels:

@@ -24,7 +24,7 @@ from ldm.data.loader import DataConfig
 from ldm.data.mixture import Data, with_caches
 from ldm.diffusion.process import Process
 from ldm.models import networks
-from ldm.models.fit import check_fit, pooled_width, width
+from ldm.models.fit import check_fit, given, told
 from ldm.models.network import Granularity, Network, granularity
 from ldm.models.networks import AnyNetwork
 from ldm.models.text import TextTower
@@ -257,17 +257,14 @@ def job(task: TextToImageTask, data: Data, train: TrainConfig, asked: planned.As
     )  # fmt: skip
     pixels = planned.side(data)
     side = planned.check_size(pixels, vae.factor, "data.size")
-    context, wide, pooled = configs[0].context_length, width(configs), pooled_width(configs)
     cached = task.cache is not None or data.cached
     planned.check_cache(task.cache, cached, said)
 
     def inputs(batch: int) -> tuple[Any, ...]:
-        shapes = {"text": (context, wide), "pooled": (pooled,), "time_ids": (6,)}
-        cond = {k: torch.empty(batch, *shape, device="meta") for k, shape in shapes.items() if k in network.needs}
-        x = torch.empty(batch, settings.in_channels, side, side, device="meta")
-        return x, torch.empty(batch, device="meta"), cond
+        x = torch.empty(batch, network.in_channels, side, side, device="meta")
+        return x, torch.empty(batch, device="meta"), told(network, configs, batch)
 
-    encoded = 2.0 * (2 * channels * side * side + context * wide + pooled)
+    encoded = 2.0 * (2 * channels * side * side + sum(value.numel() for value in given(configs).values()))
     samples, size = planned.samples_of(data, encoded, cached, said)
     return Job(
         name=asked.name, build=build, inputs=inputs, flops=float(count_flops(network, *inputs(1))),
