@@ -2,22 +2,51 @@
 
 from __future__ import annotations
 
-from ldm.models.text.clip import TextTower, build_clip, encode_texts, open_clip_config
-from ldm.models.text.config import Added, ClipConfig, Output, Pad, TextConfig
+from ldm.models.text.base import TextEncoder, padded, trimmed
+from ldm.models.text.clip import TextTower, build_clip, open_clip_config
+from ldm.models.text.config import (
+    Added,
+    AnyText,
+    ClipConfig,
+    MissingConfig,
+    Output,
+    Pad,
+    QwenConfig,
+    T5Config,
+    TextConfig,
+)
+from ldm.models.text.encoders import build_encoder, encode_texts, filled_encoder
+from ldm.models.text.missing import MissingT5
+from ldm.models.text.pretrained import copy_tokenizer
+from ldm.models.text.qwen import QwenEncoder
+from ldm.models.text.t5 import T5Encoder
 from ldm.models.text.tokenizer import EMOJI_BPE, Overlong, Tokenizer, build_tokenizer
 
 __all__ = [
     "EMOJI_BPE",
     "Added",
+    "AnyText",
     "ClipConfig",
+    "MissingConfig",
+    "MissingT5",
     "Output",
     "Overlong",
     "Pad",
+    "QwenConfig",
+    "QwenEncoder",
+    "T5Config",
+    "T5Encoder",
     "TextConfig",
+    "TextEncoder",
     "TextTower",
     "Tokenizer",
     "build_clip",
+    "build_encoder",
     "build_tokenizer",
+    "copy_tokenizer",
     "encode_texts",
+    "filled_encoder",
     "open_clip_config",
+    "padded",
+    "trimmed",
 ]

@@ -36,7 +36,7 @@ class TextEncoder(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, texts: Sequence[str]) -> Cond:
-        """"text" (B, T, D) and, where the encoder gives them, "pooled" (B, P) and "mask" (B, T), True at tokens."""
+        """ "text" (B, T, D) and, where the encoder gives them, "pooled" (B, P) and "mask" (B, T), True at tokens."""
 
     @property
     @abstractmethod
@@ -114,7 +114,7 @@ def trimmed(cond: Cond) -> list[Cond]:
 
 
 def padded(samples: Sequence[Cond], length: int | None = None) -> Cond:
-    """Samples as `trimmed` gives them in one batch: states up to the longest of them, or to `length`, filled with zeros.
+    """Samples as `trimmed` gives them in one batch: texts up to the longest, or to `length`, filled up with zeros.
 
     A mask, False at what was filled in, is there where the samples have one. Raises ValueError for texts of several
     lengths without a mask, and for more tokens than `length`.
@@ -143,6 +143,6 @@ def padded(samples: Sequence[Cond], length: int | None = None) -> Cond:
 
 
 def _parts(key: str) -> tuple[str, str]:
-    """"mask.1" -> ("mask", ".1")."""
+    """ "mask.1" -> ("mask", ".1")."""
     kind, dot, index = key.partition(".")
     return kind, dot + index

@@ -5,13 +5,13 @@ Legend: B batch, T tokens of the context, D width of the hidden states, P width 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ldm.models.text.base import TextEncoder, own_precision
 from ldm.models.text.config import ClipConfig, TextConfig
 from ldm.models.text.tokenizer import build_tokenizer
 from ldm.types import Cond
@@ -52,14 +52,13 @@ def open_clip_config(config: ClipConfig) -> dict[str, Any]:
     }
 
 
-class TextTower(nn.Module):
+class TextTower(TextEncoder):
     """A frozen text tower: prompts -> tokens -> hidden states and pooled vector, in the weights' own precision."""
 
     def __init__(self, config: TextConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         from open_clip.transformer import QuickGELU, TextTransformer
 
-        self.config = config
         self.model = TextTransformer(
             context_length=config.context_length,
             vocab_size=config.vocab_size,
@@ -71,28 +70,12 @@ class TextTower(nn.Module):
             act_layer=QuickGELU if config.activation == "quick_gelu" else nn.GELU,
         )
         self.tokenizer = build_tokenizer(config)
-        self._new: list[Callable[[], Tensor]] = []
-        self._first = config.vocab_size
         self.requires_grad_(False).eval()
 
-    def add_token(self, token: str, count: int, rows: Callable[[], Tensor]) -> None:
-        """Let a token stand for `count` new vectors, which `rows` gives as (count, D) at every use.
-
-        Raises ValueError when the token exists.
-        """
-        self.tokenizer.add(token, range(self._first, self._first + count))
-        self._first += count
-        self._new.append(rows)
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        """Token embeddings (B, T, D); ids past the vocabulary are the added vectors."""
-        table = self.model.token_embedding
-        if not self._new:
-            return table(tokens)
-        size = table.num_embeddings
-        rows = torch.cat([rows() for rows in self._new])
-        known = table(tokens.clamp(max=size - 1))
-        return torch.where((tokens >= size)[..., None], rows[(tokens - size).clamp(min=0)].to(known), known)
+    @property
+    def table(self) -> nn.Embedding:
+        """The token embeddings (V, D)."""
+        return self.model.token_embedding
 
     @staticmethod
     def of_clip(model: CLIP, config: TextConfig) -> TextTower:
@@ -107,20 +90,11 @@ class TextTower(nn.Module):
         """D."""
         return self.config.width
 
-    @property
-    def context(self) -> int:
-        """T."""
-        return self.tokenizer.context
-
-    def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Token ids (B, T) int64; longer prompts are cut as CLIP does, `tokenizer.too_long` tells which."""
-        return self.tokenizer(texts)
-
     def encode(self, tokens: Tensor) -> Cond:
         """{"text": (B, T, D), "pooled": (B, P)} of token ids (B, T); never under autocast."""
         model, rule = self.model, self.config.output
         tokens = tokens.to(model.positional_embedding.device)
-        with nullcontext() if tokens.is_meta else torch.autocast(tokens.device.type, enabled=False):
+        with own_precision(tokens.device):
             x = self._embed(tokens) + model.positional_embedding[: tokens.shape[1]]
             mask = model.attn_mask
             assert mask is not None
@@ -148,15 +122,3 @@ class TextTower(nn.Module):
             keep = torch.tensor([t != "" for t in texts], device=cond["text"].device)
             cond = {k: v * keep.view(-1, *[1] * (v.ndim - 1)) for k, v in cond.items()}
         return cond
-
-    @property
-    def empty(self) -> Cond:
-        """The unconditional input with B = 1: what dropped captions become in training, and guidance's other half."""
-        with torch.no_grad():
-            return self([""])
-
-
-def encode_texts(towers: Sequence[TextTower], texts: Sequence[str]) -> Cond:
-    """Hidden states of all towers side by side (B, T, sum of D) and the last one's pooled vector."""
-    conds = [tower(texts) for tower in towers]
-    return {"text": torch.cat([c["text"] for c in conds], dim=-1), "pooled": conds[-1]["pooled"]}

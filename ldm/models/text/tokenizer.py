@@ -63,9 +63,14 @@ class Tokenizer:
             row[: len(ids) + 2] = torch.tensor([self.start, *ids, self.end])
         return rows
 
+    @property
+    def limit(self) -> int:
+        """How many tokens of a prompt's own fit between the two markers."""
+        return self.context - 2
+
     def too_long(self, texts: Sequence[str]) -> list[Overlong]:
         """The prompts of which `__call__` leaves out the end."""
-        limit = self.context - 2
+        limit = self.limit
         ids = [self.encode(text) for text in texts]
         return [Overlong(i, len(x), limit, self.decode(x[limit:])) for i, x in enumerate(ids) if len(x) > limit]
 
@@ -78,7 +83,7 @@ class Tokenizer:
 
     def _pattern(self, token: str) -> str:
         if token in self._words:
-            return _whole(token)
+            return whole_word(token)
         if _folded(token) not in self._any_case:
             return re.escape(token)
         return "(?i:" + r"\s+".join(map(re.escape, token.split())) + ")"
@@ -145,7 +150,7 @@ def _numbered(token: Added, added: Sequence[Added]) -> list[int]:
     return ids
 
 
-def _whole(token: str) -> str:
+def whole_word(token: str) -> str:
     """A pattern for a token that is not a part of a longer word."""
     start, end = (r"\b" if c.isalnum() else "" for c in (token[0], token[-1]))
     return start + re.escape(token) + end
