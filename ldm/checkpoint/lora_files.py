@@ -33,7 +33,7 @@ from ldm.models.families import family_of
 from ldm.models.network import Network
 from ldm.models.networks import AnyNetwork
 from ldm.models.shipped import named as shipped
-from ldm.models.text import TextTower
+from ldm.models.text import TextEncoder
 
 __all__ = [
     "LoraFile",
@@ -135,13 +135,13 @@ def _held(path: Path, lora: Corrections, form: Format, sites: Mapping[str, Site]
 
 
 def read_lora(
-    path: str | Path, network: Network, text: Sequence[TextTower], *, lenient: bool = False
+    path: str | Path, network: Network, text: Sequence[TextEncoder], *, lenient: bool = False
 ) -> dict[str, Correction]:
     """The corrections of a file, as `read_adapter` reads them."""
     return read_adapter(path, network, text, lenient=lenient).corrections
 
 
-def read_adapter(path: str | Path, network: Network, text: Sequence[TextTower], *, lenient: bool = False) -> LoraFile:
+def read_adapter(path: str | Path, network: Network, text: Sequence[TextEncoder], *, lenient: bool = False) -> LoraFile:
     """A file of any of these forms, a folder that holds one, or a run, under this model's layer names.
 
     Tensors that fit no layer are refused, or with `lenient` left out and named as long as others fit. Raises ValueError
@@ -194,7 +194,7 @@ def is_lora(path: str | Path) -> bool:
     return any((found / n).is_file() for n in _NAMES) and not (found / "adapter.json").is_file()
 
 
-def _read_file(path: Path, network: Network, text: Sequence[TextTower], lenient: bool) -> LoraFile:
+def _read_file(path: Path, network: Network, text: Sequence[TextEncoder], lenient: bool) -> LoraFile:
     where = f"LoRA {str(path)!r}"
     source, notes = weights.open_file(path, prefix="LoRA "), weights.metadata(path)
     own = all_sites(network, text) | other_sites(network, text)
