@@ -54,7 +54,7 @@ class Schedule(Protocol):
     def sample(self, u: Tensor) -> Tensor: ...
 
     def of_tokens(self, tokens: int, steps: int | None = None) -> Schedule:
-        """The schedule of a picture of so many image tokens, drawn in so many steps; itself unless it depends on them."""
+        """The schedule of a picture of so many image tokens in so many steps; itself unless it depends on them."""
         ...
 
 
