@@ -340,7 +340,7 @@ def _flow(s: Settings, grid: FlowGrid) -> OwnSampler:
     spreads: dict[str, Spread] = {
         "use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta",
     }  # fmt: skip
-    asked = [spread for key, spread in spreads.items() if s[key]]
+    asked: list[Spread] = [spread for key, spread in spreads.items() if s[key]]
     if len(asked) > 1:
         raise _unlike(cls, f"with {' and '.join(k for k in spreads if s[k])}: only one of them can be")
     name = "lcm" if cls == "FlowMatchLCMScheduler" or s["stochastic_sampling"] else "euler"

@@ -136,7 +136,7 @@ class SigmaSqrt:
 
 @dataclass(frozen=True, kw_only=True)
 class CosMapWeight:
-    """2 / (pi (1 - 2 sigma + 2 sigma^2)), the density of `CosMap` as a weight, on the output or `of` x_0 (diffusers)."""
+    """2 / (pi (1 - 2 sigma + 2 sigma^2)), `CosMap`'s density as a weight, on the output or `of` x_0 (diffusers)."""
 
     kind: Literal["cosmap"] = "cosmap"
     of: Of = "output"

@@ -95,7 +95,7 @@ def test_the_double_shift_digit_by_digit(shift, total):
     for steps in [*range(1, 60), 100, 150]:
         scheduler.set_timesteps(steps)
         path = own.own.times(own.schedule, steps)
-        assert (np.array(path) / total).astype(np.float32).tolist() == scheduler.sigmas[:-1].tolist()
+        assert (np.array(path) / total).astype(np.float32).tolist() == scheduler.sigmas.tolist()[:-1]
 
 
 @pytest.mark.parametrize("spread", ["", "karras", "exponential", "beta"])
