@@ -52,7 +52,7 @@ def test_mode(scale):
         return np.array([1 - optimize.brentq(lambda v, t=t: curve(v) - t, 0, 1, xtol=1e-14) for t in x])
 
     assert distance(Mode(scale=scale), cdf) < 2e-4
-    assert bool((Mode(scale=scale).warp(EVEN).diff() > 0).all())
+    assert bool((Mode(scale=scale).warp(EVEN).diff() >= 0).all())
 
 
 def test_cosmap():
