@@ -78,9 +78,9 @@ def encode_prompts(
     """What `encode_texts` gives, of prompts whose tokens go into `chunks` contexts, one after the other.
 
     Each chunk is a text of its own with its markers; a prompt that ends early has empty ones. The states are
-    (B, nT, D), the pooled vector is the first chunk's. `weighted` reads weights: the states of a part's tokens times its
-    weight, all other states as they are. With one chunk all of the prompt goes into it. Without weights in a prompt, and
-    one chunk, this is `encode_texts`.
+    (B, nT, D), the pooled vector is the first chunk's. `weighted` reads weights: the states of a part's tokens times
+    its weight, all other states as they are. With one chunk all of the prompt goes into it. Without weights in a
+    prompt, and one chunk, this is `encode_texts`.
 
     Only CLIP's towers have chunks: beside them T5 reads all of a prompt at once. Raises ValueError for a prompt that
     does not fit then, and for weights in a prompt for an encoder that cannot have them (Qwen3).
