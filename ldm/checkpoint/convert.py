@@ -12,14 +12,14 @@ from torch.nn import Module
 
 from ldm.checkpoint import weights
 from ldm.checkpoint.folder import open_folder, open_network, open_vae, write_folder
-from ldm.checkpoint.opened import Components, Opened, OpenedText, fill, load_tower, shapes_of
+from ldm.checkpoint.opened import Components, Opened, OpenedText, component, fill, load_encoder, shapes_of
 from ldm.checkpoint.opened import empty as _empty
 from ldm.checkpoint.single import open_single, write_single
 from ldm.checkpoint.towers import open_text
 from ldm.models.network import Network
 from ldm.models.networks import AnyNetwork
 from ldm.models.shipped import SHIPPED
-from ldm.models.text import Output, TextTower
+from ldm.models.text import Output, TextEncoder, TextTower
 from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.words import expanded, near
 
@@ -48,7 +48,7 @@ def save_diffusers(
     *,
     network: Network,
     autoencoder: Autoencoder,
-    text: Sequence[TextTower],
+    text: Sequence[TextEncoder],
     scheduler: Mapping[str, Any],
     dtype: torch.dtype | None = None,
     shard_bytes: int = weights.SHARD_BYTES,
@@ -67,7 +67,7 @@ def save_single(
     *,
     network: Network,
     autoencoder: Autoencoder,
-    text: Sequence[TextTower],
+    text: Sequence[TextEncoder],
     scheduler: Mapping[str, Any],
     dtype: torch.dtype | None = None,
 ) -> None:
@@ -168,7 +168,9 @@ def load_text(
     """A frozen text tower from HF `CLIPTextModel(WithProjection)` files."""
     opened = open_text(Path(folder), Path(tokenizer), output=output, zero_empty=zero_empty, variant=variant)
     weights.check_keys(str(folder), shapes_of(opened.config), weights.shapes(opened.source))
-    return load_tower(opened, dtype, str(folder))
+    tower = load_encoder(opened, dtype, str(folder))
+    assert isinstance(tower, TextTower)
+    return tower
 
 
 def convert(
@@ -196,5 +198,5 @@ def convert(
         write_single(target, model, dtype=dtype)
     else:
         write_folder(target, model, dtype=dtype)
-    counts = {"unet": len(model.unet), "vae": len(model.vae)}
+    counts = {component(model.network_config): len(model.network), "vae": len(model.vae)}
     return counts | {f"text {i + 1}": len(t.source) for i, t in enumerate(model.text)}

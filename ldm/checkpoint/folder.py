@@ -12,23 +12,40 @@ from typing import Any
 
 import torch
 
-from ldm.checkpoint import maps, towers, weights
-from ldm.checkpoint.index import INPAINT, LCM, SD, UNUSED, XL, XL_INPAINT, check_index, read_scheduler, two_towers
-from ldm.checkpoint.opened import Opened
+from ldm.checkpoint import maps, weights
+from ldm.checkpoint.index import UNUSED, check_index, read_scheduler
+from ldm.checkpoint.model_text import open_encoders, open_towers, usual, write_one
+from ldm.checkpoint.opened import Opened, component
+from ldm.checkpoint.pipelines import (
+    LAYOUTS,
+    LCM,
+    VERSION,
+    check_text,
+    index_of,
+    kind_of,
+    network_class,
+    pipeline_of,
+    projected,
+)
 from ldm.checkpoint.settings import read_json, write_json
-from ldm.checkpoint.tokenizers import save_tokenizer
-from ldm.checkpoint.towers import open_text
 from ldm.config.load import decode, encode
-from ldm.models.networks import AnyNetwork
-from ldm.models.text import Output, build_tokenizer
+from ldm.models import others
+from ldm.models.networks import AnyNetwork, diffusers_keys
+from ldm.models.transformers.flux import FluxConfig
+from ldm.models.transformers.pixart import PixArtConfig
+from ldm.models.transformers.sd3 import SD3Config
 from ldm.models.unet import UNetConfig
 from ldm.models.vae.autoencoder import AutoencoderConfig
 
 log = logging.getLogger(__name__)
-NETWORKS = ("unet",)
+NETWORKS = ("unet", "transformer")
 """Folders that a denoising network may be in."""
-STEM, TEXT_STEM = "diffusion_pytorch_model", towers.STEM
-VERSION = "0.30.0"  # of diffusers, whose format this is
+STEM = "diffusion_pytorch_model"
+_TRANSFORMERS: dict[str, tuple[type[AnyNetwork], Any]] = {
+    "sd3": (SD3Config, others.transformer),
+    "flux": (FluxConfig, others.transformer),
+    "pixart": (PixArtConfig, others.pixart),
+}
 
 
 def write_folder(
@@ -41,9 +58,10 @@ def write_folder(
 ) -> None:
     """Write a folder that diffusers' pipelines load; it replaces an old one only when it is whole.
 
-    A "penultimate_norm" tower is written without its last layer, and the projection of a single tower is left out, as
-    in the published folders.
+    A "penultimate_norm" tower is written without its last layer, and the projection of a U-Net's single tower is left
+    out, as in the published folders. Raises ValueError for text encoders that the family's pipeline does not have.
     """
+    check_text(model)
     beside = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -54,20 +72,21 @@ def write_folder(
         weights.write_folder(beside / name, stem, source, dtype=dtype, variant=variant, shard_bytes=shard_bytes)
 
     try:
-        part("unet", _unet_json(model.unet_config), model.unet, STEM)
+        part(component(model.network_config), _network_json(model.network_config), model.network, STEM)
         vae = {"_class_name": "AutoencoderKL", "_diffusers_version": VERSION, **encode(model.vae_config)}
         part("vae", vae, model.vae, STEM)
-        for i, tower in enumerate(model.text):
-            config, source = towers.text_part(tower, projected=len(model.text) > 1 and i == len(model.text) - 1)
-            part(_numbered("text_encoder", i), config, source, TEXT_STEM)
-            tokenizer = build_tokenizer(tower.config)
-            save_tokenizer(beside / _numbered("tokenizer", i), tokenizer, tower.config.added)
+        unet = isinstance(model.network_config, UNetConfig)
+        likes = (None,) * len(model.text) if unet else usual(model.network_config)
+        for i, (tower, like) in enumerate(zip(model.text, likes, strict=False)):
+            if tower.config.kind != "none":
+                how: dict[str, Any] = {"dtype": dtype, "variant": variant, "shard_bytes": shard_bytes}
+                write_one(beside, i, tower, like, projected(model, i), **how)
         (beside / "scheduler").mkdir()
         scheduler = {"_class_name": "DDIMScheduler", **model.scheduler}
-        if _pipeline(model) == LCM and scheduler["_class_name"] == "DDIMScheduler":  # which their pipeline cannot use
+        if pipeline_of(model) == LCM and scheduler["_class_name"] == "DDIMScheduler":  # which their pipeline cannot use
             scheduler["_class_name"] = "LCMScheduler"
         write_json(beside / "scheduler" / "scheduler_config.json", scheduler)
-        write_json(beside / "model_index.json", _index(model, scheduler["_class_name"]))
+        write_json(beside / "model_index.json", index_of(model, scheduler["_class_name"]))
         _replace(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -79,20 +98,17 @@ def open_folder(folder: Path, *, variant: str | None = None, lenient: bool = Fal
     Raises ValueError for a part that is missing or of a kind we do not have, and for configs we cannot honour.
     """
     index = read_json(folder / "model_index.json")
-    check_index(index, folder)
+    kind = check_index(index, folder)
     if left := [k for k in sorted(UNUSED) if (folder / k).is_dir()]:
         log.info("%s: not used: %s", folder, ", ".join(left))
     scheduler = read_scheduler(folder, index)
-    two = two_towers(index, folder)
-    zeros = two and bool(index.get("force_zeros_for_empty_prompt", True))
-    output: Output = "penultimate" if two else "last"
-    text = []
-    for i in range(1 + two):
-        where, tokenizer = folder / _numbered("text_encoder", i), folder / _numbered("tokenizer", i)
-        text.append(open_text(where, tokenizer, output=output, zero_empty=zeros, variant=variant, lenient=lenient))
-    unet_config, unet = open_network(folder / "unet", variant=variant)
+    config, network = open_network(folder / ("transformer" if kind in LAYOUTS else "unet"), variant=variant)
+    if kind in LAYOUTS:
+        text = open_encoders(folder, index, config, variant=variant, lenient=lenient)
+    else:
+        text = open_towers(folder, index, variant=variant, lenient=lenient)
     vae_config, vae = open_vae(folder / "vae", variant=variant)
-    return Opened(str(folder), unet_config, unet, vae_config, vae, tuple(text), scheduler)
+    return Opened(str(folder), config, network, vae_config, vae, text, scheduler)
 
 
 _VAE_DEFAULTS = {"block_out_channels": [64], "layers_per_block": 1, "sample_size": 32}
@@ -105,8 +121,17 @@ def network_in(folder: Path) -> Path | None:
 
 
 def open_network(folder: Path, *, variant: str | None = None) -> tuple[AnyNetwork, weights.Source]:
-    """The network in its own folder."""
-    plain = _own(read_json(folder / "config.json"), "UNet2DConditionModel", folder)
+    """The network in its own folder, of whichever kind its class is."""
+    given = read_json(folder / "config.json")
+    kind = kind_of({"transformer": ["diffusers", given.get("_class_name")]})
+    if kind in _TRANSFORMERS:
+        cls, forms = _TRANSFORMERS[kind]
+        plain = forms({k: v for k, v in given.items() if k == "_class_name" or not k.startswith("_")}, str(folder))
+        return decode(cls, plain, str(folder)), weights.open_folder(folder, STEM, variant)
+    if folder.name == "transformer":
+        known = [name for layout in LAYOUTS.values() for name in layout.network]
+        raise ValueError(f"{folder}: _class_name {given.get('_class_name')!r} is not one of {known}")
+    plain = _own(given, "UNet2DConditionModel", folder)
     return decode(UNetConfig, plain, str(folder)), weights.open_folder(folder, STEM, variant)
 
 
@@ -117,47 +142,12 @@ def open_vae(folder: Path, *, variant: str | None = None) -> tuple[AutoencoderCo
     return decode(AutoencoderConfig, plain, str(folder)), maps.modern_vae(weights.open_folder(folder, STEM, variant))
 
 
-def _numbered(name: str, index: int) -> str:
-    return f"{name}_{index + 1}" if index else name
-
-
-def _index(model: Opened, scheduler: str) -> dict[str, Any]:
-    """`model_index.json`: the pipeline that fits the U-Net, and the class of each part."""
-    two = len(model.text) > 1
-    index: dict[str, Any] = {"_class_name": _pipeline(model), "_diffusers_version": VERSION}
-    nothing = ["feature_extractor", "image_encoder"] + ([] if two else ["safety_checker"])
-    index |= {key: [None, None] for key in nothing}
-    index |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
-    index |= {"scheduler": ["diffusers", scheduler]}
-    for i in range(len(model.text)):
-        projected = two and i == len(model.text) - 1
-        cls = "CLIPTextModelWithProjection" if projected else "CLIPTextModel"
-        index[_numbered("text_encoder", i)] = ["transformers", cls]
-        index[_numbered("tokenizer", i)] = ["transformers", "CLIPTokenizer"]
-    if two:
-        index["force_zeros_for_empty_prompt"] = model.text[0].config.zero_empty
-    else:
-        index["requires_safety_checker"] = False
-    return index
-
-
-def _pipeline(model: Opened) -> str:
-    """The class of the pipeline that fits."""
-    config, two = model.unet_config, len(model.text) > 1
-    scheduler = model.scheduler.get("_class_name", "DDIMScheduler"), model.scheduler.get("timestep_spacing")
-    progressive = scheduler == ("DDIMScheduler", "trailing")  # a student that is told its guidance and drawn by DDIM
-    if config.time_cond_proj_dim is not None and not two and not progressive:
-        return LCM
-    if config.in_channels == 2 * config.out_channels + 1:
-        return XL_INPAINT if two else INPAINT
-    return XL if two else SD
-
-
-def _unet_json(config: UNetConfig) -> dict[str, Any]:
-    heads = config.heads if len(set(config.heads)) > 1 else config.heads[0]
-    plain = encode(replace(config, attention_head_dim=heads, num_attention_heads=None))
-    del plain["kind"]  # which the class tells
-    return {"_class_name": "UNet2DConditionModel", "_diffusers_version": VERSION, **plain}
+def _network_json(config: AnyNetwork) -> dict[str, Any]:
+    about = {"_class_name": network_class(config), "_diffusers_version": VERSION}
+    if isinstance(config, UNetConfig):
+        heads = config.heads if len(set(config.heads)) > 1 else config.heads[0]
+        config = replace(config, attention_head_dim=heads, num_attention_heads=None)
+    return about | encode(diffusers_keys(config))
 
 
 def _own(config: dict[str, Any], cls: str, where: Path) -> dict[str, Any]:

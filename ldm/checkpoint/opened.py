@@ -6,7 +6,7 @@ import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,12 +15,14 @@ from ldm.checkpoint import weights
 from ldm.checkpoint.weights import Source
 from ldm.models import networks
 from ldm.models.network import Network
-from ldm.models.text import TextConfig, TextTower
-from ldm.models.unet import UNetConfig
+from ldm.models.networks import AnyNetwork
+from ldm.models.text import AnyText, TextEncoder, build_encoder, filled_encoder
 from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.vae.latents import LatentCodec
 
 log = logging.getLogger(__name__)
+AnyConfig = AnyNetwork | AutoencoderConfig | AnyText
+"""Settings of a part that has weights."""
 
 
 @dataclass
@@ -30,15 +32,15 @@ class Components:
     network: Network
     autoencoder: Autoencoder
     codec: LatentCodec
-    text: list[TextTower]
+    text: list[TextEncoder]
     scheduler: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class OpenedText:
-    """A text tower."""
+    """A text encoder."""
 
-    config: TextConfig
+    config: AnyText
     source: Source
 
 
@@ -47,8 +49,8 @@ class Opened:
     """A whole model; `check` tells whether the tensors are those of the configs."""
 
     where: str
-    unet_config: UNetConfig
-    unet: Source
+    network_config: AnyNetwork
+    network: Source
     vae_config: AutoencoderConfig
     vae: Source
     text: tuple[OpenedText, ...]
@@ -56,7 +58,7 @@ class Opened:
 
     @staticmethod
     def of(
-        network: Network, autoencoder: Autoencoder, text: Sequence[TextTower], scheduler: Mapping[str, Any]
+        network: Network, autoencoder: Autoencoder, text: Sequence[TextEncoder], scheduler: Mapping[str, Any]
     ) -> Opened:
         """Modules in memory."""
         return Opened(
@@ -75,7 +77,7 @@ class Opened:
         With `lenient` tensors that the configs do not know are left out and named.
         """
 
-        def own(what: str, source: Source, config: UNetConfig | AutoencoderConfig | TextConfig) -> Source:
+        def own(what: str, source: Source, config: AnyConfig) -> Source:
             shapes = shapes_of(config)
             if lenient and (extra := sorted(set(source) - set(shapes))):
                 log.warning("%s: %s: left out %s", self.where, what, weights.listed(extra))
@@ -84,40 +86,54 @@ class Opened:
 
         return replace(
             self,
-            unet=own("U-Net", self.unet, self.unet_config),
+            network=own(title(self.network_config), self.network, self.network_config),
             vae=own("autoencoder", self.vae, self.vae_config),
-            text=tuple(replace(t, source=own("text tower", t.source, t.config)) for t in self.text),
+            text=tuple(replace(t, source=own("text encoder", t.source, t.config)) for t in self.text),
         )
 
     def check(self) -> Opened:
         """This, or ValueError listing keys that are missing, unknown or of another shape."""
-        weights.check_keys(f"{self.where}: U-Net", shapes_of(self.unet_config), weights.shapes(self.unet))
+        what = f"{self.where}: {title(self.network_config)}"
+        weights.check_keys(what, shapes_of(self.network_config), weights.shapes(self.network))
         weights.check_keys(f"{self.where}: autoencoder", shapes_of(self.vae_config), weights.shapes(self.vae))
         for tower in self.text:
-            weights.check_keys(f"{self.where}: text tower", shapes_of(tower.config), weights.shapes(tower.source))
+            weights.check_keys(f"{self.where}: text encoder", shapes_of(tower.config), weights.shapes(tower.source))
         return self
 
     def load(self, dtype: torch.dtype = torch.float32) -> Components:
         """Read all weights as `dtype`."""
         self.check()
-        network = fill(empty(self.unet_config), self.unet, dtype, f"{self.where}: U-Net")
+        what = f"{self.where}: {title(self.network_config)}"
+        network = fill(empty(self.network_config), self.network, dtype, what)
         autoencoder = fill(empty(self.vae_config), self.vae, dtype, f"{self.where}: autoencoder")
         assert isinstance(network, Network)
         assert isinstance(autoencoder, Autoencoder)
-        text = [load_tower(tower, dtype, f"{self.where}: text tower") for tower in self.text]
+        text = [load_encoder(tower, dtype, f"{self.where}: text encoder") for tower in self.text]
         return Components(network, autoencoder, LatentCodec.of(autoencoder), text, dict(self.scheduler))
 
 
-def empty(config: UNetConfig | AutoencoderConfig | TextConfig) -> nn.Module:
+def title(config: AnyNetwork) -> str:
+    """What messages call the network of these settings."""
+    return networks.NETWORKS[type(config)].title
+
+
+def component(config: AnyNetwork) -> str:
+    """Its folder in diffusers' layout."""
+    return networks.NETWORKS[type(config)].component
+
+
+def empty(config: AnyConfig) -> nn.Module:
     """The module without memory for its weights."""
     with torch.device("meta"):
-        if isinstance(config, UNetConfig):
-            return networks.build(config)
-        return Autoencoder(config) if isinstance(config, AutoencoderConfig) else TextTower(config).model
+        if isinstance(config, tuple(networks.NETWORKS)):
+            return networks.build(cast("AnyNetwork", config))
+        if isinstance(config, AutoencoderConfig):
+            return Autoencoder(config)
+        return build_encoder(cast("AnyText", config)).model
 
 
 @functools.lru_cache(maxsize=16)
-def shapes_of(config: UNetConfig | AutoencoderConfig | TextConfig) -> Mapping[str, torch.Size]:
+def shapes_of(config: AnyConfig) -> Mapping[str, torch.Size]:
     """Native names and shapes, to be read alone: they are kept."""
     return {k: v.shape for k, v in empty(config).state_dict().items()}
 
@@ -128,8 +144,11 @@ def fill(model: nn.Module, source: Source, dtype: torch.dtype, where: str = "wei
     return model.eval()
 
 
-def load_tower(opened: OpenedText, dtype: torch.dtype, where: str = "weights") -> TextTower:
-    """A frozen tower with its tokenizer."""
-    tower = TextTower(opened.config)
-    tower.model.load_state_dict(weights.read_all(opened.source, dtype, where), strict=True, assign=True)
-    return tower.to(dtype).requires_grad_(False).eval()
+def load_encoder(opened: OpenedText, dtype: torch.dtype, where: str = "weights") -> TextEncoder:
+    """A frozen text encoder with its tokenizer; weights that would overflow in float16 stay in float32."""
+    with torch.device("meta"):
+        bare = build_encoder(opened.config)
+    state = {}
+    for key, entry in opened.source.items():
+        state |= weights.read_all({key: entry}, bare.kept(key, dtype), where)
+    return filled_encoder(opened.config, state, dtype)

@@ -72,7 +72,7 @@ def write_single(path: Path, model: Opened, *, dtype: torch.dtype | None = None)
     about = _about(model)
     how = scheduler_from_diffusers(model.scheduler)
     zero = isinstance(how.schedule, Discrete) and how.schedule.zero_terminal_snr
-    told = model.unet_config.time_cond_proj_dim is not None
+    told = model.network_config.time_cond_proj_dim is not None
     for line in cautions(how.prediction.kind, zero, len(model.text), told):
         log.warning("%s: %s", path, line)
     new = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -85,8 +85,8 @@ def write_single(path: Path, model: Opened, *, dtype: torch.dtype | None = None)
 
 def tensors(model: Opened) -> dict[str, Entry]:
     """What a single file of the model holds."""
-    names = _unet_names(model.unet_config)
-    out = maps.prefixed(UNET, maps.follow(maps.renaming(names), model.unet, "U-Net"))
+    names = _unet_names(model.network_config)
+    out = maps.prefixed(UNET, maps.follow(maps.renaming(names), model.network, "U-Net"))
     vae = maps.renaming(maps.vae_to_compvis(model.vae, len(model.vae_config.block_out_channels)))
     out |= maps.prefixed(VAE, maps.follow(vae, model.vae, "autoencoder"))
     for i, tower in enumerate(model.text):
@@ -101,7 +101,7 @@ def tensors(model: Opened) -> dict[str, Entry]:
 def _about(model: Opened) -> dict[str, str]:
     """The file's metadata."""
     config = {
-        "unet": encode(model.unet_config),
+        "unet": encode(model.network_config),
         "vae": encode(model.vae_config),
         "text": [encode(t.config) for t in model.text],
         "scheduler": dict(model.scheduler),

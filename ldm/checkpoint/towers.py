@@ -121,6 +121,7 @@ def _pooled_at(eos: Any, config: TextConfig, where: Path) -> Literal["end", "lar
 
 def text_part(tower: OpenedText, *, projected: bool) -> tuple[dict[str, Any], weights.Source]:
     """`config.json` and HF-named weights, those of the projection only if it is `projected`."""
+    assert isinstance(tower.config, TextConfig)
     layers = tower.config.layers - (tower.config.output == "penultimate_norm")
     cut = (f"transformer.resblocks.{layers}.",) + (() if projected else ("text_projection",))
     source = {k: e for k, e in tower.source.items() if not k.startswith(cut)}

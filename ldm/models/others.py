@@ -1,4 +1,4 @@
-"""The forms in which others write the settings of U-Nets and autoencoders, turned into ours; the meaning stays strict.
+"""The forms in which others write settings of networks and autoencoders, turned into ours; the meaning stays strict.
 
 null is the default of a key, as old files and diffusers' own have it; keys that say where a file comes from, or how its
 weights were averaged, change nothing and are left out. A value that would change the result is left for the config to
@@ -64,6 +64,35 @@ def autoencoder(data: dict[str, Any], where: str) -> dict[str, Any]:
     data = plain(data, where)
     neutral = [k for k, v in (("latents_mean", 0), ("latents_std", 1)) if _alike(data.get(k)) and data[k][0] == v]
     return {k: v for k, v in data.items() if k not in neutral}
+
+
+def transformer(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """Of diffusers' transformers; null is not always the default of a key there, and stays."""
+    if told := sorted(set(data) & {*ORIGIN, *AVERAGE}):
+        log.info("%s: these keys change nothing: %s", where, ", ".join(told))
+    data = {k: v for k, v in data.items() if k not in told and k != "_class_name"}
+    if _alike(data.get("sample_size")):
+        data["sample_size"] = data["sample_size"][0]
+    return data
+
+
+_PIXART = {
+    "double_self_attention": False,
+    "only_cross_attention": False,
+    "num_vector_embeds": None,
+    "use_linear_projection": False,
+}
+"""Keys of diffusers' Transformer2DModel, as PixArt was published at first, with the one value that changes nothing."""
+
+
+def pixart(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """Of diffusers' PixArtTransformer2DModel, or of Transformer2DModel, whose `norm_type` makes it a PixArt."""
+    if data.get("_class_name") == "Transformer2DModel" and data.get("norm_type") != "ada_norm_single":
+        raise ValueError(f"{where}: norm_type {data.get('norm_type')!r} is not 'ada_norm_single', which PixArt has")
+    data = transformer(data, where)
+    if data.get("dropout") == 0:
+        data["dropout"] = 0.0
+    return {k: v for k, v in data.items() if k not in _PIXART or v != _PIXART[k]}
 
 
 def _alike(value: Any) -> bool:

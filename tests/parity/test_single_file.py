@@ -54,12 +54,12 @@ def test_unet_and_autoencoder_names_are_those_diffusers_reads(name: str) -> None
     file = {k: e.read() for k, e in single.tensors(model).items()}
     config = {
         "layers_per_block": 2,
-        "addition_embed_type": model.unet_config.addition_embed_type,
+        "addition_embed_type": model.network_config.addition_embed_type,
         "class_embed_type": None,
         "num_class_embeds": None,
     }
     theirs = convert_ldm_unet_checkpoint(dict(file), config)
-    native = single._unet_names(model.unet_config)
+    native = single._unet_names(model.network_config)
     assert set(theirs) == set(native)
     assert all(theirs[k] is file[single.UNET + other] for k, other in native.items())
     theirs = convert_ldm_vae_checkpoint(
@@ -115,8 +115,8 @@ def test_strangers_files_are_recognised(name: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(weights, "open_file", lambda path: {**stored, **weights.of_state(extra)})
     monkeypatch.setattr(weights, "metadata", lambda path: {})
     opened = single.open_single(Path("model.safetensors")).check()
-    assert opened.unet_config.in_channels == model.unet_config.in_channels
-    assert shapes_of(opened.unet_config) == shapes_of(model.unet_config)
+    assert opened.network_config.in_channels == model.network_config.in_channels
+    assert shapes_of(opened.network_config) == shapes_of(model.network_config)
     assert opened.vae_config == model.vae_config
     assert [t.config for t in opened.text] == [t.config for t in model.text]
     assert opened.scheduler == model.scheduler

@@ -114,7 +114,7 @@ def test_a_projection_in_the_network_in_the_other_shape(opening: Open) -> None:
     key = "model.diffusion_model.input_blocks.1.1.proj_in.weight"
     assert stored[key].shape == (320, 320, 1, 1)
     stored[key] = entry(320, 320, value=2.0)
-    found = opening(stored).unet["down_blocks.0.attentions.0.proj_in.weight"]
+    found = opening(stored).network["down_blocks.0.attentions.0.proj_in.weight"]
     assert found.shape == (320, 320, 1, 1)
     assert found.read().shape == (320, 320, 1, 1)
 
@@ -142,7 +142,7 @@ def test_a_few_unknown_tensors(opening: Open, caplog: pytest.LogCaptureFixture) 
         opening(stored)
     with caplog.at_level(logging.WARNING):
         found = opening(stored, lenient=True)
-    assert set(found.unet) == set(shapes_of(found.unet_config))
+    assert set(found.network) == set(shapes_of(found.network_config))
     assert all(word in caplog.text for word in ("surprise", "other", "text_model.more", "lora_something"))
     del stored["model.diffusion_model.out.0.weight"]
     with pytest.raises(ValueError, match=r"U-Net: missing 1 key\(s\): out\.0\.weight"):
