@@ -18,6 +18,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 BACKENDS = ("auto", "xformers", "sdpa", "reference")
+ALIGNED = 8
 _chosen: dict[str, str] = {}
 _xformers: Any = None
 _slice: int | None = None
@@ -69,20 +70,21 @@ def sliced(queries: int | None) -> Iterator[None]:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v for q (B, T, H, D), k and v (B, S, H, D), mask (B or 1, H or 1, T, S) added or bool.
+    """softmax(q k^T / sqrt(D)) v for q (B, T, H, D), k and v (B, S, H, D), mask added or bool.
 
-    Returns (B, T, H, D). A boolean mask is True where a key is seen. Compiled before any choice it is SDPA.
+    The mask is (B or 1, H or 1, T or 1, S). Returns (B, T, H, D). A boolean mask is True where a key is seen. Compiled before any choice it is SDPA.
     """
     if _slice is not None and q.shape[1] > _slice:
-        masks = [mask] * q.shape[1] if mask is None else mask.split(_slice, dim=2)
-        return torch.cat([_attention(part, k, v, m) for part, m in zip(q.split(_slice, dim=1), masks)], dim=1)
+        parts = q.split(_slice, dim=1)
+        masks = [mask] * len(parts) if mask is None or mask.shape[2] == 1 else mask.split(_slice, dim=2)
+        return torch.cat([_attention(part, k, v, m) for part, m in zip(parts, masks, strict=True)], dim=1)
     return _attention(q, k, v, mask)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     backend = _chosen.get(q.device.type) or ("sdpa" if torch.compiler.is_compiling() else choose(q.device))
     if backend == "xformers":
-        bias = None if mask is None else _bias(mask, q).expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        bias = None if mask is None else _aligned(_bias(mask, q)).expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
         return _xformers.memory_efficient_attention(q, k, v, attn_bias=bias)
     if backend == "sdpa" and mask is None and _slow_backward(q, k):
         return _products(q, k, v)
@@ -121,6 +123,12 @@ def _bias(mask: Tensor, like: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         return mask.to(like.dtype)
     return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(~mask, -math.inf)
+
+
+def _aligned(bias: Tensor) -> Tensor:
+    """The same numbers in rows of a multiple of 8, which xformers' kernels want (PixArt's text has 300 tokens)."""
+    keys = bias.shape[-1]
+    return F.pad(bias, (0, -keys % ALIGNED))[..., :keys] if keys % ALIGNED else bias.contiguous()
 
 
 def _why_not_xformers(kind: str) -> str:

@@ -121,7 +121,6 @@ class Attention(nn.Module):
         q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (self.to_q(x), k, v))
         q = _turned(q, self.norm_q, rotary)
         k = _turned(k, self.norm_k, rotary)
-        mask = None if mask is None else mask.expand(-1, -1, x.shape[1], -1)
         out = attention(q, k, v, mask).flatten(2)
         return out if self.to_out is None else self.to_out[0](out)
 
