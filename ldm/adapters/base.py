@@ -37,5 +37,5 @@ def freeze(network: Network, text: Sequence[TextTower]) -> None:
         module.requires_grad_(False)
 
 
-COMPONENTS = ("text_encoder", "text_encoder_2")
-"""Names of the text towers in files, as in diffusers' folders."""
+COMPONENTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+"""Names of the text encoders in files, as in diffusers' folders."""

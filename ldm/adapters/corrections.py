@@ -122,3 +122,27 @@ class Difference(Correction):
 
     def change(self) -> Tensor:
         return self.value.double()
+
+
+@dataclass(frozen=True)
+class Rows(Correction):
+    """Rows of another correction, which has no magnitudes: its `spans` [start, stop), one after another."""
+
+    whole: Correction
+    spans: tuple[tuple[int, int], ...]
+    magnitude: Tensor | None = None
+    axis: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(stop - start for start, stop in self.spans), *self.whole.shape[1:])
+
+    def change(self) -> Tensor:
+        whole = self.whole.change()
+        return torch.cat([whole[start:stop] for start, stop in self.spans])
+
+    def to(self, device: torch.device) -> Correction:
+        return replace(super().to(device), whole=self.whole.to(device))  # type: ignore[type-var]
+
+    def bad(self) -> bool:
+        return super().bad() or self.whole.bad()

@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ldm.adapters.base import freeze
+from ldm.adapters.sites import pooled_of
 from ldm.models.network import Network
 from ldm.models.text import TextTower
 from ldm.types import Cond
@@ -54,10 +55,9 @@ class FullAdapter:
         network.requires_grad_(True).train()
         if not self.config.text:
             return network
-        pooled = "pooled" in network.needs
-        for i, tower in enumerate(text):
+        for tower, pooled in zip(text, pooled_of(network, text), strict=True):
             for name, p in tower.model.named_parameters():
-                p.requires_grad_(_matters(name, tower, pooled=pooled and i == len(text) - 1))
+                p.requires_grad_(not isinstance(tower, TextTower) or _matters(name, tower, pooled=pooled))
         return Together(network, text)
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

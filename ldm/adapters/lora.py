@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ldm.adapters.base import freeze
 from ldm.adapters.corrections import Corrections
 from ldm.adapters.low_rank import Lora, LowRank, row_norms
-from ldm.adapters.sites import Site, chosen, network_sites, text_sites
+from ldm.adapters.sites import Site, chosen, network_sites, pooled_of, text_sites, towers, usual_targets
 from ldm.models.network import Network
 from ldm.models.text import TextTower
 from ldm.types import Cond
@@ -28,16 +28,16 @@ from ldm.types import Cond
 class LoraConfig:
     """Corrections of rank `rank`, scaled by `alpha` / rank (no alpha: by 1), with `rslora` by `alpha` / sqrt(rank).
 
-    `targets`: groups (attention, feed_forward, projection, convolution, time) or ends of layer names ("attn2.to_k").
-    `text` adapts the text towers' layers of the same groups too. `dora` trains each output's magnitude beside the
-    direction.
+    `targets`: groups (attention, feed_forward, projection, convolution, time) or ends of layer names ("attn2.to_k");
+    None is what the family's community corrects (`usual_targets`). `text` adapts the CLIP towers' layers of the same
+    groups too, of attention for None. `dora` trains each output's magnitude beside the direction.
     """
 
     kind: Literal["lora"] = "lora"
     rank: int = 4
     alpha: float | None = None
     dropout: float = 0.0
-    targets: tuple[str, ...] = ("attention",)
+    targets: tuple[str, ...] | None = None
     text: bool = False
     dora: bool = False
     rslora: bool = False
@@ -49,7 +49,7 @@ class LoraConfig:
             raise ValueError(f"alpha must be above 0, got {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        if not self.targets:
+        if self.targets is not None and not self.targets:
             raise ValueError("targets must not be empty")
 
     @property
@@ -197,9 +197,19 @@ class LoraAdapter:
         """Freeze the model and put corrections on it, which start as none."""
         freeze(network, text)
         network.train()
-        pooled = "pooled" in network.needs
-        words = text_sites(text, pooled=pooled) if self.config.text else []
-        sites = chosen([*network_sites(network), *words], self.config.targets)
+        words: list[Site] = []
+        if self.config.text:
+            if not towers(text):
+                raise ValueError(
+                    f"text: LoRA adapts CLIP towers alone, and the {network.title}'s text encoders are "
+                    f"{[type(one).__name__ for one in text]}; write text: false"
+                )
+            words = text_sites(text, pooled=pooled_of(network, text))
+        inner, targets = network_sites(network), self.config.targets
+        if targets is None:
+            sites = chosen(inner, usual_targets(network)) + (chosen(words, ("attention",)) if words else [])
+        else:
+            sites = chosen([*inner, *words], targets)
         return LoraNet(network, sites, self.config)
 
     def lora(self, weights: Mapping[str, Tensor]) -> Lora:

@@ -16,6 +16,11 @@ from ldm.models.network import Network
 from ldm.models.text import TextTower
 
 GROUPS = ("attention", "feed_forward", "projection", "convolution", "time")
+_JOINT = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+_ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
+_FEED = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+_USUAL: dict[str, tuple[str, ...]] = {"sd3": (*_JOINT, *_ADDED), "flux": (*_JOINT, *_ADDED, *_FEED)}
+"""What the scripts of a family's community correct, by the `kind` of its settings: diffusers' for SD3 and FLUX.1."""
 _TEXT = {
     "mlp.c_fc": ("mlp.fc1", "feed_forward"),
     "mlp.c_proj": ("mlp.fc2", "feed_forward"),
@@ -63,15 +68,32 @@ def network_sites(network: Network) -> list[Site]:
     return found
 
 
-def text_sites(text: Sequence[TextTower], *, pooled: bool | None = None) -> list[Site]:
-    """The linear layers of the towers' blocks; a last block that SD 2.x does not use is not in its files.
+def usual_targets(network: Network) -> tuple[str, ...]:
+    """The targets where none are named: those of the family's community, attention where it has no other habit."""
+    return _USUAL.get(getattr(network.config, "kind", ""), ("attention",))
 
-    With `pooled`, only of blocks that the conditioning depends on: whether it uses the last tower's pooled vector.
+
+def towers(text: Sequence[nn.Module]) -> list[tuple[str, TextTower]]:
+    """The CLIP towers among the text encoders, and the names of their folders: the only ones with layers here."""
+    return [(name, one) for name, one in zip(COMPONENTS, text, strict=False) if isinstance(one, TextTower)]
+
+
+def pooled_of(network: Network, text: Sequence[nn.Module]) -> list[bool]:
+    """For each text encoder, whether the network is given its pooled vector: a U-Net the last one's, others all."""
+    used = "pooled" in network.needs
+    return [used and (network.component != "unet" or i == len(text) - 1) for i in range(len(text))]
+
+
+def text_sites(text: Sequence[nn.Module], *, pooled: Sequence[bool] | None = None) -> list[Site]:
+    """The linear layers of the CLIP towers' blocks; a last block that SD 2.x does not use is not in its files.
+
+    With `pooled`, only of blocks that the conditioning depends on: for each encoder, whether its pooled vector is used.
     """
     found = []
-    for number, (component, tower) in enumerate(zip(COMPONENTS, text, strict=False)):
+    uses = dict(zip(COMPONENTS, pooled or [False] * len(text), strict=False))
+    for component, tower in towers(text):
         whole = tower.config.output == "last" or (tower.config.output == "penultimate" and pooled is None)
-        whole = whole or (bool(pooled) and number == len(text) - 1)
+        whole = whole or uses[component]
         for i, block in enumerate(tower.model.transformer.resblocks[: None if whole else -1]):
             prefix = f"{component}.text_model.encoder.layers.{i}."
             attention, width = block.attn, tower.config.width
@@ -89,12 +111,12 @@ def text_sites(text: Sequence[TextTower], *, pooled: bool | None = None) -> list
     return found
 
 
-def all_sites(network: Network, text: Sequence[TextTower]) -> dict[str, Site]:
+def all_sites(network: Network, text: Sequence[nn.Module]) -> dict[str, Site]:
     """Every site of a model by name."""
     return {site.name: site for site in [*network_sites(network), *text_sites(text)]}
 
 
-def other_sites(network: Network, text: Sequence[TextTower]) -> dict[str, Site]:
+def other_sites(network: Network, text: Sequence[nn.Module]) -> dict[str, Site]:
     """What only others' files correct: norms, biases under NAME.bias, the towers' projections."""
     found = {}
 
@@ -106,13 +128,13 @@ def other_sites(network: Network, text: Sequence[TextTower]) -> dict[str, Site]:
     for name, module in network.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             add(f"{network.component}.{name}", module, None, module.bias)
-        elif isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
-            add(f"{network.component}.{name}", module, module.weight, module.bias)
+        elif isinstance(weight := getattr(module, "weight", None), nn.Parameter) and weight.ndim == 1:  # a norm
+            add(f"{network.component}.{name}", module, weight, getattr(module, "bias", None))
     for site in text_sites(text):
         if site.bias is not None:
             own = f"{site.name}.bias"
             found[own] = Site(own, "bias", site.module, site.bias, None, site.start, site.stop)
-    for component, tower in zip(COMPONENTS, text, strict=False):
+    for component, tower in towers(text):
         for i, block in enumerate(tower.model.transformer.resblocks):
             for k, norm in enumerate((block.ln_1, block.ln_2), 1):
                 add(f"{component}.text_model.encoder.layers.{i}.layer_norm{k}", norm, norm.weight, norm.bias)  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """LoRA files both ways: diffusers' and PEFT's `pytorch_lora_weights.safetensors`, and kohya's single file.
 
 Read are these and what other tools write: LyCORIS' LoCon, LoHa, LoKr, DoRA, whole differences and norms, OneTrainer's
-names and bundled embeddings, PEFT's folders, pickled files that hold no code.
+names and bundled embeddings, XLabs' and the authors' of FLUX.1, PEFT's folders, pickled files that hold no code.
 """
 
 from __future__ import annotations
@@ -24,13 +24,26 @@ from ldm.adapters.lora import to_peft
 from ldm.adapters.low_rank import Lora, LowRank, as_plain
 from ldm.adapters.sites import Site, all_sites, other_sites
 from ldm.checkpoint import weights
-from ldm.checkpoint.lora_names import Named, is_xl, known_names, kohya_names, kohyas_own, plain, split
+from ldm.checkpoint.lora_families import family, foreign, known_names, kohya_layers, kohya_names, kohyas_own, of_t5
+from ldm.checkpoint.lora_layers import Layer, joined, rows_of
+from ldm.checkpoint.lora_names import Named, plain, split
 from ldm.checkpoint.lora_parts import Misfit, assemble
-from ldm.checkpoint.lora_settings import PEFT_FILES, header_alpha, settings_of
+from ldm.checkpoint.lora_settings import PEFT_FILES, Settings, header_alpha, settings_of
 from ldm.models.network import Network
+from ldm.models.networks import AnyNetwork
 from ldm.models.shipped import named as shipped
 from ldm.models.text import TextTower
-from ldm.models.unet import UNetConfig
+
+__all__ = [
+    "LoraFile",
+    "is_lora",
+    "kohya_holds",
+    "kohya_names",
+    "locate_lora",
+    "read_adapter",
+    "read_lora",
+    "write_lora",
+]
 
 log = logging.getLogger(__name__)
 NAME = "pytorch_lora_weights.safetensors"
@@ -39,6 +52,7 @@ FIT_RANK = 64
 Format = Literal["diffusers", "kohya"]
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _NAMES = (NAME, "pytorch_lora_weights.bin", *PEFT_FILES, "lora.safetensors")
+_FOLDERS = ("unet", "transformer", *COMPONENTS)
 _BUNDLED = re.compile(r"bundle_emb\.(.+?)\.(clip_l|clip_g|string_to_param\.\*|emb_params)$")
 
 
@@ -53,7 +67,7 @@ class LoraFile:
 def write_lora(
     path: Path,
     lora: Corrections,
-    unet: UNetConfig,
+    config: AnyNetwork,
     *,
     form: Format = "diffusers",
     dtype: torch.dtype = torch.float32,
@@ -61,26 +75,31 @@ def write_lora(
     sites: Mapping[str, Site] | None = None,
     rank: int = FIT_RANK,
 ) -> None:
-    """Write one file; `unet` is the base model's config, since kohya's names depend on it.
+    """Write one file; `config` is the base network's, since kohya's names depend on it.
 
     What a form cannot hold (in kohya's DoRA, in both LoHa and LoKr) is written as plain products of at most `rank`,
     which needs the base's `sites`; layers that its readers ignore are left out. Both are said. Raises ValueError where
     nothing is left.
     """
+    if form == "kohya" and family(config).header is None:
+        raise ValueError(
+            f"{path}: kohya's scripts know no {family(config).title(config)} network; write form 'diffusers'"
+        )
     held = _held(path, lora, form, sites, rank)
     notes = {"format": "pt", **(metadata or {})}
     if form == "diffusers":
         tensors = to_peft(held)
     else:
-        tensors = to_kohya(held, unet)
-        notes |= _kohya_notes(held, unet)
+        layers = _kohya_layers(held, config)
+        tensors = to_kohya(layers)
+        notes |= _kohya_notes(layers, config)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in tensors.items()}, path, metadata=notes)
 
 
-def kohya_holds(lora: Corrections, path: Path) -> bool:
-    """Whether kohya's form holds any of these layers; a file that would be empty is left out with a word."""
-    if any(kohyas_own(n) and len(low.shape) > 1 for n, low in lora.items()):
+def kohya_holds(lora: Corrections, path: Path, config: AnyNetwork | None = None) -> bool:
+    """Whether kohya's form holds any of these layers of a network; an empty file is left out with a word."""
+    if any(kohyas_own(n, config) and len(low.shape) > 1 for n, low in lora.items()):
         return True
     log.warning("%s: left out, since kohya's scripts know none of these layers, such as %s", path, next(iter(lora), ""))
     return False
@@ -151,7 +170,7 @@ def locate_lora(path: str | Path) -> list[Path]:
         for name in _NAMES:
             if (folder / name).is_file():
                 return [folder / name]
-        parts = [folder / c / n for c in ("unet", *COMPONENTS) for n in PEFT_FILES if (folder / c / n).is_file()]
+        parts = [folder / c / n for c in _FOLDERS for n in PEFT_FILES if (folder / c / n).is_file()]
         if parts:
             return parts
     if (path / "export" / "model_index.json").is_file() or (path / "model_index.json").is_file():
@@ -181,7 +200,7 @@ def _read_file(path: Path, network: Network, text: Sequence[TextTower], lenient:
     source, notes = weights.open_file(path, prefix="LoRA "), weights.metadata(path)
     own = all_sites(network, text) | other_sites(network, text)
     names = known_names(own, network.config)
-    component = f"{path.parent.name}." if path.name in PEFT_FILES and path.parent.name in ("unet", *COMPONENTS) else ""
+    component = f"{path.parent.name}." if path.name in PEFT_FILES and path.parent.name in _FOLDERS else ""
     parts: dict[str, dict[str, Tensor]] = {}
     bundled: dict[str, dict[str, Tensor]] = {}
     keys: dict[str, list[str]] = {}
@@ -191,13 +210,13 @@ def _read_file(path: Path, network: Network, text: Sequence[TextTower], lenient:
             bundled.setdefault(match[1], {})[match[2]] = value.float().view(-1, value.shape[-1])
             continue
         named = split(key)
-        site = None if named is None else names.get(plain(component + named.layer))
-        if named is None or site is None or not (value.is_floating_point() or named.part == "alpha"):
+        layer = None if named is None else plain(component + named.layer)
+        if named is None or layer not in names or not (value.is_floating_point() or named.part == "alpha"):
             unknown.append(key)
             continue
         adapters |= {named.adapter} - {""}
-        _put(parts.setdefault(site, {}), named, value.float(), key, where)
-        keys.setdefault(site, []).append(key)
+        _put(parts.setdefault(layer, {}), named, value.float(), key, where)
+        keys.setdefault(layer, []).append(key)
     if len(adapters) > 1:
         raise ValueError(f"{where}: holds the adapters {sorted(adapters)}; one a file is read")
     told = any("alpha" in p for p in parts.values())
@@ -206,16 +225,49 @@ def _read_file(path: Path, network: Network, text: Sequence[TextTower], lenient:
         header_alpha(notes, path)
     found: dict[str, Correction] = {}
     misfits = []
-    for site, own_parts in parts.items():
+    for name, own_parts in parts.items():
         try:
-            found |= _checked(assemble(site, own_parts, own[site].read().shape, settings), own)
+            made = _made(names[name], own_parts, own, settings)
         except Misfit as error:
             misfits.append(str(error))
-            unknown += keys[site]
+            unknown += keys[name]
+            continue
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-    _say_unknown(where, unknown, misfits, len(source), lenient)
+        if twice := sorted(set(made) & set(found)):
+            raise ValueError(f"{where}: {keys[name][0]!r} corrects {twice[0]}, which is there under another name too")
+        found |= made
+    widths = {k: e.shape[1] for k, e in source.items() if len(e.shape) > 1}
+    _say_unknown(where, unknown, misfits, len(source), lenient, foreign(widths, network.config))
     return LoraFile(found, {k: _bundle(v) for k, v in bundled.items()})
+
+
+def _made(layer: Layer, parts: dict[str, Tensor], own: Mapping[str, Site], settings: Settings) -> dict[str, Correction]:
+    """The corrections of the sites that a file's layer is. Raises Misfit where a shape is not the model's."""
+    sites = [own[p] for p in layer.parts]
+    shape = (sum(len(s.read()) for s in sites), *sites[0].read().shape[1:])
+    if "whole" in parts:
+        whole = parts["whole"]
+        if whole.shape != shape:
+            raise Misfit(
+                f"{layer.parts[0]} has shape {tuple(whole.shape)}, the model's is {shape}: another base model?"
+            )
+        parts = {**parts, "diff": whole - sites[0].read().float().to(whole.device)}
+        del parts["whole"]
+    name = layer.parts[0]
+    made = assemble(name, parts, shape, settings)
+    if layer.plain:
+        return _checked(made, own)
+    found: dict[str, Correction] = {}
+    for part, spans in zip(layer.parts, layer.spans(shape[0]), strict=True):
+        for suffix in ("", ".bias"):
+            if (low := made.get(name + suffix)) is not None:
+                if low.shape[0] != shape[0]:
+                    raise Misfit(
+                        f"{name}{suffix} has {low.shape[0]} outputs, the model's {shape[0]}: another base model?"
+                    )
+                found[part + suffix] = rows_of(low, spans)
+    return _checked(found, own)
 
 
 def _put(parts: dict[str, Tensor], named: Named, value: Tensor, key: str, where: str) -> None:
@@ -237,12 +289,16 @@ def _bundle(rows: Mapping[str, Tensor]) -> list[Tensor]:
     return [rows[k] for k in ("clip_l", "clip_g") if k in rows] or [next(iter(rows.values()))]
 
 
-def _say_unknown(where: str, unknown: list[str], misfits: list[str], total: int, lenient: bool) -> None:
-    """Raise for tensors that fit nothing; with `lenient` name them, as long as some fit."""
+def _say_unknown(where: str, unknown: list[str], misfits: list[str], total: int, lenient: bool, other: str) -> None:
+    """Raise for tensors that fit nothing; with `lenient` name them, as long as some fit. `other`: as `foreign` says."""
     if not unknown:
         return
     fit = total - len(unknown)
     why = misfits[0] if misfits else f"{unknown[0]!r} names no layer of this model; is it for another base model?"
+    if of_t5(unknown):
+        misfits, why = [*misfits, ""], "LoRA on T5 is not read; its layers in the network and in CLIP are"
+    if other:
+        misfits, why = [*misfits, ""], other
     if not fit:
         raise ValueError(f"{where}: none of its {total} tensors fits this model: {why}")
     names = weights.listed(sorted(unknown), 12 if lenient else 3)
@@ -253,31 +309,32 @@ def _say_unknown(where: str, unknown: list[str], misfits: list[str], total: int,
     log.warning("%s: %s", where, rest)
 
 
-def to_kohya(lora: Lora, unet: UNetConfig) -> dict[str, Tensor]:
+def _kohya_layers(lora: Lora, config: AnyNetwork) -> Lora:
+    """The corrections under kohya's names of the layers, those of one of its layers joined."""
+    return {key: joined(lora, layer) for key, layer in kohya_layers(lora, config).items()}
+
+
+def to_kohya(layers: Lora) -> dict[str, Tensor]:
     """Tensors under kohya's names, with alpha; of plain corrections, since its scripts read no magnitudes."""
-    names = kohya_names(lora, unet)
     out = {}
-    for name, low in lora.items():
-        key = names[name]
+    for key, low in layers.items():
+        if "_final_layer_" in key:  # diffusers' reader leaves out the alpha of these
+            low = LowRank(low.down, low.up * low.scale, float(low.rank))
         out[f"{key}.lora_down.weight"] = low.down
         out[f"{key}.lora_up.weight"] = low.up
         out[f"{key}.alpha"] = torch.tensor(low.alpha)
     return out
 
 
-def _kohya_notes(lora: Lora, unet: UNetConfig) -> dict[str, str]:
+def _kohya_notes(layers: Lora, config: AnyNetwork) -> dict[str, str]:
     """The header that kohya's tools and the web pages read."""
-    lows = list(lora.values())
+    lows, header = list(layers.values()), family(config).header
+    assert header is not None
     ranks, alphas = {x.rank for x in lows}, {x.alpha for x in lows}
-    wide = is_xl(unet)
-    width = unet.per_level("cross_attention_dim")[0]
-    base = "sdxl_base_v1-0" if wide else "sd_v2" if width == 1024 else "sd_v1"
     notes = {
-        "ss_network_module": "networks.lora",
         "ss_network_dim": str(max(ranks)) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": str(max(alphas)) if len(alphas) == 1 else "Dynamic",
-        "ss_base_model_version": base,
-        "ss_v2": str(width == 1024 and not wide),
+        **header(config),
     }
     convolutions = [x for x in lows if x.down.ndim == 4 and x.down.shape[-1] > 1]
     if convolutions:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.data.decode import BadSample
@@ -52,6 +53,29 @@ def check(manifest: Manifest, *, cached: bool, buckets: bool = False, expect: Ma
             )
 
 
+def partner(name: str) -> str | None:
+    """The mask that tells which tokens of a text are no padding: "mask.1" of "text.1"; None for other tensors."""
+    head, dot, number = name.partition(".")
+    return f"mask{dot}{number}" if head in ("text", "mask") else None
+
+
+def trimmed(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A sample's masked texts (captions, T, D) and masks (captions, T) without the padding that all captions share."""
+    out = {}
+    for name, value in stored.items():
+        mask = stored.get(partner(name) or "")
+        if mask is not None:
+            used = (mask != 0).any(0).nonzero()
+            out[name] = value[:, : int(used.max()) + 1 if len(used) else 1].clone()
+    return out
+
+
+def as_long(values: Sequence[Tensor]) -> list[Tensor]:
+    """Texts or masks (B, T, ...) filled up with zeros to the longest."""
+    length = max(value.shape[1] for value in values)
+    return [F.pad(v, (0, 0) * (v.ndim - 2) + (0, length - v.shape[1])) for v in values]
+
+
 @dataclass(frozen=True)
 class Entry:
     """A tensor of a member: its first byte there, type as numpy's, and shape (rows, ...)."""
@@ -65,9 +89,10 @@ class Entry:
         """Bytes of one row."""
         return math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
 
-    def like(self, other: Entry) -> bool:
-        """Whether rows are of one form."""
-        return self.shape[1:] == other.shape[1:] and self.dtype == other.dtype
+    def like(self, other: Entry, *, any_length: bool = False) -> bool:
+        """Whether rows are of one form; with `any_length`, but for their own length."""
+        skip = 2 if any_length else 1
+        return self.shape[skip:] == other.shape[skip:] and self.dtype == other.dtype
 
 
 @dataclass(frozen=True)
@@ -121,9 +146,9 @@ class CachedReader:
     ) -> tuple[dict[str, Tensor], dict[int, BadSample]]:
         """`moments` (B, 2Z, h, w) of a variant drawn by [0, 1) and the text tensors (B, ...) of a pick, in float32.
 
-        Of checked samples. With the moments come `original_size` and `crop_top_left`, (B, 2) each, as in
-        `samples.Crops`. The second value has the rows that are not finite, which no encoder stored. Raises ValueError
-        for samples that differ in shape.
+        Of checked samples. Texts that have masks are filled up with zeros to the longest. With the moments come
+        `original_size` and `crop_top_left`, (B, 2) each, as in `samples.Crops`. The second value has the rows that are
+        not finite, which no encoder stored. Raises ValueError for samples that differ in shape.
         """
         places = [self._place(i) for i in ids]
         recent = self._recent.layouts
@@ -132,15 +157,20 @@ class CachedReader:
         out: dict[str, Tensor] = {}
         bad: dict[int, BadSample] = {}
         for name, entry in first.items():
-            size = entry.row_bytes
-            values = np.empty((len(ids), *entry.shape[1:]), entry.dtype)
-            target = values.reshape(-1).view(np.uint8).data
-            for row, ((reader, index, number), layout) in enumerate(zip(places, layouts, strict=True)):
+            any_length = partner(name) in first
+            rows: list[Entry] = []
+            for row, layout in enumerate(layouts):
                 here = layout.entries.get(name)
-                if here is None or (here is not entry and not here.like(entry)):
+                if here is None or (here is not entry and not here.like(entry, any_length=any_length)):
                     raise ValueError(self._differ(ids[0], ids[row], name, entry, here))
+                rows.append(here)
+            longest = max(rows, key=lambda here: here.row_bytes)
+            values = (np.zeros if any_length else np.empty)((len(ids), *longest.shape[1:]), entry.dtype)
+            target, whole = values.reshape(-1).view(np.uint8).data, longest.row_bytes
+            for row, ((reader, index, number), here) in enumerate(zip(places, rows, strict=True)):
+                size = here.row_bytes
                 which = int(variants[row] * here.shape[0]) if name in PER_VARIANT else picks[row]
-                reader.fill(index, number, here.start + which * size, target[row * size : (row + 1) * size])
+                reader.fill(index, number, here.start + which * size, target[row * whole : row * whole + size])
             out[name] = _float(values)
             for row in _not_finite(out[name]):
                 bad[row] = BadSample("damaged", f"{MEMBER}: {name} is not finite")
@@ -179,7 +209,7 @@ class CachedReader:
     def _checked(self, layout: Layout) -> Layout:
         """BadSample if what the manifest says is cached is not there."""
         for name in self._needed:
-            if name not in layout.entries:
+            if not any(key.partition(".")[0] == name for key in layout.entries):  # "text.1" of several encoders
                 raise BadSample("damaged", f"{MEMBER}: no {name}; has {sorted(layout.entries)}")
         for name in PER_VARIANT:
             if self._variants and name in layout.entries and layout.entries[name].shape[0] != self._variants:

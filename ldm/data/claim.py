@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ldm.data.cache import LATER
+from ldm.data.cache import LATER, trimmed
 from ldm.data.captions import captions_of
 from ldm.data.decode import BadSample
 from ldm.data.fingerprint import fingerprint
@@ -27,7 +27,7 @@ _SAMPLES = 8
 _CLOSE = 0.05
 
 TextStates = Callable[[list[str]], dict[str, Tensor]]
-"""Texts -> "text" (B, T, D) and optionally "pooled" (B, P)."""
+"""Texts -> "text" (B, T, D), optionally "pooled" (B, P) and "mask" (B, T); of several encoders with their numbers."""
 
 
 def settings(config: EncodeConfig, moments: bool, text: bool, hashes: Mapping[str, str]) -> dict[str, Any]:
@@ -206,7 +206,8 @@ def _alike(shards: Shards, template: str, text: TextStates) -> bool:
             stored = safetensors.torch.load(members[CACHED])
         except (BadSample, KeyError, safetensors.SafetensorError):
             continue
-        for name, value in text(texts).items():
+        made = text(texts)
+        for name, value in (made | trimmed(made)).items():
             old, new = stored[name].double(), value.detach().double().cpu()
             if old.shape != new.shape:
                 return False

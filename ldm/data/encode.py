@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ldm.data.cache import MEMBER
+from ldm.data.cache import MEMBER, trimmed
 from ldm.data.captions import uniform
 from ldm.data.claim import SETTINGS, TextStates, claim, finished, read, settings, write
 from ldm.data.images import to_float
@@ -273,3 +273,5 @@ def _add_text(
         for sample, stored in zip(texts, tensors, strict=True):
             stored[name] = states[first : first + len(sample)].clone()
             first += len(sample)
+    for stored in tensors:
+        stored.update(trimmed(stored))

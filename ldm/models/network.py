@@ -34,6 +34,8 @@ class Network(nn.Module, ABC):
     """Channels of its answer."""
     needs: frozenset[str]
     """Keys of `cond` that `forward` must be given; `prepared` may have put others in their place."""
+    guidance_is_scale: ClassVar[bool] = False
+    """Whether cond "guidance" is the guidance scale (FLUX.1), not the scale - 1 (arXiv 2210.03142)."""
     multiple: int = 1
     """Heights and widths in latent pixels are multiples of this."""
 
@@ -44,7 +46,17 @@ class Network(nn.Module, ABC):
     @property
     def side(self) -> int:
         """The side in latent pixels that it draws where none is asked for."""
-        return self.config.sample_size or 64
+        return self.own_side or 64
+
+    @property
+    def own_side(self) -> int | None:
+        """The side in latent pixels that its settings tell; None where they tell none."""
+        return getattr(self.config, "sample_size", None)
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether it answers otherwise in training."""
+        return bool(getattr(self.config, "dropout", 0.0))
 
     def prepared(self, cond: Cond) -> Cond:
         """The same conditioning with all that is equal at every step computed once; `forward` gives the same values."""

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import Any
+
 from ldm.models.network import Network
+from ldm.models.transformers.flux import FluxConfig, FluxTransformer
+from ldm.models.transformers.pixart import PixArtConfig, PixArtTransformer
+from ldm.models.transformers.sd3 import SD3Config, SD3Transformer
 from ldm.models.unet import UNet, UNetConfig
 
-AnyNetwork = UNetConfig
+AnyNetwork = UNetConfig | SD3Config | FluxConfig | PixArtConfig
 """The choice of a network in a config: a union of settings, told apart by `kind`."""
-NETWORKS: dict[type[AnyNetwork], type[Network]] = {UNetConfig: UNet}
+NETWORKS: dict[type[AnyNetwork], type[Network]] = {
+    UNetConfig: UNet,
+    SD3Config: SD3Transformer,
+    FluxConfig: FluxTransformer,
+    PixArtConfig: PixArtTransformer,
+}
+
+
+def diffusers_keys(config: AnyNetwork) -> dict[str, Any]:
+    """The settings under the keys of diffusers' `config.json`."""
+    return {field.name: getattr(config, field.name) for field in fields(config) if field.name != "kind"}
 
 
 def build(config: AnyNetwork) -> Network:

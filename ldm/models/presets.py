@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ldm.models.networks import AnyNetwork
 from ldm.models.text import ClipConfig, TextConfig
+from ldm.models.text.config import AnyText, T5Config
+from ldm.models.transformers import presets as transformers
 from ldm.models.unet import UNetConfig
 from ldm.models.vae.autoencoder import AutoencoderConfig
 
@@ -58,24 +61,47 @@ UNETS: dict[str, UNetConfig] = {
     ),
 }
 
+_KL_16 = AutoencoderConfig(sample_size=1024, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False)
+
 AUTOENCODERS: dict[str, AutoencoderConfig] = {
     "kl_f8": AutoencoderConfig(),
     "kl_f8_sdxl": AutoencoderConfig(sample_size=1024, scaling_factor=0.13025),
+    "kl_f8_sd3": replace(_KL_16, scaling_factor=1.5305, shift_factor=0.0609),
+    "kl_f8_flux": replace(_KL_16, scaling_factor=0.3611, shift_factor=0.1159),
     "tiny": AutoencoderConfig(
         block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=32, scaling_factor=1.0
     ),
 }
 
+PRESETS: dict[str, AnyNetwork] = {
+    **UNETS,
+    "sd3_medium": transformers.SD3_MEDIUM,
+    "sd35_medium": transformers.SD35_MEDIUM,
+    "sd35_large": transformers.SD35_LARGE,
+    "flux_dev": transformers.FLUX_DEV,
+    "flux_schnell": transformers.FLUX_SCHNELL,
+    "pixart_sigma": transformers.PIXART_SIGMA,
+}
+"""Networks of every kind."""
+
 _CLIP_L = TextConfig(width=768, heads=12, layers=12, activation="quick_gelu", pad="eot")
 _OPEN_H = TextConfig(width=1024, heads=16, layers=24, activation="gelu", pad="zero", projection=1024)
 _OPEN_G = TextConfig(width=1280, heads=20, layers=32, activation="gelu", pad="zero", projection=1280)
-TEXTS: dict[str, tuple[TextConfig, ...]] = {
+TEXTS: dict[str, tuple[AnyText, ...]] = {
     "sd15": (_CLIP_L,),
     "sd21": (replace(_OPEN_H, output="penultimate_norm"),),
     "sdxl": (
         replace(_CLIP_L, output="penultimate", zero_empty=True),
         replace(_OPEN_G, output="penultimate", zero_empty=True),
     ),
+    "sd3": (
+        replace(_CLIP_L, output="penultimate", projection=768),
+        replace(_OPEN_G, output="penultimate"),
+        T5Config(max_length=256),
+    ),
+    "flux": (_CLIP_L, T5Config(max_length=512)),
+    "flux_schnell": (_CLIP_L, T5Config(max_length=256)),
+    "pixart": (T5Config(max_length=300, masked=True, lower=True),),
     "tiny": (
         TextConfig(width=32, heads=2, layers=2, context_length=32, vocab_size=4096, activation="gelu", bpe="emoji"),
     ),

@@ -121,7 +121,7 @@ class MatchingObjective(Objective):
         process = self._critic.process
         late = self._noising(process.times(rng.uniform("critic time")), self.options.span)
         noise = rng.normal("critic noise", shape).to(fake)
-        out = self._critic.out(process.add_noise(fake.detach(), noise, late), late, cond)
+        out = self._critic.out(process.add_noise(fake.detach(), noise, late), late, self._critic.seen(cond, 0 * w))
         critic = process.loss(out, fake.detach(), noise, late)
         total, metrics = self.options.critic * critic, {"critic": critic.detach().mean()}
         if turn:
@@ -132,7 +132,7 @@ class MatchingObjective(Objective):
             total = total + 0.0 * self._generate(x[:1], t[:1], {k: v[:1] for k, v in told.items()}).mean()
         metrics |= self._told  # of the last turn: the log's steps may all lie between turns
         if self._logits is not None:
-            judged, metrics["head_right"] = self._judged(real, fake, cond, rng)
+            judged, metrics["head_right"] = self._judged(real, fake, self._critic.seen(cond, 0 * w), rng)
             total = total + self.options.head * judged
         return (batch["weight"].to(total) * total).mean(), metrics
 
@@ -197,7 +197,7 @@ class MatchingObjective(Objective):
         t = self._noising(process.times(rng.uniform("score time")), self.options.span)
         x = process.add_noise(fake, rng.normal("score noise", fake.shape[1:]).to(fake), t)
         real, _ = self._teacher.both(x, t, cond, w)
-        own, _ = self._critic.both(x, t, cond)
+        own, _ = self._critic.both(x, t, self._critic.seen(cond, 0 * w))
         scale = (fake - real).abs().flatten(1).mean(1).clamp(min=1e-6)
         return (own - real) / broadcast(scale, fake)
 

@@ -21,15 +21,19 @@ from ldm.types import Cond, Net
 
 @dataclass(frozen=True)
 class Estimator:
-    """A network as estimates of x_0 and of the noise; `conditioned` on w through cond "guidance"."""
+    """A network as estimates of x_0 and of the noise; `conditioned` on w through cond "guidance".
+
+    `as_scale`: it is told the guidance scale, w + 1 (FLUX.1).
+    """
 
     net: Net
     process: Process
     conditioned: bool = False
+    as_scale: bool = False
 
     def seen(self, cond: Cond, w: Tensor) -> Cond:
         """The conditioning with w, for a network that takes it."""
-        return {**cond, "guidance": w} if self.conditioned else cond
+        return {**cond, "guidance": w + 1 if self.as_scale else w} if self.conditioned else cond
 
     def out(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The network's own answer."""

@@ -39,7 +39,11 @@ class Conditioning:
         with self.placement.used(*self.text):
             cond = encode_prompts(self.text, prompts, weighted=settings.weights, chunks=chunks)
         cond |= self.sizes(len(prompts), own, settings)
-        size = 4 * self.network.prepared_numbers(2 * len(together), cond["text"].shape[1])
+        if self.network.guidance_is_scale and self.network.guidance_width is not None:
+            device = self.placement.device_of(self.network)
+            cond["guidance"] = torch.full((len(prompts),), settings.guidance, dtype=torch.float32, device=device)
+        tokens = sum(value.shape[1] for key, value in cond.items() if key.partition(".")[0] == "text")
+        size = 4 * self.network.prepared_numbers(2 * len(together), tokens)
         if 0 < size <= PREPARED_BYTES:  # without `together` the other half may come from elsewhere, as text
             device = self.placement.device_of(self.network)
             with self.placement.used(self.network), self.placement.autocast(device):
@@ -70,13 +74,20 @@ class Conditioning:
         return [places[k : k + size] for places in groups.values() for k in range(0, len(places), size)]
 
     def sizes(self, count: int, own: tuple[int, int], told: Settings | None = None) -> Cond:
-        """SDXL's time_ids (N, 6): height and width before cropping, the crop's top and left, height and width."""
-        if "time_ids" not in self.network.needs:
-            return {}
+        """What the network is told of the picture's size.
+
+        SDXL "time_ids" (N, 6): height and width before cropping, the crop's top and left, height and width.
+        PixArt-alpha "resolution" (N, 2), height and width, and "aspect_ratio" (N, 1), height / width.
+        """
         original, crop, target = (own, (0, 0), own) if told is None else (told.original, told.crop, told.target)
+        known = {
+            "time_ids": [*(original or own), *crop, *(target or own)],
+            "resolution": [*own],
+            "aspect_ratio": [own[0] / own[1]],
+        }
         device = self.placement.device_of(self.network)
-        ids = torch.tensor([[*(original or own), *crop, *(target or own)]], dtype=torch.float32, device=device)
-        return {"time_ids": ids.expand(count, -1)}
+        rows = {k: torch.tensor([v], dtype=torch.float32, device=device) for k, v in known.items()}
+        return {key: row.expand(count, -1) for key, row in rows.items() if key in self.network.needs}
 
     def unsaid(self, prompts: Sequence[str], settings: Settings) -> list[str]:
         """Sentences on parts of prompts that may not mean what was meant, and on what is cut off."""

@@ -257,7 +257,7 @@ class TextToImage:
         lines += said(settings, told=self.network.guidance_width is not None)
         size, own = self.size(settings.size), self.size(None)
         check_memory(self.codec, size, settings, self.device)
-        if self.network.config.sample_size is not None and (far := far_size(size, own)):
+        if self.network.own_side is not None and (far := far_size(size, own)):
             lines.append(far)
         warn(lines, 3)
 
@@ -311,8 +311,8 @@ class TextToImage:
         """The model's estimate of x_0 under guidance; `prompts`: what it will be asked for, where they may be long."""
         allocator.keep_freed_memory(self.device.type)
         denoise = self.process.denoiser(self._net)
-        if self.network.guidance_width is not None:
-            return told_guidance(denoise, settings.guidance)
+        if self.network.guidance_width is not None:  # FLUX.1's conditioning has the scale in it already
+            return denoise if self.network.guidance_is_scale else told_guidance(denoise, settings.guidance)
         of = lambda prompt: self._cond([prompt], settings, prompts)  # noqa: E731
         return guided(denoise, settings, self.process.schedule, of)
 

@@ -44,7 +44,7 @@ from ldm.recipes.sources import text_encoder, training_data
 from ldm.recipes.text_to_image import SampleHook, cached, hashes
 from ldm.rng import seed_torch
 from ldm.train.trainer import TrainConfig
-from ldm.types import Cond
+from ldm.types import Cond, Net
 
 
 @dataclass(frozen=True)
@@ -117,14 +117,14 @@ def make_student(task: DistillTask, teacher: Network, process: Process) -> Stude
     width = task.guidance_embedding or teacher.guidance_width
     network = teacher.told_guidance(width).train()
     network.enable_gradient_checkpointing(task.gradient_checkpointing)
-    own = Estimator(network, own_process, width is not None)
+    own = _estimator(network, network, own_process)
     if isinstance(method, MatchingOptions):
         return _beside_critic(method, network, teacher, own)
     if decay == 0:
         return Student(network, network, own, own, None)
     twin = copy.deepcopy(network).requires_grad_(False).eval()
     target = Target(dict(twin.named_parameters()), decay)
-    return Student(network, network, own, Estimator(twin, own_process, width is not None), target)
+    return Student(network, network, own, _estimator(twin, network, own_process), target)
 
 
 def _beside_critic(
@@ -144,7 +144,7 @@ def _beside_critic(
             head = both["head"] = MiddleHead(critic.middle_channels, critic.middle_groups).to(like)
             logits = lambda x, t, cond: head(middle(x, t, cond))  # noqa: E731
     network = trained if isinstance(trained, Network) else teacher
-    return Student(both, network, own, own, None, Estimator(critic, own.process), logits, lora)
+    return Student(both, network, own, own, None, _estimator(critic, critic, own.process), logits, lora)
 
 
 def _lora_student(task: DistillTask, config: LoraConfig, teacher: Network, process: Process, decay: float) -> Student:
@@ -152,7 +152,7 @@ def _lora_student(task: DistillTask, config: LoraConfig, teacher: Network, proce
     net = adapter.attach(teacher, [])
     if task.start is not None:
         _start_from(task.start, task.teacher, adapter, net, teacher)
-    own = Estimator(net, process)
+    own = _estimator(net, teacher, process)
     if isinstance(task.method, MatchingOptions):
         return _beside_critic(task.method, net, teacher, own, adapter)
     if decay == 0:
@@ -167,7 +167,12 @@ def _lora_student(task: DistillTask, config: LoraConfig, teacher: Network, proce
             net.layers = own
 
     weights = {f"layers.{name}": p for name, p in twin.named_parameters()}
-    return Student(net, teacher, own, Estimator(goal, process), Target(weights, decay), lora=adapter)
+    return Student(net, teacher, own, _estimator(goal, teacher, process), Target(weights, decay), lora=adapter)
+
+
+def _estimator(net: Net, network: Network, process: Process) -> Estimator:
+    """A network, or what stands around it, as estimates; told the guidance where the network is."""
+    return Estimator(net, process, network.guidance_width is not None, network.guidance_is_scale)
 
 
 def _start_from(start: str, base: str, adapter: LoraAdapter, net: LoraNet, teacher: Network) -> None:
@@ -196,9 +201,8 @@ def make_objective(task: DistillTask, student: Student, network: Network, proces
     """The distillation's loss. `network` is the teacher's."""
     corrected = student.own.net
     net = frozen(corrected) if isinstance(corrected, LoraNet) else network
-    conditioned = network.guidance_width is not None
     guided = task.method.w != (0.0, 0.0)
-    teacher = Teacher(Estimator(net, process, conditioned), feed.empty if guided else None)
+    teacher = Teacher(_estimator(net, network, process), feed.empty if guided else None)
     method, trained = task.method, student.trained
     if isinstance(method, ConsistencyOptions):
         return ConsistencyObjective(trained, student.own, student.goal, teacher, feed, method, student.target)

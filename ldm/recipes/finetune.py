@@ -280,5 +280,5 @@ def adapted_job(
     return planned.loss_job(
         asked, data, train, build, lambda batch: (planned.latents(base, data, batch),),
         frozen=[*kept, *planned.beside(base, data, cached, live)], recompute=how != "none", said=said, cached=cached,
-        reads=("moments",) if live else ("moments", "text", "pooled"),
+        reads=("moments",) if live else ("moments", *planned.TEXT),
     )  # fmt: skip

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ldm.data.loader import DataConfig
 from ldm.data.manifest import Manifest, resolve
 from ldm.data.mixture import Data
-from ldm.models.fit import check_fit, pooled_width, width
+from ldm.models.fit import check_fit, given, tokens
+from ldm.models.fit import told as told_cond
 from ldm.models.network import Granularity
-from ldm.models.text import TextTower
+from ldm.models.text.base import TextEncoder
 from ldm.models.vae.autoencoder import Autoencoder
 from ldm.objectives import Objective
 from ldm.pipeline import TextToImage
@@ -27,9 +28,12 @@ from ldm.recipes.pictures import entries
 from ldm.recipes.planned_models import check_size
 from ldm.rng import Rng
 from ldm.train.trainer import TrainConfig
+from ldm.types import Cond
 
 HOW_MANY = "--samples N tells how many there will be"
 NO_CACHE = "no cache: VAE and text tower run for every image of every step; set task.cache to encode once"
+TEXT = ("text", "pooled", "mask")
+"""Keys of what text encoders give."""
 _MOMENTS = {"adamw8bit": 0.5, "lion": 1.0, "sgd": 1.0}
 """Of other optimizers than AdamW, in float32 values a weight."""
 
@@ -67,13 +71,12 @@ def precision(train: TrainConfig, gpu: bool) -> torch.dtype:
     return named[train.engine.precision] if gpu else torch.float32
 
 
-def frozen(vae: Autoencoder, towers: Sequence[TextTower], pixels: int, cached: bool) -> list[Frozen]:
+def frozen(vae: Autoencoder, towers: Sequence[TextEncoder], pixels: int, cached: bool) -> list[Frozen]:
     """The networks that stay on the GPU beside the trained one; they run for each image where nothing is cached."""
     flops = 0 if cached else count_flops(vae.encode, torch.empty(1, 3, pixels, pixels, device="meta"))
     found = [Frozen(name="vae", bytes=weight(vae), flops=float(flops))]
     for i, tower in enumerate(towers):
-        tokens = torch.zeros(1, tower.config.context_length, dtype=torch.int64, device="meta")
-        flops = 0 if cached else count_flops(tower.model, tokens)
+        flops = 0 if cached or tower.model is None else count_flops(tower.model, torch.zeros(1, tokens(tower.config), dtype=torch.int64, device="meta"))
         found.append(Frozen(name=f"text {i + 1}", bytes=weight(tower), flops=float(flops)))
     return found
 
@@ -150,11 +153,11 @@ def loss_job(
     recompute: bool = False,
     said: list[str],
     cached: bool = False,
-    reads: Sequence[str] = ("moments", "text", "pooled"),
+    reads: Sequence[str] = ("moments", *TEXT),
 ) -> Job:
     """A job whose step is counted from its loss. `reads`: what of a batch is stored in a cache."""
     batch = inputs(1)[0]
-    encoded = 2.0 * sum(batch[k].numel() for k in reads if k in batch)
+    encoded = 2.0 * sum(value.numel() for key, value in batch.items() if key.partition(".")[0] in reads)
     samples, size = samples_of(data, encoded, cached, said)
     return Job(
         name=asked.name, build=build, inputs=inputs, flops=None, batch=train.batch, steps=train.steps,
@@ -190,20 +193,17 @@ def copied(model: TextToImage) -> TextToImage:
     return other
 
 
-def states(model: TextToImage) -> Callable[[Sequence[str]], dict[str, Tensor]]:
-    """Prompts -> conditioning of the right shape, computed by nobody: a cache's, or of frozen towers."""
-    tokens, wide, pooled = _shape(model)
+def states(model: TextToImage) -> Callable[[Sequence[str]], Cond]:
+    """Prompts -> conditioning of the right shape, computed by nobody: a cache's, or of frozen encoders."""
 
-    def encode(prompts: Sequence[str]) -> dict[str, Tensor]:
-        return {"text": torch.zeros(len(prompts), tokens, wide), "pooled": torch.zeros(len(prompts), pooled)}
+    def encode(prompts: Sequence[str]) -> Cond:
+        return given(_configs(model), len(prompts), device="cpu")
 
     return encode
 
 
-def _shape(model: TextToImage) -> tuple[int, int, int]:
-    """Tokens, width of their states together, width of the pooled vector."""
-    configs = tuple(tower.config for tower in model.text)
-    return configs[0].context_length, width(configs), pooled_width(configs)
+def _configs(model: TextToImage) -> tuple[Any, ...]:
+    return tuple(encoder.config for encoder in model.text)
 
 
 def positions(batch: int) -> dict[str, Any]:
@@ -214,15 +214,12 @@ def positions(batch: int) -> dict[str, Any]:
 
 def latents(model: TextToImage, data: Data, batch: int) -> dict[str, Any]:
     """A batch as a cache gives it; its captions are read where the towers train."""
-    tokens, wide, vector = _shape(model)
     size = side(data) // model.codec.factor
     found = positions(batch) | {
         "moments": torch.empty(batch, 2 * model.codec.channels, size, size, device="meta"),
-        "text": torch.empty(batch, tokens, wide, device="meta"),
         "caption": ["a"] * batch,
     }
-    if "pooled" in model.network.needs:
-        found |= {"pooled": torch.empty(batch, vector, device="meta")}
+    found |= {k: v for k, v in told_cond(model.network, _configs(model), batch).items() if k.partition(".")[0] in TEXT}
     if "time_ids" in model.network.needs:
         found |= {k: torch.zeros(batch, 2) for k in ("original_size", "crop_top_left", "target_size")}
     return found
@@ -237,12 +234,7 @@ def beside(model: TextToImage, data: Data, cached: bool, live: bool) -> list[Fro
 def drawing_flops(model: TextToImage, pixels: int, evaluations: float, guided: bool) -> float:
     """Operations of drawing one picture: the network's evaluations, two rows each under guidance, and the decoder."""
     size = pixels // model.codec.factor
-    tokens, wide, vector = _shape(model)
-    needs = model.network.needs
-    cond = {"text": torch.empty(1, tokens, wide, device="meta")}
-    cond |= {"pooled": torch.empty(1, vector, device="meta")} if "pooled" in needs else {}
-    cond |= {"time_ids": torch.empty(1, 6, device="meta")} if "time_ids" in needs else {}
-    cond |= {"guidance": torch.empty(1, device="meta")} if "guidance" in needs else {}
+    cond = told_cond(model.network, _configs(model))
     x = torch.empty(1, model.codec.channels, size, size, device="meta")
     once = count_flops(model.network, x, torch.empty(1, device="meta"), cond)
     return evaluations * (2 if guided else 1) * once + count_flops(model.codec.autoencoder.decode, x)

@@ -13,11 +13,13 @@ from ldm.checkpoint.settings import read_json
 from ldm.config.load import decode
 from ldm.diffusion.process import Process
 from ldm.models import networks
-from ldm.models.fit import width
 from ldm.models.networks import AnyNetwork
-from ldm.models.presets import AUTOENCODERS, TEXTS, UNETS
+from ldm.models.presets import AUTOENCODERS, PRESETS, TEXTS
 from ldm.models.shipped import SHIPPED
-from ldm.models.text import TextConfig, TextTower
+from ldm.models.text import build_encoder
+from ldm.models.text.base import TextEncoder
+from ldm.models.text.config import AnyText
+from ldm.models.unet import UNetConfig
 from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline import TextToImage
@@ -29,10 +31,22 @@ FAMILIES = {
     "sd21_base": ("sd21_base", "kl_f8", "sd21"),
     "sdxl": ("sdxl", "kl_f8_sdxl", "sdxl"),
     "lcm_sd15": ("lcm_sd15", "kl_f8", "sd15"),
+    "sd3": ("sd3_medium", "kl_f8_sd3", "sd3"),
+    "sd35_medium": ("sd35_medium", "kl_f8_sd3", "sd3"),
+    "sd35_large": ("sd35_large", "kl_f8_sd3", "sd3"),
+    "flux_dev": ("flux_dev", "kl_f8_flux", "flux"),
+    "flux_schnell": ("flux_schnell", "kl_f8_flux", "flux_schnell"),
+    "pixart_sigma": ("pixart_sigma", "kl_f8_sdxl", "pixart"),
     "tiny": ("tiny", "tiny", "tiny"),
 }
-"""Presets of U-Net, autoencoder and text towers by a family's name."""
+"""Presets of network, autoencoder and text encoders by a family's name."""
 _PATTERNS = (  # of published models' names, the first that is found
+    (r"pixart[-_]?sigma", "pixart_sigma"),
+    (r"(stable-diffusion|sd)[-_]?3[-_.]?5[-_]?medium", "sd35_medium"),
+    (r"(stable-diffusion|sd)[-_]?3[-_.]?5", "sd35_large"),
+    (r"(stable-diffusion|sd)[-_]?3", "sd3"),
+    (r"flux[-_.]?1?[-_]?schnell", "flux_schnell"),
+    (r"flux[-_.]?1?[-_]?dev", "flux_dev"),
     (r"xl", "sdxl"),
     (r"(stable-diffusion|sd)[-_]?(v)?2([-_.]?[01])?[-_]base|sd[-_]?turbo", "sd21_base"),
     (r"(stable-diffusion|sd)[-_]?(v)?2|768-v", "sd21"),
@@ -67,7 +81,7 @@ def whole(source: str, key: str, said: list[str]) -> TextToImage:
         said.append(f"{key}: {source!r} is not here; planned as the family {family}")
     unet, vae, text = FAMILIES[family]
     with torch.device("meta"):
-        network, autoencoder = networks.build(UNETS[unet]), Autoencoder(AUTOENCODERS[vae])
+        network, autoencoder = networks.build(PRESETS[unet]), Autoencoder(AUTOENCODERS[vae])
     network, autoencoder = network.requires_grad_(False).eval(), autoencoder.requires_grad_(False).eval()
     return _on_meta(TextToImage(network, LatentCodec.of(autoencoder), _empty(TEXTS[text]), Process()))
 
@@ -91,7 +105,7 @@ def network(own: AnyNetwork | None, start: str | None, said: list[str]) -> AnyNe
     family = family_of(start)
     if family is not None:
         said.append(f"task.start: {start!r} is not here; planned as the family {family}")
-        return UNETS[FAMILIES[family][0]]
+        return PRESETS[FAMILIES[family][0]]
     if own is None:
         raise ValueError(f"task.start: {start!r} is not here, and its name tells no family; {list(FAMILIES)} do")
     said.append(f"task.start: {start!r} is not here; planned as task.network")
@@ -106,8 +120,7 @@ def vae(source: str, of: AnyNetwork, said: list[str]) -> tuple[Autoencoder, Auto
         settings = decode(AutoencoderConfig, _plain(found[0]), str(found[0]))
     else:
         family = family_of(source)
-        usual = "kl_f8_sdxl" if of.addition_embed_type else "kl_f8"
-        name = source if source in AUTOENCODERS else FAMILIES[family][1] if family else usual
+        name = source if source in AUTOENCODERS else FAMILIES[family][1] if family else _usual(of)[0]
         if source not in (name, family):
             said.append(f"task.vae: {source!r} is not here; planned as {name}")
         settings = AUTOENCODERS[name]
@@ -115,23 +128,32 @@ def vae(source: str, of: AnyNetwork, said: list[str]) -> tuple[Autoencoder, Auto
         return Autoencoder(settings).requires_grad_(False).eval(), settings
 
 
-def towers(source: str, of: AnyNetwork, said: list[str]) -> list[TextTower]:
+def towers(source: str, of: AnyNetwork, said: list[str]) -> list[TextEncoder]:
     """The text towers; of the family whose states the network takes where they are not here."""
     if here(source) and source not in TEXTS:
         return _empty(tuple(tower.config for tower in load_towers(source)))
     name = source if source in TEXTS else family_of(source)
     name = FAMILIES[name][2] if name in FAMILIES else name
     if name is None:
-        wanted = of.per_level("cross_attention_dim")[0]
-        name = next((n for n in ("sd21", "sd15", "sdxl") if width(TEXTS[n]) == wanted), "sd21")
+        name = _usual(of)[1]
     if name != source and source not in FAMILIES:
         said.append(f"task.text: {source!r} is not here; planned as that of {name}")
     return _empty(TEXTS[name])
 
 
-def _empty(configs: tuple[TextConfig, ...]) -> list[TextTower]:
+def _usual(of: AnyNetwork) -> tuple[str, str]:
+    """Presets of the autoencoder and the text encoders that such a network usually has."""
+    if not isinstance(of, UNetConfig):
+        kinds = {"sd3": ("kl_f8_sd3", "sd3"), "flux": ("kl_f8_flux", "flux"), "pixart": ("kl_f8_sdxl", "pixart")}
+        return kinds[of.kind]
+    named = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
+    vae = "kl_f8_sdxl" if of.addition_embed_type else "kl_f8"
+    return vae, named.get(of.per_level("cross_attention_dim")[0], "sd21")
+
+
+def _empty(configs: tuple[AnyText, ...]) -> list[TextEncoder]:
     with torch.device("meta"):
-        return [TextTower(c) for c in configs]
+        return [build_encoder(c) for c in configs]
 
 
 def _plain(path: Path) -> dict[str, Any]:

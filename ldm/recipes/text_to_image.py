@@ -24,7 +24,7 @@ from ldm.data.loader import DataConfig
 from ldm.data.mixture import Data, with_caches
 from ldm.diffusion.process import Process
 from ldm.models import networks
-from ldm.models.fit import check_fit, pooled_width, width
+from ldm.models.fit import check_fit, given, told
 from ldm.models.network import Granularity, Network, granularity
 from ldm.models.networks import AnyNetwork
 from ldm.models.text import TextTower
@@ -101,7 +101,10 @@ def settled(task: TextToImageTask) -> TextToImageTask:
         raise ValueError(f"task.start: {error}") from error
     if task.network is None:
         return replace(task, network=own)
-    free = {"sample_size": task.network.sample_size or own.sample_size, "dropout": task.network.dropout}
+    if type(task.network) is not type(own):
+        raise ValueError(f"task.network.kind: {task.network.kind!r}, but task.start {task.start!r} has a {own.kind!r}")
+    free = {key: getattr(task.network, key, None) for key in ("sample_size", "dropout") if hasattr(own, key)}
+    free = {key: getattr(own, key) if value is None else value for key, value in free.items()}
     written, its = plain(replace(task.network, **free)), plain(replace(own, **free))
     odd = [f"{k} {written.get(k)!r} for {its[k]!r}" for k in its if not _same(written.get(k), its[k])]
     if odd:
@@ -144,7 +147,7 @@ class SampleHook:
 def without_dropout(network: Network) -> Iterator[None]:
     """The network as it draws, inside; nothing where it has no dropout."""
     was = network.training
-    if network.config.dropout:
+    if network.has_dropout:
         network.eval()
     try:
         yield
@@ -254,17 +257,14 @@ def job(task: TextToImageTask, data: Data, train: TrainConfig, asked: planned.As
     )  # fmt: skip
     pixels = planned.side(data)
     side = planned.check_size(pixels, vae.factor, "data.size")
-    context, wide, pooled = configs[0].context_length, width(configs), pooled_width(configs)
     cached = task.cache is not None or data.cached
     planned.check_cache(task.cache, cached, said)
 
     def inputs(batch: int) -> tuple[Any, ...]:
-        shapes = {"text": (context, wide), "pooled": (pooled,), "time_ids": (6,)}
-        cond = {k: torch.empty(batch, *shape, device="meta") for k, shape in shapes.items() if k in network.needs}
-        x = torch.empty(batch, settings.in_channels, side, side, device="meta")
-        return x, torch.empty(batch, device="meta"), cond
+        x = torch.empty(batch, network.in_channels, side, side, device="meta")
+        return x, torch.empty(batch, device="meta"), told(network, configs, batch)
 
-    encoded = 2.0 * (2 * channels * side * side + context * wide + pooled)
+    encoded = 2.0 * (2 * channels * side * side + sum(value.numel() for value in given(configs).values()))
     samples, size = planned.samples_of(data, encoded, cached, said)
     return Job(
         name=asked.name, build=build, inputs=inputs, flops=float(count_flops(network, *inputs(1))),

@@ -7,13 +7,14 @@ both. The real widths in float32, and names and counts, are in `test_transformer
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from ldm.models.networks import diffusers_keys
 from ldm.models.transformers import presets
 from ldm.models.transformers.flux import FluxTransformer
 from ldm.models.transformers.pixart import PixArtConfig, PixArtTransformer
@@ -48,7 +49,7 @@ def exact_rms(self: Any, x: Tensor) -> Tensor:
 def sd3_pair(config: SD3Config) -> tuple[SD3Transformer, Any]:
     from diffusers import SD3Transformer2DModel
 
-    theirs = randomized(SD3Transformer2DModel(**asdict(config)))
+    theirs = randomized(SD3Transformer2DModel(**diffusers_keys(config)))
     ours = SD3Transformer(config).double()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return ours, theirs
@@ -127,7 +128,7 @@ def test_flux(
         monkeypatch.setattr(f"{flux}.apply_rotary_emb", exact_rotation)
     torch.manual_seed(0)
     config = replace(presets.FLUX_TINY, guidance_embeds=guided, in_channels=24, out_channels=16)
-    theirs = randomized(FluxTransformer2DModel(**asdict(config)), dtype)
+    theirs = randomized(FluxTransformer2DModel(**diffusers_keys(config)), dtype)
     ours = FluxTransformer(config).to(dtype)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x, extra = torch.randn(2, 4, *size, dtype=dtype), torch.randn(2, 2, *size, dtype=dtype)
@@ -163,7 +164,7 @@ def test_pixart(name: str, size: tuple[int, int]) -> None:
 
     torch.manual_seed(0)
     config = PIXART[name]
-    theirs = randomized(PixArtTransformer2DModel(**asdict(config)))
+    theirs = randomized(PixArtTransformer2DModel(**diffusers_keys(config)))
     ours = PixArtTransformer(config).double()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x, t = torch.randn(2, 4, *size, dtype=torch.float64), torch.tensor([3, 977])

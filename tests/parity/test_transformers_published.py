@@ -5,13 +5,14 @@ The table of positions has 96 x 96 places there where it would only take memory.
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from ldm.models.networks import diffusers_keys
 from ldm.models.transformers import presets
 from ldm.models.transformers.flux import FluxTransformer
 from ldm.models.transformers.pixart import PixArtTransformer
@@ -44,7 +45,7 @@ def both(name: str, config: Any, device: str) -> tuple[Any, Any]:
 
     kind, other = KINDS[name[:2]]
     with torch.device(device):
-        theirs = getattr(diffusers, other)(**asdict(config))
+        theirs = getattr(diffusers, other)(**diffusers_keys(config))
     with torch.device("meta"):
         ours = kind(config)
     return ours, theirs

@@ -1,8 +1,9 @@
-"""What a CLIP text tower is, and which of its states conditions a network."""
+"""What a text encoder is, and which of its states condition a network."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 Output = Literal["last", "penultimate_norm", "penultimate"]
@@ -34,6 +35,7 @@ class TextConfig:
     for old files, another one where added tokens have larger ids than the end token).
     """
 
+    kind: Literal["clip"] = "clip"
     width: int = 768
     heads: int = 12
     layers: int = 12
@@ -60,6 +62,123 @@ class TextConfig:
         _check_tower("", self.width, self.heads, self.layers, self.context_length)
         if self.output != "last" and self.layers < 2:
             raise ValueError(f"output {self.output!r} needs at least 2 layers, got {self.layers}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5Config:
+    """The encoder of a T5 (arXiv 1910.10683; v1.1 with gated GELU), under the names of transformers' `config.json`.
+
+    The defaults are t5-v1_1-xxl (SD3, FLUX.1, PixArt). `max_length`: prompts are cut at, and padded to, so many tokens
+    with the end token (SD3 256, FLUX.1 512, PixArt-Sigma 300). `masked`: padding is hidden from the encoder, and from
+    the network by "mask" (PixArt); without it both see the padding (SD3, FLUX.1). `lower`: prompts in small letters
+    (PixArt; that family's cleaning of captions with links and addresses in them is left out). `tokenizer`: a folder
+    with `tokenizer.json` or `spiece.model`.
+    """
+
+    kind: Literal["t5"] = "t5"
+    vocab_size: int = 32128
+    d_model: int = 4096
+    d_kv: int = 64
+    d_ff: int = 10240
+    num_layers: int = 24
+    num_heads: int = 64
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: Literal["gated-gelu", "relu"] = "gated-gelu"
+    max_length: int = 256
+    masked: bool = False
+    lower: bool = False
+    tokenizer: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.feed_forward_proj not in (known := ("gated-gelu", "relu")):
+            raise ValueError(f"feed_forward_proj {self.feed_forward_proj!r} is not one of {list(known)}")
+        sizes = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+        _at_least(1, self, *sizes)
+        _at_least(2, self, "max_length")
+        buckets, far = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        if buckets < 4 or buckets % 2 or far <= buckets // 4:
+            raise ValueError(
+                f"relative_attention_num_buckets {buckets} must be an even number of at least 4, and "
+                f"relative_attention_max_distance {far} larger than a quarter of it"
+            )
+        _positive("layer_norm_epsilon", self.layer_norm_epsilon)
+
+    @property
+    def width(self) -> int:
+        """D of its states."""
+        return self.d_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class QwenConfig:
+    """A Qwen3 language model (arXiv 2505.09388), under the names of transformers' `config.json`.
+
+    The defaults are Qwen3-4B as Z-Image uses it. `layers`: the states of which layers, side by side on the channels; 0
+    is the embeddings, -2 what goes into the last layer (Z-Image; FLUX.2 klein takes 9, 18, 27). `thinking`: whether the
+    tokenizer's chat template leaves room for thoughts (Z-Image) or closes it (FLUX.2 klein). `masked`: the padding,
+    which the model never sees, is hidden from the network too, by "mask". `max_length`: prompts are cut at, and padded
+    to, so many tokens with those of the template. `tokenizer`: a folder with `tokenizer.json`, or `vocab.json` and
+    `merges.txt`, and the chat template.
+    """
+
+    kind: Literal["qwen"] = "qwen"
+    vocab_size: int = 151936
+    hidden_size: int = 2560
+    intermediate_size: int = 9728
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    max_position_embeddings: int = 40960
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    attention_bias: bool = False
+    layers: tuple[int, ...] = (-2,)
+    thinking: bool = True
+    masked: bool = True
+    max_length: int = 512
+    tokenizer: Path | None = None
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
+        _at_least(1, self, *sizes, "num_key_value_heads")
+        if self.num_attention_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even, got {self.head_dim}")
+        _at_least(16, self, "max_length")
+        if self.max_length > self.max_position_embeddings:
+            raise ValueError(
+                f"max_length must be at most max_position_embeddings {self.max_position_embeddings}, "
+                f"got {self.max_length}"
+            )
+        _positive("rms_norm_eps", self.rms_norm_eps)
+        _positive("rope_theta", self.rope_theta)
+        known = self.num_hidden_layers + 1
+        if not self.layers or any(not -known <= layer < known for layer in self.layers):
+            raise ValueError(f"layers {list(self.layers)} must name some in [{-known}, {known})")
+
+    @property
+    def width(self) -> int:
+        """D of its states."""
+        return self.hidden_size * len(self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MissingConfig:
+    """A text encoder that is left out: zeros (B, `tokens`, `width`) stand in its place (SD3 without T5)."""
+
+    kind: Literal["none"] = "none"
+    width: int = 4096
+    tokens: int = 256
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "width", "tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,3 +232,18 @@ def _check_tower(prefix: str, width: int, heads: int, layers: int, context: int)
         raise ValueError(f"{prefix}layers must be at least 1, got {layers}")
     if context < 3:
         raise ValueError(f"context_length must be at least 3, got {context}")
+
+
+def _at_least(least: int, config: object, *keys: str) -> None:
+    for key in keys:
+        if getattr(config, key) < least:
+            raise ValueError(f"{key} must be at least {least}, got {getattr(config, key)}")
+
+
+def _positive(key: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{key} must be above 0, got {value}")
+
+
+AnyText = TextConfig | T5Config | QwenConfig | MissingConfig
+"""The choice of a text encoder in a config, told apart by `kind`."""

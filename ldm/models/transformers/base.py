@@ -19,6 +19,8 @@ from ldm.models.transformers.blocks import Modulation
 from ldm.types import Cond, Net
 
 NOTHING: frozenset[int] = frozenset()
+RAW = frozenset({"text", "pooled", "mask"})
+"""What text encoders give, each under its own number where there are several: "text.0", "mask.1"."""
 
 
 class Transformer(Network):
@@ -43,6 +45,13 @@ class Transformer(Network):
 
         Every tensor has the batch first, so that rows may be joined and chosen. Raises ValueError for a missing key.
         """
+
+    def joined(self, cond: Cond) -> Cond:
+        """The conditioning with what several text encoders gave ("text.0", "pooled.1" and so on) as one text.
+
+        As it is where there is one text already.
+        """
+        return cond
 
     def correctable(self) -> Iterator[tuple[str, nn.Module, str]]:
         """All linear layers and the patches' convolution."""
@@ -94,6 +103,11 @@ class Transformer(Network):
     def _ready(self, cond: Cond) -> Cond:
         return cond if self.known in cond else self.prepared(cond)
 
+    def _outputs(self, cond: Cond, name: str) -> list[Tensor]:
+        """What each text encoder that has it gave under `name`, in their order."""
+        keys = sorted((key for key in cond if key.startswith(f"{name}.")), key=lambda key: int(key.split(".")[1]))
+        return [cond[key] for key in keys]
+
     def _told(self, cond: Cond, **widths: int) -> dict[str, Tensor]:
         """The tensors of these keys in the weights' type, checked against the width of their last axis."""
         for key in sorted(self.needs):
@@ -107,7 +121,8 @@ class Transformer(Network):
         return {key: cond[key].to(self._dtype) for key in widths}
 
     def _rest(self, cond: Cond, *used: str) -> Cond:
-        return {key: value for key, value in cond.items() if key not in used}
+        """The conditioning without these keys, and without the texts of encoders that `joined` has used."""
+        return {key: value for key, value in cond.items() if key not in used and key.split(".")[0] not in RAW - {key}}
 
     @property
     def _name(self) -> str:

@@ -5,16 +5,19 @@ Legend: B batch, C channels, H, W latent pixels, N image tokens, T text tokens, 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.layers import check_equal
+from ldm.models.layers import Embedding, check_equal
 from ldm.models.transformers.base import NOTHING, Transformer, check_counts
 from ldm.models.transformers.blocks import (
+    TIME,
     Attention,
     JointBlock,
     Modulation,
@@ -37,6 +40,7 @@ class FluxConfig:
     `in_channels` and `out_channels` count the channels of a token, 2 x 2 latent pixels; `patch_size` is always 1.
     """
 
+    kind: Literal["flux"] = "flux"
     patch_size: int = 1
     in_channels: int = 64
     out_channels: int | None = None
@@ -102,6 +106,7 @@ class FluxTransformer(Transformer):
     """
 
     title = "FLUX transformer"
+    guidance_is_scale: ClassVar[bool] = True
 
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
@@ -143,9 +148,15 @@ class FluxTransformer(Transformer):
         scale, shift = self.norm_out(vector)
         return unpack(self.proj_out(modulated(normed(x[:, count:]), shift, scale)), size, PATCH)
 
+    def joined(self, cond: Cond) -> Cond:
+        """T5's tokens and CLIP's pooled vector."""
+        if "text.1" not in cond:
+            return cond
+        return {**self._rest(cond), "text": cond["text.1"], "pooled": cond["pooled.0"]}
+
     def prepared(self, cond: Cond) -> Cond:
         """With "context" (B, T, D), the projected text, and "vector" (B, D), the embedded "pooled" and "guidance"."""
-        config = self.config
+        config, cond = self.config, self.joined(cond)
         told = self._told(cond, text=config.joint_attention_dim, pooled=config.pooled_projection_dim)
         context = self.context_embedder(told["text"])
         vector = self.time_text_embed.constant(told["pooled"], cond.get("guidance"))
@@ -154,6 +165,27 @@ class FluxTransformer(Transformer):
     @property
     def known_width(self) -> int:
         return self.config.width
+
+    @property
+    def guidance_width(self) -> int | None:
+        """Of FLUX.1 dev, which is told the guidance scale."""
+        return TIME if self.config.guidance_embeds else None
+
+    def told_guidance(self, width: int | None) -> FluxTransformer:
+        """FLUX.1 dev's embedding is of one width; schnell's copy gets one that starts without effect."""
+        if width not in (None, TIME):
+            told = f"the {self.title} has no place for one of width {width}, only of {TIME}"
+            raise ValueError(f"guidance_embedding: {told}")
+        twin = copy.deepcopy(self).requires_grad_(True)
+        if width is None or self.config.guidance_embeds:
+            return twin
+        like = next(self.parameters())
+        embedder = Embedding(TIME, self.config.width).to(like)
+        for parameter in embedder.linear_2.parameters():
+            nn.init.zeros_(parameter)
+        twin.time_text_embed.guidance_embedder = embedder
+        twin.config, twin.needs = replace(self.config, guidance_embeds=True), self.needs | {"guidance"}
+        return twin
 
     @property
     def side(self) -> int:

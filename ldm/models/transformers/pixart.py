@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ class PixArtConfig:
     are checked. `interpolation_scale` None is sample_size / 64, `use_additional_conditions` None is sample_size == 128.
     """
 
+    kind: Literal["pixart"] = "pixart"
     num_attention_heads: int = 16
     attention_head_dim: int = 72
     in_channels: int = 4

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.transformers.base import NOTHING, Transformer, check_counts
@@ -20,6 +23,7 @@ from ldm.types import Cond
 class SD3Config:
     """The keys of diffusers' SD3Transformer2DModel `config.json`, with its defaults."""
 
+    kind: Literal["sd3"] = "sd3"
     sample_size: int = 128
     patch_size: int = 2
     in_channels: int = 16
@@ -62,9 +66,10 @@ class SD3Config:
 class SD3Transformer(Transformer):
     """Noisy latents, times and conditioning -> velocity, noise - x_0.
 
-    `cond`: "text" (B, T, D') and "pooled" (B, P), or in their place "context" (B, T, D) and "vector" (B, D), which
-    `prepared` makes of them; "concat" (B, C'', H, W), added to the channels. A "mask" is not used: padding is attended
-    to, as in training. Sides are multiples of `patch_size`, up to `pos_embed_max_size` patches.
+    `cond`: "text" (B, T, D') and "pooled" (B, P), or what several encoders gave (see `joined`); or in their place
+    "context" (B, T, D) and "vector" (B, D), which `prepared` makes of them; "concat" (B, C'', H, W), added to the
+    channels. A "mask" is not used: padding is attended to, as in training. Sides are multiples of `patch_size`, up to
+    `pos_embed_max_size` patches.
     """
 
     title = "SD3 transformer"
@@ -111,9 +116,23 @@ class SD3Transformer(Transformer):
         scale, shift = self.norm_out(vector)
         return from_patches(self.proj_out(modulated(normed(x), shift, scale)), size, self.config.patch_size)
 
+    def joined(self, cond: Cond) -> Cond:
+        """CLIP's states side by side, filled up with zeros to D', then T5's tokens; the pooled vectors side by side.
+
+        CLIP's towers are those that give a pooled vector.
+        """
+        if "text.0" not in cond:
+            return cond
+        clip = [cond[f"text.{key[7:]}"] for key in sorted(cond) if key.startswith("pooled.")]
+        other = [cond[key] for key in sorted(cond) if key.startswith("text.") and f"pooled.{key[5:]}" not in cond]
+        states = torch.cat(clip, dim=-1)
+        states = F.pad(states, (0, self.config.joint_attention_dim - states.shape[-1]))
+        text, pooled = torch.cat([states, *(o.to(states) for o in other)], dim=1), self._outputs(cond, "pooled")
+        return {**self._rest(cond), "text": text, "pooled": torch.cat(pooled, dim=-1)}
+
     def prepared(self, cond: Cond) -> Cond:
         """With "context" (B, T, D), the projected text, and "vector" (B, D), the embedded "pooled"."""
-        config = self.config
+        config, cond = self.config, self.joined(cond)
         told = self._told(cond, text=config.joint_attention_dim, pooled=config.pooled_projection_dim)
         context, vector = self.context_embedder(told["text"]), self.time_text_embed.constant(told["pooled"])
         return {**self._rest(cond, "text", "pooled"), "context": context, "vector": vector}

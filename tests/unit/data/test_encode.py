@@ -16,8 +16,12 @@ import webdataset as wds
 from safetensors.torch import load
 from torch import Tensor
 
+from ldm.data.cache import MEMBER
 from ldm.data.encode import EncodeConfig, build_cache, encode, finish, missing
 from ldm.data.loader import DataConfig, Loader
+from ldm.data.manifest import Manifest
+from ldm.data.mixture import MixtureConfig, Source, open_data
+from ldm.data.shards import Shards
 from ldm.models.text import TextConfig, TextTower
 from ldm.recipes.sources import text_encoder, weights_hash
 from tests.unit.data.standins import HASHES, moments, states
@@ -177,6 +181,43 @@ def test_variants_are_stored_and_drawn(make_set: Make, tmp_path: Path) -> None:
     assert batch["moments"].shape == (12, 8, 4, 4)  # type: ignore[attr-defined]
     assert np.isfinite(batch["moments"]).all()  # type: ignore[call-overload]
     assert "text" not in batch
+
+
+def masked(texts: list[str]) -> dict[str, Tensor]:
+    """As an encoder with a mask: 2 to 9 tokens, then padding whose states are not zero."""
+    lengths = torch.tensor([sum(map(ord, t)) % 8 + 2 for t in texts])
+    mask = torch.arange(12) < lengths[:, None]
+    codes = torch.tensor([[float(sum(map(ord, t)) % 97)] for t in texts])
+    text = (codes[:, :, None] + torch.arange(12.0)[:, None]).expand(-1, -1, 3) + torch.arange(3.0)
+    return {"text.1": text.clone(), "mask.1": mask.float(), "pooled.0": codes}
+
+
+def test_masked_texts_are_stored_without_padding(make_set: Make, tmp_path: Path) -> None:
+    """A batch is as long as its longest text; a text costs what it is long."""
+    config = EncodeConfig(path=str(make_set(23)), size=8, dtype="float32", batch=5, part=9)
+    build_cache(config, tmp_path / "c", moments=None, text=masked, hashes=HASHES)
+    source = DataConfig(path=str(tmp_path / "c"), cached=True)
+    lengths = set()
+    for batch in take(Loader(source, seed=4, micro_batch=3), 20):
+        whole = masked(batch["caption"])  # type: ignore[arg-type]
+        longest = int(whole["mask.1"].sum(1).max())
+        lengths.add(longest)
+        mask = whole["mask.1"][:, :longest]
+        text: Tensor = batch["text.1"]  # type: ignore[assignment]
+        assert text.shape[1] >= longest  # as long as the longest caption of its samples
+        assert torch.equal(batch["mask.1"][:, :longest], mask)  # type: ignore[index]
+        assert not batch["mask.1"][:, longest:].any()  # type: ignore[index]
+        seen = mask.bool()
+        assert torch.equal(text[:, :longest][seen], whole["text.1"][:, :longest][seen])
+        assert torch.equal(batch["pooled.0"], whole["pooled.0"])  # type: ignore[arg-type]
+    assert len(lengths) > 1
+    shards = Shards(Manifest.read(tmp_path / "c"), "train")
+    stored = [load(shards.read(i)[1][MEMBER])["text.1"].shape[1] for i in range(len(shards))]
+    assert max(stored) < 12
+    assert len(set(stored)) > 1
+    two = MixtureConfig(sources=(Source(data=source, name="a"), Source(data=source, name="b")))
+    batch = next(open_data(two, seed=1, micro_batch=8).batches(0))
+    assert torch.equal(batch["mask.1"].sum(1), masked(batch["caption"])["mask.1"].sum(1))
 
 
 def test_the_states_of_all_towers_are_stored(make_set: Make, tmp_path: Path) -> None:

@@ -1,0 +1,232 @@
+"""What the layers of each family of networks are called in LoRA files, and which family a file's names are of.
+
+kohya names a layer `lora_unet_` or `lora_te_` and its name with underscores; for SDXL and the transformers the
+network's layers have the authors' names there and the towers are `lora_te1_`, `lora_te2_`. OneTrainer writes
+`lora_transformer_` or dots, ComfyUI `diffusion_model.` and `clip_l.`, LyCORIS `lycoris_`. Here all of them are compared
+with underscores. A family is one table, the authors' names of its layers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ldm.checkpoint import lora_flux, lora_pixart, lora_sd3
+from ldm.checkpoint.lora_layers import Layer, Table, one
+from ldm.checkpoint.lora_names import plain, split
+from ldm.checkpoint.maps import unet_to_compvis
+from ldm.models.transformers.flux import FluxConfig
+from ldm.models.transformers.pixart import PixArtConfig
+from ldm.models.transformers.sd3 import SD3Config
+from ldm.models.unet import UNetConfig
+
+_STARTS = {
+    "unet": ("", "unet_", "lora_unet_", "lycoris_", "lycoris_unet_", "diffusion_model_", "model_diffusion_model_"),
+    "transformer": ("", "transformer_", "lora_unet_", "lora_transformer_", "unet_", "lycoris_", "lycoris_transformer_",
+                    "lycoris_unet_", "diffusion_model_", "model_diffusion_model_"),
+    "text_encoder": ("", "text_encoder_", "lora_te_", "lora_te1_", "lycoris_te_", "lycoris_te1_", "clip_l_", "clip_h_",
+                     "lycoris_text_encoder_", "clip_l_transformer_", "clip_h_transformer_",
+                     "text_encoders_clip_l_transformer_"),
+    "text_encoder_2": ("text_encoder_2_", "lora_te2_", "lycoris_te2_", "lycoris_text_encoder_2_", "clip_g_",
+                       "clip_g_transformer_", "text_encoders_clip_g_transformer_"),
+}  # fmt: skip
+_T5 = re.compile(r"(encoder_)?block_\d+_layer_\d+_|t5xxl|^lora_te3_|^text_encoder_3_")
+_MARKS = (
+    (re.compile(r"(^|_)(double_blocks|single_blocks|single_transformer_blocks)_\d"), "FLUX.1"),
+    (re.compile(r"(^|_)joint_blocks_\d"), "SD3"),
+    (re.compile(r"(^|_)(input_blocks_\d|output_blocks_\d|middle_block_\d)"), "SDXL"),
+    (re.compile(r"(^|_)(down_blocks|up_blocks)_\d|(^|_)mid_block_"), "Stable Diffusion"),
+    (re.compile(r"(^|_)transformer_blocks_\d+_attn1_|blocks_\d+_cross_attn_(q_linear|kv_linear|proj)$"), "PixArt"),
+    (re.compile(r"(^|_)transformer_blocks_\d+_img_m(lp|od)_"), "Qwen-Image"),
+    (re.compile(r"(^|_)blocks_\d+_(self|cross)_attn_[qkvo]$"), "Wan"),
+    (re.compile(r"(^|_)layers_\d+_(attention_(to_|qkv)|adaLN_)"), "Z-Image"),
+    (re.compile(r"(^|_)transformer_blocks_\d+_(attn2?|ff|ff_context|norm1|norm1_context)_"), "SD3"),
+)
+_STABLE = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of networks: `title` of a config, the authors' `table` of its layers, `header` of kohya's files.
+
+    `other`: tables of further names; `also`: the authors' layers under other names. `header` is None where kohya's
+    scripts know no such network.
+    """
+
+    title: Callable[[Any], str]
+    table: Callable[[Any], Table]
+    header: Callable[[Any], dict[str, str]] | None
+    other: tuple[Callable[[Any], Table], ...] = ()
+    also: Mapping[str, str] | None = None
+
+
+def is_xl(unet: Any) -> bool:
+    """Whether this is an SDXL U-Net."""
+    return isinstance(unet, UNetConfig) and unet.addition_embed_type == "text_time"
+
+
+def _unet_title(unet: UNetConfig) -> str:
+    width = unet.per_level("cross_attention_dim")[0]
+    return "SDXL" if is_xl(unet) else "SD 2.x" if width == 1024 else "SD 1.x"
+
+
+def _unet_header(unet: UNetConfig) -> dict[str, str]:
+    title = _unet_title(unet)
+    base = {"SDXL": "sdxl_base_v1-0", "SD 2.x": "sd_v2", "SD 1.x": "sd_v1"}[title]
+    return {"ss_network_module": "networks.lora", "ss_base_model_version": base, "ss_v2": str(title == "SD 2.x")}
+
+
+def _sd3_header(config: SD3Config) -> dict[str, str]:
+    kind = "3-medium" if config.qk_norm is None else "3-5-medium" if config.dual_attention_layers else "3-5-large"
+    return {"ss_network_module": "networks.lora_sd3", "ss_base_model_version": kind}
+
+
+def _flux_header(config: FluxConfig) -> dict[str, str]:
+    return {"ss_network_module": "networks.lora_flux", "ss_base_model_version": "flux1"}
+
+
+FAMILIES: dict[type, Family] = {
+    UNetConfig: Family(_unet_title, lambda config: {}, _unet_header),
+    SD3Config: Family(lambda _: "SD3", lora_sd3.layers, _sd3_header),
+    FluxConfig: Family(lambda _: "FLUX.1", lora_flux.layers, _flux_header, (lora_flux.xlabs,), lora_flux.ALSO),
+    PixArtConfig: Family(lambda _: "PixArt", lora_pixart.layers, None),
+}
+"""By the class of a network's settings. A U-Net's table is made from its layers' names."""
+
+
+def family(config: object) -> Family:
+    """The family of some settings. Raises ValueError for a network that has no LoRA files."""
+    found = FAMILIES.get(type(config))
+    if found is None:
+        raise ValueError(f"{type(config).__name__}: LoRA files are known for {[c.__name__ for c in FAMILIES]}")
+    return found
+
+
+def known_names(sites: Iterable[str], config: object) -> dict[str, Layer]:
+    """Every name that a file may give a layer, dots as underscores -> what it is here, by the names of `sites`."""
+    names = [s for s in sites if not s.endswith(".bias")]
+    own, found = set(names), {}
+    for site in names:
+        component, _, name = site.partition(".")
+        if component in ("unet", "transformer"):
+            aliases = {name, name.removesuffix(".0") if name.endswith("to_out.0") else name}
+        else:
+            aliases = {name, name.removeprefix("text_model.")}
+        found |= {start + plain(n): one(site) for start in _STARTS[component] for n in aliases}
+    component = next((s.partition(".")[0] for s in names if s.startswith(("unet.", "transformer."))), "unet")
+    for name, layer in _tables(names, config):
+        layer = replace(layer, parts=tuple(f"{component}.{p}" for p in layer.parts))
+        if own.issuperset(layer.parts):
+            found |= {start + plain(name): layer for start in _STARTS[component]}
+    return found
+
+
+def _tables(sites: Sequence[str], config: object) -> Iterable[tuple[str, Layer]]:
+    """All names of the authors' layers, and those of the parts of a layer that is several (OneTrainer's `qkv.0`)."""
+    ours = family(config)
+    table = _table(sites, config)
+    yield from table.items()
+    for other, name in (ours.also or {}).items():
+        yield other, table[name]
+    for name, layer in table.items():
+        if len(layer.parts) > 1:
+            yield from ((f"{name}.{i}", one(part)) for i, part in enumerate(layer.parts))
+    for more in ours.other:
+        yield from more(config).items()
+
+
+def _table(sites: Iterable[str], config: object) -> Table:
+    if isinstance(config, UNetConfig):
+        return {theirs: one(ours) for ours, theirs in _compvis(_inner(sites), config).items()}
+    return family(config).table(config)
+
+
+def kohya_layers(sites: Sequence[str] | Mapping[str, Any], config: object) -> dict[str, Layer]:
+    """kohya's names of the layers that these sites are part of, in their order -> all sites of each."""
+    network = {f"lora_unet_{plain(n)}": layer for n, layer in _kohya_table(sites, config).items()}
+    of_site = {site: key for key, layer in network.items() for site in layer.parts}
+    several = is_xl(config) or not isinstance(config, UNetConfig)
+    found: dict[str, Layer] = {}
+    for site in sites:
+        component, _, name = site.partition(".")
+        if site in of_site:
+            found[of_site[site]] = network[of_site[site]]
+        elif component.startswith("text_encoder"):
+            place = ("te2" if component == "text_encoder_2" else "te1") if several else "te"
+            found[f"lora_{place}_{plain(name)}"] = one(site)
+    return found
+
+
+def _kohya_table(sites: Iterable[str], config: object) -> Table:
+    """The network's layers as kohya names them, parts by the names of `sites`."""
+    if isinstance(config, UNetConfig):
+        inner = _inner(sites)
+        table = {t: one(o) for o, t in _compvis(inner, config).items()} if is_xl(config) else {n: one(n) for n in inner}
+        component = "unet"
+    else:
+        table, component = family(config).table(config), "transformer"
+    return {n: replace(x, parts=tuple(f"{component}.{p}" for p in x.parts)) for n, x in table.items()}
+
+
+def kohya_names(sites: Sequence[str] | Mapping[str, Any], config: object) -> dict[str, str]:
+    """Layer name -> kohya's; several of ours may be one of kohya's."""
+    here = set(sites)
+    return {s: key for key, layer in kohya_layers(sites, config).items() for s in layer.parts if s in here}
+
+
+def kohyas_own(site: str, config: object = None) -> bool:
+    """Whether kohya's form has this layer: SD3's and FLUX.1's transformers and the CLIP towers whole, of a U-Net what
+    its scripts correct, which are transformers, resnets and resamplers. None is a network that is not known.
+    """
+    if site.startswith("transformer."):
+        known = config is None or family(config).header is not None
+        return known and not re.search(r"\.(attn1|adaln_single|caption_projection)\.|\.bias$", site)
+    if not site.startswith("unet."):
+        return ".encoder.layers." in site and not site.endswith((".bias", ".layer_norm1", ".layer_norm2"))
+    return bool(re.search(r"\.(attentions|resnets|downsamplers|upsamplers)\.\d", site)) and not re.search(
+        r"\.(norm\d?|bias)$", site
+    )
+
+
+def foreign(widths: Mapping[str, int], config: object) -> str:
+    """One sentence where a file's names are another family's than the network's, else nothing.
+
+    `widths`: names of tensors and the length of their last axis.
+    """
+    own, told = family(config).title(config), _told(widths)
+    if told == "" or told == own or (told == "Stable Diffusion" and isinstance(config, UNetConfig)):
+        return ""
+    return f"its names are those of a {told} LoRA, the model is {own}"
+
+
+def of_t5(keys: Iterable[str]) -> bool:
+    """Whether one of these tensors corrects a T5 encoder."""
+    return any(_T5.search(plain(k)) for k in keys)
+
+
+def _told(widths: Mapping[str, int]) -> str:
+    layers = {plain(named.layer): n for key, n in widths.items() if (named := split(key)) and named.part == "down"}
+    for mark, title in _MARKS:
+        hits = [name for name in layers if mark.search(name)]
+        if not hits:
+            continue
+        if title == "SD3" and any(layers[n] == 3072 and re.search(r"_attn_(to|add)_[qkv]", n) for n in hits):
+            return "FLUX.1"
+        if title == "Stable Diffusion":
+            cross = {layers[n] for n in hits if n.endswith(("attn2_to_k", "attn2_to_v"))}
+            return next((name for width, name in _STABLE.items() if width in cross), title)
+        return title
+    return ""
+
+
+def _inner(sites: Iterable[str]) -> list[str]:
+    return [s.removeprefix("unet.") for s in sites if s.startswith("unet.")]
+
+
+def _compvis(names: Sequence[str], config: UNetConfig) -> dict[str, str]:
+    counts = list(config.per_level("layers_per_block"))
+    attend_up = ["CrossAttn" in kind for kind in config.up_block_types]
+    full = unet_to_compvis([f"{n}.weight" for n in names], counts, attend_up)
+    return {k.removesuffix(".weight"): v.removesuffix(".weight") for k, v in full.items()}

@@ -1,0 +1,67 @@
+"""What users of a published family expect where they say nothing: its pictures, its sampler, its fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ldm.models.networks import AnyNetwork
+from ldm.models.unet import UNetConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Defaults of one family.
+
+    `size`: side in pixels. `sampler`, `steps`, `guidance`: as its published pipeline draws. `own_times`: it steps at
+    its own scheduler's times. Of a fine-tuning: `rate` of a LoRA, `full_rate` of all weights, `targets` of a LoRA (ends
+    of layer names, or groups), `density` of training times (None: the process's), `guidance_told`: what a network with
+    an embedding of the guidance scale is told while it trains.
+    """
+
+    title: str
+    size: int
+    sampler: str
+    steps: int
+    guidance: float
+    rate: float = 1e-4
+    full_rate: float = 1e-5
+    rank: int = 16
+    targets: tuple[str, ...] = ("attention",)
+    density: Mapping[str, Any] | None = None
+    guidance_told: float | None = None
+    weighting: Mapping[str, Any] = field(default_factory=lambda: {"kind": "uniform"})
+
+
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_JOINT = (*_ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+SD15 = Family(title="Stable Diffusion 1", size=512, sampler="dpmpp_2m", steps=25, guidance=7.5, full_rate=5e-6)
+SD2 = Family(title="Stable Diffusion 2", size=768, sampler="dpmpp_2m", steps=25, guidance=7.5, full_rate=5e-6)
+SDXL = Family(title="Stable Diffusion XL", size=1024, sampler="dpmpp_2m", steps=30, guidance=5.0, full_rate=5e-6)
+SD3 = Family(
+    title="Stable Diffusion 3", size=1024, sampler="euler", steps=28, guidance=7.0, targets=_JOINT,
+    density={"kind": "logit_normal"},
+)  # fmt: skip
+FLUX = Family(
+    title="FLUX.1", size=1024, sampler="euler", steps=28, guidance=3.5, guidance_told=1.0,
+    targets=(*_JOINT, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    density={"kind": "logit_normal"},
+)  # fmt: skip
+FLUX_SCHNELL = Family(
+    title="FLUX.1 schnell", size=1024, sampler="euler", steps=4, guidance=1.0, targets=FLUX.targets,
+    density=FLUX.density,
+)  # fmt: skip
+PIXART = Family(title="PixArt", size=1024, sampler="dpmpp_2m", steps=20, guidance=4.5)
+FAMILIES = {"sd15": SD15, "sd2": SD2, "sdxl": SDXL, "sd3": SD3, "flux": FLUX, "flux_schnell": FLUX_SCHNELL,
+            "pixart": PIXART}  # fmt: skip
+
+
+def family_of(network: AnyNetwork) -> Family:
+    """The family of a network's settings."""
+    if isinstance(network, UNetConfig):
+        wide = network.per_level("cross_attention_dim")[0]
+        return SDXL if network.addition_embed_type == "text_time" else SD2 if wide == 1024 else SD15
+    if network.kind == "flux":
+        return FLUX if network.guidance_embeds else FLUX_SCHNELL
+    return FAMILIES[network.kind]
