@@ -72,7 +72,8 @@ def sliced(queries: int | None) -> Iterator[None]:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for q (B, T, H, D), k and v (B, S, H, D), mask added or bool.
 
-    The mask is (B or 1, H or 1, T or 1, S). Returns (B, T, H, D). A boolean mask is True where a key is seen. Compiled before any choice it is SDPA.
+    The mask is (B or 1, H or 1, T or 1, S). Returns (B, T, H, D). A boolean mask is True where a key is seen. Compiled
+    before any choice it is SDPA.
     """
     if _slice is not None and q.shape[1] > _slice:
         parts = q.split(_slice, dim=1)

@@ -5,6 +5,8 @@ Legend: B batch, N image tokens, T text tokens, S tokens, D width, E = D the wid
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,10 @@ from torch import Tensor, nn
 from ldm.models.attention import attention
 from ldm.models.layers import Embedding, sinusoid
 from ldm.models.transformers.positions import Rotary, rotated
+from ldm.models.wide import Linear
+
+Vector = Tensor | Mapping[nn.Module, Tensor]
+"""The activated conditioning vector (B, E), or what each modulation makes of it (B, parts x D)."""
 
 TIME = 256
 """Channels of the sinusoid of times and of guidance scales."""
@@ -53,10 +59,11 @@ class Modulation(nn.Module):
     def __init__(self, width: int, parts: int) -> None:
         super().__init__()
         self.parts = parts
-        self.linear = nn.Linear(width, parts * width)
+        self.linear = Linear(width, parts * width)
 
-    def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
-        return self.linear(vector)[:, None].chunk(self.parts, dim=-1)
+    def forward(self, vector: Vector) -> tuple[Tensor, ...]:
+        out = self.linear(vector) if isinstance(vector, Tensor) else vector[self]
+        return out[:, None].chunk(self.parts, dim=-1)
 
 
 class GELU(nn.Module):
@@ -64,7 +71,7 @@ class GELU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(width, hidden)
+        self.proj = Linear(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(self.proj(x), approximate="tanh")
@@ -75,7 +82,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.net = nn.ModuleList([GELU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
+        self.net = nn.ModuleList([GELU(width, 4 * width), nn.Identity(), Linear(4 * width, width)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net[2](self.net[0](x))
@@ -96,12 +103,12 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(width, width, bias=bias)
-        self.to_k = nn.Linear(source or width, width, bias=bias)
-        self.to_v = nn.Linear(source or width, width, bias=bias)
+        self.to_q = Linear(width, width, bias=bias)
+        self.to_k = Linear(source or width, width, bias=bias)
+        self.to_v = Linear(source or width, width, bias=bias)
         self.norm_q = RMSNorm(width // heads) if qk_norm else None
         self.norm_k = RMSNorm(width // heads) if qk_norm else None
-        self.to_out = nn.ModuleList([nn.Linear(width, width)]) if out else None
+        self.to_out = nn.ModuleList([Linear(width, width)]) if out else None
 
     def forward(
         self,
@@ -143,14 +150,14 @@ class JointAttention(nn.Module):
     def __init__(self, width: int, heads: int, *, qk_norm: bool, text_out: bool = True) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(width, width)
-        self.to_k = nn.Linear(width, width)
-        self.to_v = nn.Linear(width, width)
-        self.add_q_proj = nn.Linear(width, width)
-        self.add_k_proj = nn.Linear(width, width)
-        self.add_v_proj = nn.Linear(width, width)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
-        self.to_add_out = nn.Linear(width, width) if text_out else None
+        self.to_q = Linear(width, width)
+        self.to_k = Linear(width, width)
+        self.to_v = Linear(width, width)
+        self.add_q_proj = Linear(width, width)
+        self.add_k_proj = Linear(width, width)
+        self.add_v_proj = Linear(width, width)
+        self.to_out = nn.ModuleList([Linear(width, width)])
+        self.to_add_out = Linear(width, width) if text_out else None
         self.norm_q = RMSNorm(width // heads) if qk_norm else None
         self.norm_k = RMSNorm(width // heads) if qk_norm else None
         self.norm_added_q = RMSNorm(width // heads) if qk_norm else None
@@ -191,7 +198,7 @@ class JointBlock(nn.Module):
         self.ff = FeedForward(width)
         self.ff_context = None if last else FeedForward(width)
 
-    def forward(self, x: Tensor, text: Tensor, vector: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, text: Tensor, vector: Vector, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
         """Image (B, N, D) and text (B, T, D) under the activated vector (B, E); the last block gives text unchanged."""
         shift, scale, gate, ff_shift, ff_scale, ff_gate, *third = self.norm1(vector)
         of_text = self.norm1_context(vector)
@@ -216,8 +223,8 @@ class TextProjection(nn.Module):
 
     def __init__(self, text: int, width: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(text, width)
-        self.linear_2 = nn.Linear(width, width)
+        self.linear_1 = Linear(text, width)
+        self.linear_2 = Linear(width, width)
 
     def forward(self, text: Tensor) -> Tensor:
         return self.linear_2(F.gelu(self.linear_1(text), approximate="tanh"))

@@ -17,6 +17,7 @@ from ldm.models.layers import Embedding, check_equal, sinusoid
 from ldm.models.transformers.base import NOTHING, Transformer, check_counts
 from ldm.models.transformers.blocks import TIME, Attention, FeedForward, TextProjection, modulated, normed
 from ldm.models.transformers.positions import PatchEmbed, from_patches
+from ldm.models.wide import Linear
 from ldm.types import Cond
 
 _FIXED = {
@@ -125,7 +126,7 @@ class AdaSingle(nn.Module):
     def __init__(self, width: int, *, micro: bool) -> None:
         super().__init__()
         self.emb = TimeSizeEmbedding(width, micro=micro)
-        self.linear = nn.Linear(width, 6 * width)
+        self.linear = Linear(width, 6 * width)
 
     def forward(self, t: Tensor, constant: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The modulation (B or 1, 6, D) and the vector (B or 1, D)."""
@@ -183,7 +184,7 @@ class PixArtTransformer(Transformer):
         )
         self.transformer_blocks = nn.ModuleList(PixArtBlock(config) for _ in range(config.num_layers))
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
-        self.proj_out = nn.Linear(width, patch * patch * self.out_channels)
+        self.proj_out = Linear(width, patch * patch * self.out_channels)
         self.adaln_single = AdaSingle(width, micro=config.micro)
         caption = config.caption_channels
         self.caption_projection = None if caption is None else TextProjection(caption, width)
