@@ -36,7 +36,7 @@ class TextEncoder(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, texts: Sequence[str]) -> Cond:
-        """ "text" (B, T, D) and, where the encoder gives them, "pooled" (B, P) and "mask" (B, T), True at tokens."""
+        """"text" (B, T, D) and, where the encoder gives them, "pooled" (B, P) and "mask" (B, T), True at tokens."""
 
     @property
     @abstractmethod
@@ -143,6 +143,6 @@ def padded(samples: Sequence[Cond], length: int | None = None) -> Cond:
 
 
 def _parts(key: str) -> tuple[str, str]:
-    """ "mask.1" -> ("mask", ".1")."""
+    """"mask.1" -> ("mask", ".1")."""
     kind, dot, index = key.partition(".")
     return kind, dot + index
