@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.models.wide import emulates
+
 log = logging.getLogger(__name__)
 BACKENDS = ("auto", "xformers", "sdpa", "reference")
 ALIGNED = 8
@@ -87,12 +89,49 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if backend == "xformers":
         bias = None if mask is None else _aligned(_bias(mask, q)).expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
         return _xformers.memory_efficient_attention(q, k, v, attn_bias=bias)
+    if backend == "sdpa" and not torch.compiler.is_compiling() and q.device.type == "cpu" and emulates(q.dtype):
+        return _in_float32(q, k, v, mask)
     if backend == "sdpa" and mask is None and _slow_backward(q, k):
         return _products(q, k, v)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if backend == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
     return (probabilities(q, k, mask) @ v).transpose(1, 2)
+
+
+def _in_float32(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """For CPUs that emulate half precision; with gradients only what was given is kept, and widened again."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Wide.apply(q, k, v, mask)  # type: ignore[return-value]
+    return _widened(q, k, v, mask)
+
+
+def _widened(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    dtype, mask = q.dtype, mask if mask is None or mask.dtype == torch.bool else mask.float()
+    q, k, v = (x.float().transpose(1, 2) for x in (q, k, v))
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).to(dtype)
+
+
+class _Wide(torch.autograd.Function):
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return _widened(q, k, v, mask)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        given, again = ctx.saved_tensors, torch.is_grad_enabled()
+        needed = [i for i, n in enumerate(ctx.needs_input_grad) if n]
+        with torch.enable_grad():
+            leaves = [x if again or x is None else x.detach().requires_grad_(i in needed) for i, x in enumerate(given)]
+            out = _widened(*leaves)
+        found = torch.autograd.grad(out, [leaves[i] for i in needed], grads[0], create_graph=again)
+        by_place = dict(zip(needed, found, strict=True))
+        return tuple(by_place.get(i) for i in range(4))
 
 
 def _slow_backward(q: Tensor, k: Tensor) -> bool:

@@ -40,42 +40,55 @@ class Linear(nn.Linear):
         half = half_of(x)
         if half is None or (self.weight.dtype != torch.float32 and x.numel() < FEW * x.shape[-1]):
             return super().forward(x)
-        return linear(x, self.weight, self.bias, half)
+        x = x.to(half)
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+            return _Linear.apply(x, self.weight, self.bias, False)  # type: ignore[return-value]
+        return _product(x, self.weight, self.bias)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, half: torch.dtype) -> Tensor:
-    """x W^T + b of x (..., D) rounded to `half`, added up in float32, given in `half`."""
-    x = x.to(half)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _Linear.apply(x, weight, bias)  # type: ignore[return-value]
-    return _product(x, weight, bias)
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """gelu(x) W^T + b, with the tanh approximation; keeps x alone, autograd would keep gelu(x) too.
+
+    Computes in the type of x.
+    """
+    return _Linear.apply(x, weight, bias, True)  # type: ignore[return-value]
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    with torch.autocast("cpu", enabled=False):
-        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    """x W^T + b in the type of x, added up in float32 where its products would be emulated."""
+    with torch.autocast(x.device.type, enabled=False):
+        to = _adds_in(x)
+        return F.linear(x.to(to), weight.to(to), None if bias is None else bias.to(to)).to(x.dtype)
+
+
+def _adds_in(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "cpu" and emulates(x.dtype) else x.dtype
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _product(x, weight, bias)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+        return _product(F.gelu(x, approximate="tanh") if gelu else x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias = inputs
+        x, weight, bias, ctx.gelu = inputs
         ctx.save_for_backward(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
-        with torch.autocast("cpu", enabled=False):
-            grad = grads[0].float().flatten(0, -2)
-            of_x = of_weight = of_bias = None
-            if ctx.needs_input_grad[0]:
-                of_x = (grad @ weight.float()).to(x.dtype).view_as(x)
+        of_x = of_weight = of_bias = None
+        with torch.autocast(x.device.type, enabled=False):
+            to = _adds_in(x)
+            grad = grads[0].to(to)
             if ctx.needs_input_grad[1]:
-                of_weight = (grad.T @ x.flatten(0, -2).float()).to(weight.dtype)
+                given = (F.gelu(x, approximate="tanh") if ctx.gelu else x).flatten(0, -2).to(to)
+                of_weight = (grad.flatten(0, -2).T @ given).to(weight.dtype)
             if bias is not None and ctx.needs_input_grad[2]:
-                of_bias = grad.sum(0).to(bias.dtype)
-        return of_x, of_weight, of_bias
+                of_bias = grad.flatten(0, -2).sum(0).to(bias.dtype)
+            if ctx.needs_input_grad[0]:
+                of_x = (grad @ weight.to(to)).to(x.dtype)
+                if ctx.gelu:
+                    of_x = torch.ops.aten.gelu_backward(of_x, x, approximate="tanh")
+        return of_x, of_weight, of_bias, None

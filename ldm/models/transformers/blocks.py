@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.attention import attention
-from ldm.models.layers import Embedding, sinusoid
+from ldm.models.frugal import norm_modulated
+from ldm.models.layers import Embedding, hooked, sinusoid
 from ldm.models.transformers.positions import Rotary, rotated
-from ldm.models.wide import Linear
+from ldm.models.wide import Linear, gelu_linear
 
 Vector = Tensor | Mapping[nn.Module, Tensor]
 """The activated conditioning vector (B, E), or what each modulation makes of it (B, parts x D)."""
@@ -31,6 +32,12 @@ def normed(x: Tensor, eps: float = 1e-6) -> Tensor:
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (1 + scale) + shift."""
     return torch.addcmul(shift, x, 1 + scale)
+
+
+def norm_and_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """Both of them; in training the normalised x is not kept for the backward pass but computed again."""
+    kept_small = torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.dtype == shift.dtype == scale.dtype
+    return norm_modulated(x, shift, scale, eps) if kept_small else modulated(normed(x, eps), shift, scale)
 
 
 def bounded(x: Tensor) -> Tensor:
@@ -85,7 +92,16 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([GELU(width, 4 * width), nn.Identity(), Linear(4 * width, width)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
+        """In training gelu(...) is not kept for the backward pass but computed again, and else it is done in place."""
+        first, last = self.net[0], self.net[2]
+        if type(first) is not GELU or hooked(first) or torch.compiler.is_compiling():
+            return last(first(x))
+        hidden = first.proj(x)
+        if not torch.is_grad_enabled():
+            return last(torch.ops.aten.gelu_(hidden, approximate="tanh"))
+        if type(last) is not Linear or hooked(last):  # a correction of the layer, or ZeRO 3, which gathers its weights
+            return last(F.gelu(hidden, approximate="tanh"))
+        return gelu_linear(hidden, last.weight, last.bias)
 
 
 class Attention(nn.Module):
@@ -203,17 +219,16 @@ class JointBlock(nn.Module):
         shift, scale, gate, ff_shift, ff_scale, ff_gate, *third = self.norm1(vector)
         of_text = self.norm1_context(vector)
         text_scale, text_shift = of_text if self.ff_context is None else (of_text[1], of_text[0])
-        image_norm = normed(x)
-        added, text_added = self.attn(
-            modulated(image_norm, shift, scale), modulated(normed(text), text_shift, text_scale), rotary
-        )
+        own = norm_and_modulate(x, shift, scale)
+        before = x
+        added, text_added = self.attn(own, norm_and_modulate(text, text_shift, text_scale), rotary)
         x = torch.addcmul(x, gate, added)
         if self.attn2 is not None:
-            x = torch.addcmul(x, third[2], self.attn2(modulated(image_norm, third[0], third[1])))
-        x = bounded(torch.addcmul(x, ff_gate, self.ff(modulated(normed(x), ff_shift, ff_scale))))
+            x = torch.addcmul(x, third[2], self.attn2(norm_and_modulate(before, third[0], third[1])))
+        x = bounded(torch.addcmul(x, ff_gate, self.ff(norm_and_modulate(x, ff_shift, ff_scale))))
         if self.ff_context is not None:
             text = torch.addcmul(text, of_text[2], text_added)
-            hidden = self.ff_context(modulated(normed(text), of_text[3], of_text[4]))
+            hidden = self.ff_context(norm_and_modulate(text, of_text[3], of_text[4]))
             text = bounded(torch.addcmul(text, of_text[5], hidden))
         return x, text
 

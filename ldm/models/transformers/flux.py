@@ -24,8 +24,7 @@ from ldm.models.transformers.blocks import (
     TimeTextEmbedding,
     Vector,
     bounded,
-    modulated,
-    normed,
+    norm_and_modulate,
 )
 from ldm.models.transformers.positions import Rotary, pack, rotary_positions, unpack
 from ldm.models.wide import Linear
@@ -92,7 +91,7 @@ class SingleBlock(nn.Module):
     def forward(self, x: Tensor, vector: Vector, rotary: Rotary) -> Tensor:
         """(B, T + N, D) under the activated vector (B, D)."""
         shift, scale, gate = self.norm(vector)
-        h = modulated(normed(x), shift, scale)
+        h = norm_and_modulate(x, shift, scale)
         hidden = F.gelu(self.proj_mlp(h), approximate="tanh")
         both = torch.cat([self.attn(h, rotary=rotary), hidden], dim=-1)
         return bounded(torch.addcmul(x, gate, self.proj_out(both)))
@@ -148,7 +147,7 @@ class FluxTransformer(Transformer):
             if i not in skip:
                 x = self._run(block, x, vector, rotary)
         scale, shift = self.norm_out(vector)
-        return unpack(self.proj_out(modulated(normed(x[:, count:]), shift, scale)), size, PATCH)
+        return unpack(self.proj_out(norm_and_modulate(x[:, count:], shift, scale)), size, PATCH)
 
     def joined(self, cond: Cond) -> Cond:
         """T5's tokens and CLIP's pooled vector."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.transformers.base import NOTHING, Transformer, check_counts
-from ldm.models.transformers.blocks import JointBlock, Modulation, TimeTextEmbedding, modulated, normed
+from ldm.models.transformers.blocks import JointBlock, Modulation, TimeTextEmbedding, norm_and_modulate
 from ldm.models.transformers.positions import PatchEmbed, from_patches
 from ldm.models.wide import Linear
 from ldm.types import Cond
@@ -115,7 +115,7 @@ class SD3Transformer(Transformer):
             if i not in skip:
                 x, text = self._run(block, x, text, vector)
         scale, shift = self.norm_out(vector)
-        return from_patches(self.proj_out(modulated(normed(x), shift, scale)), size, self.config.patch_size)
+        return from_patches(self.proj_out(norm_and_modulate(x, shift, scale)), size, self.config.patch_size)
 
     def joined(self, cond: Cond) -> Cond:
         """CLIP's states side by side, filled up with zeros to D', then T5's tokens; the pooled vectors side by side.
