@@ -28,6 +28,11 @@ def norm_modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tenso
     return _NormModulated.apply(x, shift, scale, eps)[0]  # type: ignore[index]
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm(x) of the last axis, with statistics in float32 in half precision, in the type of x; keeps x alone."""
+    return _RMSNorm.apply(x, weight, eps)  # type: ignore[return-value]
+
+
 def geglu(both: Tensor) -> Tensor:
     """a * gelu(b) of both halves (..., 2D) -> (..., D); keeps `both`, autograd would keep gelu(b) too."""
     return _GEGLU.apply(both)  # type: ignore[return-value]
@@ -103,6 +108,29 @@ class _NormModulated(torch.autograd.Function):
                 needed = [True, False, False]
                 of_x = torch.ops.aten.native_layer_norm_backward(grad, x, width, mean, rstd, None, None, needed)[0]
         return of_x, of_shift, of_scale, None
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, ctx.eps = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        to = torch.promote_types(x.dtype, torch.float32)
+        wide, grad = x.to(to), grads[0].to(to)
+        rstd = (wide.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
+        normed = wide * rstd
+        of_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad = grad * weight.to(to)
+        of_x = rstd * (grad - normed * (grad * normed).mean(-1, keepdim=True)) if ctx.needs_input_grad[0] else None
+        return None if of_x is None else of_x.to(x.dtype), of_weight, None
 
 
 class _GEGLU(torch.autograd.Function):

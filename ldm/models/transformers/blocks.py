@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.attention import attention
-from ldm.models.frugal import norm_modulated
+from ldm.models.frugal import norm_modulated, rms_norm
 from ldm.models.layers import Embedding, hooked, sinusoid
 from ldm.models.transformers.positions import Rotary, rotated
 from ldm.models.wide import Linear, gelu_linear
@@ -54,6 +54,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps).to(x.dtype)
 
 
