@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from ldm.models.network import Network
-from ldm.models.text import TextTower
+from ldm.models.text import TextEncoder
 
 
 class Adapter(Protocol):
@@ -19,7 +19,7 @@ class Adapter(Protocol):
         """Whether text states need gradients, so that they can be neither cached nor computed without them."""
         ...
 
-    def attach(self, network: Network, text: Sequence[TextTower]) -> nn.Module:
+    def attach(self, network: Network, text: Sequence[TextEncoder]) -> nn.Module:
         """Freeze everything and return what trains: a module that is called as the network is, (x, t, cond).
 
         Only what it registers belongs in the engine; the frozen parts stay outside.
@@ -31,7 +31,7 @@ class Adapter(Protocol):
         ...
 
 
-def freeze(network: Network, text: Sequence[TextTower]) -> None:
+def freeze(network: Network, text: Sequence[TextEncoder]) -> None:
     """No gradients for the weights of all parts."""
     for module in (network, *text):
         module.requires_grad_(False)

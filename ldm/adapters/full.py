@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ldm.adapters.base import freeze
 from ldm.adapters.sites import pooled_of
 from ldm.models.network import Network
-from ldm.models.text import TextTower
+from ldm.models.text import TextEncoder, TextTower
 from ldm.types import Cond
 
 
@@ -26,7 +26,7 @@ class FullConfig:
 class Together(nn.Module):
     """The network and the text towers as one trained module; called as the network is."""
 
-    def __init__(self, network: Network, text: Sequence[TextTower]) -> None:
+    def __init__(self, network: Network, text: Sequence[TextEncoder]) -> None:
         super().__init__()
         self._network = (network,)
         self.add_module(network.component, network)
@@ -48,7 +48,7 @@ class FullAdapter:
         """Whether the towers train."""
         return self.config.text
 
-    def attach(self, network: Network, text: Sequence[TextTower]) -> nn.Module:
+    def attach(self, network: Network, text: Sequence[TextEncoder]) -> nn.Module:
         """The network, or `Together`; a tower's weights that nothing depends on stay frozen."""
         freeze(network, text)
         self._component = network.component

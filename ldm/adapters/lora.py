@@ -20,7 +20,7 @@ from ldm.adapters.corrections import Corrections
 from ldm.adapters.low_rank import Lora, LowRank, row_norms
 from ldm.adapters.sites import Site, chosen, network_sites, pooled_of, text_sites, towers, usual_targets
 from ldm.models.network import Network
-from ldm.models.text import TextTower
+from ldm.models.text import TextEncoder
 from ldm.types import Cond
 
 
@@ -193,7 +193,7 @@ class LoraAdapter:
         """Whether the towers are adapted too."""
         return self.config.text
 
-    def attach(self, network: Network, text: Sequence[TextTower]) -> LoraNet:
+    def attach(self, network: Network, text: Sequence[TextEncoder]) -> LoraNet:
         """Freeze the model and put corrections on it, which start as none."""
         freeze(network, text)
         network.train()

@@ -15,7 +15,7 @@ from torch import Tensor
 from ldm.adapters.corrections import Correction, Corrections, axis_norms
 from ldm.adapters.sites import Site, all_sites, other_sites
 from ldm.models.network import Network
-from ldm.models.text import TextTower
+from ldm.models.text import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Loras:
     The weights as they were are kept for every layer that is touched, so that taking out is exact to the last bit.
     """
 
-    def __init__(self, network: Network, text: Sequence[TextTower]) -> None:
+    def __init__(self, network: Network, text: Sequence[TextEncoder]) -> None:
         self._sites = all_sites(network, text) | other_sites(network, text)
         self._loaded: dict[str, tuple[Corrections, float]] = {}
         self._before: dict[str, Tensor] = {}
@@ -129,8 +129,8 @@ class Loras:
 
 @torch.no_grad()
 def extract(
-    before: tuple[Network, Sequence[TextTower]],
-    after: tuple[Network, Sequence[TextTower]],
+    before: tuple[Network, Sequence[TextEncoder]],
+    after: tuple[Network, Sequence[TextEncoder]],
     rank: int,
     names: Sequence[str] | None = None,
 ) -> Lora:

@@ -12,15 +12,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ldm.adapters.base import COMPONENTS
+from ldm.models.families import family_of
 from ldm.models.network import Network
-from ldm.models.text import TextTower
+from ldm.models.text import TextEncoder, TextTower
 
 GROUPS = ("attention", "feed_forward", "projection", "convolution", "time")
-_JOINT = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
-_ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
-_FEED = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
-_USUAL: dict[str, tuple[str, ...]] = {"sd3": (*_JOINT, *_ADDED), "flux": (*_JOINT, *_ADDED, *_FEED)}
-"""What the scripts of a family's community correct, by the `kind` of its settings: diffusers' for SD3 and FLUX.1."""
 _TEXT = {
     "mlp.c_fc": ("mlp.fc1", "feed_forward"),
     "mlp.c_proj": ("mlp.fc2", "feed_forward"),
@@ -69,28 +65,28 @@ def network_sites(network: Network) -> list[Site]:
 
 
 def usual_targets(network: Network) -> tuple[str, ...]:
-    """The targets where none are named: those of the family's community, attention where it has no other habit."""
-    return _USUAL.get(getattr(network.config, "kind", ""), ("attention",))
+    """The targets where none are named: those of the family's community."""
+    return family_of(network.config).targets
 
 
-def towers(text: Sequence[nn.Module]) -> list[tuple[str, TextTower]]:
+def towers(text: Sequence[TextEncoder]) -> list[tuple[str, TextTower]]:
     """The CLIP towers among the text encoders, and the names of their folders: the only ones with layers here."""
     return [(name, one) for name, one in zip(COMPONENTS, text, strict=False) if isinstance(one, TextTower)]
 
 
-def pooled_of(network: Network, text: Sequence[nn.Module]) -> list[bool]:
+def pooled_of(network: Network, text: Sequence[TextEncoder]) -> list[bool]:
     """For each text encoder, whether the network is given its pooled vector: a U-Net the last one's, others all."""
     used = "pooled" in network.needs
     return [used and (network.component != "unet" or i == len(text) - 1) for i in range(len(text))]
 
 
-def text_sites(text: Sequence[nn.Module], *, pooled: Sequence[bool] | None = None) -> list[Site]:
+def text_sites(text: Sequence[TextEncoder], *, pooled: Sequence[bool] | None = None) -> list[Site]:
     """The linear layers of the CLIP towers' blocks; a last block that SD 2.x does not use is not in its files.
 
     With `pooled`, only of blocks that the conditioning depends on: for each encoder, whether its pooled vector is used.
     """
     found = []
-    uses = dict(zip(COMPONENTS, pooled or [False] * len(text), strict=False))
+    uses: dict[str, bool] = dict(zip(COMPONENTS, pooled or [False] * len(text), strict=False))
     for component, tower in towers(text):
         whole = tower.config.output == "last" or (tower.config.output == "penultimate" and pooled is None)
         whole = whole or uses[component]
@@ -111,12 +107,12 @@ def text_sites(text: Sequence[nn.Module], *, pooled: Sequence[bool] | None = Non
     return found
 
 
-def all_sites(network: Network, text: Sequence[nn.Module]) -> dict[str, Site]:
+def all_sites(network: Network, text: Sequence[TextEncoder]) -> dict[str, Site]:
     """Every site of a model by name."""
     return {site.name: site for site in [*network_sites(network), *text_sites(text)]}
 
 
-def other_sites(network: Network, text: Sequence[nn.Module]) -> dict[str, Site]:
+def other_sites(network: Network, text: Sequence[TextEncoder]) -> dict[str, Site]:
     """What only others' files correct: norms, biases under NAME.bias, the towers' projections."""
     found = {}
 

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ldm.adapters.base import freeze
+from ldm.adapters.sites import towers
 from ldm.models.network import Network
-from ldm.models.text import TextTower
+from ldm.models.text import TextEncoder
 from ldm.types import Cond
+
+T = TypeVar("T", bound=TextEncoder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +73,15 @@ class Rows(nn.Module):
 class TokenRows(nn.Module):
     """All new rows, by token and tower; called as the network is, which is frozen and not registered."""
 
-    def __init__(self, network: Network, text: Sequence[TextTower], config: TokensConfig) -> None:
+    def __init__(self, network: Network, text: Sequence[TextEncoder], config: TokensConfig) -> None:
         super().__init__()
         self.tokens = nn.ModuleList()
         self._network = (network,)
+        encoders = reading(text)
         for new in config.tokens:
-            rows = nn.ModuleList(Rows(start(tower, new), bound_of(tower, config)) for tower in text)
-            for tower, own in zip(text, rows, strict=True):
-                tower.add_token(new.token, new.vectors, own)
+            rows = nn.ModuleList(Rows(start(one, new), bound_of(one, config)) for one in encoders)
+            for one, own in zip(encoders, rows, strict=True):
+                one.add_token(new.token, new.vectors, own)
             self.tokens.append(rows)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -85,7 +89,7 @@ class TokenRows(nn.Module):
 
 
 class TokensAdapter:
-    """New rows train, in every tower; the export is named by token, a second tower's behind `text_encoder_2.`"""
+    """New rows train, in every encoder; the export is named by token, a second one's behind `text_encoder_2.`"""
 
     trains_text = True
 
@@ -93,11 +97,11 @@ class TokensAdapter:
         self.config = config
         self._bounds: list[float] = []
 
-    def attach(self, network: Network, text: Sequence[TextTower]) -> TokenRows:
+    def attach(self, network: Network, text: Sequence[TextEncoder]) -> TokenRows:
         """Freeze the model and add the tokens to its towers; ValueError for a token that exists or a wrong start."""
         freeze(network, text)
         network.train()
-        self._bounds = [bound_of(tower, self.config) for tower in text]
+        self._bounds = [bound_of(one, self.config) for one in reading(text)]
         return TokenRows(network, text, self.config)
 
     def concepts(self, weights: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
@@ -123,18 +127,23 @@ def within(rows: Tensor, bound: float) -> Tensor:
     return rows * (bound / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
 
 
-def bound_of(tower: TextTower, config: TokensConfig) -> float:
+def reading(text: Sequence[T]) -> list[T]:
+    """The text encoders that read tokens: without those that are left out, whose states are zeros."""
+    return [one for one in text if next(one.parameters(), None) is not None]
+
+
+def bound_of(tower: TextEncoder, config: TokensConfig) -> float:
     """The largest norm that a new row of this tower may have; 0 is none."""
     if not config.max_norm:
         return 0.0
-    table = tower.model.token_embedding.weight.detach().float()
+    table = tower.table.weight.detach().float()
     return config.max_norm * float(table.norm(dim=1).median())
 
 
 @torch.no_grad()
-def start(tower: TextTower, new: NewToken) -> Tensor:
+def start(tower: TextEncoder, new: NewToken) -> Tensor:
     """The rows (n, D) to start from. Raises ValueError for an initialiser that is not one token of this tower."""
-    table = tower.model.token_embedding.weight.detach().float()
+    table = tower.table.weight.detach().float()
     if not new.initializer:
         return table[: tower.tokenizer.vocab_size].mean(0).expand(new.vectors, -1)
     ids = []
@@ -152,12 +161,17 @@ def start(tower: TextTower, new: NewToken) -> Tensor:
 _WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL's second tower"}
 
 
-def add_concept(text: Sequence[TextTower], token: str, rows: Sequence[Tensor], also: Sequence[str] = ()) -> list[str]:
+def add_concept(text: Sequence[TextEncoder], token: str, rows: Sequence[Tensor], also: Sequence[str] = ()) -> list[str]:
     """Teach the towers a token from a file: its rows (n, D) for each; the words that call it, `also` where they can.
 
-    A file's name that is a word of the vocabulary calls it in angle brackets. Raises ValueError when widths or the
-    number of towers differ, or the token exists.
+    Rows of the CLIP towers alone, which most files hold, leave other encoders as they are. A file's name that is a word
+    of the vocabulary calls it in angle brackets. Raises ValueError when widths or the number of towers differ, or the
+    token exists.
     """
+    text = reading(text)
+    clip = [one for _, one in towers(text)]
+    if len(rows) != len(text):
+        text = clip if len(rows) == len(clip) else text
     if len(rows) != len(text):
         raise ValueError(f"embedding {token!r}: is for {len(rows)} text towers, the model has {len(text)}")
     for tower, own in zip(text, rows, strict=True):
@@ -168,7 +182,7 @@ def add_concept(text: Sequence[TextTower], token: str, rows: Sequence[Tensor], a
     if not words and token in also and token not in text[0].tokenizer.added:
         words = [f"<{token}>"]
     for tower, own in zip(text, rows, strict=True):
-        kept = own.detach().to(tower.model.token_embedding.weight)
+        kept = own.detach().to(tower.table.weight)
         tower.add_token(words[0] if words else token, len(kept), lambda kept=kept: kept)
         for word in words[1:]:
             tower.tokenizer.alias(word, words[0])

@@ -11,7 +11,7 @@ from ldm.adapters.tokens import add_concept
 from ldm.checkpoint.embedding_files import file_names, read_embeddings
 from ldm.checkpoint.lora_files import read_adapter
 from ldm.models.network import Network
-from ldm.models.text import TextTower
+from ldm.models.text import TextEncoder
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 def attach_lora(
     merged: Loras,
     network: Network,
-    text: Sequence[TextTower],
+    text: Sequence[TextEncoder],
     path: str | Path,
     weight: float,
     name: str,
@@ -33,7 +33,7 @@ def attach_lora(
     return name
 
 
-def attach_embedding(text: Sequence[TextTower], path: str | Path, token: str | None) -> list[str]:
+def attach_embedding(text: Sequence[TextEncoder], path: str | Path, token: str | None) -> list[str]:
     """Teach the towers a file's tokens; the words that call them: the file's own, and the file's name."""
     words: list[str] = []
     for name, rows in read_embeddings(path, token).items():

@@ -17,6 +17,8 @@ from ldm.checkpoint import lora_flux, lora_pixart, lora_sd3
 from ldm.checkpoint.lora_layers import Layer, Table, one
 from ldm.checkpoint.lora_names import plain, split
 from ldm.checkpoint.maps import unet_to_compvis
+from ldm.models.families import family_of
+from ldm.models.networks import AnyNetwork
 from ldm.models.transformers.flux import FluxConfig
 from ldm.models.transformers.pixart import PixArtConfig
 from ldm.models.transformers.sd3 import SD3Config
@@ -33,29 +35,29 @@ _STARTS = {
                        "clip_g_transformer_", "text_encoders_clip_g_transformer_"),
 }  # fmt: skip
 _T5 = re.compile(r"(encoder_)?block_\d+_layer_\d+_|t5xxl|^lora_te3_|^text_encoder_3_")
+_ANY_UNET = "Stable Diffusion 1, 2 or XL"
 _MARKS = (
     (re.compile(r"(^|_)(double_blocks|single_blocks|single_transformer_blocks)_\d"), "FLUX.1"),
-    (re.compile(r"(^|_)joint_blocks_\d"), "SD3"),
-    (re.compile(r"(^|_)(input_blocks_\d|output_blocks_\d|middle_block_\d)"), "SDXL"),
-    (re.compile(r"(^|_)(down_blocks|up_blocks)_\d|(^|_)mid_block_"), "Stable Diffusion"),
+    (re.compile(r"(^|_)joint_blocks_\d"), "Stable Diffusion 3"),
+    (re.compile(r"(^|_)(input_blocks_\d|output_blocks_\d|middle_block_\d)"), "Stable Diffusion XL"),
+    (re.compile(r"(^|_)(down_blocks|up_blocks)_\d|(^|_)mid_block_"), _ANY_UNET),
     (re.compile(r"(^|_)transformer_blocks_\d+_attn1_|blocks_\d+_cross_attn_(q_linear|kv_linear|proj)$"), "PixArt"),
     (re.compile(r"(^|_)transformer_blocks_\d+_img_m(lp|od)_"), "Qwen-Image"),
     (re.compile(r"(^|_)blocks_\d+_(self|cross)_attn_[qkvo]$"), "Wan"),
     (re.compile(r"(^|_)layers_\d+_(attention_(to_|qkv)|adaLN_)"), "Z-Image"),
-    (re.compile(r"(^|_)transformer_blocks_\d+_(attn2?|ff|ff_context|norm1|norm1_context)_"), "SD3"),
+    (re.compile(r"(^|_)transformer_blocks_\d+_(attn2?|ff|ff_context|norm1|norm1_context)_"), "Stable Diffusion 3"),
 )
-_STABLE = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
+_STABLE = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
 
 
 @dataclass(frozen=True)
-class Family:
-    """A family of networks: `title` of a config, the authors' `table` of its layers, `header` of kohya's files.
+class Names:
+    """The names of a family of networks: the authors' `table` of its layers, `header` of kohya's files.
 
     `other`: tables of further names; `also`: the authors' layers under other names. `header` is None where kohya's
     scripts know no such network.
     """
 
-    title: Callable[[Any], str]
     table: Callable[[Any], Table]
     header: Callable[[Any], dict[str, str]] | None
     other: tuple[Callable[[Any], Table], ...] = ()
@@ -67,15 +69,10 @@ def is_xl(unet: Any) -> bool:
     return isinstance(unet, UNetConfig) and unet.addition_embed_type == "text_time"
 
 
-def _unet_title(unet: UNetConfig) -> str:
-    width = unet.per_level("cross_attention_dim")[0]
-    return "SDXL" if is_xl(unet) else "SD 2.x" if width == 1024 else "SD 1.x"
-
-
 def _unet_header(unet: UNetConfig) -> dict[str, str]:
-    title = _unet_title(unet)
-    base = {"SDXL": "sdxl_base_v1-0", "SD 2.x": "sd_v2", "SD 1.x": "sd_v1"}[title]
-    return {"ss_network_module": "networks.lora", "ss_base_model_version": base, "ss_v2": str(title == "SD 2.x")}
+    second = not is_xl(unet) and unet.per_level("cross_attention_dim")[0] == 1024
+    base = "sdxl_base_v1-0" if is_xl(unet) else "sd_v2" if second else "sd_v1"
+    return {"ss_network_module": "networks.lora", "ss_base_model_version": base, "ss_v2": str(second)}
 
 
 def _sd3_header(config: SD3Config) -> dict[str, str]:
@@ -87,20 +84,20 @@ def _flux_header(config: FluxConfig) -> dict[str, str]:
     return {"ss_network_module": "networks.lora_flux", "ss_base_model_version": "flux1"}
 
 
-FAMILIES: dict[type, Family] = {
-    UNetConfig: Family(_unet_title, lambda config: {}, _unet_header),
-    SD3Config: Family(lambda _: "SD3", lora_sd3.layers, _sd3_header),
-    FluxConfig: Family(lambda _: "FLUX.1", lora_flux.layers, _flux_header, (lora_flux.xlabs,), lora_flux.ALSO),
-    PixArtConfig: Family(lambda _: "PixArt", lora_pixart.layers, None),
+NAMES: dict[type, Names] = {
+    UNetConfig: Names(lambda config: {}, _unet_header),
+    SD3Config: Names(lora_sd3.layers, _sd3_header),
+    FluxConfig: Names(lora_flux.layers, _flux_header, (lora_flux.xlabs,), lora_flux.ALSO),
+    PixArtConfig: Names(lora_pixart.layers, None),
 }
 """By the class of a network's settings. A U-Net's table is made from its layers' names."""
 
 
-def family(config: object) -> Family:
-    """The family of some settings. Raises ValueError for a network that has no LoRA files."""
-    found = FAMILIES.get(type(config))
+def names_of(config: object) -> Names:
+    """The names of a network of some settings. Raises ValueError for one that has no LoRA files."""
+    found = NAMES.get(type(config))
     if found is None:
-        raise ValueError(f"{type(config).__name__}: LoRA files are known for {[c.__name__ for c in FAMILIES]}")
+        raise ValueError(f"{type(config).__name__}: LoRA files are known for {[c.__name__ for c in NAMES]}")
     return found
 
 
@@ -125,7 +122,7 @@ def known_names(sites: Iterable[str], config: object) -> dict[str, Layer]:
 
 def _tables(sites: Sequence[str], config: object) -> Iterable[tuple[str, Layer]]:
     """All names of the authors' layers, and those of the parts of a layer that is several (OneTrainer's `qkv.0`)."""
-    ours = family(config)
+    ours = names_of(config)
     table = _table(sites, config)
     yield from table.items()
     for other, name in (ours.also or {}).items():
@@ -140,7 +137,7 @@ def _tables(sites: Sequence[str], config: object) -> Iterable[tuple[str, Layer]]
 def _table(sites: Iterable[str], config: object) -> Table:
     if isinstance(config, UNetConfig):
         return {theirs: one(ours) for ours, theirs in _compvis(_inner(sites), config).items()}
-    return family(config).table(config)
+    return names_of(config).table(config)
 
 
 def kohya_layers(sites: Sequence[str] | Mapping[str, Any], config: object) -> dict[str, Layer]:
@@ -166,7 +163,7 @@ def _kohya_table(sites: Iterable[str], config: object) -> Table:
         table = {t: one(o) for o, t in _compvis(inner, config).items()} if is_xl(config) else {n: one(n) for n in inner}
         component = "unet"
     else:
-        table, component = family(config).table(config), "transformer"
+        table, component = names_of(config).table(config), "transformer"
     return {n: replace(x, parts=tuple(f"{component}.{p}" for p in x.parts)) for n, x in table.items()}
 
 
@@ -181,7 +178,7 @@ def kohyas_own(site: str, config: object = None) -> bool:
     its scripts correct, which are transformers, resnets and resamplers. None is a network that is not known.
     """
     if site.startswith("transformer."):
-        known = config is None or family(config).header is not None
+        known = config is None or names_of(config).header is not None
         return known and not re.search(r"\.(attn1|adaln_single|caption_projection)\.|\.bias$", site)
     if not site.startswith("unet."):
         return ".encoder.layers." in site and not site.endswith((".bias", ".layer_norm1", ".layer_norm2"))
@@ -190,15 +187,15 @@ def kohyas_own(site: str, config: object = None) -> bool:
     )
 
 
-def foreign(widths: Mapping[str, int], config: object) -> str:
+def foreign(widths: Mapping[str, int], config: AnyNetwork) -> str:
     """One sentence where a file's names are another family's than the network's, else nothing.
 
     `widths`: names of tensors and the length of their last axis.
     """
-    own, told = family(config).title(config), _told(widths)
-    if told == "" or told == own or (told == "Stable Diffusion" and isinstance(config, UNetConfig)):
+    own, told = family_of(config).title, _told(widths)
+    if not told or own.startswith(told) or (told == _ANY_UNET and isinstance(config, UNetConfig)):
         return ""
-    return f"its names are those of a {told} LoRA, the model is {own}"
+    return f"its names are those of {told}, the model is {own}"
 
 
 def of_t5(keys: Iterable[str]) -> bool:
@@ -212,9 +209,11 @@ def _told(widths: Mapping[str, int]) -> str:
         hits = [name for name in layers if mark.search(name)]
         if not hits:
             continue
-        if title == "SD3" and any(layers[n] == 3072 and re.search(r"_attn_(to|add)_[qkv]", n) for n in hits):
+        if title == "Stable Diffusion 3" and any(
+            layers[n] == 3072 and re.search(r"_attn_(to|add)_[qkv]", n) for n in hits
+        ):
             return "FLUX.1"
-        if title == "Stable Diffusion":
+        if title == _ANY_UNET:
             cross = {layers[n] for n in hits if n.endswith(("attn2_to_k", "attn2_to_v"))}
             return next((name for width, name in _STABLE.items() if width in cross), title)
         return title

@@ -24,15 +24,16 @@ from ldm.adapters.lora import to_peft
 from ldm.adapters.low_rank import Lora, LowRank, as_plain
 from ldm.adapters.sites import Site, all_sites, other_sites
 from ldm.checkpoint import weights
-from ldm.checkpoint.lora_families import family, foreign, known_names, kohya_layers, kohya_names, kohyas_own, of_t5
+from ldm.checkpoint.lora_families import foreign, known_names, kohya_layers, kohya_names, kohyas_own, names_of, of_t5
 from ldm.checkpoint.lora_layers import Layer, joined, rows_of
 from ldm.checkpoint.lora_names import Named, plain, split
 from ldm.checkpoint.lora_parts import Misfit, assemble
 from ldm.checkpoint.lora_settings import PEFT_FILES, Settings, header_alpha, settings_of
+from ldm.models.families import family_of
 from ldm.models.network import Network
 from ldm.models.networks import AnyNetwork
 from ldm.models.shipped import named as shipped
-from ldm.models.text import TextTower
+from ldm.models.text import TextEncoder
 
 __all__ = [
     "LoraFile",
@@ -81,10 +82,8 @@ def write_lora(
     which needs the base's `sites`; layers that its readers ignore are left out. Both are said. Raises ValueError where
     nothing is left.
     """
-    if form == "kohya" and family(config).header is None:
-        raise ValueError(
-            f"{path}: kohya's scripts know no {family(config).title(config)} network; write form 'diffusers'"
-        )
+    if form == "kohya" and names_of(config).header is None:
+        raise ValueError(f"{path}: kohya's scripts know no {family_of(config).title}; write form 'diffusers'")
     held = _held(path, lora, form, sites, rank)
     notes = {"format": "pt", **(metadata or {})}
     if form == "diffusers":
@@ -136,13 +135,13 @@ def _held(path: Path, lora: Corrections, form: Format, sites: Mapping[str, Site]
 
 
 def read_lora(
-    path: str | Path, network: Network, text: Sequence[TextTower], *, lenient: bool = False
+    path: str | Path, network: Network, text: Sequence[TextEncoder], *, lenient: bool = False
 ) -> dict[str, Correction]:
     """The corrections of a file, as `read_adapter` reads them."""
     return read_adapter(path, network, text, lenient=lenient).corrections
 
 
-def read_adapter(path: str | Path, network: Network, text: Sequence[TextTower], *, lenient: bool = False) -> LoraFile:
+def read_adapter(path: str | Path, network: Network, text: Sequence[TextEncoder], *, lenient: bool = False) -> LoraFile:
     """A file of any of these forms, a folder that holds one, or a run, under this model's layer names.
 
     Tensors that fit no layer are refused, or with `lenient` left out and named as long as others fit. Raises ValueError
@@ -195,7 +194,7 @@ def is_lora(path: str | Path) -> bool:
     return any((found / n).is_file() for n in _NAMES) and not (found / "adapter.json").is_file()
 
 
-def _read_file(path: Path, network: Network, text: Sequence[TextTower], lenient: bool) -> LoraFile:
+def _read_file(path: Path, network: Network, text: Sequence[TextEncoder], lenient: bool) -> LoraFile:
     where = f"LoRA {str(path)!r}"
     source, notes = weights.open_file(path, prefix="LoRA "), weights.metadata(path)
     own = all_sites(network, text) | other_sites(network, text)
@@ -328,7 +327,7 @@ def to_kohya(layers: Lora) -> dict[str, Tensor]:
 
 def _kohya_notes(layers: Lora, config: AnyNetwork) -> dict[str, str]:
     """The header that kohya's tools and the web pages read."""
-    lows, header = list(layers.values()), family(config).header
+    lows, header = list(layers.values()), names_of(config).header
     assert header is not None
     ranks, alphas = {x.rank for x in lows}, {x.alpha for x in lows}
     notes = {

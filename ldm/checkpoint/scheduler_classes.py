@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.schedule import Flow, Schedule
+from ldm.sampling.flow_times import FLOW_GRIDS, Spread, flow_times
 from ldm.sampling.run import Clip, clamp, dynamic_threshold
 from ldm.sampling.times import between, check_times, noise_ratio, subset
 from ldm.sampling.times import times as spaced
 
 Settings = Mapping[str, Any]
+FlowGrid = Literal["flow", "flow_open"]
+"""Which sigmas a published pipeline asks of a FlowMatch scheduler: its own (SD3) or 1 ... 1/N (FLUX, Z-Image)."""
 _BETAS: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.0001,
@@ -28,6 +31,8 @@ _BOUND = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_ma
 _CLIP = {"clip_sample": True, "clip_sample_range": 1.0}
 _FLOWS = {"use_flow_sigmas": False, "flow_shift": 1.0}
 _SHIFTS = {"use_dynamic_shifting": False, "time_shift_type": "exponential"}
+# Pipelines take these where a config leaves them out, also with solvers whose own config does not know them.
+_SHIFTS |= {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
 _ZERO = {"rescale_betas_zero_snr": False}
 _LEADING, _LINSPACE = {"timestep_spacing": "leading"}, {"timestep_spacing": "linspace"}
 _DDIM = {**_BETAS, **_CLIP, **_BOUND, **_ZERO, **_LEADING, "set_alpha_to_one": True}
@@ -59,6 +64,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "FlowMatchEulerDiscreteScheduler": {**_FLOW_EULER, "stochastic_sampling": False},
     "FlowMatchHeunDiscreteScheduler": _FLOW,
+    "FlowMatchLCMScheduler": {**_FLOW_EULER, "scale_factors": None, "upscale_mode": "bicubic"},
     "HeunDiscreteScheduler": {**_LDM_BETAS, **_LINSPACE, **_GRIDS, **_CLIP, "clip_sample": False},
     "KDPM2AncestralDiscreteScheduler": {**_LDM_BETAS, **_LINSPACE, **_GRIDS},
     "KDPM2DiscreteScheduler": {**_LDM_BETAS, **_LINSPACE, **_GRIDS},
@@ -104,6 +110,8 @@ class Plan(NamedTuple):
     end: Literal["data", "first"] | None = None
     clip: Clip | None = None
     scale: float = 1.0
+    whole: bool = False
+    """The network is told times without their fraction, as diffusers' solvers on flow sigmas tell it (`run.whole`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +119,9 @@ class OwnSampler:
     """How a folder's scheduler draws by itself: a sampler, the times it visits, where it ends, the bound of x_0.
 
     `grid` is a spacing of `ldm.sampling.times`, "leading_open" (DPM-Solver's: steps + 1 multiples without the 0),
-    "subset" (of a solver of `original` steps) or "flow" (even from T to the shifted first training time, shifted once
-    more). `between`: "karras" and "exponential" reach from the first to the last time of this spacing. `exploding`: it
-    starts at the noise alone of the first time, without the variance of the data.
+    "subset" (of a solver of `original` steps) or one of `ldm.sampling.flow_times`. `between`: "karras" and
+    "exponential" reach from the first to the last time of this spacing; `spread`: the same of a flow's sigmas.
+    `exploding`: it starts at the noise alone of the first time, without the variance of the data.
     """
 
     name: str
@@ -121,6 +129,7 @@ class OwnSampler:
     offset: int = 0
     original: int = 50
     between: str | None = None
+    spread: Spread | None = None
     end: Literal["data", "first"] = "data"
     clip: Clip | None = None
     exploding: bool = False
@@ -133,10 +142,8 @@ class OwnSampler:
             ends = spaced(schedule, steps, self.between, offset=self.offset)
             levels = between(noise_ratio(schedule, ends[0]), noise_ratio(schedule, ends[-1]), steps, self.grid)
             return check_times(schedule, [ends[0], *(schedule.time(-math.log(r)) for r in levels[1:])])
-        if self.grid == "flow":
-            last = schedule.warp(1.0)
-            even = [schedule.steps - (schedule.steps - last) * i / max(steps - 1, 1) for i in range(steps)]
-            return check_times(schedule, [schedule.warp(t) for t in even])
+        if isinstance(schedule, Flow) and self.grid in FLOW_GRIDS:
+            return flow_times(schedule, steps, self.grid, self.spread)
         if self.grid != "leading_open":
             return spaced(schedule, steps, self.grid, offset=self.offset)
         stride = schedule.steps // (steps + 1)
@@ -146,7 +153,8 @@ class OwnSampler:
     def plan(self, schedule: Schedule, steps: int) -> Plan:
         """For a number of steps."""
         path = self.times(schedule, steps)
-        return Plan(path, self.end, self.clip, schedule.at(path[0])[1] if self.exploding else 1.0)
+        scale = schedule.at(path[0])[1] if self.exploding else 1.0
+        return Plan(path, self.end, self.clip, scale, whole=self.grid in ("flow_dpm", "flow_unipc"))
 
 
 def resolved(config: Settings) -> dict[str, Any]:
@@ -169,16 +177,31 @@ def given(config: Settings, defaults: Settings) -> dict[str, Any]:
     return {**defaults, **found}
 
 
-def own_sampler(settings: Settings) -> OwnSampler:
-    """Of `resolved` settings. Raises ValueError naming the class and the setting that no sampler here follows."""
+def own_sampler(settings: Settings, grid: FlowGrid = "flow") -> OwnSampler:
+    """Of `resolved` settings; `grid`: whose sigmas a published pipeline gives FlowMatch schedulers.
+
+    Raises ValueError naming the class and the setting that no sampler here follows.
+    """
     cls = settings["_class_name"]
+    if cls in FLOW_CLASSES:
+        return _flow(settings, grid)
     if cls not in _OWN:
         raise _unlike(cls, "is no sampler here")
     if settings.get("use_beta_sigmas"):
         raise _unlike(cls, "use_beta_sigmas is not followed")
-    if settings.get("use_dynamic_shifting") or settings.get("use_flow_sigmas"):
-        raise _unlike(cls, "flow sigmas are not followed")
-    return _OWN[cls](settings)
+    own = _OWN[cls](settings)
+    return _on_flow(settings, own) if settings.get("use_flow_sigmas") else own
+
+
+def _on_flow(s: Settings, own: OwnSampler) -> OwnSampler:
+    """A solver of diffusion on flow sigmas: its times, whatever `timestep_spacing` is, end in the data."""
+    cls = s["_class_name"]
+    for key in ("use_karras_sigmas", "use_exponential_sigmas"):
+        if s[key]:
+            raise _unlike(cls, f"with {key} and use_flow_sigmas takes its sigmas from betas, which is not followed")
+    if own.end != "data":
+        raise _unlike(cls, "with use_flow_sigmas does not end in the data")
+    return replace(own, grid="flow_unipc" if cls == "UniPCMultistepScheduler" else "flow_dpm", between=None)
 
 
 def _unlike(cls: str, why: str) -> ValueError:
@@ -285,7 +308,7 @@ def _unipc(s: Settings) -> OwnSampler:
     names = {2: "unipc", 3: "unipc_3"}
     _only(s, solver_order=tuple(names), solver_type=("bh2", "midpoint", "heun", "logrho"), predict_x0=True)
     _only(s, lower_order_final=True, disable_corrector=((),), solver_p=None, final_sigmas_type="zero")
-    _only(s, sigma_min=None, sigma_max=None, shift_terminal=None)
+    _only(s, sigma_min=None, sigma_max=None)
     name = names[s["solver_order"]]
     return OwnSampler(name=name, grid=_open(s), offset=s["steps_offset"], end=_end(s), clip=_bound(s))
 
@@ -307,9 +330,22 @@ def _student(name: str) -> Callable[[Settings], OwnSampler]:
     return own
 
 
-def _flow(s: Settings) -> OwnSampler:
-    _only(s, stochastic_sampling=False, use_karras_sigmas=False, use_exponential_sigmas=False)
-    return OwnSampler(name="euler", grid="flow")
+def _flow(s: Settings, grid: FlowGrid) -> OwnSampler:
+    """The FlowMatch classes. Heun's knows no sigmas of the pipeline, and LCM's is Euler's `stochastic_sampling`."""
+    cls = s["_class_name"]
+    if cls == "FlowMatchHeunDiscreteScheduler":
+        return OwnSampler(name="heun", grid="flow")
+    if cls == "FlowMatchLCMScheduler":
+        _only(s, scale_factors=None)
+    spreads: dict[str, Spread] = {
+        "use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta",
+    }  # fmt: skip
+    asked: list[Spread] = [spread for key, spread in spreads.items() if s[key]]
+    if len(asked) > 1:
+        raise _unlike(cls, f"with {' and '.join(k for k in spreads if s[k])}: only one of them can be")
+    name = "lcm" if cls == "FlowMatchLCMScheduler" or s["stochastic_sampling"] else "euler"
+    own = "flow_once" if s["use_dynamic_shifting"] else "flow"  # only a static shift is in their table already
+    return OwnSampler(name=name, grid=own if grid == "flow" else grid, spread=asked[0] if asked else None)
 
 
 _MULTISTEP = {
@@ -322,6 +358,7 @@ _SINGLESTEP = {
     "dpmsolver": {1: "dpm_solver_1", 2: "dpm_solver_2s", 3: "dpm_solver_3s"},
     "dpmsolver++": {1: "dpm_solver_1", 2: "dpmpp_2s"},
 }
+FLOW_CLASSES = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 _OWN: dict[str, Callable[[Settings], OwnSampler]] = {
     "DDIMScheduler": _ddim,
     "DDIMParallelScheduler": _ddim,
@@ -332,7 +369,6 @@ _OWN: dict[str, Callable[[Settings], OwnSampler]] = {
     "DPMSolverSinglestepScheduler": _singlestep,
     "EulerAncestralDiscreteScheduler": _in_sigmas("euler_ancestral", grids=False),
     "EulerDiscreteScheduler": _in_sigmas("euler"),
-    "FlowMatchEulerDiscreteScheduler": _flow,
     "HeunDiscreteScheduler": _in_sigmas("heun"),
     "KDPM2DiscreteScheduler": _in_sigmas("kdpm2"),
     "LCMScheduler": _student("lcm"),

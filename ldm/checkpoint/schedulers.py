@@ -6,9 +6,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ldm.checkpoint.scheduler_classes import DEFAULTS, OwnSampler, given, own_sampler, resolved
+from ldm.checkpoint.scheduler_classes import (
+    DEFAULTS,
+    FLOW_CLASSES,
+    FlowGrid,
+    OwnSampler,
+    given,
+    own_sampler,
+    resolved,
+)
 from ldm.diffusion.prediction import PREDICTIONS, Epsilon, Sample, V, Velocity
-from ldm.diffusion.schedule import Betas, Discrete, Flow
+from ldm.diffusion.schedule import Betas, Discrete, DynamicShift, Flow
 
 _BETAS: dict[str, Betas] = {
     "linear": "linear",
@@ -18,7 +26,8 @@ _BETAS: dict[str, Betas] = {
 }
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 FLOW = "FlowMatchEulerDiscreteScheduler"
-FLOWS = (FLOW, "FlowMatchHeunDiscreteScheduler")
+FLOWS = FLOW_CLASSES
+DYNAMIC = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type")
 STUDENTS = ("LCMScheduler", "TCDScheduler")
 LEARNED = "DDPMScheduler"
 
@@ -56,7 +65,12 @@ def scheduler_to_diffusers(
     if isinstance(schedule, Flow):
         if not isinstance(prediction, Velocity):
             raise ValueError(f"prediction {prediction.kind!r}: diffusers' flow scheduler takes 'velocity' only")
-        return {"_class_name": FLOW, "num_train_timesteps": schedule.steps, "shift": schedule.shift}
+        dynamic = {}
+        if schedule.dynamic is not None:
+            dynamic = {"use_dynamic_shifting": True} | {k: getattr(schedule.dynamic, k) for k in DYNAMIC}
+        terminal = {} if schedule.terminal is None else {"shift_terminal": schedule.terminal}
+        known = {"_class_name": FLOW, "num_train_timesteps": schedule.steps, "shift": schedule.shift}
+        return known | dynamic | terminal
     names = {v: k for k, v in _PREDICTIONS.items()}
     if prediction.kind not in names:
         raise ValueError(f"prediction {prediction.kind!r}: diffusers' schedulers take {sorted(names)}")
@@ -78,19 +92,25 @@ def scheduler_to_diffusers(
     }
 
 
-def scheduler_from_diffusers(config: Mapping[str, Any]) -> SchedulerSettings:
+def scheduler_from_diffusers(
+    config: Mapping[str, Any],
+    *,
+    grid: FlowGrid = "flow",
+    mu: Literal["linear", "flux2"] = "linear",
+) -> SchedulerSettings:
     """Read a scheduler config; keys that are absent or null have the defaults of diffusers' class.
 
+    Of flows it does not tell all: `grid` says whose sigmas the family's pipeline takes, "flow" the scheduler's own
+    (SD3) or "flow_open" 1 ... 1/N (FLUX.1, FLUX.2, Z-Image), and `mu` by what rule it finds a dynamic shift.
     `spacing`, `offset` and `last_alpha_one` are those of diffusers' DDIM on this config, whatever its class.
     Raises ValueError naming the class or the key for a process that is not known. How the class itself draws is `own`;
     where no sampler here does, `unlike` says why, and the process is still the model's.
     """
     settings = resolved(config)
     _check_flow(settings)
-    own, unlike = _own(settings, config)
+    own, unlike = _own(settings, config, grid)
     if settings["_class_name"] in FLOWS or settings.get("use_flow_sigmas"):
-        shift = _number(settings, "shift" if settings["_class_name"] in FLOWS else "flow_shift")
-        flow = Flow(steps=int(_number(settings, "num_train_timesteps")), shift=shift)
+        flow = _flow(settings, mu)
         return SchedulerSettings(schedule=flow, prediction=Velocity(), spacing="trailing", own=own, unlike=unlike)
     _one_of(settings, "beta_schedule", _BETAS)
     _one_of(settings, "prediction_type", _PREDICTIONS)
@@ -121,13 +141,37 @@ def scheduler_from_diffusers(config: Mapping[str, Any]) -> SchedulerSettings:
     )
 
 
-def _own(settings: dict[str, Any], config: Mapping[str, Any]) -> tuple[OwnSampler | None, str]:
+def _flow(settings: Mapping[str, Any], mu: Literal["linear", "flux2"]) -> Flow:
+    """The flow, with what its shift depends on. Raises ValueError naming the key for what cannot be."""
+    steps = int(_number(settings, "num_train_timesteps"))
+    shift = _number(settings, "shift" if settings["_class_name"] in FLOWS else "flow_shift")
+    terminal = settings.get("shift_terminal") or None
+    try:
+        dynamic = None
+        if settings.get("use_dynamic_shifting"):
+            low, high = (int(_number(settings, k)) for k in ("base_image_seq_len", "max_image_seq_len"))
+            dynamic = DynamicShift(
+                base_shift=_number(settings, "base_shift"),
+                max_shift=_number(settings, "max_shift"),
+                base_image_seq_len=low,
+                max_image_seq_len=high,
+                time_shift_type=settings["time_shift_type"],
+                mu=mu,
+            )
+        end = None if terminal is None else _number(settings, "shift_terminal")
+        return Flow(steps=steps, shift=shift, dynamic=dynamic, terminal=end)
+    except ValueError as error:
+        message = str(error).replace("terminal must", "shift_terminal must", 1)
+        raise ValueError(message if message.startswith("scheduler") else f"scheduler: {message}") from error
+
+
+def _own(settings: dict[str, Any], config: Mapping[str, Any], grid: FlowGrid) -> tuple[OwnSampler | None, str]:
     """(how the class draws, or None and why no sampler here draws so)."""
     cls = settings["_class_name"]
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in settings and cls not in FLOWS:
         return None, f"scheduler: {cls} leaves rescale_betas_zero_snr out, which the model is taken to be trained with"
     try:
-        return own_sampler(settings), ""
+        return own_sampler(settings, grid), ""
     except ValueError as error:
         if cls in STUDENTS:  # a few-step student is drawn so unless something else is asked for
             raise
@@ -147,10 +191,14 @@ def _one_of(settings: Mapping[str, Any], key: str, allowed: Collection[str]) -> 
 
 
 def _check_flow(settings: Mapping[str, Any]) -> None:
-    """Raise ValueError for a flow whose times depend on more than its shift, or that half of the keys tell of."""
-    for key, neutral in (("use_dynamic_shifting", False), ("invert_sigmas", False), ("shift_terminal", None)):
-        if settings.get(key, neutral) not in (neutral, False):
-            raise ValueError(f"scheduler: {key} {settings[key]!r} is not supported; only {neutral!r} is")
+    """Raise ValueError for a flow that runs the other way, or that half of the keys tell of."""
+    if settings.get("invert_sigmas"):
+        raise ValueError("scheduler: invert_sigmas True is not supported; only False is")
     flow = bool(settings.get("use_flow_sigmas")), settings.get("prediction_type") == "flow_prediction"
     if any(flow) and not all(flow):
         raise ValueError("scheduler: use_flow_sigmas and prediction_type 'flow_prediction' are supported only together")
+    if settings["_class_name"] in FLOWS or all(flow):
+        return
+    for key in ("use_dynamic_shifting", "shift_terminal"):
+        if settings.get(key):
+            raise ValueError(f"scheduler: {key} {settings[key]!r} needs use_flow_sigmas")

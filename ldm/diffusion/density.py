@@ -1,12 +1,18 @@
-"""Which training times are drawn: uniform, logit-normal, or by the size of recent losses."""
+"""Which training times are drawn: uniform, logit-normal and others of flows, or by the size of recent losses.
+
+Each gives u = t / T in [0, 1), before the schedule's own shift: a flow with shift s draws s u / (1 + (s - 1) u).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from ldm.diffusion.schedule import DynamicShift
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +27,11 @@ class UniformTimes:
 
 @dataclass(frozen=True, kw_only=True)
 class LogitNormal:
-    """logit(t / T) ~ N(mean, std^2): more of the middle (arXiv 2403.03206, section 3.1)."""
+    """logit(t / T) ~ N(mean, std^2): more of the middle (arXiv 2403.03206, section 3.1).
+
+    As in the paper a mean above 0 is towards the noise. diffusers' and sd-scripts' training counts u from the noise:
+    their `logit_mean` has the other sign.
+    """
 
     kind: Literal["logit_normal"] = "logit_normal"
     mean: float = 0.0
@@ -35,6 +45,91 @@ class LogitNormal:
         """Uniform u (B,) -> logit-normal u (B,), by the inverse distribution function."""
         normal = torch.special.ndtri(u.double().clamp(1e-12, 1 - 1e-12))
         return torch.sigmoid(self.mean + self.std * normal).clamp(max=1 - 1e-7).to(u.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mode:
+    """Heavy in the middle without the tails' vanishing: t / T = 1 - v - scale (cos^2(pi v / 2) - 1 + v), v uniform.
+
+    arXiv 2403.03206, eq. 20; scale in [-1, 2 / (pi - 2)], 0 is uniform, below 0 more of both ends.
+    """
+
+    kind: Literal["mode"] = "mode"
+    scale: float = 1.29
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.scale <= 2 / (math.pi - 2):
+            raise ValueError(f"scale must lie in [-1, {2 / (math.pi - 2):.4f}], got {self.scale}")
+
+    def warp(self, u: Tensor) -> Tensor:
+        """Uniform u (B,) -> the published curve at v = 1 - u, so that it increases."""
+        v = 1 - u.double()
+        return _below_one(1 - v - self.scale * (torch.cos(math.pi / 2 * v) ** 2 - 1 + v), u)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosMap:
+    """The flow's times at which a cosine schedule's log-SNR is drawn evenly: t / T = 1 - 1 / (tan(pi u / 2) + 1).
+
+    Its density is 2 / (pi - 2 pi t + 2 pi t^2) (arXiv 2403.03206, eq. 21). diffusers' `cosmap` draws evenly and
+    weights by it: weighting "cosmap".
+    """
+
+    kind: Literal["cosmap"] = "cosmap"
+
+    def warp(self, u: Tensor) -> Tensor:
+        angle = math.pi / 2 * u.double()
+        return _below_one(torch.sin(angle) / (torch.sin(angle) + torch.cos(angle)), u)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShiftedUniform:
+    """t / T = s u / (1 + (s - 1) u): uniform times moved to more noise by `shift` s (arXiv 2403.03206, eq. 23).
+
+    A schedule's own shift comes on top: the two multiply.
+    """
+
+    kind: Literal["shifted_uniform"] = "shifted_uniform"
+    shift: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not self.shift > 0:
+            raise ValueError(f"shift must be above 0, got {self.shift}")
+
+    def warp(self, u: Tensor) -> Tensor:
+        wide = u.double()
+        return _below_one(self.shift * wide / (1 + (self.shift - 1) * wide), u)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxShift:
+    """Logit-normal or uniform times with the shift of a picture's number of tokens: sd-scripts' `flux_shift`.
+
+    `std` is its `sigmoid_scale`, of "logit_normal" alone. For FLUX.1 the shift e^mu makes logit(t / T) ~ N(mu, std^2).
+    """
+
+    kind: Literal["flux_shift"] = "flux_shift"
+    base: Literal["logit_normal", "uniform"] = "logit_normal"
+    std: float = 1.0
+    dynamic: DynamicShift = field(default_factory=DynamicShift)
+
+    def __post_init__(self) -> None:
+        if self.base not in ("logit_normal", "uniform"):
+            raise ValueError(f"base must be 'logit_normal' or 'uniform', got {self.base!r}")
+        if not self.std > 0:
+            raise ValueError(f"std must be above 0, got {self.std}")
+
+    def of_tokens(self, tokens: int) -> LogitNormal | ShiftedUniform:
+        """The density for pictures of so many image tokens, after 2 x 2 packing."""
+        shift = self.dynamic.shift(tokens)
+        if self.base == "uniform":
+            return ShiftedUniform(shift=shift)
+        return LogitNormal(mean=math.log(shift), std=self.std)
+
+
+def _below_one(values: Tensor, like: Tensor) -> Tensor:
+    """Clamped to [0, 1), in the type of `like`."""
+    return values.clamp(0, 1 - 1e-7).to(like.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,18 @@ from typing import Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ldm.diffusion.density import Importance, LogitNormal, UniformTimes
+from ldm.diffusion.density import (
+    CosMap,
+    FluxShift,
+    Importance,
+    LogitNormal,
+    Mode,
+    ShiftedUniform,
+    UniformTimes,
+)
 from ldm.diffusion.prediction import Epsilon, Sample, V, Velocity, broadcast
 from ldm.diffusion.schedule import Discrete, Flow
-from ldm.diffusion.weighting import P2, SNR, VLB, MinSNR, Uniform
+from ldm.diffusion.weighting import P2, SNR, VLB, X0, CosMapWeight, MinSNR, SigmaSqrt, Uniform
 from ldm.types import Cond, Denoise, Net
 
 Value = TypeVar("Value", float, Tensor)
@@ -70,8 +78,10 @@ class Process:
 
     schedule: Discrete | Flow = field(default_factory=Discrete)
     prediction: Epsilon | V | Sample | Velocity = field(default_factory=Epsilon)
-    weighting: Uniform | MinSNR | SNR | P2 | VLB = field(default_factory=Uniform)
-    density: UniformTimes | LogitNormal | Importance = field(default_factory=UniformTimes)
+    weighting: Uniform | MinSNR | SNR | P2 | VLB | X0 | SigmaSqrt | CosMapWeight = field(default_factory=Uniform)
+    density: UniformTimes | LogitNormal | Mode | CosMap | ShiftedUniform | FluxShift | Importance = field(
+        default_factory=UniformTimes
+    )
     variance: Literal["fixed", "learned"] = "fixed"
 
     def __post_init__(self) -> None:
@@ -89,16 +99,22 @@ class Process:
         if isinstance(self.density, Importance) and not self.schedule.discrete:
             raise ValueError("density importance needs a discrete schedule, got 'flow'")
 
-    def times(self, u: Tensor) -> Tensor:
-        """Uniform u (B,) in [0, 1) -> training times (B,).
+    def times(self, u: Tensor, tokens: int | None = None) -> Tensor:
+        """Uniform u (B,) in [0, 1) -> training times (B,), of pictures of so many image tokens.
 
-        Raises ValueError for density importance, whose times depend on past losses (`ImportanceTimes`).
+        Raises ValueError for density importance, whose times depend on past losses (`ImportanceTimes`), and for
+        flux_shift without tokens.
         """
         if isinstance(self.density, Importance):
             raise ValueError(
                 "density importance: this loss keeps no history of its losses; use uniform or logit_normal"
             )
-        return self.schedule.sample(self.density.warp(u))
+        density = self.density
+        if isinstance(density, FluxShift):
+            if tokens is None:
+                raise ValueError("density flux_shift: this loss does not tell the number of image tokens")
+            density = density.of_tokens(tokens)
+        return self.schedule.sample(density.warp(u))
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t ~ q(x_t | x_0) = alpha x_0 + sigma noise (DDPM, eq. 4), computed in float32, in the dtype of x0."""

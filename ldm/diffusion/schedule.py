@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
@@ -52,6 +52,10 @@ class Schedule(Protocol):
         ...
 
     def sample(self, u: Tensor) -> Tensor: ...
+
+    def of_tokens(self, tokens: int, steps: int | None = None) -> Schedule:
+        """The schedule of a picture of so many image tokens in so many steps; itself unless it depends on them."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,24 +156,82 @@ class Discrete:
         """Uniform u (B,) in [0, 1) -> integer times (B,) int64."""
         return (u.double() * self.steps).long().clamp(0, self.steps - 1)
 
+    def of_tokens(self, tokens: int, steps: int | None = None) -> Discrete:
+        """Itself."""
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicShift:
+    """How a flow's shift grows with the number of image tokens; the names are those of diffusers' scheduler config.
+
+    mu is linear in the tokens through (`base_image_seq_len`, `base_shift`) and (`max_image_seq_len`, `max_shift`), also
+    beyond them; the shift is e^mu ("exponential", FLUX.1) or mu itself ("linear"). `mu` "flux2" is FLUX.2's own fit, of
+    tokens and steps, which its scheduler config does not tell. Tokens are counted as the transformer sees them, after
+    2 x 2 latent pixels were packed into one.
+    """
+
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    time_shift_type: Literal["exponential", "linear"] = "exponential"
+    mu: Literal["linear", "flux2"] = "linear"
+
+    def __post_init__(self) -> None:
+        if self.time_shift_type not in ("exponential", "linear"):
+            raise ValueError(f"time_shift_type must be 'exponential' or 'linear', got {self.time_shift_type!r}")
+        if self.mu not in ("linear", "flux2"):
+            raise ValueError(f"mu must be 'linear' or 'flux2', got {self.mu!r}")
+        if not 0 < self.base_image_seq_len < self.max_image_seq_len:
+            raise ValueError(
+                f"base_image_seq_len and max_image_seq_len must satisfy 0 < base < max, "
+                f"got {self.base_image_seq_len} and {self.max_image_seq_len}"
+            )
+
+    def exponent(self, tokens: int, steps: int | None = None) -> float:
+        """mu. Raises ValueError for no tokens, and where it depends on the number of steps and that is not told."""
+        if tokens < 1:
+            raise ValueError(f"tokens must be at least 1, got {tokens}")
+        if self.mu == "flux2":
+            return _flux2_mu(tokens, steps)
+        slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
+        return tokens * slope + (self.base_shift - slope * self.base_image_seq_len)
+
+    def shift(self, tokens: int, steps: int | None = None) -> float:
+        """The shift of so many tokens. Raises ValueError where a linear one is not above 0."""
+        mu = self.exponent(tokens, steps)
+        if self.time_shift_type == "exponential":
+            return math.exp(mu)
+        if not mu > 0:
+            raise ValueError(f"the linear shift of {tokens} tokens is {mu:g}, which must be above 0")
+        return mu
+
 
 @dataclass(frozen=True, kw_only=True)
 class Flow:
     """Rectified flow, alpha = 1 - t/T and sigma = t/T for real t in [0, T] (arXiv 2209.03003).
 
     Times are scaled by T = `steps`, so that networks see the range they see with `Discrete`. `shift` moves training
-    and sampling times to more noise: u -> shift u / (1 + (shift - 1) u) (arXiv 2403.03206, eq. 23).
+    and sampling times to more noise: u -> shift u / (1 + (shift - 1) u) (arXiv 2403.03206, eq. 23). With `dynamic` the
+    shift in sampling is that of a picture's number of tokens, which `of_tokens` gives, and training is not shifted
+    (as diffusers' scheduler has it; density "flux_shift" shifts there). `terminal`: samplers' times are stretched to
+    end at this sigma before the data (`shift_terminal`).
     """
 
     kind: Literal["flow"] = "flow"
     steps: int = 1000
     shift: float = 1.0
+    dynamic: DynamicShift | None = None
+    terminal: float | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         if not self.shift > 0:
             raise ValueError(f"shift must be above 0, got {self.shift}")
+        if self.terminal is not None and not 0 < self.terminal < 1:
+            raise ValueError(f"terminal must lie in (0, 1), got {self.terminal}")
 
     @property
     def first(self) -> float:
@@ -201,12 +263,38 @@ class Flow:
         return self.steps / (1 + math.exp(lam)) if lam < 700 else 0.0
 
     def warp(self, t: float) -> float:
+        """t, shifted. Raises ValueError for a dynamic shift without its number of tokens."""
+        if self.dynamic is not None:
+            raise ValueError("the flow's shift is dynamic: its times need the number of image tokens (Flow.of_tokens)")
         u = t / self.steps
         return self.steps * self.shift * u / (1 + (self.shift - 1) * u)
 
     def sample(self, u: Tensor) -> Tensor:
-        """Uniform u (B,) in [0, 1) -> real times (B,) float32, shifted."""
-        return self.steps * self.shift * u / (1 + (self.shift - 1) * u)
+        """Uniform u (B,) in [0, 1) -> real times (B,) float32, shifted unless the shift is dynamic.
+
+        diffusers and sd-scripts draw an index into a table of such times, counted from the noise: the same but for
+        T steps instead of real times, and their u is 1 - u here (their logit_mean has the other sign).
+        """
+        shift = 1.0 if self.dynamic is not None else self.shift
+        return self.steps * shift * u / (1 + (shift - 1) * u)
+
+    def of_tokens(self, tokens: int, steps: int | None = None) -> Flow:
+        """The flow whose shift is that of so many image tokens, after 2 x 2 packing; itself where it is not dynamic."""
+        if self.dynamic is None:
+            return self
+        return replace(self, shift=self.dynamic.shift(tokens, steps), dynamic=None)
+
+
+def _flux2_mu(tokens: int, steps: int | None) -> float:
+    """FLUX.2's mu: a line in tokens for 10 steps and one for 200, and the line through both in the steps."""
+    many = 0.00016927 * tokens + 0.45666666
+    if tokens > 4300:  # its authors take the second alone there
+        return many
+    if steps is None:
+        raise ValueError("the dynamic shift 'flux2' depends on the number of steps, which is not told")
+    few = 8.73809524e-05 * tokens + 1.89833333
+    slope = (many - few) / 190
+    return slope * steps + (many - 200 * slope)
 
 
 def rescale_zero_terminal_snr(alpha_bar: Tensor) -> Tensor:

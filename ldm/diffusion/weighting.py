@@ -7,6 +7,7 @@ A weight is defined once, on the error of x_0 or of the noise, and carried to th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -85,6 +86,66 @@ class P2:
 
     def weight(self, alpha: Tensor, sigma: Tensor, prediction: Prediction, before: Pair | None = None) -> Tensor:
         return prediction.noise_gain(alpha, sigma) / (self.k + _snr(alpha, sigma)) ** self.gamma
+
+
+Of = Literal["output", "x0"]
+
+
+def _of(error: Of, alpha: Tensor, sigma: Tensor, prediction: Prediction) -> Tensor:
+    """1 on the error of the output itself, or of x_0."""
+    return torch.ones_like(alpha) if error == "output" else prediction.x0_gain(alpha, sigma)
+
+
+def _check_of(error: str) -> None:
+    if error not in ("output", "x0"):
+        raise ValueError(f"of must be 'output' or 'x0', got {error!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class X0:
+    """1 on the error of x_0, whatever the network predicts.
+
+    For a velocity the weight is sigma^2: the loss between -sigma v + x_t and x_0 (`precondition_outputs` of diffusers'
+    SD3 training).
+    """
+
+    kind: Literal["x0"] = "x0"
+
+    def weight(self, alpha: Tensor, sigma: Tensor, prediction: Prediction, before: Pair | None = None) -> Tensor:
+        return prediction.x0_gain(alpha, sigma)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SigmaSqrt:
+    """1 / sigma^2, as diffusers' `sigma_sqrt`, on the error of the output or `of` x_0 (SD3: `precondition_outputs` 1).
+
+    Of a flow's x_0 it is the plain loss of the velocity. On the output sigma counts as at least 0.001, the first of
+    diffusers' table.
+    """
+
+    kind: Literal["sigma_sqrt"] = "sigma_sqrt"
+    of: Of = "output"
+
+    def __post_init__(self) -> None:
+        _check_of(self.of)
+
+    def weight(self, alpha: Tensor, sigma: Tensor, prediction: Prediction, before: Pair | None = None) -> Tensor:
+        sigma = sigma.clamp(min=1e-3 if self.of == "output" else 1e-12)
+        return _of(self.of, alpha, sigma, prediction) / sigma**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosMapWeight:
+    """2 / (pi (1 - 2 sigma + 2 sigma^2)), `CosMap`'s density as a weight, on the output or `of` x_0 (diffusers)."""
+
+    kind: Literal["cosmap"] = "cosmap"
+    of: Of = "output"
+
+    def __post_init__(self) -> None:
+        _check_of(self.of)
+
+    def weight(self, alpha: Tensor, sigma: Tensor, prediction: Prediction, before: Pair | None = None) -> Tensor:
+        return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2)) * _of(self.of, alpha, sigma, prediction)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,7 +84,8 @@ def check_fit(
 
 def _check_unet(network: UNetConfig, text: tuple[TextConfig, ...], text_key: str, network_key: str) -> None:
     states, vector = width(text), pooled_width(text)
-    near = [n for n in ("sd15", "sd21", "sdxl") if {width(TEXTS[n])} == set(network.per_level("cross_attention_dim"))]
+    takes = set(network.per_level("cross_attention_dim"))
+    near = [name for name in ("sd15", "sd21", "sdxl") if {sum(c.width for c in TEXTS[name])} == takes]
     hint = f"; those of {near[0]} would fit" if near else ""
     for given in network.per_level("cross_attention_dim"):
         if given != states:

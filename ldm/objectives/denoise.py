@@ -18,6 +18,7 @@ from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.base import Objective, by_noise
 from ldm.objectives.inputs import EncodeText, LatentFeed
 from ldm.rng import Rng, key
+from ldm.sampling.guidance import told_scale
 from ldm.types import Batch, Cond, Metrics
 
 
@@ -25,6 +26,9 @@ from ldm.types import Batch, Cond, Metrics
 class DenoiseOptions:
     """`drop`: share of samples whose caption becomes the empty prompt, which guidance uses as its other half.
 
+    `drop_each`: such a share for each text encoder, drawn on its own, where the network is told each one's text (SD3).
+    `guidance`: the scale that a network with embedded guidance is told while it trains, or [low, high], between which
+    each sample's is drawn evenly (FLUX.1 dev: 1.0 or 3.5).
     `offset_noise`: standard deviation of one more normal draw a channel, shared by its pixels, so that the mean
     brightness is learned too. `input_perturbation`: of the noise that the network sees beside its target (arXiv
     2301.11706). `bound_weight`: of the bound beside the simple loss where the variance is learned (improved DDPM,
@@ -32,6 +36,8 @@ class DenoiseOptions:
     """
 
     drop: float = 0.1
+    drop_each: tuple[float, ...] = ()
+    guidance: float | tuple[float, float] | None = None
     offset_noise: float = 0.0
     input_perturbation: float = 0.0
     bound_weight: float = 0.001
@@ -39,6 +45,15 @@ class DenoiseOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.drop <= 1:
             raise ValueError(f"drop must be in [0, 1], got {self.drop}")
+        for share in self.drop_each:
+            if not 0 <= share <= 1:
+                raise ValueError(f"drop_each must be in [0, 1], got {list(self.drop_each)}")
+        if self.guidance is not None:
+            low, high = _span(self.guidance)
+            if not (math.isfinite(high) and 0 <= low <= high):
+                raise ValueError(
+                    f"guidance must be a scale of at least 0 or [low, high] with 0 <= low <= high, got {self.guidance}"
+                )
         strengths = {
             "offset_noise": self.offset_noise,
             "input_perturbation": self.input_perturbation,
@@ -68,7 +83,9 @@ class DenoiseObjective(Objective):
     ) -> None:
         super().__init__(network)
         self.process, self.options = process, options
-        self._feed = LatentFeed(codec, encode_text, options.drop, live=live)
+        self._feed = LatentFeed(codec, encode_text, options.drop, each=options.drop_each, live=live)
+        if options.guidance is not None and getattr(network, "guidance_width", None) is None:
+            raise ValueError(f"guidance {options.guidance}: the network is told no guidance scale; write null")
         density = process.density
         self._history = History(process.schedule.steps, density) if isinstance(density, Importance) else None
 
@@ -77,7 +94,7 @@ class DenoiseObjective(Objective):
         torch.manual_seed(key(rng.seed, rng.positions[0], "dropout"))  # torch's dropout takes no generator
         latents = self.latents(batch, rng)
         cond = self.cond(batch, rng)
-        t, importance = self._times(rng.uniform("time"))
+        t, importance = self._times(rng.uniform("time"), self._tokens(latents))
         t = t.to(latents.device)
         noise, added = self._noises(rng, latents)
         noised = self.process.add_noise(latents, added, t)
@@ -97,10 +114,15 @@ class DenoiseObjective(Objective):
             weights = weights * importance.to(losses)
         return (losses * weights).mean(), by_noise(losses.detach(), t / self.process.schedule.last)
 
-    def _times(self, u: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _tokens(self, latents: Tensor) -> int:
+        """The image tokens of latents (B, C, H, W), each of `token_side` x `token_side` of them (2 as networks go)."""
+        side = getattr(self.trained, "token_side", 2)
+        return max(1, (latents.shape[2] // side) * (latents.shape[3] // side))
+
+    def _times(self, u: Tensor, tokens: int) -> tuple[Tensor, Tensor | None]:
         """Times (B,), and the weights that undo their density; validation sees all times evenly."""
         if self._history is None:
-            return self.process.times(u), None
+            return self.process.times(u, tokens), None
         return self._history.times.sample(u) if torch.is_grad_enabled() else (self.process.schedule.sample(u), None)
 
     def _noises(self, rng: Rng, latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,8 +152,19 @@ class DenoiseObjective(Objective):
         return self._feed.latents(batch, rng, self.device)
 
     def cond(self, batch: Batch, rng: Rng) -> Cond:
-        """Text states, with the dropped ones replaced by those of the empty prompt."""
-        return self._feed.cond(batch, rng, self.device)
+        """Text states, with the dropped ones replaced by those of the empty prompt, and the guidance that is told."""
+        cond = self._feed.cond(batch, rng, self.device)
+        if self.options.guidance is None:
+            return cond
+        low, high = _span(self.options.guidance)
+        scale = low + (high - low) * rng.uniform("guidance")
+        told = told_scale(scale, getattr(self.trained, "guidance_is_scale", False))
+        return {**cond, "guidance": told.to(self.device)}
+
+
+def _span(guidance: float | tuple[float, float]) -> tuple[float, float]:
+    """(low, high) of what is told."""
+    return guidance if isinstance(guidance, tuple) else (guidance, guidance)
 
 
 class History:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ldm.models.vae.latents import LatentCodec
 from ldm.rng import Rng
+from ldm.sampling.texts import encoder_of, is_text, padded, trimmed
 from ldm.types import Batch, Cond
 
 SIZES = ("original_size", "crop_top_left", "target_size")
@@ -33,15 +34,26 @@ class Feed(Protocol):
 class LatentFeed:
     """Batches of cached moments and text, or of pixels and captions, which the frozen codec and towers encode.
 
-    `drop`: share of samples whose caption becomes the empty prompt. `live`: the text encoder trains, so captions are
-    encoded at every step with gradients.
+    `drop`: share of samples whose caption becomes the empty prompt; `each`: the same for each text encoder on its own,
+    in their order. `live`: the text encoder trains, so captions are encoded at every step with gradients. Raises
+    ValueError unless `each` is as long as there are encoders.
     """
 
-    def __init__(self, codec: LatentCodec, encode_text: EncodeText, drop: float, *, live: bool = False) -> None:
-        self.drop, self._live = drop, live
+    def __init__(
+        self,
+        codec: LatentCodec,
+        encode_text: EncodeText,
+        drop: float,
+        *,
+        each: Sequence[float] = (),
+        live: bool = False,
+    ) -> None:
+        self.drop, self._each, self._live = drop, tuple(each), live
         self._codec, self._encode_text = codec, encode_text
         with torch.no_grad():
-            self._empty = {k: v.float() for k, v in encode_text([""]).items()}
+            self._empty = _wide(encode_text([""]))
+            self._short = trimmed(self._empty)
+        _check_each(self._each, self._empty)
 
     @property
     def empty(self) -> Cond:
@@ -62,21 +74,40 @@ class LatentFeed:
         dropped = rng.uniform("drop") < self.drop
         if self._live:
             captions = ["" if gone else c for c, gone in zip(batch["caption"], dropped.tolist(), strict=True)]
-            out = {k: v.float() for k, v in self._encode_text(captions).items()}
+            out = _wide(self._encode_text(captions))
+            if self._each:
+                out = self._emptied(out, _wide(self._encode_text([""])), rng, None, device)
         else:
-            out = self._frozen(batch, dropped.to(device), device)
+            out = self._frozen(batch, rng, dropped, device)
         if all(name in batch for name in SIZES):
             out["time_ids"] = torch.cat([batch[name].to(device) for name in SIZES], dim=1).float()
         return out
 
     @torch.no_grad()
-    def _frozen(self, batch: Batch, dropped: Tensor, device: torch.device) -> Cond:
-        if "text" in batch:
-            cond = {k: batch[k].to(device) for k in ("text", "pooled") if k in batch}
-        else:
-            cond = {k: v.float() for k, v in self._encode_text(batch["caption"]).items()}
+    def _frozen(self, batch: Batch, rng: Rng, dropped: Tensor, device: torch.device) -> Cond:
+        cached = {k: v.to(device) for k, v in batch.items() if is_text(k) and isinstance(v, Tensor)}
+        cond = cached or _wide(self._encode_text(batch["caption"]))
+        return self._emptied(cond, self._short, rng, dropped, device)
+
+    def _emptied(self, cond: Cond, empty: Cond, rng: Rng, dropped: Tensor | None, device: torch.device) -> Cond:
+        """`cond` with the empty prompt in the place of dropped texts (B,), and of those of each encoder on its own."""
+        empty = {k: v.to(device) for k, v in empty.items() if k in cond or k.partition(".")[0] == "mask"}
+        cond, empty = padded([cond, empty])
+        gone = torch.zeros(len(rng), dtype=torch.bool) if dropped is None else dropped
+        alone = [gone | (rng.uniform(f"drop {i}") < share) for i, share in enumerate(self._each)]
         out = {}
         for name, value in cond.items():
-            mask = dropped.view(-1, *[1] * (value.ndim - 1))
-            out[name] = torch.where(mask, self._empty[name].to(value), value)
+            rows = (alone[encoder_of(name)] if alone else gone).to(device)
+            out[name] = torch.where(rows.view(-1, *[1] * (value.ndim - 1)), empty[name].to(value), value)
         return out
+
+
+def _wide(cond: Cond) -> Cond:
+    """In float32, masks as they are."""
+    return {k: v.float() if v.is_floating_point() else v for k, v in cond.items()}
+
+
+def _check_each(each: tuple[float, ...], empty: Cond) -> None:
+    count = len({encoder_of(key) for key in empty if is_text(key)})
+    if each and len(each) != count:
+        raise ValueError(f"drop_each: expected a share for each of {count} text encoders, got {list(each)}")

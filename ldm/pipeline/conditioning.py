@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.models.network import Network
-from ldm.models.text import TextTower, encode_texts
+from ldm.models.text import TextEncoder, encode_texts
 from ldm.models.text.prompts import count_chunks, encode_prompts, notes, too_long
 from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline.memory import Placement
@@ -26,7 +26,7 @@ class Conditioning:
     """The parts of a pipeline that make conditioning."""
 
     network: Network
-    text: Sequence[TextTower]
+    text: Sequence[TextEncoder]
     placement: Placement
 
     def of(self, prompts: Sequence[str], settings: Settings, together: Sequence[str], own: tuple[int, int]) -> Cond:

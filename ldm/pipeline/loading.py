@@ -15,7 +15,7 @@ from ldm.checkpoint.schedulers import scheduler_from_diffusers
 from ldm.diffusion.process import Process
 from ldm.models.network import Network
 from ldm.models.shipped import named
-from ldm.models.text import TextTower
+from ldm.models.text import TextEncoder
 from ldm.models.vae.latents import LatentCodec
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class Loaded:
 
     network: Network
     codec: LatentCodec
-    text: list[TextTower]
+    text: list[TextEncoder]
     process: Process
     spacing: str | None
     offset: int

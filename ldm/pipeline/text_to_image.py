@@ -25,7 +25,7 @@ from ldm.diffusion.process import Process
 from ldm.models.attention import sliced
 from ldm.models.layers import unchanging
 from ldm.models.network import Network
-from ldm.models.text import TextTower
+from ldm.models.text import TextEncoder
 from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline.conditioning import Conditioning, inpainting, warn
 from ldm.pipeline.loading import load_parts
@@ -53,7 +53,7 @@ class TextToImage:
         self,
         network: Network,
         codec: LatentCodec,
-        text: Sequence[TextTower],
+        text: Sequence[TextEncoder],
         process: Process,
         *,
         spacing: str | None = None,

@@ -24,7 +24,7 @@ from ldm.data.loader import DataConfig
 from ldm.data.mixture import Data, with_caches
 from ldm.diffusion.weighting import P2, SNR, VLB, MinSNR, Uniform
 from ldm.models.network import Granularity, granularity
-from ldm.models.text import TextTower, encode_texts
+from ldm.models.text import TextEncoder, encode_texts
 from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.objectives.inputs import EncodeText
@@ -138,7 +138,7 @@ def assembled(
 class FinetuneSamples:
     """Sample pictures of the model as it trains; `copies` of text towers that train are brought up to date first."""
 
-    def __init__(self, config: Samples, pipeline: TextToImage, copies: Sequence[TextTower]) -> None:
+    def __init__(self, config: Samples, pipeline: TextToImage, copies: Sequence[TextEncoder]) -> None:
         self.every, self._copies = config.every, copies
         self._hook = SampleHook(config, pipeline)
 
@@ -150,7 +150,7 @@ class FinetuneSamples:
         self._hook(trainer, step)
 
 
-def _preview(adapter: AnyAdapter, pipeline: TextToImage) -> tuple[TextToImage, list[TextTower]]:
+def _preview(adapter: AnyAdapter, pipeline: TextToImage) -> tuple[TextToImage, list[TextEncoder]]:
     """What draws the samples: the pipeline itself, or one with copies of the towers if their own weights train."""
     if not (isinstance(adapter, FullAdapter) and adapter.trains_text):
         return pipeline, []
@@ -159,14 +159,14 @@ def _preview(adapter: AnyAdapter, pipeline: TextToImage) -> tuple[TextToImage, l
     return other, other.text
 
 
-def load_tower(tower: TextTower, weights: dict[str, Tensor], index: int) -> None:
+def load_tower(tower: TextEncoder, weights: dict[str, Tensor], index: int) -> None:
     """Give a tower the trained weights `text.INDEX.NAME`; those that did not train stay."""
     prefix = f"text.{index}."
     own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     tower.model.load_state_dict({**tower.model.state_dict(), **own}, strict=True)
 
 
-def _live(towers: Sequence[TextTower]) -> EncodeText:
+def _live(towers: Sequence[TextEncoder]) -> EncodeText:
     """Prompts -> Cond with gradients."""
 
     def encode(prompts: Sequence[str]) -> Cond:
@@ -176,7 +176,7 @@ def _live(towers: Sequence[TextTower]) -> EncodeText:
 
 
 def _cached(
-    folder: Path, data: DataConfig, codec: LatentCodec, towers: Sequence[TextTower], hashes: dict[str, str]
+    folder: Path, data: DataConfig, codec: LatentCodec, towers: Sequence[TextEncoder], hashes: dict[str, str]
 ) -> Path:
     """Encode pictures, and captions if the hashes name the text, into a folder; all ranks share the work."""
     config = EncodeConfig(

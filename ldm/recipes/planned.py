@@ -76,7 +76,8 @@ def frozen(vae: Autoencoder, towers: Sequence[TextEncoder], pixels: int, cached:
     flops = 0 if cached else count_flops(vae.encode, torch.empty(1, 3, pixels, pixels, device="meta"))
     found = [Frozen(name="vae", bytes=weight(vae), flops=float(flops))]
     for i, tower in enumerate(towers):
-        flops = 0 if cached or tower.model is None else count_flops(tower.model, torch.zeros(1, tokens(tower.config), dtype=torch.int64, device="meta"))
+        ids = torch.zeros(1, tokens(tower.config), dtype=torch.int64, device="meta")
+        flops = 0 if cached or tower.model is None else count_flops(tower.model, ids)
         found.append(Frozen(name=f"text {i + 1}", bytes=weight(tower), flops=float(flops)))
     return found
 

@@ -21,7 +21,7 @@ from ldm.data.stream import Stream, Tokenize
 from ldm.models.network import Network
 from ldm.models.networks import AnyNetwork
 from ldm.models.shipped import locate, named
-from ldm.models.text import ClipConfig, TextTower, build_clip, encode_texts, openclip
+from ldm.models.text import ClipConfig, TextEncoder, TextTower, build_clip, encode_texts, openclip
 from ldm.models.text.openclip import AnyClip
 from ldm.models.vae.autoencoder import Autoencoder
 from ldm.pipeline import TextToImage
@@ -118,7 +118,7 @@ def load_autoencoder(source: str) -> Autoencoder:
     return autoencoder.requires_grad_(False).eval()
 
 
-def load_towers(source: str) -> list[TextTower]:
+def load_towers(source: str) -> list[TextEncoder]:
     """Frozen text towers: of a diffusers folder, or the one of a CLIP trained here."""
     folder = place(source, "text")
     if (folder / "text_encoder_2").is_dir():
@@ -153,7 +153,7 @@ def clip_tower(source: str) -> TextTower:
     return TextTower.of_clip(clip, config.text)  # type: ignore[arg-type]
 
 
-def text_encoder(towers: Sequence[TextTower]) -> EncodeText:
+def text_encoder(towers: Sequence[TextEncoder]) -> EncodeText:
     """Prompts -> Cond by all towers, without gradients."""
 
     @torch.no_grad()
@@ -173,7 +173,7 @@ def weights_hash(*modules: nn.Module) -> str:
     return total.hexdigest()
 
 
-def cache_hashes(autoencoder: Autoencoder | None = None, towers: Sequence[TextTower] | None = None) -> dict[str, str]:
+def cache_hashes(autoencoder: Autoencoder | None = None, towers: Sequence[TextEncoder] | None = None) -> dict[str, str]:
     """What a cache must have been made with: weights, and the text's tokens and layers, which weights do not tell."""
     told = {} if autoencoder is None else {"vae": weights_hash(autoencoder)}
     if towers is not None:
@@ -184,7 +184,7 @@ def cache_hashes(autoencoder: Autoencoder | None = None, towers: Sequence[TextTo
 _PROBES = ("", "a photo of a cat", "Zwölf GROSSE Äpfel, 12.5 % (sehr) süß!", "a red apple on a table, " * 40)
 
 
-def text_settings(towers: Sequence[TextTower]) -> str:
+def text_settings(towers: Sequence[TextEncoder]) -> str:
     """A short hash of what decides text states beside the weights: how a few texts become tokens, and which layer."""
     told = [[t.config.output, t.config.activation, t.config.heads, t.tokenize(list(_PROBES)).tolist()] for t in towers]
     return hashlib.blake2b(json.dumps(told).encode(), digest_size=8).hexdigest()

@@ -27,7 +27,7 @@ from ldm.models import networks
 from ldm.models.fit import check_fit, given, told
 from ldm.models.network import Granularity, Network, granularity
 from ldm.models.networks import AnyNetwork
-from ldm.models.text import TextTower
+from ldm.models.text import TextEncoder
 from ldm.models.vae.autoencoder import Autoencoder
 from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
@@ -155,7 +155,7 @@ def without_dropout(network: Network) -> Iterator[None]:
         network.train(was)
 
 
-def cached(folder: Path, data: DataConfig, codec: LatentCodec, towers: Sequence[TextTower]) -> Path:
+def cached(folder: Path, data: DataConfig, codec: LatentCodec, towers: Sequence[TextEncoder]) -> Path:
     """Encode pictures and captions into a folder if they are not there yet; all ranks share the work."""
     config = EncodeConfig(
         path=data.path, splits=(data.split,), size=data.size, buckets=data.buckets, fit=data.fit, crop=data.crop,
@@ -181,7 +181,7 @@ def cached(folder: Path, data: DataConfig, codec: LatentCodec, towers: Sequence[
     return folder
 
 
-def hashes(autoencoder: Autoencoder, towers: Sequence[TextTower]) -> dict[str, str]:
+def hashes(autoencoder: Autoencoder, towers: Sequence[TextEncoder]) -> dict[str, str]:
     """What a cache must have been made with."""
     return cache_hashes(autoencoder, towers)
 

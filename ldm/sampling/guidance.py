@@ -6,7 +6,8 @@ estimates of the noise do, since at fixed x the one is an affine function of the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,13 +15,15 @@ from torch import Tensor
 from ldm.diffusion.prediction import broadcast
 from ldm.diffusion.process import LearnedDenoise
 from ldm.diffusion.schedule import Schedule
+from ldm.sampling.texts import is_text, padded
 from ldm.types import Cond, Denoise
 from ldm.words import near
 
 GUIDES = ("cfg", "projected", "perpendicular")
 
-
-_TEXT = {"text", "kv"}
+Scale = TypeVar("Scale", float, Tensor)
+Push = Callable[[Tensor, Tensor, Cond, Tensor], Tensor]
+"""(x, t, cond, the prompt's own estimate of x_0) -> what is added to the guided estimate."""
 
 
 def check_guide(kind: str, rescale: float, interval: tuple[float, float] | None) -> None:
@@ -41,12 +44,15 @@ def times_of(shares: tuple[float, float] | None, last: float) -> tuple[float, fl
 def together(denoise: Denoise, x: Tensor, t: Tensor, conds: list[Cond]) -> list[Tensor]:
     """The estimate under each conditioning from one call of len(conds) times the batch.
 
-    The first is the whole one: the others may have batch 1, and take from it the keys that they lack (sizes, a mask).
-    Where only texts differ, "copies" (len(conds), 0) says so to networks that compute equal rows once.
+    The first is the whole one: the others may have batch 1, and take from it the keys that they lack (sizes, a
+    picture). Where only texts differ, "copies" (len(conds), 0) says so to networks that compute equal rows once. Texts
+    of different lengths are padded under their masks; without masks they raise ValueError.
     """
+    conds = padded(conds)
     whole, count = conds[0], x.shape[0]
     merged = {}
-    if all(cond.keys() <= _TEXT for cond in conds[1:]):
+    # A plain "pooled" may enter a U-Net's time embedding, which "copies" would take for the same in every part.
+    if all(is_text(key) and key != "pooled" for cond in conds[1:] for key in cond):
         merged["copies"] = x.new_empty(len(conds), 0)
     for key, value in whole.items():
         rows = [cond.get(key, value).to(value) for cond in conds]
@@ -64,24 +70,26 @@ def classifier_free(
     scale: float,
     rescale: float = 0.0,
     interval: tuple[float, float] | None = None,
+    push: Push | None = None,
 ) -> Denoise:
     """Classifier-free guidance, u + scale (c - u) (arXiv 2207.12598; scale 1 is no guidance and costs one batch).
 
     `uncond` is the empty or the negative prompt; its rows come first in the doubled batch. `rescale` in [0, 1] moves
     the standard deviation of each sample back to that of the conditional estimate (arXiv 2305.08891, eqs. 14-16).
     `interval` = (low, high) times outside of which there is no guidance (arXiv 2404.07724). A learned variance stays
-    that of the conditional estimate.
+    that of the conditional estimate. `push` adds to the result, such as `skip_layers`.
     """
     check_fraction("rescale", rescale)
     check_interval(interval)
     if scale == 1:
-        return denoise
+        return denoise if push is None else pushed(denoise, push)
 
-    def combined(t: Tensor, c: Tensor, u: Tensor) -> Tensor:
-        return within(interval, t, rescaled(u + scale * (c - u), c, rescale), c)
+    def combined(x: Tensor, t: Tensor, cond: Cond, c: Tensor, u: Tensor) -> Tensor:
+        out = within(interval, t, rescaled(u + scale * (c - u), c, rescale), c)
+        return out if push is None else out + push(x, t, cond, c)
 
     def guided(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return combined(t, *together(denoise, x, t, [cond, uncond]))
+        return combined(x, t, cond, *together(denoise, x, t, [cond, uncond]))
 
     if not isinstance(denoise, LearnedDenoise):
         return guided
@@ -95,19 +103,68 @@ def classifier_free(
             found.append(fraction.chunk(2)[1])  # the prompt's rows come last
             return x0
 
-        return combined(t, *together(estimate, x, t, [cond, uncond])), found[0]
+        return combined(x, t, cond, *together(estimate, x, t, [cond, uncond])), found[0]
 
     return LearnedDenoise(both)
 
 
-def told_guidance(denoise: Denoise, scale: float) -> Denoise:
-    """For networks distilled with guidance inside (arXiv 2210.03142): one call, told scale - 1 as cond "guidance"."""
+def told_guidance(denoise: Denoise, scale: float, *, is_scale: bool = False) -> Denoise:
+    """For networks distilled with guidance inside (arXiv 2210.03142): one call, told what `told_scale` makes of it."""
 
     def guided(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        w = torch.full((len(x),), scale - 1, dtype=torch.float32, device=x.device)
+        w = torch.full((len(x),), told_scale(scale, is_scale), dtype=torch.float32, device=x.device)
         return denoise(x, t, {**cond, "guidance": w})
 
     return guided
+
+
+def told_scale(scale: Scale, is_scale: bool) -> Scale:
+    """What a network is told as cond "guidance": the scale itself (FLUX.1), or w = scale - 1 (LCM and its kind).
+
+    Which of them is the network's `guidance_is_scale`.
+    """
+    return scale if is_scale else scale - 1
+
+
+def skip_layers(without: Denoise, scale: float, interval: tuple[float, float] | None) -> Push:
+    """Skip-layer guidance: `scale` (c - s), with s the prompt's estimate of the network `without` some blocks.
+
+    To be given to a guidance as its `push`, which has c already; so a step inside of `interval` (of times, see
+    `interval_of_steps`; None: never) costs one more single batch, any other step none. Published for SD3.5 medium.
+    """
+
+    def push(x: Tensor, t: Tensor, cond: Cond, c: Tensor) -> Tensor:
+        # Whether to call the network cannot be left to the device: one wait is much shorter than a call.
+        if interval is None or not bool(((t >= interval[0]) & (t <= interval[1])).any()):
+            return torch.zeros_like(c)
+        return within(interval, t, scale * (c - without(x, t, cond)), torch.zeros_like(c))
+
+    return push
+
+
+def pushed(denoise: Denoise, push: Push) -> Denoise:
+    """A push without any other guidance."""
+
+    def guided(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        c = denoise(x, t, cond)
+        return c + push(x, t, cond, c)
+
+    return guided
+
+
+def interval_of_steps(times: Sequence[float], shares: tuple[float, float]) -> tuple[float, float] | None:
+    """The times of the steps i with shares[0] N < i < shares[1] N, of the N that a sampler visits; None of no step.
+
+    The borders lie half way to the neighbouring steps, so that rounding moves none.
+    """
+    count = len(times)
+    inside = [i for i in range(count) if shares[0] * count < i < shares[1] * count]
+    if not inside:
+        return None
+    first, last = inside[0], inside[-1]
+    high = times[first] if first == 0 else (times[first - 1] + times[first]) / 2
+    low = times[last] / 2 if last == count - 1 else (times[last] + times[last + 1]) / 2
+    return low, high
 
 
 def projected(
@@ -117,6 +174,7 @@ def projected(
     parallel: float = 0.0,
     radius: float | None = None,
     interval: tuple[float, float] | None = None,
+    push: Push | None = None,
 ) -> Denoise:
     """Adaptive projected guidance (arXiv 2410.02416, alg. 1, without its momentum, so that it keeps no state).
 
@@ -133,7 +191,8 @@ def projected(
         if radius is not None:
             gap = gap * (radius / _norm(gap).clamp(min=1e-12)).clamp(max=1.0)
         along = project(gap, c)
-        return within(interval, t, c + (scale - 1) * (gap - along + parallel * along), c)
+        out = within(interval, t, c + (scale - 1) * (gap - along + parallel * along), c)
+        return out if push is None else out + push(x, t, cond, c)
 
     return guided
 
@@ -145,6 +204,7 @@ def perpendicular(
     scale: float,
     negative_scale: float = 1.0,
     interval: tuple[float, float] | None = None,
+    push: Push | None = None,
 ) -> Denoise:
     """Perp-Neg: only what the negative prompt has beside the prompt is pushed away (arXiv 2304.04968, eq. 8).
 
@@ -156,7 +216,8 @@ def perpendicular(
         c, u, n = together(denoise, x, t, [cond, uncond, negative])
         toward, away = c - u, n - u
         away = away - project(away, toward)
-        return within(interval, t, u + scale * (toward - negative_scale * away), c)
+        out = within(interval, t, u + scale * (toward - negative_scale * away), c)
+        return out if push is None else out + push(x, t, cond, c)
 
     return guided
 

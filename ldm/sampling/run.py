@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.schedule import Schedule
-from ldm.types import Cond, Denoise
+from ldm.types import Cond, Denoise, Net
 
 Clip = Callable[[Tensor], Tensor]
 Noise = Callable[[int], Tensor]
@@ -187,3 +187,8 @@ def counted(progress: Count, before: int, total: int) -> Progress:
         progress(before + i + 1, total)
 
     return step
+
+
+def whole(net: Net) -> Net:
+    """The network told times without their fraction, as diffusers' solvers on flow sigmas tell it."""
+    return lambda x, t, cond: net(x, t.floor(), cond)

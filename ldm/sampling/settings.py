@@ -23,6 +23,7 @@ class Settings:
     told of a picture, in pixels (H, W): `original` and `target` sizes (None: the size drawn), `crop` its top and left.
     Less memory: `tile`, pixels a side of the parts in which pictures are decoded; `slices`, one picture decoded at a
     time; `queries`, how many pixels attend at a time. `guide`: see `ldm.sampling.guidance`; `interval` in shares of T.
+    Skip-layer guidance: the blocks `skip_layers` are left out, `skip_interval` in shares of the steps.
     """
 
     sampler: str = "ddim"
@@ -45,6 +46,9 @@ class Settings:
     tile: int | None = None
     slices: bool = False
     queries: int | None = None
+    skip_layers: tuple[int, ...] = ()
+    skip_scale: float = 2.8
+    skip_interval: tuple[float, float] = (0.01, 0.2)
 
     def __post_init__(self) -> None:
         lookup(self.sampler)
@@ -61,6 +65,19 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        self._check_skipping()
+
+    def _check_skipping(self) -> None:
+        for block in self.skip_layers:
+            if isinstance(block, bool) or not isinstance(block, int) or block < 0:
+                raise ValueError(f"skip_layers: expected numbers of blocks from 0 on, got {block!r}")
+        if len(set(self.skip_layers)) != len(self.skip_layers):
+            raise ValueError(f"skip_layers: a block is named twice in {list(self.skip_layers)}")
+        if not math.isfinite(self.skip_scale):
+            raise ValueError(f"skip_scale must be a number, got {self.skip_scale}")
+        low, high = self.skip_interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"skip_interval must be two shares of the steps, 0 <= low <= high <= 1, got {low}, {high}")
 
 
 def said(settings: Settings, *, told: bool) -> list[str]:

@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 
-from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.schedule import Flow, Schedule
 from ldm.words import near
 
 _AYS = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
@@ -34,7 +34,18 @@ def times(
         return _by_noise(schedule, _NOISE[spacing](schedule, steps, rho))
     if schedule.discrete:
         return check_times(schedule, SPACINGS[spacing](schedule.steps, steps, offset))
-    return check_times(schedule, [schedule.warp(schedule.last * u) for u in _FLOW.get(spacing, _even_flow)(steps)])
+    values = [schedule.warp(schedule.last * u) for u in _even_flow(steps)]
+    if isinstance(schedule, Flow) and schedule.terminal is not None:
+        values = [schedule.last * s for s in stretched([v / schedule.last for v in values], schedule.terminal)]
+    return check_times(schedule, values)
+
+
+def stretched(sigmas: list[float], terminal: float | None) -> list[float]:
+    """Decreasing noise levels, 1 - sigma multiplied so that the last is `terminal` (LTX-Video's `shift_terminal`)."""
+    if terminal is None or len(sigmas) == 1:
+        return sigmas
+    factor = (1 - terminal) / (1 - sigmas[-1])
+    return [1 - (1 - s) * factor for s in sigmas]
 
 
 def check_steps(schedule: Schedule, steps: int) -> None:
@@ -176,7 +187,6 @@ _NOISE: dict[str, Callable[[Schedule, int, float], list[float]]] = {
     "exponential": _exponential,
     "ays": _ays,
 }
-_FLOW: dict[str, Callable[[int], list[float]]] = {"even": _even_flow}
 SPACINGS: dict[str, Callable[[int, int, int], list[float]]] = {
     "leading": _leading,
     "trailing": _trailing,

@@ -99,7 +99,8 @@ def compare(monkeypatch, cls: str, settings: dict[str, Any], steps: int, bound: 
 DRAWN = {
     "DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler",
-    "FlowMatchEulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler",
+    "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler",
+    "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler",
     "LMSDiscreteScheduler", "PNDMScheduler", "TCDScheduler", "UniPCMultistepScheduler",
 }  # fmt: skip
 """With their defaults; whoever takes one out of the table above must take it out here."""
@@ -126,7 +127,6 @@ def test_every_class(monkeypatch, cls):
 def test_our_defaults_are_theirs():
     """Keys and defaults of the classes that are read here; what newer versions add must be looked at."""
     left = {
-        "FlowMatchEulerDiscreteScheduler": {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"},
         "SASolverScheduler": {
             "predictor_order", "corrector_order", "tau_func", "algorithm_type", "lower_order_final",
         },
@@ -206,7 +206,7 @@ def test_every_setting_one_at_a_time(monkeypatch, cls):
                 continue
             compared += refusal == ""
             assert refusal == "" or cls in refusal or key in refusal or "zero_terminal_snr" in refusal, refusal
-    assert compared > 4 or cls not in DRAWN - {"FlowMatchEulerDiscreteScheduler"}
+    assert compared > 4 or cls not in DRAWN - {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"}
 
 
 V = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
