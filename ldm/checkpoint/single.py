@@ -153,9 +153,8 @@ def _recognised(
     if first not in source or last not in source or len(widths) != 1 or not widths <= set(_FAMILIES):
         hint = "; a refiner is not known here" if widths == {1280} else ""
         hint = f"; it is {who}" if (who := relative(source)) else hint or f"; {_seen(source)}"
-        raise ValueError(
-            f"{path}: not recognised as a single file of SD 1.x, SD 2.x, SDXL base, SD3, FLUX.1 or PixArt{hint}"
-        )
+        families = "SD 1.x, SD 2.x, SDXL base, SD3, FLUX.1 or PixArt"
+        raise ValueError(f"{path}: not recognised as a single file of {families}{hint}")
     family = _FAMILIES[widths.pop()]
     unet = replace(presets.UNETS[family], in_channels=source[first].shape[1], out_channels=source[last].shape[0])
     label = f"{UNET}label_emb.0.0.weight"

@@ -19,7 +19,7 @@ from ldm.checkpoint.layouts import beside, say_left
 from ldm.checkpoint.model_text import missing_t5, open_one, usual
 from ldm.checkpoint.opened import Opened, OpenedText, shapes_of, title
 from ldm.checkpoint.pairs import from_authors, to_authors
-from ldm.checkpoint.pipelines import LAYOUTS, NAMES, numbered
+from ldm.checkpoint.pipelines import ALPHA, LAYOUTS, NAMES, numbered
 from ldm.checkpoint.schedulers import FLOW
 from ldm.checkpoint.weights import Entry, Source
 from ldm.config.load import decode, encode
@@ -129,9 +129,13 @@ def _settings(own: Source, kind: str, told: Mapping[str, Any] | None, path: Path
 def usual_autoencoder(config: AnyNetwork) -> AutoencoderConfig:
     """The family's."""
     if isinstance(config, PixArtConfig):
-        alpha = config.micro or config.interpolation_scale is None
-        return presets.AUTOENCODERS["kl_f8" if alpha else "kl_f8_sdxl"]
+        return presets.AUTOENCODERS["kl_f8" if _alpha(config) else "kl_f8_sdxl"]
     return presets.AUTOENCODERS["kl_f8_flux" if isinstance(config, FluxConfig) else "kl_f8_sd3"]
+
+
+def _alpha(config: AnyNetwork) -> bool:
+    """Whether `names_pixart.settings` took a file for PixArt-alpha's."""
+    return isinstance(config, PixArtConfig) and (config.micro or config.interpolation_scale is None)
 
 
 def usual_scheduler(config: AnyNetwork) -> dict[str, Any]:
@@ -206,7 +210,7 @@ def _encoders(
     """All text encoders: each from the file, or else from the folder that is given."""
     assert isinstance(config, (SD3Config, FluxConfig, PixArtConfig))
     kind, out, lost = config.kind, [], []
-    likes: tuple[AnyText, ...] = usual(config)
+    likes: tuple[AnyText, ...] = usual(config, ALPHA if _alpha(config) else None)
     if told:
         likes = tuple(decode(_TEXTS[t["kind"]], t, f"{path}: text") for t in told["text"])
     for i, like in enumerate(likes):
