@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from ldm.models.text.base import own_precision
 from ldm.models.text.config import QwenConfig
-from ldm.models.text.pretrained import PretrainedEncoder, PretrainedTokenizer, tokenizer_folder, transformers_for
+from ldm.models.text.pretrained import (
+    PretrainedEncoder,
+    PretrainedTokenizer,
+    padding_free,
+    tokenizer_folder,
+    transformers_for,
+)
 from ldm.types import Cond
 
 TITLE = "Qwen3 text encoder"
@@ -96,11 +102,11 @@ class QwenEncoder(PretrainedEncoder):
         Without a `mask` ids of the padding are taken for padding.
         """
         tokens = tokens.to(self.table.weight.device)
-        mask = tokens != self.tokenizer.pad if mask is None else mask.to(tokens.device)
+        mask = padding_free(tokens, self) if mask is None else mask.to(tokens.device)
         with own_precision(tokens.device):
             states = self.model(
                 inputs_embeds=self._embed(tokens),
-                attention_mask=mask.long(),
+                attention_mask=None if mask.is_meta else mask.long(),  # transformers looks into it
                 output_hidden_states=True,
                 use_cache=False,
             ).hidden_states
