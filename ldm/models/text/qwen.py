@@ -106,7 +106,7 @@ class QwenEncoder(PretrainedEncoder):
         with own_precision(tokens.device):
             states = self.model(
                 inputs_embeds=self._embed(tokens),
-                attention_mask=None if mask.is_meta else mask.long(),  # transformers looks into it
+                attention_mask=_seen(mask, self.dtype),
                 output_hidden_states=True,
                 use_cache=False,
             ).hidden_states
@@ -118,6 +118,13 @@ class QwenEncoder(PretrainedEncoder):
         kind = type(self.model.rotary_emb)
         with torch.device(self.table.weight.device):
             self.model.rotary_emb = kind(self.model.config)
+
+
+def _seen(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as transformers takes it; on the meta device, where it cannot look into one, one that is whole."""
+    if not mask.is_meta:
+        return mask.long()
+    return torch.zeros(len(mask), 1, mask.shape[1], mask.shape[1], dtype=dtype, device="meta")
 
 
 def _build(config: QwenConfig) -> nn.Module:
