@@ -43,7 +43,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 FORMATS = ("diffusers", "compvis", "single")
 """compvis and single are the same: one file, in the names of the family's authors."""
-_HUB_FILES = ["*.json", "*.txt", "*.safetensors"]
+_HUB_FILES = ["*.json", "*.txt", "*.safetensors", "*.model", "*.jinja"]
 
 
 def save_diffusers(

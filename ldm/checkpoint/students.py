@@ -47,10 +47,17 @@ def beside(folder: Path) -> FewSteps | None:
 
 
 def choose(
-    own: FewSteps | None, sampler: str | None, steps: int | None, guidance: float | None
+    own: FewSteps | None,
+    sampler: str | None,
+    steps: int | None,
+    guidance: float | None,
+    habit: tuple[str, int, float] = PLAIN,
 ) -> tuple[str, int, float]:
-    """How to draw where some of it is left open (None): 4 steps of a student's sampler; guidance 1 if it is inside."""
-    plain = PLAIN if own is None else (own.sampler, 4, 1.0 if own.guided else PLAIN[2])
+    """How to draw where some of it is left open (None): 4 steps of a student's sampler; guidance 1 if it is inside.
+
+    `habit`: of a model that is no student.
+    """
+    plain = habit if own is None else (own.sampler, 4, 1.0 if own.guided else habit[2])
     return (
         plain[0] if sampler is None else sampler,
         plain[1] if steps is None else steps,

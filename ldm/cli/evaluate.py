@@ -275,7 +275,9 @@ def _drawn(
     pipeline = TextToImage.load(
         usable(args.model, "--model"), device=args.device or dist.device(), precision=args.precision
     )
-    args.sampler, args.steps, args.guidance = choose(pipeline.student, args.sampler, args.steps, args.guidance)
+    args.sampler, args.steps, args.guidance = choose(
+        pipeline.student, args.sampler, args.steps, args.guidance, pipeline.habit
+    )
     settings = Settings(
         sampler=args.sampler, steps=args.steps, guidance=args.guidance, seed=args.seed, batch=args.batch
     )

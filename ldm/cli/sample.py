@@ -51,6 +51,8 @@ def parser() -> Parser:
     p.add_argument(
         "--lenient", action="store_true", help="leave out, and name, unknown tensors of a file instead of refusing it"
     )
+    p.add_argument("--text", metavar="FOLDER", help="model folder with the text encoders that a single file lacks")
+    p.add_argument("--vae", metavar="PATH", help="model folder or ae.safetensors, where a single file lacks its own")
     _add_sampler(p)
     p.add_argument("--seed", type=int, default=0, help="any whole number")
     p.add_argument("--count", type=int, help="pictures of each prompt (default: 1)")
@@ -94,6 +96,11 @@ def _add_sampler(p: Parser) -> None:
         "--rescale", type=float, default=0.0, help="guidance rescale, 0 (off) to 1: less over-exposure at high guidance"
     )
     p.add_argument("--negative", default="", help="negative prompt")
+    p.add_argument("--skip-layers", type=int, nargs="+", default=[], metavar="N",
+                   help="skip-layer guidance: blocks to leave out (Stable Diffusion 3.5 medium: 7 8 9)")  # fmt: skip
+    p.add_argument("--skip-layer-scale", type=float, default=2.8, metavar="S", help="strength of skip-layer guidance")
+    p.add_argument("--skip-layer-interval", type=float, nargs=2, default=(0.01, 0.2), metavar=("FROM", "TO"),
+                   help="the share of the steps in which it works")  # fmt: skip
     p.add_argument("--clip-guidance", type=float, default=0.0, metavar="S", help="strength of CLIP guidance; 0 is none")
     p.add_argument("--clip", default="clip_emoji", help="the CLIP model of --clip-guidance, as in ldm evaluate --clip")
     p.add_argument("--eta", type=float, help="noise added in each step, 0 to 1 (default: the sampler's own)")
@@ -226,9 +233,10 @@ def _loaded(args: argparse.Namespace, settings: Settings) -> tuple[TextToImage, 
 
     device = args.device or dist.device()
     pipeline = TextToImage.load(
-        usable(args.model, "--model"), device=device, precision=args.precision, lenient=args.lenient
-    )
-    settings = _settings(args, pipeline.student)
+        usable(args.model, "--model"), device=device, precision=args.precision, lenient=args.lenient, text=args.text,
+        vae=args.vae,
+    )  # fmt: skip
+    settings = _settings(args, pipeline.student, pipeline.habit)
     args.sampler, args.steps, args.guidance = settings.sampler, settings.steps, settings.guidance
     _adapt(pipeline, args.lora, args.embedding, args.lenient)
     if args.offload:
@@ -326,12 +334,14 @@ def _say(lines: list[str], caught: list[warnings.WarningMessage] | None = None) 
         print(f"ldm sample: {line}", file=sys.stderr)
 
 
-def _settings(args: argparse.Namespace, student: FewSteps | None) -> Settings:
-    """What is asked for; a student says what is not."""
-    from ldm.checkpoint.students import choose
+def _settings(
+    args: argparse.Namespace, student: FewSteps | None, habit: tuple[str, int, float] | None = None
+) -> Settings:
+    """What is asked for; a student, or the model's habit, says what is not."""
+    from ldm.checkpoint.students import PLAIN, choose
     from ldm.pipeline import Settings
 
-    sampler, steps, guidance = choose(student, args.sampler, args.steps, args.guidance)
+    sampler, steps, guidance = choose(student, args.sampler, args.steps, args.guidance, habit or PLAIN)
     return Settings(
         sampler=sampler, steps=steps, guidance=guidance, rescale=args.rescale, negative=args.negative,
         guide=args.guide, interval=None if args.interval is None else (args.interval[0], args.interval[1]),
@@ -339,7 +349,8 @@ def _settings(args: argparse.Namespace, student: FewSteps | None) -> Settings:
         size=None if args.size is None else (args.size[0], args.size[-1]),
         weights=args.prompt_weights, long=args.long_prompts, original=_pair(args.original_size),
         crop=_pair(args.crop) or (0, 0), target=_pair(args.target_size), tile=args.vae_tile, slices=args.vae_slices,
-        queries=args.attention_slice,
+        queries=args.attention_slice, skip_layers=tuple(args.skip_layers), skip_scale=args.skip_layer_scale,
+        skip_interval=(args.skip_layer_interval[0], args.skip_layer_interval[1]),
     )  # fmt: skip
 
 

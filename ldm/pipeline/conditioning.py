@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ldm.models.network import Network
-from ldm.models.text import TextEncoder, encode_texts
-from ldm.models.text.prompts import count_chunks, encode_prompts, notes, too_long
+from ldm.models.text import MissingT5, TextEncoder, encode_texts
+from ldm.models.text.prompts import count_chunks, cut_off, encode_prompts, notes
 from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline.memory import Placement
 from ldm.sampling.settings import Settings
@@ -60,7 +60,8 @@ class Conditioning:
         if not settings.long:
             return 1
         every = [*prompts, settings.negative]
-        return max(count_chunks(tower.tokenizer, every, weighted=settings.weights) for tower in self.text)
+        told = [encoder.tokenizer for encoder in self.text if not isinstance(encoder, MissingT5)]
+        return max(count_chunks(tokenizer, every, weighted=settings.weights) for tokenizer in told)
 
     def batches(self, prompts: Sequence[str], settings: Settings) -> list[list[int]]:
         """Places in `prompts` that are drawn together: in their order, long prompts only with others as long.
@@ -93,7 +94,7 @@ class Conditioning:
         """Sentences on parts of prompts that may not mean what was meant, and on what is cut off."""
         every = list(dict.fromkeys([*prompts, settings.negative]))
         lines = notes(every, weighted=settings.weights, long=settings.long)
-        cuts = [] if settings.long else too_long(self.text[0].tokenizer, every, weighted=settings.weights)
+        cuts = [] if settings.long else cut_off(self.text, every, weighted=settings.weights)
         return lines + [f"prompt of {c.tokens} tokens is longer than {c.limit}; left out: {c.cut!r}" for c in cuts]
 
 

@@ -39,10 +39,12 @@ class Loaded:
     embeddings: tuple[Path, ...] = ()
 
 
-def load_parts(source: str | Path, *, lenient: bool = False) -> Loaded:
+def load_parts(
+    source: str | Path, *, lenient: bool = False, text: str | Path | None = None, vae: str | Path | None = None
+) -> Loaded:
     """From a shipped model's name (emoji), a run folder, a diffusers folder, a single file or a hub id.
 
-    `lenient` leaves unknown tensors out and names them. Raises ValueError when it is none of these.
+    `lenient` leaves unknown tensors out and names them; `text` and `vae` hold what a transformer's file lacks. Raises ValueError when it is none of these.
     """
     found = named(source)
     for folder in (found, found / "export"):
@@ -50,7 +52,8 @@ def load_parts(source: str | Path, *, lenient: bool = False) -> Loaded:
             return _adapted(folder, lenient)
     if (found / "checkpoints").is_dir() and not (found / "export" / "model_index.json").is_file():
         raise ValueError(f"run {str(source)!r}: not exported yet; the export is written when training ends")
-    parts = load_model(found / "export" if (found / "export").is_dir() else found, lenient=lenient)
+    own = found / "export" if (found / "export").is_dir() else found
+    parts = load_model(own, lenient=lenient, text=text, vae=vae)
     how = scheduler_from_diffusers(parts.scheduler, grid=family_of(parts.network.config).grid)
     network = parts.network.eval().requires_grad_(False)
     parts.codec.autoencoder.eval().requires_grad_(False)

@@ -24,9 +24,10 @@ from ldm.checkpoint.scheduler_classes import OwnSampler, Plan
 from ldm.data.grid import to_pil
 from ldm.diffusion.process import Process
 from ldm.models.attention import sliced
+from ldm.models.families import family_of
 from ldm.models.layers import unchanging
 from ldm.models.network import Network
-from ldm.models.text import TextEncoder
+from ldm.models.text import TextEncoder, TextTower
 from ldm.models.transformers.times import known_times
 from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline.conditioning import Conditioning, inpainting, warn
@@ -76,14 +77,21 @@ class TextToImage:
 
     @staticmethod
     def load(
-        source: str | Path, *, device: str | torch.device = "cpu", precision: str = "fp32", lenient: bool = False
+        source: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        precision: str = "fp32",
+        lenient: bool = False,
+        text: str | Path | None = None,
+        vae: str | Path | None = None,
     ) -> TextToImage:
         """From a shipped model's name (emoji), a run folder, a diffusers folder, a single file or a hub id.
 
         `precision` of the network is auto, fp32, bf16 or fp16 (autocast; the autoencoder stays in float32); `lenient`
-        leaves unknown tensors out and names them. Raises ValueError when it is none of these.
+        leaves unknown tensors out and names them. `text` and `vae`: folders that hold what a transformer's single file
+        lacks. Raises ValueError when it is none of these.
         """
-        found = load_parts(source, lenient=lenient)
+        found = load_parts(source, lenient=lenient, text=text, vae=vae)
         pipeline = TextToImage(
             found.network, found.codec, found.text, found.process, spacing=found.spacing, offset=found.offset,
             end=found.end, precision=chosen(precision, device),
@@ -95,6 +103,14 @@ class TextToImage:
         for path in found.embeddings:
             pipeline.load_embedding(path)
         return pipeline
+
+    @property
+    def habit(self) -> tuple[str, int, float]:
+        """Sampler, steps and guidance where nothing else is asked for: a published transformer's, or this project's."""
+        family = family_of(self.network.config)
+        if self.network.component != "transformer" or all(isinstance(encoder, TextTower) for encoder in self.text):
+            return students.PLAIN
+        return family.sampler, family.steps, family.guidance
 
     @property
     def unet(self) -> Network:

@@ -17,6 +17,7 @@ from ldm.data.mixture import Data
 from ldm.models.fit import check_fit, given, tokens
 from ldm.models.fit import told as told_cond
 from ldm.models.network import Granularity
+from ldm.models.text import MissingT5
 from ldm.models.text.base import TextEncoder
 from ldm.models.vae.autoencoder import Autoencoder
 from ldm.objectives import Objective
@@ -77,7 +78,8 @@ def frozen(vae: Autoencoder, towers: Sequence[TextEncoder], pixels: int, cached:
     found = [Frozen(name="vae", bytes=weight(vae), flops=float(flops))]
     for i, tower in enumerate(towers):
         ids = torch.zeros(1, tokens(tower.config), dtype=torch.int64, device="meta")
-        flops = 0 if cached or tower.model is None else count_flops(tower.model, ids)
+        counted = not cached and not isinstance(tower, MissingT5)
+        flops = count_flops(tower.encode, ids) if counted else 0  # type: ignore[attr-defined]
         found.append(Frozen(name=f"text {i + 1}", bytes=weight(tower), flops=float(flops)))
     return found
 
