@@ -34,9 +34,9 @@ from ldm.sampling.editing import inpaint as inpaint_denoiser
 from ldm.sampling.editing import invert as invert_latents
 from ldm.sampling.guidance import similarity
 from ldm.sampling.memory import enough_memory
+from ldm.sampling.registry import lookup
 from ldm.sampling.run import Progress as StepProgress
 from ldm.sampling.run import counted
-from ldm.sampling.registry import lookup
 from ldm.sampling.settings import Size
 from ldm.sampling.times import times as spaced
 from ldm.types import Cond, Denoise

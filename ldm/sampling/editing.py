@@ -96,9 +96,10 @@ def invert(
 ) -> Tensor:
     """DDIM inversion: the noise from which deterministic DDIM over the same times gives x0 back (DDIM, section 4.3).
 
-    On flows that is Euler's method on the same ODE, backwards. Each step takes the noise estimate of where it leaves; every one of `refine` fixed-point rounds takes that of
+    Each step takes the noise estimate of where it leaves; every one of `refine` fixed-point rounds takes that of
     where it arrives instead, which is what sampling will use, at one more call a step (AIDI, arXiv 2309.04907).
-    Exact in the limit only without guidance. `times` (decreasing, as for sampling) replaces `steps` and `spacing`.
+    Exact in the limit only without guidance. On flows it is Euler's method on the same ODE, backwards. `times`
+    (decreasing, as for sampling) replaces `steps` and `spacing`.
     """
     if refine < 0:
         raise ValueError(f"refine must be at least 0, got {refine}")
@@ -130,7 +131,7 @@ def _invert_step(run: Run, x: Tensor, a: Node, b: Node, refine: int) -> Tensor:
 
 
 def _flow_back(run: Run, x: Tensor, a: Node, b: Node, refine: int) -> Tensor:
-    """x_b = x_a + (sigma_b - sigma_a) velocity; not in noise and x_0, of which x_b tells one alone where alpha_b is 0."""
+    """x_b = x_a + (sigma_b - sigma_a) velocity; where alpha_b is 0 the noise that x_b implies tells nothing."""
 
     def velocity(at: Tensor, node: Node) -> Tensor:
         return (at - run.raw(at, node)) / node.sigma

@@ -123,9 +123,9 @@ class PromptToPrompt:
     """Edits attention weights during one sampling run; see the module for its use. Good for one run.
 
     The source's cross-attention is used for the first `cross` of the steps and its self-attention for the first `own`,
-    there only on maps of at most `own_pixels` queries (None: all). `words`: for each row (source first) the token positions whose
-    maps say where local blend may change the picture; None changes all of it. `start_blend`: the share of steps
-    before local blend begins; `threshold` on the map relative to its maximum; `shape`: see `AttentionMaps`.
+    there only on maps of at most `own_pixels` queries (None: all). `words`: for each row (source first) the token
+    positions whose maps say where local blend may change the picture; None changes all of it. `start_blend`: the share
+    of steps before local blend begins; `threshold` on the map relative to its maximum; `shape`: see `AttentionMaps`.
     """
 
     def __init__(
