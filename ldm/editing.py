@@ -248,7 +248,8 @@ def invert(pipe: TextToImage, image: Image.Image, prompt: str = "", *, settings:
     canvas = Canvas.of(pipe, image, replace(settings, guidance=1.0, negative=""))
     pipe.check([prompt], canvas.settings)
     known = canvas.latents(pipe)
-    size, how = pipe.size(canvas.settings.size), {"steps": settings.steps, "refine": refine}
+    size = pipe.size(canvas.settings.size)
+    how: dict[str, Any] = {"steps": settings.steps, "refine": refine}
     if isinstance(pipe.process.schedule, Flow):
         own = pipe.at((known.shape[2], known.shape[3]), settings.steps)
         cond = own.conditioning.of([prompt], canvas.settings, [prompt], size)
