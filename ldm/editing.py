@@ -20,9 +20,13 @@ from torch import Tensor, nn
 from ldm.data.decode import to_mask, to_rgb
 from ldm.data.grid import to_pil
 from ldm.data.images import to_float
+from ldm.diffusion.schedule import Flow, Schedule
+from ldm.models.control import controlled
 from ldm.models.text.openclip import AnyClip, fitted, tokenizer_of
-from ldm.models.unet.control import controlled
+from ldm.models.transformers.base import Transformer
 from ldm.pipeline import Guide, Progress, Settings, TextToImage
+from ldm.pipeline.places import Places
+from ldm.pipeline.steps import OwnSteps
 from ldm.rng import Rng
 from ldm.sampling import prompt_to_prompt as p2p
 from ldm.sampling.editing import img2img_times, inpaint_cond, keep
@@ -30,9 +34,11 @@ from ldm.sampling.editing import inpaint as inpaint_denoiser
 from ldm.sampling.editing import invert as invert_latents
 from ldm.sampling.guidance import similarity
 from ldm.sampling.memory import enough_memory
+from ldm.sampling.registry import lookup
 from ldm.sampling.run import Progress as StepProgress
 from ldm.sampling.run import counted
 from ldm.sampling.settings import Size
+from ldm.sampling.times import times as spaced
 from ldm.types import Cond, Denoise
 
 
@@ -130,11 +136,13 @@ def img2img(
 ) -> list[Image.Image]:
     """A picture drawn again under a prompt from its own noised latents (SDEdit, arXiv 2108.01073), at `Canvas`' size.
 
+    Of a flow's steps it takes the last ceil(steps x strength), of others' floor(steps x strength), as diffusers does.
     Raises ValueError unless 0 < strength < 1: at 0 nothing would change, at 1 nothing of the picture would be left.
     """
-    times = img2img_times(pipe.process.schedule, settings.steps, strength, settings.spacing or "trailing")
+    img2img_times(pipe.process.schedule, 1, strength, times=[0.0])  # refuses a strength before anything is computed
     canvas = Canvas.of(pipe, image, settings)
     known = canvas.latents(pipe)
+    times = _last_times(pipe, known, settings, strength)
 
     def draw(rows: int, rng: Rng, step: StepProgress | None) -> Tensor:
         x = rng.normal("start", known.shape[1:]).to(known)
@@ -144,12 +152,30 @@ def img2img(
     return _batches(pipe, canvas, prompt, count, draw, len(times), progress)
 
 
+def _last_times(pipe: TextToImage, known: Tensor, settings: Settings, strength: float) -> list[float]:
+    """The last `strength` of the times: a flow's are those that its own scheduler takes for latents of this size."""
+    schedule, path = pipe.process.schedule, None
+    if isinstance(schedule, Flow):
+        schedule, path = _flow_times(pipe, known, settings)
+    return img2img_times(schedule, settings.steps, strength, settings.spacing or "trailing", times=path)
+
+
+def _flow_times(pipe: TextToImage, latents: Tensor, settings: Settings) -> tuple[Schedule, list[float]]:
+    """The schedule and all times of a flow for latents (B, Z, h, w), as the settings' sampler takes them."""
+    schedule = pipe.at((latents.shape[2], latents.shape[3]), settings.steps).process.schedule
+    plan = OwnSteps(pipe.spacing, pipe.offset, pipe.end, pipe.student, pipe.own).plan(settings, schedule)
+    if plan.times is not None:
+        return schedule, list(plan.times)
+    return schedule, spaced(schedule, settings.steps, settings.spacing or lookup(settings.sampler).spacing)
+
+
 def inpaint(
     pipe: TextToImage,
     image: Image.Image,
     mask: Image.Image,
     prompt: str,
     *,
+    strength: float = 1.0,
     settings: Settings,
     count: int = 1,
     progress: Progress | None = None,
@@ -157,9 +183,13 @@ def inpaint(
     """Draw the white of `mask` anew under a prompt; the black is the picture at `Canvas`' size, pixel for pixel.
 
     Any base model does: its estimate outside the mask is the picture. A 9-channel inpainting model is told the mask and
-    the picture without its white instead. What is transparent in the mask is black. Raises ValueError for a mask of
-    another size than the picture, and for a network of other channels.
+    the picture without its white instead. What is transparent in the mask is black. With `strength` below 1 the white
+    begins at the picture, as in `img2img`. On flows, with a deterministic sampler, this is what diffusers' pipelines do
+    by blending x_t after each step: outside the mask x_t is alpha_t x_0 + sigma_t noise either way. Raises ValueError
+    for a mask of another size than the picture, for strengths outside (0, 1], and for a network of other channels.
     """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must lie in (0, 1] (1: nothing of the masked picture is left), got {strength}")
     image, mask = to_rgb(image), to_mask(mask)
     if mask.size != image.size:
         raise ValueError(
@@ -178,6 +208,7 @@ def inpaint(
     wide = torch.from_numpy(np.pad(inside, more).astype(np.float32))[None, None]
     # a latent pixel changes if any of its picture pixels does
     latent_mask = F.max_pool2d(wide, pipe.codec.factor).to(known)
+    times = None if strength == 1 else _last_times(pipe, known, settings, strength)
     rest = None
     if takes != channels:
         rest = pipe.codec.encode((_pixels(canvas.padded) * (1 - wide)).to(pipe.device))
@@ -188,11 +219,13 @@ def inpaint(
         if rest is None:
             wrap, start = functools.partial(inpaint_denoiser, known=old, mask=latent_mask), old
         else:
-            wrap, start = functools.partial(_told, mask=latent_mask, rest=rest.expand_as(old)), None
-        latents = pipe.latents([prompt] * rows, canvas.settings, rng, step, x=x, start=start, wrap=wrap)
+            told = functools.partial(_told, mask=latent_mask, rest=rest.expand_as(old))
+            wrap, start = told, None if times is None else old
+        latents = pipe.latents([prompt] * rows, canvas.settings, rng, step, x=x, start=start, times=times, wrap=wrap)
         return keep(latents, old, latent_mask)
 
-    drawn = _batches(pipe, canvas, prompt, count, draw, settings.steps, progress)
+    steps = settings.steps if times is None else len(times)
+    drawn = _batches(pipe, canvas, prompt, count, draw, steps, progress)
     pixel_mask = Image.fromarray(inside)
     return [Image.composite(picture, canvas.picture, pixel_mask) for picture in drawn]
 
@@ -209,16 +242,28 @@ def _told(denoise: Denoise, *, mask: Tensor, rest: Tensor) -> Denoise:
 def invert(pipe: TextToImage, image: Image.Image, prompt: str = "", *, settings: Settings, refine: int = 0) -> Tensor:
     """The noise (1, Z, h, w) from which DDIM draws the picture back (DDIM, section 4.3); guidance is not used.
 
-    `settings.steps` must be those of the drawing. Unlike sampling noise it is already at the last time's level.
+    `settings.steps` must be those of the drawing. Unlike sampling noise it is already at the last time's level. On
+    flows it is Euler's method, backwards over the model's own times; FLUX.1 dev is told a guidance scale of 1.
     """
     canvas = Canvas.of(pipe, image, replace(settings, guidance=1.0, negative=""))
     pipe.check([prompt], canvas.settings)
-    denoise = pipe.denoiser(canvas.settings)
-    cond = pipe.encode_text([prompt], canvas.settings.size)
-    spacing = settings.spacing or "trailing"
     known = canvas.latents(pipe)
-    schedule = pipe.process.schedule
-    return invert_latents(denoise, known, cond, schedule=schedule, steps=settings.steps, spacing=spacing, refine=refine)
+    size = pipe.size(canvas.settings.size)
+    how: dict[str, Any] = {"steps": settings.steps, "refine": refine}
+    if isinstance(pipe.process.schedule, Flow):
+        own = pipe.at((known.shape[2], known.shape[3]), settings.steps)
+        cond = own.conditioning.of([prompt], canvas.settings, [prompt], size)
+        schedule, times = _ode_times(pipe, known, settings)
+        return invert_latents(own.denoiser(canvas.settings), known, cond, schedule=schedule, times=times, **how)
+    cond = pipe.encode_text([prompt], size)
+    how |= {"spacing": settings.spacing or "trailing"}
+    return invert_latents(pipe.denoiser(canvas.settings), known, cond, schedule=pipe.process.schedule, **how)
+
+
+def _ode_times(pipe: TextToImage, latents: Tensor, settings: Settings) -> tuple[Schedule, list[float]]:
+    """Of `_flow_times`, those of the model's own scheduler, whatever the settings' sampler is."""
+    own = settings.sampler if pipe.own is None else pipe.own.name
+    return _flow_times(pipe, latents, replace(settings, sampler=own))
 
 
 def redraw(
@@ -230,7 +275,8 @@ def redraw(
     """
     whole = (noise.shape[2] * pipe.codec.factor, noise.shape[3] * pipe.codec.factor)
     ddim = replace(settings, sampler="ddim", eta=0.0, spacing=settings.spacing or "trailing", size=whole)
-    drawn = _pictures(pipe, pipe.latents([prompt], ddim, Rng(0, (0,)), x=noise), ddim)
+    times = _ode_times(pipe, noise, settings)[1] if isinstance(pipe.process.schedule, Flow) else None
+    drawn = _pictures(pipe, pipe.latents([prompt], ddim, Rng(0, (0,)), x=noise, times=times), ddim)
     return drawn if size is None else [picture.crop((0, 0, *size)) for picture in drawn]
 
 
@@ -239,29 +285,24 @@ def edit(
 ) -> tuple[Image.Image, Image.Image]:
     """The source prompt's picture and its edit: same composition, another prompt (arXiv 2208.01626).
 
-    A word swap if both prompts have tokens for it, otherwise a refinement. `noise` (1, Z, h, w) starts from an inverted
-    picture. Raises ValueError for a word that is not in its prompt.
+    A word swap if both prompts have tokens for it, otherwise a refinement. In joint attention (SD3, FLUX.1) it is the
+    picture's queries that take the source's weights, see `ldm.models.control`. `noise` (1, Z, h, w) starts from an
+    inverted picture. Raises ValueError for a word that is not in its prompt, and for a prompt of several contexts.
     """
-    tokenizer = pipe.text[0].tokenizer
-    before, after = ([tokenizer.start, *tokenizer.encode(p), tokenizer.end] for p in (source, target))
-    length = tokenizer.context
-    swapped = all(a and b for a, b in p2p.spans(before, after))
-    made = p2p.word_swap(before, after, length) if swapped else p2p.refinement(before, after, length)
-    if source == target:
-        made = p2p.unchanged(length)
+    places = _places(pipe, [source, target], settings)
+    made = places.edit(source, target)
     for word, factor in (change.weights or {}).items():
-        made = p2p.reweight(made, dict.fromkeys(_places(pipe, target, word), factor))
-    words = None
-    if change.local:
-        words = [_all_places(pipe, p, change.local) for p in (source, target)]
+        made = p2p.reweight(made, dict.fromkeys(places.word(target, word), factor))
+    words = [places.words(p, change.local) for p in (source, target)] if change.local else None
     one = Rng(settings.seed, (0,))
     x = one.normal("start", pipe.latent_shape(settings.size)) if noise is None else noise
     whole = (x.shape[2] * pipe.codec.factor, x.shape[3] * pipe.codec.factor)
     settings = replace(settings, size=whole)
     pipe.check([source, target], settings)
     control = p2p.PromptToPrompt(
-        [made], steps=settings.steps, cross=change.cross, own=change.own, words=words, shape=(x.shape[2], x.shape[3])
-    )
+        [made], steps=settings.steps, cross=change.cross, own=change.own, words=words, shape=(x.shape[2], x.shape[3]),
+        own_pixels=None if isinstance(pipe.network, Transformer) else 256,
+    )  # fmt: skip
     x = x.to(pipe.device).expand(2, -1, -1, -1)
     same = Rng(settings.seed, (0, 0))
     with controlled(pipe.network, control):
@@ -274,13 +315,13 @@ def attention_maps(pipe: TextToImage, prompt: str, *, settings: Settings) -> tup
     """The prompt's picture, and for each word where the network looked for it: mean over layers and steps."""
     pipe.check([prompt], settings)
     _, h, w = pipe.latent_shape(settings.size)
-    maps = p2p.AttentionMaps(rows=1, shape=(h, w))
+    maps, places = p2p.AttentionMaps(rows=1, shape=(h, w)), _places(pipe, [prompt], settings)
     with controlled(pipe.network, maps, own=False):
         latents = pipe.latents([prompt], settings, Rng(settings.seed, (0,)))
     picture = _pictures(pipe, latents, settings)[0]
     found = {}
     for word in dict.fromkeys(prompt.replace(",", " ").split()):
-        heat = maps.of(0, _places(pipe, prompt, word))
+        heat = maps.of(0, places.word(prompt, word))
         heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)
         grey = Image.fromarray((heat * 255).byte().numpy()).resize(picture.size, Image.Resampling.BICUBIC)
         tint = Image.new("RGB", picture.size, (255, 64, 32))
@@ -288,22 +329,11 @@ def attention_maps(pipe: TextToImage, prompt: str, *, settings: Settings) -> tup
     return picture, found
 
 
-def _all_places(pipe: TextToImage, prompt: str, words: Sequence[str]) -> list[int]:
-    """Token positions of those of the words that the prompt has; at least one must be there."""
-    present = [w for w in words if w.lower() in prompt.lower().replace(",", " ").split()]
-    if not present:
-        raise ValueError(f"local: none of {list(words)} is a word of {prompt!r}")
-    return [i for w in present for i in _places(pipe, prompt, w)]
-
-
-def _places(pipe: TextToImage, prompt: str, word: str) -> list[int]:
-    """Token positions of a word in a prompt, counted with the start token."""
-    tokenizer = pipe.text[0].tokenizer
-    ids, own = tokenizer.encode(prompt), tokenizer.encode(word)
-    for i in range(len(ids) - len(own) + 1):
-        if own and ids[i : i + len(own)] == own:
-            return list(range(i + 1, i + 1 + len(own)))
-    raise ValueError(f"word {word!r} is not in the prompt {prompt!r}")
+def _places(pipe: TextToImage, prompts: Sequence[str], settings: Settings) -> Places:
+    """Where words stand. Raises ValueError for prompts that take more than one context of tokens."""
+    if pipe.conditioning.chunks(prompts, settings) > 1:
+        raise ValueError("prompts longer than the text encoder's context: their words' attention cannot be told apart")
+    return Places.of(pipe.network, pipe.text)
 
 
 def clip_guide(pipe: TextToImage, clip: nn.Module, config: AnyClip, scale: float) -> Guide:

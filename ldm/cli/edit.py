@@ -23,9 +23,9 @@ def _common() -> Parser:
     common.add_argument(
         "--lenient", action="store_true", help="leave out, and name, unknown tensors of a file instead of refusing it"
     )
-    common.add_argument("--sampler", default="ddim", help="see `ldm sample --list-samplers`")
+    common.add_argument("--sampler", help="see `ldm sample --list-samplers` (ddim; euler for SD3 and FLUX.1)")
     common.add_argument("--steps", type=int, default=50, help="sampling steps")
-    common.add_argument("--guidance", type=float, default=3.0, help="guidance scale, 1 is none")
+    common.add_argument("--guidance", type=float, help="guidance scale, 1 is none (3; SD3, FLUX.1 and PixArt: theirs)")
     common.add_argument("--negative", default="", help="negative prompt")
     common.add_argument("--seed", type=int, default=0, help="any whole number")
     common.add_argument("--count", type=int, default=1, help="how many results")
@@ -61,6 +61,7 @@ def parser() -> Parser:
     one.add_argument("image", type=Path, help="a picture file")
     one.add_argument("mask", type=Path, help="a picture: white is drawn anew, black is kept")
     one.add_argument("prompt", help="what to draw")
+    one.add_argument("--strength", type=float, default=1.0, help="1: nothing of what was under the white is left")
     one = verbs.add_parser(
         "invert",
         parents=[common],
@@ -104,7 +105,8 @@ def main(argv: list[str]) -> int:
     from ldm.recipes.models import usable
 
     settings = Settings(
-        sampler=args.sampler, steps=args.steps, guidance=args.guidance, negative=args.negative, seed=args.seed,
+        sampler=args.sampler or "ddim", steps=args.steps, negative=args.negative, seed=args.seed,
+        guidance=3.0 if args.guidance is None else args.guidance,
         batch=args.batch, size=None if args.size is None else (args.size[0], args.size[-1]),
         weights=args.prompt_weights, long=args.long_prompts,
     )  # fmt: skip
@@ -114,6 +116,7 @@ def main(argv: list[str]) -> int:
         precision=args.precision,
         lenient=args.lenient,
     )
+    settings = _of_family(args, pipe, settings)
     album = Album(args.out)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -130,6 +133,22 @@ def main(argv: list[str]) -> int:
         path = album.name(picture, name, record) if place is None else album.add(picture, place, "", record)
         line(str(path))
     return 0
+
+
+def _of_family(args: argparse.Namespace, pipe: TextToImage, settings: Settings) -> Settings:
+    """The settings with what the user did not say as the transformers' families have it."""
+    from dataclasses import replace
+
+    from ldm.diffusion.schedule import Flow
+    from ldm.models.families import family_of
+    from ldm.models.transformers.base import Transformer
+
+    if not isinstance(pipe.network, Transformer):
+        return settings
+    family = family_of(pipe.network.config)
+    if args.sampler is None and isinstance(pipe.process.schedule, Flow):
+        settings = replace(settings, sampler=family.sampler)
+    return settings if args.guidance is not None else replace(settings, guidance=family.guidance)
 
 
 def _digest(path: Path) -> str:
@@ -176,7 +195,7 @@ def _inpaint(args: argparse.Namespace, pipe: TextToImage, settings: Settings) ->
         print(f"ldm edit: {args.mask}: {what} is drawn anew", file=sys.stderr)
     with Bar("drawing", "steps", leave=False) as bar:
         how: dict[str, Any] = {"settings": settings, "count": args.count, "progress": bar.to}
-        return _numbered(inpaint(pipe, image, mask, args.prompt, **how))
+        return _numbered(inpaint(pipe, image, mask, args.prompt, strength=args.strength, **how))
 
 
 def _invert(args: argparse.Namespace, pipe: TextToImage, settings: Settings) -> dict[str, Image.Image]:

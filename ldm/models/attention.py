@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch import Tensor
 from ldm.models.wide import emulates
 
 log = logging.getLogger(__name__)
+Control = Callable[[Tensor], Tensor]
+"""Attention weights (B, H, T, S) -> weights to use instead."""
 BACKENDS = ("auto", "xformers", "sdpa", "reference")
 ALIGNED = 8
 _chosen: dict[str, str] = {}
@@ -158,6 +160,12 @@ def probabilities(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
         scores = scores + _bias(mask, q)
     wide = scores.dtype if scores.dtype == torch.float64 else torch.float32
     return scores.softmax(dim=-1, dtype=wide).to(q.dtype)
+
+
+def controlled(q: Tensor, k: Tensor, v: Tensor, control: Control, mask: Tensor | None = None) -> Tensor:
+    """`attention` whose weights go through `control`, for editing and for pictures of them."""
+    weights = control(probabilities(q.transpose(1, 2), k.transpose(1, 2), mask))
+    return (weights @ v.transpose(1, 2)).transpose(1, 2)
 
 
 def _bias(mask: Tensor, like: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from ldm.types import Cond
 
 Granularity = Literal["none", "transformer", "block"]
+Looks = Literal["own", "cross", "joint"]
+"""What an attention layer relates: the picture to itself, the picture to the text, or both to both, text first."""
 
 
 class Network(nn.Module, ABC):
@@ -82,6 +84,13 @@ class Network(nn.Module, ABC):
 
         Groups are attention, feed_forward, projection, convolution, time and other.
         """
+
+    def attention_layers(self) -> Iterator[tuple[str, nn.Module, Looks]]:
+        """Layers whose weights go through their attribute `control` where it is not None (`models.control`).
+
+        Raises ValueError for a network whose layers have none.
+        """
+        raise ValueError(f"the {self.title} has no attention layers that can be watched or edited")
 
     def middle(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Features (B, F, h, w) half way through `forward`, for a classifier; the second half does not run.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.schedule import Flow, Schedule
 from ldm.sampling.run import Node, Run, implied_noise, nodes
 from ldm.sampling.solvers import flow
 from ldm.sampling.times import check_steps, check_times
@@ -19,18 +19,27 @@ from ldm.sampling.times import times as spaced
 from ldm.types import Cond, Denoise
 
 
-def img2img_times(schedule: Schedule, steps: int, strength: float, spacing: str = "trailing") -> list[float]:
+def img2img_times(
+    schedule: Schedule,
+    steps: int,
+    strength: float,
+    spacing: str = "trailing",
+    *,
+    times: Sequence[float] | None = None,
+) -> list[float]:
     """The last `strength` of the sampler's times; pass them as `times`, and the picture's latents as `start`.
 
-    SDEdit (arXiv 2108.01073). Raises ValueError unless 0 < strength < 1: at 0 nothing would change, at 1 nothing of
-    the picture would be left.
+    SDEdit (arXiv 2108.01073). `times` are all of them, where they are not `spacing`'s. A share of the steps that is not
+    whole is rounded as diffusers does it: up on flows, down elsewhere. Raises ValueError unless 0 < strength < 1: at 0
+    nothing would change, at 1 nothing of the picture would be left.
     """
     if not 0 < strength < 1:
         raise ValueError(
             f"strength must lie strictly between 0 (the picture unchanged) and 1 (the picture ignored), got {strength}"
         )
-    every = spaced(schedule, steps, spacing)
-    keep = max(1, min(steps, int(steps * strength + 1e-9)))
+    every = spaced(schedule, steps, spacing) if times is None else list(times)
+    share = steps - int(steps - steps * strength) if isinstance(schedule, Flow) else int(steps * strength + 1e-9)
+    keep = max(1, min(steps, share))
     return every[-keep:]
 
 
@@ -89,7 +98,8 @@ def invert(
 
     Each step takes the noise estimate of where it leaves; every one of `refine` fixed-point rounds takes that of
     where it arrives instead, which is what sampling will use, at one more call a step (AIDI, arXiv 2309.04907).
-    Exact in the limit only without guidance. `times` (decreasing, as for sampling) replaces `steps` and `spacing`.
+    Exact in the limit only without guidance. On flows it is Euler's method on the same ODE, backwards. `times`
+    (decreasing, as for sampling) replaces `steps` and `spacing`.
     """
     if refine < 0:
         raise ValueError(f"refine must be at least 0, got {refine}")
@@ -108,6 +118,8 @@ def invert(
 
 
 def _invert_step(run: Run, x: Tensor, a: Node, b: Node, refine: int) -> Tensor:
+    if isinstance(run.schedule, Flow):
+        return _flow_back(run, x, a, b, refine)
     if a.sigma > 0:
         noise = implied_noise(x, run.raw(x, a), a)
     else:  # the data has no time of its own: ask at the first one
@@ -115,6 +127,18 @@ def _invert_step(run: Run, x: Tensor, a: Node, b: Node, refine: int) -> Tensor:
     up = flow(x, noise, a, b)
     for _ in range(refine):
         up = flow(x, implied_noise(up, run.raw(up, b), b), a, b)
+    return up
+
+
+def _flow_back(run: Run, x: Tensor, a: Node, b: Node, refine: int) -> Tensor:
+    """x_b = x_a + (sigma_b - sigma_a) velocity; where alpha_b is 0 the noise that x_b implies tells nothing."""
+
+    def velocity(at: Tensor, node: Node) -> Tensor:
+        return (at - run.raw(at, node)) / node.sigma
+
+    up = x + (b.sigma - a.sigma) * velocity(x, a if a.sigma > 0 else b)  # data tells no velocity
+    for _ in range(refine):
+        up = x + (b.sigma - a.sigma) * velocity(up, b)
     return up
 
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.models.control import looks_at_text
 from ldm.types import Cond, Denoise
 
 
@@ -112,13 +113,19 @@ def unchanged(length: int) -> Edit:
     return Edit(torch.eye(length), torch.ones(length), torch.ones(length))
 
 
+def joined(edits: Sequence[Edit]) -> Edit:
+    """One edit of several texts that stand one after the other, each with its own."""
+    mapping = torch.block_diag(*(edit.mapping for edit in edits))
+    return Edit(mapping, torch.cat([e.blend for e in edits]), torch.cat([e.scale for e in edits]))
+
+
 class PromptToPrompt:
     """Edits attention weights during one sampling run; see the module for its use. Good for one run.
 
     The source's cross-attention is used for the first `cross` of the steps and its self-attention for the first `own`,
-    there only on maps of at most `own_pixels` queries. `words`: for each row (source first) the token positions whose
-    maps say where local blend may change the picture; None changes all of it. `start_blend`: the share of steps
-    before local blend begins; `threshold` on the map relative to its maximum; `shape`: see `AttentionMaps`.
+    there only on maps of at most `own_pixels` queries (None: all). `words`: for each row (source first) the token
+    positions whose maps say where local blend may change the picture; None changes all of it. `start_blend`: the share
+    of steps before local blend begins; `threshold` on the map relative to its maximum; `shape`: see `AttentionMaps`.
     """
 
     def __init__(
@@ -128,7 +135,7 @@ class PromptToPrompt:
         steps: int,
         cross: float = 0.8,
         own: float = 0.4,
-        own_pixels: int = 256,
+        own_pixels: int | None = 256,
         words: Sequence[Sequence[int]] | None = None,
         threshold: float = 0.3,
         start_blend: float = 0.2,
@@ -156,8 +163,9 @@ class PromptToPrompt:
         if weights.shape[0] % rows:
             raise ValueError(f"the batch must hold {rows} rows, once or twice, got {weights.shape[0]}")
         free, row = weights[:-rows], weights[-rows:]
-        if not name.endswith("attn2"):
-            if self.step >= self.own * self.steps or row.shape[2] > self.own_pixels:
+        if not looks_at_text(name):
+            fine = self.own_pixels is not None and row.shape[2] > self.own_pixels
+            if self.step >= self.own * self.steps or fine:
                 return weights
             return torch.cat([free, row[:1].expand_as(row)])
         source = row[:1]
@@ -210,7 +218,7 @@ class AttentionMaps:
         self.counts: dict[int, int] = {}
 
     def __call__(self, name: str, weights: Tensor) -> Tensor:
-        if name.endswith("attn2"):
+        if looks_at_text(name):
             mean = weights[-self.rows :].detach().float().mean(1)  # (rows, N, T)
             pixels = mean.shape[1]
             self.sums[pixels] = self.sums[pixels] + mean if pixels in self.sums else mean

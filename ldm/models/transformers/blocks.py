@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.attention import attention
+from ldm.models.attention import Control, attention, controlled
 from ldm.models.frugal import norm_modulated, rms_norm
 from ldm.models.layers import Embedding, hooked, sinusoid
 from ldm.models.transformers.positions import Rotary, rotated
@@ -127,6 +127,7 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(width // heads) if qk_norm else None
         self.norm_k = RMSNorm(width // heads) if qk_norm else None
         self.to_out = nn.ModuleList([Linear(width, width)]) if out else None
+        self.control: Control | None = None
 
     def forward(
         self,
@@ -146,7 +147,8 @@ class Attention(nn.Module):
         q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (self.to_q(x), k, v))
         q = _turned(q, self.norm_q, rotary)
         k = _turned(k, self.norm_k, rotary)
-        out = attention(q, k, v, mask).flatten(2)
+        out = attention(q, k, v, mask) if self.control is None else controlled(q, k, v, self.control, mask)
+        out = out.flatten(2)
         return out if self.to_out is None else self.to_out[0](out)
 
     def keys_values(self, source: Tensor) -> Tensor:
@@ -180,6 +182,7 @@ class JointAttention(nn.Module):
         self.norm_k = RMSNorm(width // heads) if qk_norm else None
         self.norm_added_q = RMSNorm(width // heads) if qk_norm else None
         self.norm_added_k = RMSNorm(width // heads) if qk_norm else None
+        self.control: Control | None = None
 
     def forward(self, x: Tensor, text: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor | None]:
         """(B, N, D), (B, T, D) -> what is to be added to both; `rotary` is of T + N tokens."""
@@ -188,7 +191,8 @@ class JointAttention(nn.Module):
         v = self._both(self.add_v_proj(text), self.to_v(x))
         if rotary is not None:
             q, k = rotated(q, rotary), rotated(k, rotary)
-        of_text, of_image = attention(q, k, v).flatten(2).split([text.shape[1], x.shape[1]], dim=1)
+        out = attention(q, k, v) if self.control is None else controlled(q, k, v, self.control)
+        of_text, of_image = out.flatten(2).split([text.shape[1], x.shape[1]], dim=1)
         return self.to_out[0](of_image), None if self.to_add_out is None else self.to_add_out(of_text)
 
     def _both(

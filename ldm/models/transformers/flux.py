@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.layers import Embedding, check_equal
+from ldm.models.network import Looks
 from ldm.models.transformers.base import NOTHING, Transformer, check_counts
 from ldm.models.transformers.blocks import (
     TIME,
@@ -192,6 +193,11 @@ class FluxTransformer(Transformer):
     def side(self) -> int:
         """Of pictures of 1024 pixels, which the published files do not tell."""
         return 128
+
+    def attention_layers(self) -> Iterator[tuple[str, nn.Module, Looks]]:
+        """Joint in all blocks, also in the single ones."""
+        for name, block in self.blocks():
+            yield f"{name}.attn", block.get_submodule("attn"), "joint"
 
     def blocks(self) -> Iterator[tuple[str, nn.Module]]:
         """ "transformer_blocks.0" and so on, then "single_transformer_blocks.0" and so on."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.layers import Embedding, check_equal, sinusoid
+from ldm.models.network import Looks
 from ldm.models.transformers.base import NOTHING, Transformer, check_counts
 from ldm.models.transformers.blocks import TIME, Attention, FeedForward, TextProjection, norm_and_modulate
 from ldm.models.transformers.positions import PatchEmbed, from_patches
@@ -242,6 +243,12 @@ class PixArtTransformer(Transformer):
     @property
     def known_width(self) -> int:
         return 2 * self.config.width * self.config.num_layers
+
+    def attention_layers(self) -> Iterator[tuple[str, nn.Module, Looks]]:
+        """ "attn1" on the picture and "attn2" on the text."""
+        for name, block in self.blocks():
+            yield f"{name}.attn1", block.get_submodule("attn1"), "own"
+            yield f"{name}.attn2", block.get_submodule("attn2"), "cross"
 
     def blocks(self) -> Iterator[tuple[str, nn.Module]]:
         """ "transformer_blocks.0" and so on."""

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.models.network import Looks
 from ldm.models.transformers.base import NOTHING, Transformer, check_counts
 from ldm.models.transformers.blocks import JointBlock, Modulation, TimeTextEmbedding, norm_and_modulate
 from ldm.models.transformers.positions import PatchEmbed, from_patches
@@ -141,6 +142,13 @@ class SD3Transformer(Transformer):
     @property
     def known_width(self) -> int:
         return self.config.width
+
+    def attention_layers(self) -> Iterator[tuple[str, nn.Module, Looks]]:
+        """Joint attention, and the picture's own in SD3.5 medium's first blocks."""
+        for name, block in self.blocks():
+            yield f"{name}.attn", block.get_submodule("attn"), "joint"
+            if block.attn2 is not None:
+                yield f"{name}.attn2", block.get_submodule("attn2"), "own"
 
     def blocks(self) -> Iterator[tuple[str, nn.Module]]:
         """ "transformer_blocks.0" and so on."""

@@ -21,9 +21,9 @@ from ldm.models.layers import (
     repeated,
     sinusoid,
 )
-from ldm.models.network import Granularity, Network, granularity
+from ldm.models.network import Granularity, Looks, Network, granularity
 from ldm.models.unet.config import DOWN, MID, UP, UNetConfig
-from ldm.models.unet.transformer import Transformer2D
+from ldm.models.unet.transformer import Attention, Transformer2D
 from ldm.types import Cond
 
 
@@ -253,6 +253,12 @@ class UNet(Network):
         stages += [(f"up_blocks.{i}", stage) for i, stage in enumerate(self.up_blocks)]
         for prefix, stage in cast("list[tuple[str, Stage | Middle]]", stages):
             yield from ((f"{prefix}.{name}", module) for name, module in stage.layers())
+
+    def attention_layers(self) -> Iterator[tuple[str, nn.Module, Looks]]:
+        """ "...attn1" on the picture itself, "...attn2" on the text."""
+        for name, module in self.named_modules():
+            if isinstance(module, Attention):
+                yield name, module, "cross" if name.endswith("attn2") else "own"
 
     def correctable(self) -> Iterator[tuple[str, nn.Module, str]]:
         """All linear layers and convolutions."""
