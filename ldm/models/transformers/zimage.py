@@ -149,7 +149,7 @@ class ZImageTransformer(Transformer):
     """Noisy latents, times and conditioning -> velocity, noise - x_0: the network's own answer with its sign turned.
 
     `cond`: "text" (B, T, D') and "mask" (B, T), True at its tokens, all of them without one; in their place `prepared`
-    puts "context" (B, T', D), the refined text with its learned padding, and "mask" (B, T'), where there is any.
+    puts "context" (B, T', D), the refined text with its learned padding, and "mask" (B, T').
     Texts of one batch may have other lengths: each is filled up by itself, and sees no more of the batch.
     """
 
@@ -174,7 +174,7 @@ class ZImageTransformer(Transformer):
         self.x_pad_token = nn.Parameter(torch.zeros(1, width))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, width))
         self.layers = nn.ModuleList(ZImageBlock(config, told=True) for _ in many)
-        told = [module.adaLN_modulation[-1] for module in self.modules() if getattr(module, "adaLN_modulation", None)]
+        told = [module for name, module in self.named_modules() if "adaLN_modulation." in name]
         self._start([self.all_final_layer[self._size].get_submodule("linear"), *told])
         for token in (self.x_pad_token, self.cap_pad_token):
             nn.init.normal_(token, std=0.02)
@@ -202,7 +202,7 @@ class ZImageTransformer(Transformer):
             torch.cat([image.expand(b, -1, -1, -1), words.expand(b, -1, -1, -1)], dim=1)
             for image, words in zip(rotary, self._turns(self._text_places(text), x.dtype), strict=True)
         )
-        seen = None if mask is None else torch.cat([mask.new_ones(b, full), mask], dim=1)[:, None, None]
+        seen = None if mask is None else _shown(torch.cat([mask.new_ones(b, full), mask], dim=1))
         for i, block in enumerate(self.layers):
             if i not in skip:
                 x = self._run(block, x, (cos, sin), seen, vector)
@@ -212,17 +212,13 @@ class ZImageTransformer(Transformer):
     def prepared(self, cond: Cond) -> Cond:
         """With "context" (B, T', D) in the place of the text, refined without the time, and "mask" (B, T').
 
-        T' is the longest text's length filled up; without "mask" all are as long. Where shapes may not depend on
-        numbers (compiled, on the meta device) it is T filled up, and "mask" is there.
+        T' is the longest text's length filled up, or T filled up where shapes may not depend on numbers.
         """
         text = self._told(cond, text=self.config.cap_feat_dim)["text"]
         mask = cond["mask"].bool() if "mask" in cond else text.new_ones(text.shape[:2], dtype=torch.bool)
         lengths = mask.sum(1)
         held = _several(lengths).clamp(min=SEVERAL)
-        total, alike = _several(text.shape[1]), False
-        if not torch.compiler.is_compiling() and text.device.type != "meta":
-            total = int(held.max())
-            alike = int(held.min()) == total
+        total = int(held.max()) if _known(held) else _several(text.shape[1])
         order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)  # tokens first, whatever stands between them
         text = text.gather(1, order[..., None].expand_as(text))[:, :total]
         text = self.cap_embedder(F.pad(text, (0, 0, 0, total - text.shape[1])))
@@ -232,9 +228,8 @@ class ZImageTransformer(Transformer):
         seen = place < held[:, None]
         rotary = self._turns(self._text_places(text), text.dtype)
         for block in self.context_refiner:
-            text = self._run(block, text, rotary, None if alike else seen[:, None, None])
-        out = self._rest(cond, "text", "mask") | {"context": text}
-        return out if alike else out | {"mask": seen}
+            text = self._run(block, text, rotary, _shown(seen))
+        return self._rest(cond, "text", "mask") | {"context": text, "mask": seen}
 
     def _text_places(self, text: Tensor) -> Tensor:
         """(1, T', 3): texts run along the first axis from 1 on, their padding too."""
@@ -291,6 +286,16 @@ class ZImageTransformer(Transformer):
         for name in ("context_refiner", "noise_refiner", "layers"):
             for i, block in enumerate(self.get_submodule(name).children()):
                 yield f"{name}.{i}", block
+
+
+def _known(numbers: Tensor) -> bool:
+    """Whether what runs may depend on them: not while compiling, nor on the meta device."""
+    return not torch.compiler.is_compiling() and numbers.device.type != "meta"
+
+
+def _shown(seen: Tensor) -> Tensor | None:
+    """The mask (B, 1, 1, S) of tokens (B, S); None, for which attention is faster, where all are seen."""
+    return None if _known(seen) and bool(seen.all()) else seen[:, None, None]
 
 
 def _several(count: Any) -> Any:
