@@ -17,6 +17,7 @@ NAMES = {
     "step": "a training step against a bare PyTorch loop, and what DeepSpeed and the EMA cost",
     "ranks": "DeepSpeed against DDP on 2 ranks, the pause of a checkpoint, resuming on 1, 2 and 4 ranks",
     "unet": "the U-Net against diffusers' of the same shape: training and guided sampling",
+    "transformers": "the transformers against diffusers': forward, training, guided sampling, peak memory",
     "finetune": "LoRA and DreamBooth steps against diffusers + PEFT: time and peak memory",
     "encoding": "cached against online encoding, images per second",
     "data": "the data path against reading by hand and webdataset; cached samples, resume, the order at 1e9 samples",
@@ -34,7 +35,7 @@ def _main(argv: list[str]) -> int:
     parser = Parser(
         prog="python -m bench",
         description="Side-by-side measurements. Keep the machine quiet meanwhile.",
-        epilog="\n".join(f"{name:<10} {text}" for name, text in NAMES.items()),
+        epilog="\n".join(f"{name:<12} {text}" for name, text in NAMES.items()),
         formatter_class=RawHelp,
     )
     parser.add_argument("names", nargs="*", metavar="name", help="default: all of those below")

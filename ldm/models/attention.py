@@ -16,8 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.models.wide import emulates
+
 log = logging.getLogger(__name__)
 BACKENDS = ("auto", "xformers", "sdpa", "reference")
+ALIGNED = 8
 _chosen: dict[str, str] = {}
 _xformers: Any = None
 _slice: int | None = None
@@ -69,27 +72,66 @@ def sliced(queries: int | None) -> Iterator[None]:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v for q (B, T, H, D), k and v (B, S, H, D), mask (B or 1, H or 1, T, S) added or bool.
+    """softmax(q k^T / sqrt(D)) v for q (B, T, H, D), k and v (B, S, H, D), mask added or bool.
 
-    Returns (B, T, H, D). A boolean mask is True where a key is seen. Compiled before any choice it is SDPA.
+    The mask is (B or 1, H or 1, T or 1, S). Returns (B, T, H, D). A boolean mask is True where a key is seen. Compiled
+    before any choice it is SDPA.
     """
     if _slice is not None and q.shape[1] > _slice:
-        masks = [mask] * q.shape[1] if mask is None else mask.split(_slice, dim=2)
-        return torch.cat([_attention(part, k, v, m) for part, m in zip(q.split(_slice, dim=1), masks)], dim=1)
+        parts = q.split(_slice, dim=1)
+        masks = [mask] * len(parts) if mask is None or mask.shape[2] == 1 else mask.split(_slice, dim=2)
+        return torch.cat([_attention(part, k, v, m) for part, m in zip(parts, masks, strict=True)], dim=1)
     return _attention(q, k, v, mask)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     backend = _chosen.get(q.device.type) or ("sdpa" if torch.compiler.is_compiling() else choose(q.device))
     if backend == "xformers":
-        bias = None if mask is None else _bias(mask, q).expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        bias = None if mask is None else _aligned(_bias(mask, q)).expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
         return _xformers.memory_efficient_attention(q, k, v, attn_bias=bias)
+    if backend == "sdpa" and not torch.compiler.is_compiling() and q.device.type == "cpu" and emulates(q.dtype):
+        return _in_float32(q, k, v, mask)
     if backend == "sdpa" and mask is None and _slow_backward(q, k):
         return _products(q, k, v)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if backend == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
     return (probabilities(q, k, mask) @ v).transpose(1, 2)
+
+
+def _in_float32(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """For CPUs that emulate half precision; with gradients only what was given is kept, and widened again."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Wide.apply(q, k, v, mask)  # type: ignore[return-value]
+    return _widened(q, k, v, mask)
+
+
+def _widened(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    dtype, mask = q.dtype, mask if mask is None or mask.dtype == torch.bool else mask.float()
+    q, k, v = (x.float().transpose(1, 2) for x in (q, k, v))
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).to(dtype)
+
+
+class _Wide(torch.autograd.Function):
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return _widened(q, k, v, mask)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        given, again = ctx.saved_tensors, torch.is_grad_enabled()
+        needed = [i for i, n in enumerate(ctx.needs_input_grad) if n]
+        with torch.enable_grad():
+            leaves = [x if again or x is None else x.detach().requires_grad_(i in needed) for i, x in enumerate(given)]
+            out = _widened(*leaves)
+        found = torch.autograd.grad(out, [leaves[i] for i in needed], grads[0], create_graph=again)
+        by_place = dict(zip(needed, found, strict=True))
+        return tuple(by_place.get(i) for i in range(4))
 
 
 def _slow_backward(q: Tensor, k: Tensor) -> bool:
@@ -121,6 +163,12 @@ def _bias(mask: Tensor, like: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         return mask.to(like.dtype)
     return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(~mask, -math.inf)
+
+
+def _aligned(bias: Tensor) -> Tensor:
+    """The same numbers in rows of a multiple of 8, which xformers' kernels want (PixArt's text has 300 tokens)."""
+    keys = bias.shape[-1]
+    return F.pad(bias, (0, -keys % ALIGNED))[..., :keys] if keys % ALIGNED else bias.contiguous()
 
 
 def _why_not_xformers(kind: str) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from ldm.models.networks import AnyNetwork
 from ldm.models.unet import UNetConfig
@@ -14,10 +14,11 @@ from ldm.models.unet import UNetConfig
 class Family:
     """Defaults of one family.
 
-    `size`: side in pixels. `sampler`, `steps`, `guidance`: as its published pipeline draws. `own_times`: it steps at
-    its own scheduler's times. Of a fine-tuning: `rate` of a LoRA, `full_rate` of all weights, `targets` of a LoRA (ends
-    of layer names, or groups), `density` of training times (None: the process's), `guidance_told`: what a network with
-    an embedding of the guidance scale is told while it trains.
+    `size`: side in pixels. `sampler`, `steps`, `guidance`: as its published pipeline draws; `grid`: the sigmas that
+    this asks of a flow's scheduler, "flow" the scheduler's own, "flow_open" 1 ... 1/N. Of a fine-tuning: `rate` of a
+    LoRA, `full_rate` of all weights, `rank` and `targets` of a LoRA (ends of layer names, or groups), `density` of
+    training times (None: the process's), `guidance_told`: what a network with an embedding of the guidance scale is
+    told while it trains.
     """
 
     title: str
@@ -30,12 +31,20 @@ class Family:
     rank: int = 16
     targets: tuple[str, ...] = ("attention",)
     density: Mapping[str, Any] | None = None
+    grid: Literal["flow", "flow_open"] = "flow"
     guidance_told: float | None = None
-    weighting: Mapping[str, Any] = field(default_factory=lambda: {"kind": "uniform"})
 
 
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-_JOINT = (*_ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+_JOINT = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+)
 SD15 = Family(title="Stable Diffusion 1", size=512, sampler="dpmpp_2m", steps=25, guidance=7.5, full_rate=5e-6)
 SD2 = Family(title="Stable Diffusion 2", size=768, sampler="dpmpp_2m", steps=25, guidance=7.5, full_rate=5e-6)
 SDXL = Family(title="Stable Diffusion XL", size=1024, sampler="dpmpp_2m", steps=30, guidance=5.0, full_rate=5e-6)
@@ -46,11 +55,11 @@ SD3 = Family(
 FLUX = Family(
     title="FLUX.1", size=1024, sampler="euler", steps=28, guidance=3.5, guidance_told=1.0,
     targets=(*_JOINT, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
-    density={"kind": "logit_normal"},
+    density={"kind": "logit_normal"}, grid="flow_open",
 )  # fmt: skip
 FLUX_SCHNELL = Family(
     title="FLUX.1 schnell", size=1024, sampler="euler", steps=4, guidance=1.0, targets=FLUX.targets,
-    density=FLUX.density,
+    density=FLUX.density, grid="flow_open",
 )  # fmt: skip
 PIXART = Family(title="PixArt", size=1024, sampler="dpmpp_2m", steps=20, guidance=4.5)
 ZIMAGE = Family(

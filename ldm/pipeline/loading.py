@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 from ldm.checkpoint import students
-from ldm.checkpoint.convert import load_model
+from ldm.checkpoint.convert import Components, load_model
 from ldm.checkpoint.scheduler_classes import OwnSampler
 from ldm.checkpoint.schedulers import scheduler_from_diffusers
 from ldm.diffusion.process import Process
+from ldm.models.families import family_of
 from ldm.models.network import Network
 from ldm.models.shipped import named
 from ldm.models.text import TextEncoder
@@ -50,17 +51,22 @@ def load_parts(source: str | Path, *, lenient: bool = False) -> Loaded:
     if (found / "checkpoints").is_dir() and not (found / "export" / "model_index.json").is_file():
         raise ValueError(f"run {str(source)!r}: not exported yet; the export is written when training ends")
     parts = load_model(found / "export" if (found / "export").is_dir() else found, lenient=lenient)
-    how = scheduler_from_diffusers(parts.scheduler)
+    how = scheduler_from_diffusers(parts.scheduler, grid=family_of(parts.network.config).grid)
     network = parts.network.eval().requires_grad_(False)
     parts.codec.autoencoder.eval().requires_grad_(False)
     if how.unlike:
         log.warning("%s: its own scheduler does not draw here, the samplers do (%s)", source, how.unlike)
     return Loaded(
         network, parts.codec, parts.text,
-        Process(schedule=how.schedule, prediction=how.prediction, variance=how.variance),
+        Process(schedule=how.schedule, prediction=how.prediction, variance=_variance(parts, how.variance)),
         spacing=how.spacing, offset=how.offset, end="data" if how.last_alpha_one else "first",
         student=students.few_steps(parts.scheduler, guided=network.guidance_width is None), own=how.own,
     )  # fmt: skip
+
+
+def _variance(parts: Components, told: Literal["fixed", "learned"]) -> Literal["fixed", "learned"]:
+    """Learned where the network answers twice the latents' channels, which PixArt's scheduler does not tell."""
+    return "learned" if parts.network.out_channels == 2 * parts.codec.channels else told
 
 
 def _adapted(folder: Path, lenient: bool) -> Loaded:

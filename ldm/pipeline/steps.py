@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
+
+from torch import Tensor
 
 from ldm.checkpoint.scheduler_classes import OwnSampler, Plan
 from ldm.checkpoint.students import FewSteps
 from ldm.diffusion.schedule import Schedule
-from ldm.sampling.guidance import classifier_free, perpendicular, projected, times_of
+from ldm.models.network import Network
+from ldm.models.transformers.base import Transformer
+from ldm.sampling.guidance import (
+    classifier_free,
+    interval_of_steps,
+    perpendicular,
+    projected,
+    pushed,
+    skip_layers,
+    times_of,
+)
+from ldm.sampling.registry import lookup
 from ldm.sampling.settings import Settings
 from ldm.sampling.times import times as spaced
-from ldm.types import Cond, Denoise
+from ldm.types import Cond, Denoise, Net
 
 
 @dataclass(frozen=True)
@@ -42,15 +56,49 @@ class OwnSteps:
         return Plan(path, self.end if sampler == "ddim" else None)
 
 
-def guided(denoise: Denoise, settings: Settings, schedule: Schedule, of: Callable[[str], Cond]) -> Denoise:
-    """The estimate of x_0 under the settings' guidance; `of` gives the conditioning of a prompt."""
-    scale = settings.guidance
+def visited(plan: Plan, settings: Settings, schedule: Schedule) -> list[float]:
+    """The times at which the network is told to answer; solvers may ask at others between them."""
+    path = plan.times
+    if path is None:
+        path = spaced(schedule, settings.steps, settings.spacing or lookup(settings.sampler).spacing)
+    return [float(int(t)) for t in path] if plan.whole else list(path)
+
+
+def skipped(network: Network, net: Callable[..., Tensor], settings: Settings) -> Net | None:
+    """The network, called as `net` does, without the settings' blocks; None where they name none.
+
+    Raises ValueError for a block that there is not, and for a network without skip-layer guidance.
+    """
+    if not settings.skip_layers:
+        return None
+    if not isinstance(network, Transformer):
+        raise ValueError(f"skip_layers: the {network.title} has no skip-layer guidance; transformers have")
+    network.without(settings.skip_layers)
+    return partial(net, skip=frozenset(settings.skip_layers))
+
+
+def guided(
+    denoise: Denoise,
+    settings: Settings,
+    schedule: Schedule,
+    of: Callable[[str], Cond],
+    without: Denoise | None = None,
+    path: Sequence[float] | None = None,
+) -> Denoise:
+    """The estimate of x_0 under the settings' guidance; `of` gives the conditioning of a prompt.
+
+    `without`: the estimate without the blocks that skip-layer guidance leaves out, at some of the times `path`.
+    """
+    scale, push = settings.guidance, None
+    if without is not None:
+        path = visited(Plan(path), settings, schedule)
+        push = skip_layers(without, settings.skip_scale, interval_of_steps(path, settings.skip_interval))
     if scale == 1 and settings.guide != "perpendicular":
-        return denoise
+        return denoise if push is None else pushed(denoise, push)
     interval = times_of(settings.interval, schedule.last)
     negative = of(settings.negative)
     if settings.guide == "cfg":
-        return classifier_free(denoise, negative, scale, settings.rescale, interval)
+        return classifier_free(denoise, negative, scale, settings.rescale, interval, push)
     if settings.guide == "projected":
-        return projected(denoise, negative, scale, interval=interval)
-    return perpendicular(denoise, of(""), negative, scale, interval=interval)
+        return projected(denoise, negative, scale, interval=interval, push=push)
+    return perpendicular(denoise, of(""), negative, scale, interval=interval, push=push)

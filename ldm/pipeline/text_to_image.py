@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,18 +27,19 @@ from ldm.models.attention import sliced
 from ldm.models.layers import unchanging
 from ldm.models.network import Network
 from ldm.models.text import TextEncoder
+from ldm.models.transformers.times import known_times
 from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline.conditioning import Conditioning, inpainting, warn
 from ldm.pipeline.loading import load_parts
 from ldm.pipeline.memory import Placement, compiled
-from ldm.pipeline.steps import OwnSteps, guided
+from ldm.pipeline.steps import OwnSteps, guided, skipped, visited
 from ldm.precision import chosen, compute_dtype
 from ldm.rng import Rng
 from ldm.sampling import sample as run_sampler
 from ldm.sampling.guidance import told_guidance
 from ldm.sampling.memory import check_memory, enough_memory
 from ldm.sampling.run import Count as Progress
-from ldm.sampling.run import counted
+from ldm.sampling.run import counted, whole
 from ldm.sampling.settings import Settings, Size, checked_size, far_size, said
 from ldm.types import Cond, Denoise, Net
 
@@ -285,11 +287,20 @@ class TextToImage:
         `wrap` changes the guided denoiser; `given` is more that the network is told, such as `inpainting` gives.
         """
         shape, device = self.latent_shape(settings.size) if x is None else tuple(x.shape[1:]), self.device
-        denoise = self.denoiser(settings, prompts)
-        cond = self._cond(prompts, settings, prompts) | (given or {})
+        own = self.at((shape[1], shape[2]), settings.steps)
+        if own is not self:
+            more = {"x": x, "start": start, "times": times, "wrap": wrap, "given": given}
+            return own.latents(prompts, settings, rng, progress, **more)
         plan = self._plan(settings) if times is None else Plan(times)
+        denoise = self.denoiser(settings, prompts, plan)
+        cond = self._cond(prompts, settings, prompts) | (given or {})
         x = (rng.normal("start", shape) if x is None else x) * (plan.scale if start is None else 1)
-        with self._place.used(self.network), sliced(settings.queries), unchanging(self.network, settings.steps):
+        with (
+            self._place.used(self.network),
+            sliced(settings.queries),
+            unchanging(self.network, settings.steps),
+            known_times(self.network, [] if self._compiled else visited(plan, settings, self.process.schedule)),
+        ):
             return run_sampler(
                 settings.sampler,
                 denoise if wrap is None else wrap(denoise),
@@ -307,18 +318,35 @@ class TextToImage:
                 end=plan.end,
             )
 
-    def denoiser(self, settings: Settings, prompts: Sequence[str] = ()) -> Denoise:
-        """The model's estimate of x_0 under guidance; `prompts`: what it will be asked for, where they may be long."""
+    def at(self, size: tuple[int, int], steps: int) -> TextToImage:
+        """This pipeline for latents of height and width `size`: a shift that grows with their tokens is settled."""
+        each = self.network.multiple
+        schedule = self.process.schedule.of_tokens((size[0] // each) * (size[1] // each), steps)
+        if schedule is self.process.schedule:
+            return self
+        other = copy.copy(self)
+        other.process = replace(self.process, schedule=schedule)
+        return other
+
+    def denoiser(self, settings: Settings, prompts: Sequence[str] = (), plan: Plan | None = None) -> Denoise:
+        """The model's estimate of x_0 under guidance; `prompts`: what it will be asked for, where they may be long.
+
+        `plan`: the steps that will be taken, None those of the settings.
+        """
         allocator.keep_freed_memory(self.device.type)
-        denoise = self.process.denoiser(self._net)
+        plan = self._plan(settings) if plan is None else plan
+        estimate = lambda net: self.process.denoiser(whole(net) if plan.whole else net)  # noqa: E731
+        denoise = estimate(self._net)
         if self.network.guidance_width is not None:  # FLUX.1's conditioning has the scale in it already
             return denoise if self.network.guidance_is_scale else told_guidance(denoise, settings.guidance)
         of = lambda prompt: self._cond([prompt], settings, prompts)  # noqa: E731
-        return guided(denoise, settings, self.process.schedule, of)
+        skipping = skipped(self.network, self._net, settings)
+        without = None if skipping is None else estimate(skipping)
+        return guided(denoise, settings, self.process.schedule, of, without, plan.times)
 
-    def _net(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def _net(self, x: Tensor, t: Tensor, cond: Cond, **skip: frozenset[int]) -> Tensor:
         with self._place.autocast(self.device):
-            return (self._compiled or self.network)(x, t, cond)
+            return (self._compiled or self.network)(x, t, cond) if not skip else self.network(x, t, cond, **skip)
 
     def _cond(self, prompts: Sequence[str], settings: Settings, together: Sequence[str]) -> Cond:
         return self.conditioning.of(prompts, settings, together, self.size(settings.size))

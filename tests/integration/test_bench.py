@@ -20,6 +20,7 @@ RATIOS = {
     "step": {"result": ["trainer / bare", "engine / objective", "EMA / trainer", "log row / trainer"]},
     "ranks": {"result": ["ZeRO 2 / DDP"]},
     "unet": {"training": ["ldm / diffusers"], "forward": ["ldm forward / diffusers forward"]},
+    "transformers": {},
     "finetune": {"lora": ["diffusers script / ldm"], "dreambooth": ["diffusers cached / ldm"]},
     "encoding": {"result": ["online input / cached input", "online step / cached step"]},
     "data": {"result": ["webdataset, 0 workers / loader, 0 workers", "by hand, 1 thread / loader, 0 workers"]},
@@ -39,7 +40,7 @@ def test_all_are_covered() -> None:
     assert set(RATIOS) == set(NAMES)
 
 
-SLOW = {"ranks", "finetune", "unet"}
+SLOW = {"ranks", "finetune", "unet", "transformers"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NAMES])
@@ -52,9 +53,10 @@ def test_runs_quickly(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / f"{name}.json").read_text())
     assert written["machine"]["threads"] == 1
-    if name == "unet":
+    if name in ("unet", "transformers"):
+        parts = written["result"]["as they come"] if name == "unet" else written["result"]["tiny"]
         for case in ("forward", "sampling", "training", "sampling bf16", "training bf16"):
-            own = written["result"]["as they come"][case]
+            own = parts[case]
             assert 0 < own["ratios"]["processor, ldm / diffusers"]["median"] < math.inf
             assert set(own["faults"]) == {"ldm", "diffusers"}
     for part, names in RATIOS[name].items():

@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.models.text import MissingConfig, MissingT5, T5Config, T5Encoder, TextConfig, TextTower, encode_texts
+from ldm.models.text import (
+    MissingConfig,
+    MissingT5,
+    T5Config,
+    T5Encoder,
+    TextConfig,
+    TextTower,
+    encode_texts,
+    filled_encoder,
+)
 from ldm.models.text.t5 import T5Tokenizer
 from tests.text_files import ODD, PROMPTS, T5, t5_tokenizer
 
@@ -115,8 +124,13 @@ def test_states_equal_transformers(folder: Path, masked: bool, dtype: torch.dtyp
 def test_states_equal_transformers_at_the_real_width(folder: Path) -> None:
     """One layer of t5-v1_1-xxl; a table of fewer rows."""
     config = T5Config(num_layers=1, vocab_size=320, max_length=16, tokenizer=folder)
-    ours = encoder(config)
-    theirs = theirs_of(config, ours.model.state_dict())
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in T5Encoder(config).model.state_dict().items()}
+    state = {k: torch.rand(s).add_(-0.5).mul_(0.05) + ("norm" in k) for k, s in shapes.items()}
+    ours = filled_encoder(config, state)
+    with torch.device("meta"):
+        theirs = theirs_of(config, {k: v.to("meta") for k, v in state.items()})
+    theirs.load_state_dict(state | {"encoder.embed_tokens.weight": state["shared.weight"]}, assign=True)
     with torch.no_grad():
         told = theirs(ours.tokenize(PROMPTS[:2])).last_hidden_state
         assert deviation(ours(PROMPTS[:2])["text"], told) < 1e-5

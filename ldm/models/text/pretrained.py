@@ -181,7 +181,10 @@ class PretrainedEncoder(TextEncoder):
     def tokenizer(self) -> PretrainedTokenizer:  # type: ignore[override]
         """Raises ValueError where its files are missing."""
         if self._tokenizer is None:
-            self._tokenizer = self._read_tokenizer()
+            found = self._read_tokenizer()
+            if found.vocab_size > (rows := self.config.vocab_size):
+                raise ValueError(f"vocab_size {rows}: tokenizer {str(found.folder)!r} has {found.vocab_size} tokens")
+            self._tokenizer = found
         return self._tokenizer
 
     @property

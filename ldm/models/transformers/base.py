@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ldm.models.layers import Embedding
 from ldm.models.network import Granularity, Network
-from ldm.models.transformers.blocks import Modulation
+from ldm.models.transformers.blocks import Modulation, TimeTextEmbedding, Vector
+from ldm.models.transformers.times import Times
 from ldm.types import Cond, Net
 
 NOTHING: frozenset[int] = frozenset()
@@ -34,6 +35,8 @@ class Transformer(Network):
     latent_channels: int
     known: str
     recompute: bool = False
+    known_times: Times | None = None
+    """What `known_times` of `ldm.models.transformers.times` keeps while a picture is drawn."""
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, cond: Cond, *, skip: frozenset[int] = NOTHING) -> Tensor:
@@ -92,6 +95,17 @@ class Transformer(Network):
 
     def _run(self, block: Callable[..., Any], *args: Any) -> Any:
         return self.run_again(block, *args, on=self.recompute)
+
+    def timed(self, times: Sequence[float], limit: int) -> Times | None:
+        """Its modulations at these times in at most `limit` bytes; None without modulations of the time and text."""
+        embedding = getattr(self, "time_text_embed", None)
+        layers = [module for module in self.modules() if isinstance(module, Modulation)]
+        return Times(embedding, layers, times, limit) if isinstance(embedding, TimeTextEmbedding) else None
+
+    def _vector(self, embedding: TimeTextEmbedding, t: Tensor, constant: Tensor) -> Vector:
+        """What blocks are told of the time and of what `TimeTextEmbedding.constant` gave."""
+        known = None if self.known_times is None else self.known_times.of(t, constant)
+        return embedding(t, constant) if known is None else known
 
     def _latents(self, x: Tensor, cond: Cond, channels: int) -> Tensor:
         """x with cond "concat" (B, C'', H, W) after its channels, in the weights' type, checked."""

@@ -5,13 +5,20 @@ Legend: B batch, N image tokens, T text tokens, S tokens, D width, E = D the wid
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.attention import attention
-from ldm.models.layers import Embedding, sinusoid
+from ldm.models.frugal import norm_modulated, rms_norm
+from ldm.models.layers import Embedding, hooked, sinusoid
 from ldm.models.transformers.positions import Rotary, rotated
+from ldm.models.wide import Linear, gelu_linear
+
+Vector = Tensor | Mapping[nn.Module, Tensor]
+"""The activated conditioning vector (B, E), or what each modulation makes of it (B, parts x D)."""
 
 TIME = 256
 """Channels of the sinusoid of times and of guidance scales."""
@@ -25,6 +32,12 @@ def normed(x: Tensor, eps: float = 1e-6) -> Tensor:
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (1 + scale) + shift."""
     return torch.addcmul(shift, x, 1 + scale)
+
+
+def norm_and_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """Both of them; in training the normalised x is not kept for the backward pass but computed again."""
+    kept_small = torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.dtype == shift.dtype == scale.dtype
+    return norm_modulated(x, shift, scale, eps) if kept_small else modulated(normed(x, eps), shift, scale)
 
 
 def bounded(x: Tensor) -> Tensor:
@@ -41,6 +54,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps).to(x.dtype)
 
 
@@ -53,10 +68,11 @@ class Modulation(nn.Module):
     def __init__(self, width: int, parts: int) -> None:
         super().__init__()
         self.parts = parts
-        self.linear = nn.Linear(width, parts * width)
+        self.linear = Linear(width, parts * width)
 
-    def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
-        return self.linear(vector)[:, None].chunk(self.parts, dim=-1)
+    def forward(self, vector: Vector) -> tuple[Tensor, ...]:
+        out = self.linear(vector) if isinstance(vector, Tensor) else vector[self]
+        return out[:, None].chunk(self.parts, dim=-1)
 
 
 class GELU(nn.Module):
@@ -64,7 +80,7 @@ class GELU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(width, hidden)
+        self.proj = Linear(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(self.proj(x), approximate="tanh")
@@ -75,10 +91,19 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.net = nn.ModuleList([GELU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
+        self.net = nn.ModuleList([GELU(width, 4 * width), nn.Identity(), Linear(4 * width, width)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
+        """In training gelu(...) is not kept for the backward pass but computed again, and else it is done in place."""
+        first, last = self.net[0], self.net[2]
+        if type(first) is not GELU or hooked(first) or torch.compiler.is_compiling():
+            return last(first(x))
+        hidden = first.proj(x)
+        if not torch.is_grad_enabled():
+            return last(torch.ops.aten.gelu_(hidden, approximate="tanh"))
+        if type(last) is not Linear or hooked(last):  # a correction of the layer, or ZeRO 3, which gathers its weights
+            return last(F.gelu(hidden, approximate="tanh"))
+        return gelu_linear(hidden, last.weight, last.bias)
 
 
 class Attention(nn.Module):
@@ -96,12 +121,12 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(width, width, bias=bias)
-        self.to_k = nn.Linear(source or width, width, bias=bias)
-        self.to_v = nn.Linear(source or width, width, bias=bias)
+        self.to_q = Linear(width, width, bias=bias)
+        self.to_k = Linear(source or width, width, bias=bias)
+        self.to_v = Linear(source or width, width, bias=bias)
         self.norm_q = RMSNorm(width // heads) if qk_norm else None
         self.norm_k = RMSNorm(width // heads) if qk_norm else None
-        self.to_out = nn.ModuleList([nn.Linear(width, width)]) if out else None
+        self.to_out = nn.ModuleList([Linear(width, width)]) if out else None
 
     def forward(
         self,
@@ -121,7 +146,6 @@ class Attention(nn.Module):
         q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (self.to_q(x), k, v))
         q = _turned(q, self.norm_q, rotary)
         k = _turned(k, self.norm_k, rotary)
-        mask = None if mask is None else mask.expand(-1, -1, x.shape[1], -1)
         out = attention(q, k, v, mask).flatten(2)
         return out if self.to_out is None else self.to_out[0](out)
 
@@ -144,14 +168,14 @@ class JointAttention(nn.Module):
     def __init__(self, width: int, heads: int, *, qk_norm: bool, text_out: bool = True) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(width, width)
-        self.to_k = nn.Linear(width, width)
-        self.to_v = nn.Linear(width, width)
-        self.add_q_proj = nn.Linear(width, width)
-        self.add_k_proj = nn.Linear(width, width)
-        self.add_v_proj = nn.Linear(width, width)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
-        self.to_add_out = nn.Linear(width, width) if text_out else None
+        self.to_q = Linear(width, width)
+        self.to_k = Linear(width, width)
+        self.to_v = Linear(width, width)
+        self.add_q_proj = Linear(width, width)
+        self.add_k_proj = Linear(width, width)
+        self.add_v_proj = Linear(width, width)
+        self.to_out = nn.ModuleList([Linear(width, width)])
+        self.to_add_out = Linear(width, width) if text_out else None
         self.norm_q = RMSNorm(width // heads) if qk_norm else None
         self.norm_k = RMSNorm(width // heads) if qk_norm else None
         self.norm_added_q = RMSNorm(width // heads) if qk_norm else None
@@ -192,22 +216,21 @@ class JointBlock(nn.Module):
         self.ff = FeedForward(width)
         self.ff_context = None if last else FeedForward(width)
 
-    def forward(self, x: Tensor, text: Tensor, vector: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, text: Tensor, vector: Vector, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
         """Image (B, N, D) and text (B, T, D) under the activated vector (B, E); the last block gives text unchanged."""
         shift, scale, gate, ff_shift, ff_scale, ff_gate, *third = self.norm1(vector)
         of_text = self.norm1_context(vector)
         text_scale, text_shift = of_text if self.ff_context is None else (of_text[1], of_text[0])
-        image_norm = normed(x)
-        added, text_added = self.attn(
-            modulated(image_norm, shift, scale), modulated(normed(text), text_shift, text_scale), rotary
-        )
+        own = norm_and_modulate(x, shift, scale)
+        before = x
+        added, text_added = self.attn(own, norm_and_modulate(text, text_shift, text_scale), rotary)
         x = torch.addcmul(x, gate, added)
         if self.attn2 is not None:
-            x = torch.addcmul(x, third[2], self.attn2(modulated(image_norm, third[0], third[1])))
-        x = bounded(torch.addcmul(x, ff_gate, self.ff(modulated(normed(x), ff_shift, ff_scale))))
+            x = torch.addcmul(x, third[2], self.attn2(norm_and_modulate(before, third[0], third[1])))
+        x = bounded(torch.addcmul(x, ff_gate, self.ff(norm_and_modulate(x, ff_shift, ff_scale))))
         if self.ff_context is not None:
             text = torch.addcmul(text, of_text[2], text_added)
-            hidden = self.ff_context(modulated(normed(text), of_text[3], of_text[4]))
+            hidden = self.ff_context(norm_and_modulate(text, of_text[3], of_text[4]))
             text = bounded(torch.addcmul(text, of_text[5], hidden))
         return x, text
 
@@ -217,8 +240,8 @@ class TextProjection(nn.Module):
 
     def __init__(self, text: int, width: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(text, width)
-        self.linear_2 = nn.Linear(width, width)
+        self.linear_1 = Linear(text, width)
+        self.linear_2 = Linear(width, width)
 
     def forward(self, text: Tensor) -> Tensor:
         return self.linear_2(F.gelu(self.linear_1(text), approximate="tanh"))

@@ -22,11 +22,12 @@ from ldm.models.transformers.blocks import (
     JointBlock,
     Modulation,
     TimeTextEmbedding,
+    Vector,
     bounded,
-    modulated,
-    normed,
+    norm_and_modulate,
 )
 from ldm.models.transformers.positions import Rotary, pack, rotary_positions, unpack
+from ldm.models.wide import Linear
 from ldm.types import Cond
 
 PATCH = 2
@@ -83,14 +84,14 @@ class SingleBlock(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.norm = Modulation(width, 3)
-        self.proj_mlp = nn.Linear(width, 4 * width)
-        self.proj_out = nn.Linear(5 * width, width)
+        self.proj_mlp = Linear(width, 4 * width)
+        self.proj_out = Linear(5 * width, width)
         self.attn = Attention(width, heads, qk_norm=True, out=False)
 
-    def forward(self, x: Tensor, vector: Tensor, rotary: Rotary) -> Tensor:
+    def forward(self, x: Tensor, vector: Vector, rotary: Rotary) -> Tensor:
         """(B, T + N, D) under the activated vector (B, D)."""
         shift, scale, gate = self.norm(vector)
-        h = modulated(normed(x), shift, scale)
+        h = norm_and_modulate(x, shift, scale)
         hidden = F.gelu(self.proj_mlp(h), approximate="tanh")
         both = torch.cat([self.attn(h, rotary=rotary), hidden], dim=-1)
         return bounded(torch.addcmul(x, gate, self.proj_out(both)))
@@ -117,8 +118,8 @@ class FluxTransformer(Transformer):
         self.needs = frozenset({"text", "pooled"} | ({"guidance"} if config.guidance_embeds else set()))
         self.known = "context"
         self.time_text_embed = TimeTextEmbedding(width, config.pooled_projection_dim, guidance=config.guidance_embeds)
-        self.context_embedder = nn.Linear(config.joint_attention_dim, width)
-        self.x_embedder = nn.Linear(config.in_channels, width)
+        self.context_embedder = Linear(config.joint_attention_dim, width)
+        self.x_embedder = Linear(config.in_channels, width)
         self.transformer_blocks = nn.ModuleList(
             JointBlock(width, heads, qk_norm=True) for _ in range(config.num_layers)
         )
@@ -126,7 +127,7 @@ class FluxTransformer(Transformer):
             SingleBlock(width, heads) for _ in range(config.num_single_layers)
         )
         self.norm_out = Modulation(width, 2)
-        self.proj_out = nn.Linear(width, config.token_channels)
+        self.proj_out = Linear(width, config.token_channels)
         self._start([self.proj_out])
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, *, skip: frozenset[int] = NOTHING) -> Tensor:
@@ -134,7 +135,7 @@ class FluxTransformer(Transformer):
         size = (x.shape[2], x.shape[3])
         x = self._latents(x, cond, self.config.in_channels // PATCH**2)
         cond = self._ready(cond)
-        vector, text = self.time_text_embed(t, cond["vector"]), cond["context"]
+        vector, text = self._vector(self.time_text_embed, t, cond["vector"]), cond["context"]
         count, (h, w) = text.shape[1], (size[0] // PATCH, size[1] // PATCH)
         rotary = rotary_positions(h, w, count, self.config.axes_dims_rope, x.device, x.dtype)
         x = self.x_embedder(pack(x, PATCH))
@@ -146,7 +147,7 @@ class FluxTransformer(Transformer):
             if i not in skip:
                 x = self._run(block, x, vector, rotary)
         scale, shift = self.norm_out(vector)
-        return unpack(self.proj_out(modulated(normed(x[:, count:]), shift, scale)), size, PATCH)
+        return unpack(self.proj_out(norm_and_modulate(x[:, count:], shift, scale)), size, PATCH)
 
     def joined(self, cond: Cond) -> Cond:
         """T5's tokens and CLIP's pooled vector."""

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ldm.models.layers import Embedding, check_equal, sinusoid
 from ldm.models.transformers.base import NOTHING, Transformer, check_counts
-from ldm.models.transformers.blocks import TIME, Attention, FeedForward, TextProjection, modulated, normed
+from ldm.models.transformers.blocks import TIME, Attention, FeedForward, TextProjection, norm_and_modulate
 from ldm.models.transformers.positions import PatchEmbed, from_patches
+from ldm.models.wide import Linear
 from ldm.types import Cond
 
 _FIXED = {
@@ -125,7 +126,7 @@ class AdaSingle(nn.Module):
     def __init__(self, width: int, *, micro: bool) -> None:
         super().__init__()
         self.emb = TimeSizeEmbedding(width, micro=micro)
-        self.linear = nn.Linear(width, 6 * width)
+        self.linear = Linear(width, 6 * width)
 
     def forward(self, t: Tensor, constant: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The modulation (B or 1, 6, D) and the vector (B or 1, D)."""
@@ -153,9 +154,9 @@ class PixArtBlock(nn.Module):
         """x (B, N, D); the text's `keys_values` may be given instead of the text."""
         parts = (self.scale_shift_table + modulation)[:, :, None].unbind(1)
         shift, scale, gate, ff_shift, ff_scale, ff_gate = parts
-        x = torch.addcmul(x, gate, self.attn1(modulated(normed(x, self.eps), shift, scale)))
+        x = torch.addcmul(x, gate, self.attn1(norm_and_modulate(x, shift, scale, self.eps)))
         x = x + self.attn2(x, text, kv, mask)
-        return torch.addcmul(x, ff_gate, self.ff(modulated(normed(x, self.eps), ff_shift, ff_scale)))
+        return torch.addcmul(x, ff_gate, self.ff(norm_and_modulate(x, ff_shift, ff_scale, self.eps)))
 
 
 class PixArtTransformer(Transformer):
@@ -183,7 +184,7 @@ class PixArtTransformer(Transformer):
         )
         self.transformer_blocks = nn.ModuleList(PixArtBlock(config) for _ in range(config.num_layers))
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
-        self.proj_out = nn.Linear(width, patch * patch * self.out_channels)
+        self.proj_out = Linear(width, patch * patch * self.out_channels)
         self.adaln_single = AdaSingle(width, micro=config.micro)
         caption = config.caption_channels
         self.caption_projection = None if caption is None else TextProjection(caption, width)
@@ -220,7 +221,7 @@ class PixArtTransformer(Transformer):
             if i not in skip:
                 x = self._run(block, x, modulation, text, kv, mask)
         shift, scale = (self.scale_shift_table + embedded[:, None]).chunk(2, dim=1)
-        return from_patches(self.proj_out(modulated(normed(x), shift, scale)), size, config.patch_size)
+        return from_patches(self.proj_out(norm_and_modulate(x, shift, scale)), size, config.patch_size)
 
     def prepared(self, cond: Cond) -> Cond:
         """With "kv" (B, T, 2DL), every cross-attention's keys and values, and "vector" (B, D) of the picture's size."""

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.transformers.base import NOTHING, Transformer, check_counts
-from ldm.models.transformers.blocks import JointBlock, Modulation, TimeTextEmbedding, modulated, normed
+from ldm.models.transformers.blocks import JointBlock, Modulation, TimeTextEmbedding, norm_and_modulate
 from ldm.models.transformers.positions import PatchEmbed, from_patches
+from ldm.models.wide import Linear
 from ldm.types import Cond
 
 
@@ -89,7 +90,7 @@ class SD3Transformer(Transformer):
             max_size=config.pos_embed_max_size,
         )
         self.time_text_embed = TimeTextEmbedding(width, config.pooled_projection_dim)
-        self.context_embedder = nn.Linear(config.joint_attention_dim, width)
+        self.context_embedder = Linear(config.joint_attention_dim, width)
         self.transformer_blocks = nn.ModuleList(
             JointBlock(
                 width,
@@ -101,7 +102,7 @@ class SD3Transformer(Transformer):
             for i in range(config.num_layers)
         )
         self.norm_out = Modulation(width, 2)
-        self.proj_out = nn.Linear(width, patch * patch * self.out_channels)
+        self.proj_out = Linear(width, patch * patch * self.out_channels)
         self._start([self.proj_out])
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, *, skip: frozenset[int] = NOTHING) -> Tensor:
@@ -109,12 +110,12 @@ class SD3Transformer(Transformer):
         size = (x.shape[2], x.shape[3])
         x = self.pos_embed(self._latents(x, cond, self.config.in_channels))
         cond = self._ready(cond)
-        vector, text = self.time_text_embed(t, cond["vector"]), cond["context"]
+        vector, text = self._vector(self.time_text_embed, t, cond["vector"]), cond["context"]
         for i, block in enumerate(self.transformer_blocks):
             if i not in skip:
                 x, text = self._run(block, x, text, vector)
         scale, shift = self.norm_out(vector)
-        return from_patches(self.proj_out(modulated(normed(x), shift, scale)), size, self.config.patch_size)
+        return from_patches(self.proj_out(norm_and_modulate(x, shift, scale)), size, self.config.patch_size)
 
     def joined(self, cond: Cond) -> Cond:
         """CLIP's states side by side, filled up with zeros to D', then T5's tokens; the pooled vectors side by side.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.models import attention as module
-from ldm.models.attention import attention, choose, using
+from ldm.models.attention import attention, choose, sliced, using
 
 
 def formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -43,6 +43,45 @@ def test_backends_equal_the_formula(backend: str, masked: str, queries: int, key
         assert (attention(q, k, v, mask) - expected).abs().max() < 1e-12
         single = attention(q.float(), k.float(), v.float(), mask if masked != "added" else mask.float())  # type: ignore[union-attr]
         assert (single - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("queries", [1, 3, 16])
+@pytest.mark.parametrize("rows", [None, 1, 16])
+def test_slices_of_queries_give_all_of_them(queries: int, rows: int | None) -> None:
+    """A mask may have one row for all queries (padding of text) or a row for each."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 3, 8, dtype=torch.float64) for n in (16, 11, 11))
+    mask = None if rows is None else torch.rand(2, 1, rows, 11) > 0.4
+    expected = formula(q, k, v, None if mask is None else (mask | ~mask.any(-1, keepdim=True)).expand(-1, -1, 16, -1))
+    with sliced(queries):
+        out = attention(q, k, v, None if mask is None else mask | ~mask.any(-1, keepdim=True))
+    assert out.shape == expected.shape
+    assert (out - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("keys", [300, 304, 5])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_xformers_is_given_aligned_masks(keys: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels refuse a bias whose rows are not a multiple of 8 numbers apart; here a stand-in checks that."""
+    seen: list[Tensor] = []
+
+    class Xformers:
+        @staticmethod
+        def memory_efficient_attention(q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor) -> Tensor:
+            seen.append(attn_bias)
+            return formula(q, k, v, attn_bias)
+
+    monkeypatch.setitem(module._chosen, "cpu", "xformers")
+    monkeypatch.setattr(module, "_xformers", Xformers)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 2, 8, dtype=torch.float64) for n in (7, keys, keys))
+    mask = torch.rand(2, 1, rows, keys) > 0.4
+    mask[..., 0] = True
+    out = attention(q, k, v, mask)
+    assert (out - formula(q, k, v, mask.expand(-1, -1, 7, -1))).abs().max() < 1e-12
+    assert seen[0].shape == (2, 2, 7, keys)
+    assert all(stride % 8 == 0 for stride in seen[0].stride()[:3])
+    assert seen[0].stride(3) == 1
 
 
 def test_half_precision_training_takes_another_path_to_the_same_values_and_gradients() -> None:

@@ -1,0 +1,94 @@
+"""Products of half precision on CPUs without instructions for them: in float32, which is several times as fast there.
+
+What is given and kept is of half precision all the same; only the products, and weights that are float32 anyway, are
+not rounded in between.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FEW = 8
+"""Fewer rows do not pay for widening a matrix of weights (measured on AVX2: docs/log.md)."""
+
+
+@functools.cache
+def emulates(dtype: torch.dtype) -> bool:
+    """Whether this CPU has no products of a half-precision type of its own."""
+    if dtype == torch.bfloat16:
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def half_of(x: Tensor) -> torch.dtype | None:
+    """The half-precision type in which a product of x would be emulated; None where it would not be."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return None
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return dtype if emulates(dtype) and x.dtype != torch.float64 else None
+
+
+class Linear(nn.Linear):
+    """A linear layer whose half-precision products are not emulated."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = half_of(x)
+        if half is None or (self.weight.dtype != torch.float32 and x.numel() < FEW * x.shape[-1]):
+            return super().forward(x)
+        x = x.to(half)
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+            return _Linear.apply(x, self.weight, self.bias, False)  # type: ignore[return-value]
+        return _product(x, self.weight, self.bias)
+
+
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """gelu(x) W^T + b, with the tanh approximation; keeps x alone, autograd would keep gelu(x) too.
+
+    Computes in the type of x.
+    """
+    return _Linear.apply(x, weight, bias, True)  # type: ignore[return-value]
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b in the type of x, added up in float32 where its products would be emulated."""
+    with torch.autocast(x.device.type, enabled=False):
+        to = _adds_in(x)
+        return F.linear(x.to(to), weight.to(to), None if bias is None else bias.to(to)).to(x.dtype)
+
+
+def _adds_in(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "cpu" and emulates(x.dtype) else x.dtype
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+        return _product(F.gelu(x, approximate="tanh") if gelu else x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, ctx.gelu = inputs
+        ctx.save_for_backward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        of_x = of_weight = of_bias = None
+        with torch.autocast(x.device.type, enabled=False):
+            to = _adds_in(x)
+            grad = grads[0].to(to)
+            if ctx.needs_input_grad[1]:
+                given = (F.gelu(x, approximate="tanh") if ctx.gelu else x).flatten(0, -2).to(to)
+                of_weight = (grad.flatten(0, -2).T @ given).to(weight.dtype)
+            if bias is not None and ctx.needs_input_grad[2]:
+                of_bias = grad.flatten(0, -2).sum(0).to(bias.dtype)
+            if ctx.needs_input_grad[0]:
+                of_x = (grad @ weight.to(to)).to(x.dtype)
+                if ctx.gelu:
+                    of_x = torch.ops.aten.gelu_backward(of_x, x, approximate="tanh")
+        return of_x, of_weight, of_bias, None
