@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ldm.models.networks import AnyNetwork
@@ -63,8 +63,8 @@ FLUX_SCHNELL = Family(
 )  # fmt: skip
 PIXART = Family(title="PixArt", size=1024, sampler="dpmpp_2m", steps=20, guidance=4.5)
 ZIMAGE = Family(
-    title="Z-Image", size=1024, sampler="euler", steps=50, guidance=5.0, targets=_ATTENTION,
-    density={"kind": "logit_normal"}, grid="flow_open",
+    title="Z-Image", size=1024, sampler="euler", steps=50, guidance=5.0, rank=16,
+    targets=("to_q", "to_k", "to_v", "to_out.0"), density={"kind": "logit_normal"}, grid="flow_open",
 )  # fmt: skip
 """Its pipeline's guidance scale is ours - 1."""
 ZIMAGE_TURBO = replace(ZIMAGE, title="Z-Image-Turbo", steps=8, guidance=1.0)

@@ -18,6 +18,7 @@ from ldm.models.layers import check_equal, sinusoid
 from ldm.models.transformers.base import NOTHING, Transformer, check_counts
 from ldm.models.transformers.blocks import TIME, Attention, RMSNorm, normed
 from ldm.models.transformers.positions import Rotary, from_patches
+from ldm.models.wide import Linear
 from ldm.types import Cond
 
 SEVERAL = 32
@@ -84,9 +85,9 @@ class GatedFeedForward(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         hidden = int(width / 3 * 8)
-        self.w1 = nn.Linear(width, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, width, bias=False)
-        self.w3 = nn.Linear(width, hidden, bias=False)
+        self.w1 = Linear(width, hidden, bias=False)
+        self.w2 = Linear(hidden, width, bias=False)
+        self.w3 = Linear(width, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -98,15 +99,11 @@ class ZImageBlock(nn.Module):
     def __init__(self, config: ZImageConfig, *, told: bool) -> None:
         super().__init__()
         width, eps = config.dim, config.norm_eps
-        self.attention = Attention(width, config.n_heads, qk_norm=config.qk_norm, bias=False)
-        self.attention.to_out = nn.ModuleList([nn.Linear(width, width, bias=False)])
-        for norm in (self.attention.norm_q, self.attention.norm_k):
-            if norm is not None:
-                norm.eps = 1e-5
+        self.attention = Attention(width, config.n_heads, qk_norm=config.qk_norm, bias=False, out_bias=False, eps=1e-5)
         self.feed_forward = GatedFeedForward(width)
         self.attention_norm1, self.attention_norm2 = RMSNorm(width, eps), RMSNorm(width, eps)
         self.ffn_norm1, self.ffn_norm2 = RMSNorm(width, eps), RMSNorm(width, eps)
-        self.adaLN_modulation = nn.Sequential(nn.Linear(config.told, 4 * width)) if told else None
+        self.adaLN_modulation = nn.Sequential(Linear(config.told, 4 * width)) if told else None
 
     def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | None, vector: Tensor | None = None) -> Tensor:
         """(B, S, D) under the time's vector (B or 1, E); `mask` (B, 1, 1, S) is True where a token is seen."""
@@ -125,8 +122,8 @@ class FinalLayer(nn.Module):
 
     def __init__(self, config: ZImageConfig) -> None:
         super().__init__()
-        self.linear = nn.Linear(config.dim, config.patch**2 * config.in_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.told, config.dim))
+        self.linear = Linear(config.dim, config.patch**2 * config.in_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(config.told, config.dim))
 
     def forward(self, x: Tensor, vector: Tensor) -> Tensor:
         return self.linear(normed(x) * (1 + self.adaLN_modulation(vector)[:, None]))
@@ -138,7 +135,7 @@ class TimeEmbedding(nn.Module):
     def __init__(self, config: ZImageConfig) -> None:
         super().__init__()
         self.scale = config.t_scale
-        self.mlp = nn.Sequential(nn.Linear(TIME, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, config.told))
+        self.mlp = nn.Sequential(Linear(TIME, HIDDEN), nn.SiLU(), Linear(HIDDEN, config.told))
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """t (B,) or (1,) in 0 ... 1000 -> (B or 1, E). The network was trained with 1 for data and 0 for noise."""
@@ -162,14 +159,14 @@ class ZImageTransformer(Transformer):
         self.in_channels = self.out_channels = self.latent_channels = config.in_channels
         self.multiple, self.needs, self.known = patch, frozenset({"text"}), "context"
         self._size = f"{patch}-1"
-        self.all_x_embedder = nn.ModuleDict({self._size: nn.Linear(patch**2 * config.in_channels, width)})
+        self.all_x_embedder = nn.ModuleDict({self._size: Linear(patch**2 * config.in_channels, width)})
         self.all_final_layer = nn.ModuleDict({self._size: FinalLayer(config)})
         few, many = range(config.n_refiner_layers), range(config.n_layers)
         self.noise_refiner = nn.ModuleList(ZImageBlock(config, told=True) for _ in few)
         self.context_refiner = nn.ModuleList(ZImageBlock(config, told=False) for _ in few)
         self.t_embedder = TimeEmbedding(config)
         self.cap_embedder = nn.Sequential(
-            RMSNorm(config.cap_feat_dim, config.norm_eps), nn.Linear(config.cap_feat_dim, width)
+            RMSNorm(config.cap_feat_dim, config.norm_eps), Linear(config.cap_feat_dim, width)
         )
         self.x_pad_token = nn.Parameter(torch.zeros(1, width))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, width))
