@@ -1,4 +1,4 @@
-"""Small random models of the transformers' families with all of their text encoders, for tests of files and pipelines."""
+"""Small random models of every transformer's family with all of their text encoders, for tests of files."""
 
 from __future__ import annotations
 
