@@ -1,13 +1,13 @@
 """Our transformers against diffusers' SD3Transformer2DModel: same shape, same weights, same optimizer.
 
-As they come: a process each, in turns. Ours keeps freed memory, as our programs do on CPUs; sampling is what our pipeline
-does around the network: text projected once, both halves of guidance in one call, modulations of all steps at once, in
-half precision float32 weights under autocast. Theirs is the loop of their pipeline around the network, and training as
-their scripts have it: the network in bfloat16 for sampling, autocast for training.
+As they come: a process each, in turns. Ours keeps freed memory, as our programs do on CPUs; sampling is what our
+pipeline does around the network: text projected once, both halves of guidance in one call, modulations of all steps at
+once, in half precision float32 weights under autocast. Theirs is the loop of their pipeline around the network, and
+training as their scripts have it: the network in bfloat16 for sampling, autocast for training.
 
 SD3.5 medium has its width, heads, kinds of blocks and text, and 3 of its 24 blocks, so that what is outside of blocks
 weighs more than in the whole; pictures have 256 pixels. Where the processor has no instructions for bfloat16, theirs
-emulate it at a seventh of the speed of float32: there SD3.5's bfloat16 is drawn in 2 steps, which takes them minutes in 20.
+emulate it at a seventh of the speed of float32: there SD3.5 is drawn in 2 steps in bfloat16, as 20 take them minutes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from bench.__main__ import main
 from bench.apart import Worker, compare, serve
-from bench.networks import adam, deviation
+from bench.networks import deviation
 from bench.timing import Options, machine
 from ldm.allocator import keep_freed_memory
 from ldm.config.load import encode
@@ -118,6 +118,12 @@ def call_of(network: nn.Module) -> Call:
     return lambda x, t, text, pooled: network(x, text, pooled, t, return_dict=False)[0]
 
 
+@functools.cache
+def halved(network: nn.Module) -> nn.Module:
+    """A copy with weights in bfloat16."""
+    return copy.deepcopy(network).to(HALF)
+
+
 def our_sampling(ours: SD3Transformer, given: Inputs, steps: int, half: bool = False) -> Callable[[], Tensor]:
     """Guided Euler steps, as our pipeline runs them."""
     x, _, text, pooled = given
@@ -161,16 +167,14 @@ def their_sampling(theirs: nn.Module, given: Inputs, steps: int, half: bool = Fa
     x, _, text, pooled = (v.to(HALF) if half else v for v in given)
     states, vectors = (torch.cat([torch.zeros_like(v), v]) for v in (text, pooled))
 
-    @functools.cache
-    def network() -> nn.Module:
-        return copy.deepcopy(theirs).to(HALF) if half else theirs
+    network = halved(theirs) if half else theirs
 
     @torch.no_grad()
     def draw() -> Tensor:
         scheduler, latents = _scheduler(steps), x
         for t in scheduler.timesteps:
             doubled = torch.cat([latents] * 2)
-            out = network()(doubled, states, vectors, t.expand(len(doubled)), return_dict=False)[0]
+            out = network(doubled, states, vectors, t.expand(len(doubled)), return_dict=False)[0]
             uncond, cond = out.chunk(2)
             latents = scheduler.step(uncond + GUIDANCE * (cond - uncond), t, latents, return_dict=False)[0]
         return latents
@@ -182,10 +186,7 @@ def forward(network: nn.Module, given: Inputs, half: bool = False) -> Callable[[
     """One call without gradients: ours under autocast in half precision, theirs with weights of it."""
     own = isinstance(network, SD3Transformer)
 
-    @functools.cache
-    def call() -> Call:
-        return call_of(copy.deepcopy(network).to(HALF) if half and not own else network)
-
+    call = call_of(halved(network) if half and not own else network)
     x, t, text, pooled = given
     if half and not own:
         x, text, pooled = x.to(HALF), text.to(HALF), pooled.to(HALF)
@@ -193,13 +194,13 @@ def forward(network: nn.Module, given: Inputs, half: bool = False) -> Callable[[
     @torch.no_grad()
     def once() -> Tensor:
         with torch.autocast("cpu", HALF, enabled=half and own):
-            return call()(x, t, text, pooled)
+            return call(x, t, text, pooled)
 
     return once
 
 
 def training(network: nn.Module, given: Inputs, half: bool = False) -> Callable[[], object]:
-    """Forward and backward of the mean squared error to a fixed target; `half`: under bfloat16 autocast on both sides."""
+    """Forward and backward of the mean squared error to a fixed target; `half`: under bfloat16 autocast."""
     call = call_of(network)
     target = torch.randn(given[0].shape, generator=torch.Generator().manual_seed(3))
 
@@ -298,7 +299,7 @@ class Row:
 
 
 def times(name: str, shape: Shape, options: Options) -> tuple[dict[str, Any], list[Row]]:
-    """Every case of both as programs, a process each, in turns; sampling before training, which leaves memory behind."""
+    """Every case of both as programs, a process each, in turns; training last, as it leaves memory behind."""
     argv = ["-m", "bench.transformers", "alone", name]
     result: dict[str, Any] = {}
     rows: list[Row] = []
@@ -344,9 +345,8 @@ def run(options: Options) -> dict[str, Any]:
         result |= {k: result["tiny"][k] for k in ("forward", "sampling", "training")}
     own = "its own" if not emulates(HALF) else "emulated (AVX2 alone)"
     told = machine(options.threads, [])
-    print(
-        f"\n{told['cpu']}, {options.threads} of {told['cores_of_machine']} cores, torch {told['torch']}, bfloat16 {own}"
-    )
+    where = f"{options.threads} of {told['cores_of_machine']} cores, torch {told['torch']}, bfloat16 {own}"
+    print(f"\n{told['cpu']}, {where}")
     print(f"  {'processor seconds (medians)':<44} {'ldm':>10} {'diffusers':>10}      ratio   wanted")
     for row in rows:
         print(row.line())

@@ -12,14 +12,16 @@ from torch.nn import Module
 
 from ldm.checkpoint import weights
 from ldm.checkpoint.folder import open_folder, open_network, open_vae, write_folder
-from ldm.checkpoint.opened import Components, Opened, OpenedText, component, fill, load_encoder, shapes_of
+from ldm.checkpoint.opened import Components, Opened, OpenedText, component, fill, load_encoder, shapes_of, title
 from ldm.checkpoint.opened import empty as _empty
 from ldm.checkpoint.single import open_single, write_single
+from ldm.checkpoint.single_transformer import Given
 from ldm.checkpoint.towers import open_text
 from ldm.models.network import Network
 from ldm.models.networks import AnyNetwork
 from ldm.models.shipped import SHIPPED
 from ldm.models.text import Output, TextEncoder, TextTower
+from ldm.models.unet import UNetConfig
 from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.words import expanded, near
 
@@ -39,7 +41,8 @@ __all__ = [
     "save_single",
 ]
 log = logging.getLogger(__name__)
-FORMATS = ("diffusers", "compvis")
+FORMATS = ("diffusers", "compvis", "single")
+"""compvis and single are the same: one file, in the names of the family's authors."""
 _HUB_FILES = ["*.json", "*.txt", "*.safetensors"]
 
 
@@ -89,10 +92,13 @@ def load_model(
     ema: bool = False,
     prediction: str | None = None,
     lenient: bool = False,
+    text: str | Path | None = None,
+    vae: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Components:
-    """Read a diffusers folder, a single file or a hub id such as "stabilityai/stable-diffusion-2-1"."""
-    return open_model(source, variant=variant, ema=ema, prediction=prediction, lenient=lenient).load(dtype)
+    """`open_model`, read: a diffusers folder, a single file or a hub id such as "stabilityai/stable-diffusion-2-1"."""
+    options: dict[str, Any] = {"variant": variant, "ema": ema, "prediction": prediction, "lenient": lenient}
+    return open_model(source, text=text, vae=vae, **options).load(dtype)
 
 
 def open_model(
@@ -102,20 +108,37 @@ def open_model(
     ema: bool = False,
     prediction: str | None = None,
     lenient: bool = False,
+    text: str | Path | None = None,
+    vae: str | Path | None = None,
 ) -> Opened:
     """A diffusers folder, a single file or a hub id, without its weights; `lenient` leaves unknown tensors out.
 
-    Raises ValueError if it is none of these, or a hub id that is neither stored here nor reachable.
+    `text` is a diffusers folder with the text encoders, `vae` a folder or file with the autoencoder, that a single file
+    of a transformer does not hold. Raises ValueError if the source is none of these, or a hub id that is neither stored
+    here nor reachable.
     """
     path = Path(expanded(str(source)))
+    given = Given(_there(text, "--text", folder=True), _there(vae, "--vae"))
     if path.is_file():
-        return open_single(path, ema=ema, prediction=prediction, lenient=lenient).fitted(lenient=lenient)
+        opened = open_single(path, ema=ema, prediction=prediction, lenient=lenient, given=given)
+        return opened.fitted(lenient=lenient)
+    if given != Given():
+        raise ValueError(f"{'--text' if given.text else '--vae'}: is for single files; a folder has all parts in it")
     if path.is_dir():
         return open_folder(path, variant=variant, lenient=lenient).fitted(lenient=lenient)
-    text = str(source)
-    if text.count("/") != 1 or text.startswith((".", "/", "~")) or path.suffix in (".safetensors", ".ckpt"):
-        raise ValueError(f"{text}: no such file or folder, and not a hub id (owner/name){near(text, SHIPPED)}")
-    return open_folder(_from_hub(text), variant=variant, lenient=lenient).fitted(lenient=lenient)
+    name = str(source)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or path.suffix in (".safetensors", ".ckpt"):
+        raise ValueError(f"{name}: no such file or folder, and not a hub id (owner/name){near(name, SHIPPED)}")
+    return open_folder(_from_hub(name), variant=variant, lenient=lenient).fitted(lenient=lenient)
+
+
+def _there(given: str | Path | None, option: str, *, folder: bool = False) -> Path | None:
+    if given is None:
+        return None
+    path = Path(expanded(str(given)))
+    if not (path.is_dir() or (path.is_file() and not folder)):
+        raise ValueError(f"{option} {str(given)!r}: no such folder{'' if folder else ' or file'}")
+    return path
 
 
 def _from_hub(name: str) -> Path:
@@ -183,6 +206,8 @@ def convert(
     ema: bool = False,
     prediction: str | None = None,
     lenient: bool = False,
+    text: str | Path | None = None,
+    vae: str | Path | None = None,
 ) -> dict[str, int]:
     """Read one format, write another, a tensor at a time; returns the number of tensors of each part.
 
@@ -192,9 +217,12 @@ def convert(
         raise ValueError(f"format {to!r} is not one of {list(FORMATS)}")
     if target.exists():
         raise ValueError(f"{target}: exists already")
-    model = open_model(source, variant=variant, ema=ema, prediction=prediction, lenient=lenient).check()
+    options: dict[str, Any] = {"variant": variant, "ema": ema, "prediction": prediction, "lenient": lenient}
+    model = open_model(source, text=text, vae=vae, **options).check()
+    if to == "compvis" and not isinstance(model.network_config, UNetConfig):
+        raise ValueError(f"format 'compvis' is for U-Nets; the file of the {title(model.network_config)} is 'single'")
     target.parent.mkdir(parents=True, exist_ok=True)
-    if to == "compvis":
+    if to in ("compvis", "single"):
         write_single(target, model, dtype=dtype)
     else:
         write_folder(target, model, dtype=dtype)

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from ldm.checkpoint import weights
 from ldm.checkpoint.opened import OpenedText
@@ -117,7 +117,7 @@ def open_encoder(
         native = qwen_names(source, left)
     if left:
         log.info("%s: not used: %s", folder, weights.listed(left))
-    return OpenedText(cast("Any", config), native)
+    return OpenedText(config, native)
 
 
 def t5_settings(hf: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def encoder_part(opened: OpenedText, *, projected: bool = True) -> tuple[dict[st
 
     Raises ValueError for an encoder that is left out.
     """
-    config = cast("AnyText", opened.config)
+    config = opened.config
     if isinstance(config, T5Config):
         return _t5_json(config), opened.source
     if isinstance(config, QwenConfig):

@@ -48,8 +48,8 @@ def _entry(part: Part, source: Source) -> Entry:
         return olds[0]
     make = part.make
     with torch.device("meta"):
-        shape = make(*(torch.empty(e.shape, dtype=e.dtype) for e in olds)).shape
-    return Entry(shape, olds[0].dtype, lambda: make(*(e.read() for e in olds)))
+        made = make(*(torch.empty(e.shape, dtype=e.dtype) for e in olds))
+    return Entry(made.shape, made.dtype, lambda: make(*(e.read() for e in olds)))
 
 
 def carry_out(plan: Plan, state: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:

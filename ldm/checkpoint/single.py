@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
-from ldm.checkpoint import maps, weights
+from ldm.checkpoint import maps, single_transformer, weights
 from ldm.checkpoint.layouts import beside, cautions, one_layout, say_beside, say_left
 from ldm.checkpoint.opened import Opened, OpenedText, shapes_of
+from ldm.checkpoint.pipelines import check_text
 from ldm.checkpoint.schedulers import scheduler_from_diffusers, scheduler_to_diffusers
+from ldm.checkpoint.single_transformer import Given, kind_of, open_transformer, relative
 from ldm.checkpoint.weights import Entry, Source
 from ldm.config.load import decode, encode
 from ldm.diffusion.prediction import PREDICTIONS
@@ -37,14 +39,29 @@ CONFIG = "ldm.config"
 _FAMILIES = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
 
 
-def open_single(path: Path, *, ema: bool = False, prediction: str | None = None, lenient: bool = False) -> Opened:
+def open_single(
+    path: Path,
+    *,
+    ema: bool = False,
+    prediction: str | None = None,
+    lenient: bool = False,
+    given: Given = Given(),  # noqa: B008
+) -> Opened:
     """A `.safetensors` or `.ckpt` file; `ema` takes the averaged U-Net, `prediction` names what an SD 2.x one predicts.
 
-    Raises ValueError for a file that is no known family, lacks the average asked for, or has keys left over, which
-    `lenient` leaves out.
+    `given` says where the parts are that the file of a transformer does not hold. Raises ValueError for a file that is
+    no known family, lacks the average asked for, or has keys left over, which `lenient` leaves out.
     """
-    source, turbo = one_layout(weights.open_file(path), path)
-    about = weights.metadata(path)
+    source, about = weights.open_file(path), weights.metadata(path)
+    written = json.loads(about[CONFIG]) if CONFIG in about else {}
+    kind = written["network"]["kind"] if "network" in written else kind_of(source) if not written else None
+    if kind is not None:
+        if ema or prediction is not None:
+            raise ValueError(f"{path}: {'--ema' if ema else '--prediction'} is for files of U-Nets; this is another")
+        return open_transformer(path, source, kind, written or None, given, lenient=lenient)
+    if given.text is not None or given.vae is not None:
+        raise ValueError(f"{path}: {'--text' if given.text else '--vae'} is for files of SD3, FLUX.1 and PixArt")
+    source, turbo = one_layout(source, path)
     if CONFIG in about:
         unet_config, vae_config, texts, scheduler = _written(about[CONFIG], path)
     else:
@@ -66,15 +83,19 @@ def write_single(path: Path, model: Opened, *, dtype: torch.dtype | None = None)
     """Write one safetensors file, whole or not at all."""
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: expected a name that ends in .safetensors")
-    if own := [t.config.bpe for t in model.text if t.config.bpe not in ("standard", "emoji")]:
+    bpe = [t.config.bpe for t in model.text if isinstance(t.config, TextConfig)]
+    if own := [b for b in bpe if b not in ("standard", "emoji")]:
         raise ValueError(f"{path}: a single file carries no tokenizer; this model's own is {own[0]!r}")
-    out = tensors(model)
-    about = _about(model)
-    how = scheduler_from_diffusers(model.scheduler)
-    zero = isinstance(how.schedule, Discrete) and how.schedule.zero_terminal_snr
-    told = model.network_config.time_cond_proj_dim is not None
-    for line in cautions(how.prediction.kind, zero, len(model.text), told):
-        log.warning("%s: %s", path, line)
+    config = model.network_config
+    if not isinstance(config, UNetConfig):
+        check_text(model)
+        out, about = single_transformer.tensors(model), {CONFIG: json.dumps(single_transformer.about(model))}
+    else:
+        out, about = tensors(model), _about(model)
+        how = scheduler_from_diffusers(model.scheduler)
+        zero = isinstance(how.schedule, Discrete) and how.schedule.zero_terminal_snr
+        for line in cautions(how.prediction.kind, zero, len(model.text), config.time_cond_proj_dim is not None):
+            log.warning("%s: %s", path, line)
     new = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         weights.write_file(new, out, dtype=dtype, metadata=about)
@@ -84,7 +105,8 @@ def write_single(path: Path, model: Opened, *, dtype: torch.dtype | None = None)
 
 
 def tensors(model: Opened) -> dict[str, Entry]:
-    """What a single file of the model holds."""
+    """What a single file of a model with a U-Net holds."""
+    assert isinstance(model.network_config, UNetConfig)
     names = _unet_names(model.network_config)
     out = maps.prefixed(UNET, maps.follow(maps.renaming(names), model.network, "U-Net"))
     vae = maps.renaming(maps.vae_to_compvis(model.vae, len(model.vae_config.block_out_channels)))
@@ -130,14 +152,16 @@ def _recognised(
     widths = {source[k].shape[1] for k in source if k.startswith(UNET) and keys.match(k)}
     if first not in source or last not in source or len(widths) != 1 or not widths <= set(_FAMILIES):
         hint = "; a refiner is not known here" if widths == {1280} else ""
-        raise ValueError(f"{path}: not recognised as a single file of SD 1.x, SD 2.x or SDXL base{hint}")
+        hint = f"; it is {who}" if (who := relative(source)) else hint or f"; {_seen(source)}"
+        families = "SD 1.x, SD 2.x, SDXL base, SD3, FLUX.1 or PixArt"
+        raise ValueError(f"{path}: not recognised as a single file of {families}{hint}")
     family = _FAMILIES[widths.pop()]
     unet = replace(presets.UNETS[family], in_channels=source[first].shape[1], out_channels=source[last].shape[0])
     label = f"{UNET}label_emb.0.0.weight"
     if family == "sd21" and label in source:
         width = source[label].shape[1]
         unet = replace(unet, class_embed_type="projection", projection_class_embeddings_input_dim=width)
-    texts = presets.TEXTS[family]
+    texts = tuple(t for t in presets.TEXTS[family] if isinstance(t, TextConfig))
     if family == "sd21":
         layers = max(maps.text_layers(maps.under(OPEN_ONE, source)), maps.hf_layers(maps.under(HF_ONE, source)))
         if not layers:
@@ -153,6 +177,13 @@ def _recognised(
     kind = _prediction(source, about, path, family, prediction)
     zero = ("ztsnr" in source or about.get("ss_zero_terminal_snr") == "True") and kind == "v"
     return unet, vae, texts, scheduler_to_diffusers(Discrete(zero_terminal_snr=zero), PREDICTIONS[kind])
+
+
+def _seen(source: Source) -> str:
+    """Which names a file has, by their beginnings."""
+    starts = [".".join(k.split(".")[:2]) for k in sorted(source)]
+    groups = list(dict.fromkeys(re.sub(r"\.\d+$", "", s) for s in starts))
+    return f"its {len(source)} tensors are {', '.join(groups[:8])}{' and others' if len(groups) > 8 else ''}"
 
 
 def _prediction(source: Source, about: dict[str, str], path: Path, family: str, asked: str | None) -> str:
@@ -214,7 +245,7 @@ def _tower(source: Source, index: int, config: TextConfig, path: Path, left: lis
 
 def _tower_out(tower: OpenedText, index: int, count: int) -> dict[str, Entry]:
     """OpenCLIP's towers are stored with its names, CLIP-L with Hugging Face's, which have no projection here."""
-    openclip = tower.config.pad == "zero"
+    openclip = isinstance(tower.config, TextConfig) and tower.config.pad == "zero"
     start = f"conditioner.embedders.{index}." if count > 1 else "cond_stage_model."
     if openclip:
         return maps.prefixed(start + "model.", tower.source)

@@ -132,21 +132,45 @@ def plain_names(source: Source) -> dict[str, Entry]:
     return out
 
 
+_FACTORS = (".scale_weight", ".weight_scale")
+_ASIDE = (".scale_input", ".input_scale", ".comfy_quant")
+"""Names in ComfyUI's files of scaled float8: of factors, in its first and its second form, and of what only its own
+computing in float8 needs."""
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
 def unscaled(source: Source, path: Path) -> dict[str, Entry]:
-    """With the factors that ComfyUI's scaled float8 files keep beside the weights multiplied in."""
-    if "scaled_fp8" not in source:
+    """With the factors that ComfyUI's scaled float8 files keep beside the weights multiplied in.
+
+    Raises ValueError for a factor without its weight, and for weights of another kind than float8 (blocks of 4 or 8
+    bits), naming it.
+    """
+    factors = [k for k in source if k.endswith(_FACTORS)]
+    marked = any(k.rpartition(".")[2] == "scaled_fp8" for k in source)
+    if not marked and not any(f"{k.rpartition('.')[0]}.weight" in source for k in factors):
         return dict(source)
 
     def scaled(weight: Entry, factor: Entry) -> Entry:
-        read = lambda: weight.read().float() * factor.read().float()  # noqa: E731
+        def read() -> Tensor:
+            rows = factor.read().float()
+            rows = rows if rows.numel() == 1 else rows.reshape(-1, *[1] * len(weight.shape[1:]))
+            return weight.read().float() * rows
+
         return Entry(weight.shape, torch.float32, read)
 
-    out = {k: e for k, e in source.items() if k != "scaled_fp8" and not k.endswith((".scale_weight", ".scale_input"))}
-    for key in [k for k in source if k.endswith(".scale_weight")]:
-        own = key.removesuffix("scale_weight") + "weight"
+    out = {k: e for k, e in source.items() if not k.endswith((*_FACTORS, *_ASIDE)) and not k.endswith("scaled_fp8")}
+    for key in factors:
+        own = key.rpartition(".")[0] + ".weight"
         if own not in out:
             raise ValueError(f"{path}: {key!r} scales a weight that is not there")
-        out[own] = scaled(out[own], source[key])
+        weight, factor = out[own], source[key]
+        if (weight.dtype not in _FLOAT8 and not marked) or factor.shape.numel() not in (1, *weight.shape[:1]):
+            kind = str(weight.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{path}: {own!r} is {kind} with factors of shape {list(factor.shape)}: of scaled weights only float8 "
+                "with one factor a tensor or a row is read"
+            )
+        out[own] = scaled(weight, factor)
     return out
 
 

@@ -1,4 +1,4 @@
-"""`ldm convert IN OUT --to diffusers|compvis|lora|kohya`: between model formats; LoRA files; tuned models as LoRA."""
+"""`ldm convert IN OUT --to diffusers|single|lora|kohya`: between model formats; LoRA files; tuned models as LoRA."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def parser() -> Parser:
     p = Parser(prog="ldm convert", description="Turn one model format into another, one tensor at a time.")
     p.add_argument("source", help="run or diffusers folder, single file (.safetensors, .ckpt), LoRA file or hub id")
     p.add_argument("target", type=Path, help="folder, or file ending in .safetensors")
-    p.add_argument("--to", required=True, choices=("diffusers", "compvis", *LORA), help="format of the target; lora "
+    p.add_argument("--to", required=True, choices=("diffusers", "single", "compvis", *LORA), help="format of the "
+                   "target; single (compvis: the same, of U-Nets): one file in the family's authors' names; lora "
                    "(diffusers' file) and kohya: of a LoRA the same one, of a model what tells it from --base, best at "
                    "--rank")  # fmt: skip
     p.add_argument(
@@ -31,6 +32,9 @@ def parser() -> Parser:
     p.add_argument("--variant", help="read the files of this variant of a folder, such as fp16")
     p.add_argument("--ema", action="store_true", help="take the averaged (EMA) weights of a single file")
     p.add_argument("--prediction", choices=("epsilon", "v"), help="what an SD 2.x single file predicts")
+    p.add_argument("--text", help="diffusers folder with the text encoders (and T5's tokenizer) that a single file of "
+                   "SD3, FLUX.1 or PixArt does not hold")  # fmt: skip
+    p.add_argument("--vae", help="folder or file, such as ae.safetensors, of the autoencoder that it does not hold")
     p.add_argument(
         "--lenient", action="store_true", help="leave out, and name, unknown tensors instead of refusing the file"
     )
@@ -71,6 +75,8 @@ def main(argv: list[str]) -> int:
         ema=args.ema,
         prediction=args.prediction,
         lenient=args.lenient,
+        text=args.text,
+        vae=args.vae,
     )
     parts = ", ".join(f"{name} {count}" for name, count in counts.items())
     print(f"{args.target}: {args.to}, tensors: {parts}")
@@ -124,7 +130,7 @@ def _adapted(args: argparse.Namespace, source: Path, adapter: dict[str, Any] | N
         "autoencoder": pipeline.codec.autoencoder,
         "text": pipeline.text,
     }
-    save = save_single if args.to == "compvis" else save_diffusers
+    save = save_single if args.to in ("compvis", "single") else save_diffusers
     save(args.target, **kinds, scheduler=scheduler, dtype=dtype)
     print(f"{args.target}: {args.to}, the LoRA merged into {base}")
     return 0

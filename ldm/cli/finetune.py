@@ -90,8 +90,8 @@ def _common(p: Parser, steps: str, rates: str) -> None:
     p.add_argument("--zero-stage", type=int, default=1, help="DeepSpeed ZeRO stage, 0 to 3")
     p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="to compute in")
     p.add_argument("--no-cache", action="store_true", help="encode pictures and captions anew at every step")
-    p.add_argument("--gradient-checkpointing", nargs="?", const="block", default="none",
-                   choices=("none", "transformer", "block"), help="save memory: compute activations again")  # fmt: skip
+    p.add_argument("--gradient-checkpointing", nargs="?", const="block", choices=("none", "transformer", "block"),
+                   help="save memory: compute activations again (default: none, of transformers block)")  # fmt: skip
     starts.add(p)
     p.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     p.add_argument("--set", dest="overrides", action="append", default=[], metavar="key=value",
@@ -99,11 +99,12 @@ def _common(p: Parser, steps: str, rates: str) -> None:
 
 
 def _lora(p: Parser) -> None:
-    p.add_argument("--rank", type=int, default=4, help="of the LoRA: its size")
+    p.add_argument("--rank", type=int, help="of the LoRA: its size (default: 4, of transformers 16)")
     p.add_argument("--alpha", type=float, help="scale is alpha / rank (default: 1)")
     p.add_argument("--dropout", type=float, default=0.0, help="of the LoRA's input")
-    p.add_argument("--targets", nargs="+", default=["attention"],
-                   help="attention feed_forward projection convolution time, or ends of layer names")  # fmt: skip
+    p.add_argument("--targets", nargs="+",
+                   help="attention feed_forward projection convolution time, or ends of layer names (default: "
+                   "attention, of FLUX.1 feed_forward too)")  # fmt: skip
     p.add_argument("--dora", action="store_true", help="train a DoRA: direction and magnitude apart")
     p.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(rank)")
 
@@ -118,7 +119,7 @@ def tree(args: argparse.Namespace) -> dict[str, Any]:
         method=method, images=args.images, base=args.base, out=args.out, steps=args.steps, batch=args.batch,
         accumulate=args.accumulate, lr=args.lr, size=args.size, seed=args.seed, prompts=args.prompt,
         samples=args.samples_every, stage=args.zero_stage, precision=args.precision, cache=not args.no_cache,
-        gradient_checkpointing=args.gradient_checkpointing != "none" and args.gradient_checkpointing,
+        gradient_checkpointing=False if args.gradient_checkpointing == "none" else args.gradient_checkpointing,
         adapter=_adapter(args, low_rank),
         name=None if args.out is None else args.out.name,
     )  # fmt: skip
@@ -140,13 +141,20 @@ def tree(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _adapter(args: argparse.Namespace, low_rank: bool) -> dict[str, Any]:
+    from ldm.models.families import family_of
+    from ldm.models.shipped import SHIPPED
+    from ldm.recipes.sources import network_of
+
     if args.method == "textual-inversion":
         return {}
     if not low_rank:
         return {"kind": "full", "text": args.train_text_encoder}
+    rank = args.rank
+    if rank is None and args.base not in SHIPPED:
+        rank = family_of(network_of(args.base)).rank
     return {
-        "kind": "lora", "rank": args.rank, "alpha": args.alpha, "dropout": args.dropout, "targets": args.targets,
-        "text": args.train_text_encoder, "dora": args.dora, "rslora": args.rslora,
+        "kind": "lora", "rank": 4 if rank is None else rank, "alpha": args.alpha, "dropout": args.dropout,
+        "targets": args.targets, "text": args.train_text_encoder, "dora": args.dora, "rslora": args.rslora,
     }  # fmt: skip
 
 

@@ -124,14 +124,15 @@ class _Wide(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        given, again = ctx.saved_tensors, torch.is_grad_enabled()
-        needed = [i for i, n in enumerate(ctx.needs_input_grad) if n]
+        again, needed = torch.is_grad_enabled(), ctx.needs_input_grad
+        leaves: list[Any] = list(ctx.saved_tensors)
         with torch.enable_grad():
-            leaves = [x if again or x is None else x.detach().requires_grad_(i in needed) for i, x in enumerate(given)]
-            out = _widened(*leaves)
-        found = torch.autograd.grad(out, [leaves[i] for i in needed], grads[0], create_graph=again)
-        by_place = dict(zip(needed, found, strict=True))
-        return tuple(by_place.get(i) for i in range(4))
+            if not again:
+                leaves = [x if x is None else x.detach().requires_grad_(n) for x, n in zip(leaves, needed, strict=True)]
+            out = _widened(leaves[0], leaves[1], leaves[2], leaves[3])
+        wanted = [x for x, n in zip(leaves, needed, strict=True) if n]
+        found = iter(torch.autograd.grad(out, wanted, grads[0], create_graph=again))
+        return tuple(next(found) if n else None for n in needed)
 
 
 def _slow_backward(q: Tensor, k: Tensor) -> bool:

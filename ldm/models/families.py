@@ -18,7 +18,7 @@ class Family:
     this asks of a flow's scheduler, "flow" the scheduler's own, "flow_open" 1 ... 1/N. Of a fine-tuning: `rate` of a
     LoRA, `full_rate` of all weights, `rank` and `targets` of a LoRA (ends of layer names, or groups), `density` of
     training times (None: the process's), `guidance_told`: what a network with an embedding of the guidance scale is
-    told while it trains.
+    told while it trains; `recompute`: gradient checkpointing, without which few GPUs hold it.
     """
 
     title: str
@@ -28,38 +28,32 @@ class Family:
     guidance: float
     rate: float = 1e-4
     full_rate: float = 1e-5
-    rank: int = 16
+    rank: int = 4
     targets: tuple[str, ...] = ("attention",)
     density: Mapping[str, Any] | None = None
     grid: Literal["flow", "flow_open"] = "flow"
     guidance_told: float | None = None
+    recompute: bool = False
 
 
 _JOINT = (
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "add_q_proj",
-    "add_k_proj",
-    "add_v_proj",
-    "to_add_out",
-)
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+)  # fmt: skip
 SD15 = Family(title="Stable Diffusion 1", size=512, sampler="dpmpp_2m", steps=25, guidance=7.5, full_rate=5e-6)
 SD2 = Family(title="Stable Diffusion 2", size=768, sampler="dpmpp_2m", steps=25, guidance=7.5, full_rate=5e-6)
 SDXL = Family(title="Stable Diffusion XL", size=1024, sampler="dpmpp_2m", steps=30, guidance=5.0, full_rate=5e-6)
 SD3 = Family(
     title="Stable Diffusion 3", size=1024, sampler="euler", steps=28, guidance=7.0, targets=_JOINT,
-    density={"kind": "logit_normal"},
+    density={"kind": "logit_normal"}, rank=16, recompute=True,
 )  # fmt: skip
 FLUX = Family(
     title="FLUX.1", size=1024, sampler="euler", steps=28, guidance=3.5, guidance_told=1.0,
     targets=(*_JOINT, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
-    density={"kind": "logit_normal"}, grid="flow_open",
+    density={"kind": "logit_normal"}, rank=16, recompute=True, grid="flow_open",
 )  # fmt: skip
 FLUX_SCHNELL = Family(
     title="FLUX.1 schnell", size=1024, sampler="euler", steps=4, guidance=1.0, targets=FLUX.targets,
-    density=FLUX.density, grid="flow_open",
+    density=FLUX.density, rank=16, recompute=True, grid="flow_open",
 )  # fmt: skip
 PIXART = Family(title="PixArt", size=1024, sampler="dpmpp_2m", steps=20, guidance=4.5)
 ZIMAGE = Family(

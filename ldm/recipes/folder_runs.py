@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ldm.data.manifest import Manifest
-from ldm.models.shipped import SHIPPED
-from ldm.pipeline import TextToImage
+from ldm.models import networks
+from ldm.models.families import Family, family_of
+from ldm.models.shipped import SHIPPED, named
 from ldm.recipes.pictures import is_set
+from ldm.recipes.sources import network_of, vae_of
 
 RATES = {
     "dreambooth": (5.0e-6, 1.0e-4),
@@ -42,8 +48,13 @@ class Choices:
     stage: int = 1
     precision: str = "auto"
     cache: bool = True
-    gradient_checkpointing: bool | str = False
+    gradient_checkpointing: bool | str | None = None
     adapter: dict[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def family(self) -> Family | None:
+        """The published family of the base; None of a shipped model, which has settings of its own."""
+        return None if self.base in SHIPPED else family_of(network_of(self.base))
 
     @property
     def folder(self) -> Path:
@@ -58,15 +69,40 @@ class Choices:
     @property
     def drawing(self) -> dict[str, Any]:
         """How samples and class pictures are drawn."""
-        return {"sampler": "dpmpp_2m", "steps": 25, "guidance": 3.0 if self.base in SHIPPED else 7.5}
+        if self.family is None:
+            return {"sampler": "dpmpp_2m", "steps": 25, "guidance": 3.0}
+        return {"sampler": self.family.sampler, "steps": self.family.steps, "guidance": self.family.guidance}
 
     @property
     def side(self) -> int:
         """Of the pictures, in pixels."""
-        if self.size is not None:
-            return self.size
-        pipeline = TextToImage.load(self.base)
-        return pipeline.latent_shape(None)[1] * pipeline.codec.factor
+        return own_side(self.base) if self.size is None else self.size
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        large, small = RATES[self.method]
+        if self.lr is not None or self.family is None:
+            return small if self.lr is None else self.lr
+        own = {"dreambooth": self.family.full_rate, "textual_inversion": large}
+        return own.get(self.method, self.family.rate)
+
+    @property
+    def recompute(self) -> bool | str:
+        """What is computed again in the backward pass."""
+        if self.gradient_checkpointing is not None:
+            return self.gradient_checkpointing
+        return self.family is not None and self.family.recompute
+
+
+def own_side(base: str) -> int:
+    """The side in pixels that a model draws by itself, without reading its weights."""
+    with torch.device("meta"):
+        network = networks.build(network_of(base))
+    if (folder := named(base)).is_dir() and (folder / "adapter.json").is_file():
+        return own_side(json.loads((folder / "adapter.json").read_text(encoding="utf-8"))["base"])
+    config = vae_of(base)
+    return network.side * 2 ** (len(config.block_out_channels) - 1)
 
 
 def dreambooth(
@@ -115,14 +151,12 @@ def _shards(choices: Choices, name: str, side: int) -> dict[str, Any]:
 
 
 def _run(choices: Choices, kind: str, own: dict[str, Any], data: Any, prompts: Sequence[str]) -> dict[str, Any]:
-    large, small = RATES[choices.method]
     steps = choices.steps if choices.steps is not None else STEPS[choices.method]
-    lr = choices.lr if choices.lr is not None else (small if choices.base in SHIPPED else large)
     task = {
         "kind": kind,
         "base": choices.base,
         "cache": str(choices.folder / "cache") if choices.cache else None,
-        "gradient_checkpointing": choices.gradient_checkpointing,
+        "gradient_checkpointing": choices.recompute,
         "samples": {"prompts": list(prompts), "every": choices.samples, "settings": choices.drawing},
     }
     return {
@@ -135,7 +169,7 @@ def _run(choices: Choices, kind: str, own: dict[str, Any], data: Any, prompts: S
             "steps": steps,
             "batch": choices.batch,
             "accumulate": choices.accumulate,
-            "optim": {"lr": lr, "weight_decay": 0.0 if kind == "textual_inversion" else 0.01},
+            "optim": {"lr": choices.rate, "weight_decay": 0.0 if kind == "textual_inversion" else 0.01},
             "engine": {"zero_stage": choices.stage, "precision": choices.precision},
             "ema": None,
             "checkpoint": {"every": 100, "keep": 2},

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldm import dist
 from ldm.checkpoint import convert
-from ldm.checkpoint.folder import NETWORKS, network_in, open_network
+from ldm.checkpoint.folder import NETWORKS, network_in, open_network, open_vae
 from ldm.checkpoint.folders import read_module
 from ldm.config.load import decode
 from ldm.data.mixture import Data, open_data
@@ -23,7 +23,7 @@ from ldm.models.networks import AnyNetwork
 from ldm.models.shipped import locate, named
 from ldm.models.text import ClipConfig, TextEncoder, TextTower, build_clip, encode_texts, openclip
 from ldm.models.text.openclip import AnyClip
-from ldm.models.vae.autoencoder import Autoencoder
+from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.pipeline import TextToImage
 from ldm.types import Cond
 
@@ -96,6 +96,14 @@ def network_of(source: str) -> AnyNetwork:
     if (own := network_in(folder)) is not None:
         return open_network(own)[0]
     return convert.open_model(folder if folder.exists() else source).network_config
+
+
+def vae_of(source: str) -> AutoencoderConfig:
+    """The settings of a model's autoencoder, without reading its weights."""
+    folder = _below(source)
+    if (folder / "vae").is_dir():
+        return open_vae(folder / "vae")[0]
+    return convert.open_model(folder if folder.exists() else source).vae_config
 
 
 def load_network(source: str) -> Network:

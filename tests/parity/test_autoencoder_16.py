@@ -63,7 +63,8 @@ def test_the_published_settings_are_the_preset_s(name: str) -> None:
     own = {k: v for k, v in PUBLISHED[name].items() if not k.startswith("_")}
     assert decode(AutoencoderConfig, own, name) == AUTOENCODERS[name]
     with torch.device("meta"):
-        ours, theirs = Autoencoder(AUTOENCODERS[name]), AutoencoderKL.from_config(PUBLISHED[name])
+        ours = Autoencoder(AUTOENCODERS[name])
+        theirs: Any = AutoencoderKL.from_config(PUBLISHED[name])
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
     assert sum(p.numel() for p in ours.parameters()) == 83_819_683
 
@@ -74,7 +75,8 @@ def test_equals_diffusers(name: str, dtype: torch.dtype, bound: float) -> None:
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    theirs = AutoencoderKL(**small(name)).to(dtype)
+    theirs: Any = AutoencoderKL(**small(name))
+    theirs = theirs.to(dtype)
     ours = Autoencoder(decode(AutoencoderConfig, small(name), name)).to(dtype)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     codec = LatentCodec.of(ours)

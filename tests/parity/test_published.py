@@ -263,8 +263,8 @@ SD = "StableDiffusionPipeline"
 @pytest.mark.parametrize(
     ("index", "words"),
     [
-        ({"_class_name": "StableDiffusion3Pipeline", **PARTS}, "StableDiffusion3Pipeline.*transformer"),
-        ({"_class_name": "FluxPipeline"}, "FluxPipeline.*FLUX"),
+        ({"_class_name": "StableDiffusion3Pipeline", **PARTS}, r"has part\(s\) \['unet'\]; known are \['transformer'"),
+        ({"_class_name": "FluxFillPipeline"}, "FluxFillPipeline.*FLUX.1 Fill"),
         ({"_class_name": "IFPipeline"}, "IFPipeline.*DeepFloyd"),
         ({"_class_name": "StableDiffusionUpscalePipeline", **PARTS}, "UpscalePipeline.*an upscaler"),
         ({"_class_name": "StableDiffusionInstructPix2PixPipeline", **PARTS}, "InstructPix2Pix.*instructions"),

@@ -139,6 +139,10 @@ def test_states_equal_transformers_at_the_real_width(folder: Path) -> None:
 def test_the_published_size() -> None:
     with torch.device("meta"):
         model = T5Encoder(T5Config()).model
+        ids = torch.zeros(2, 300, dtype=torch.int64)
+        small = T5Encoder(T5Config(**T5, max_length=300, masked=True))
+        cond = small.encode(ids, torch.ones(2, 300, dtype=torch.bool))
+    assert {k: v.shape for k, v in cond.items()} == {"text": (2, 300, 32), "mask": (2, 300)}, "plans need no memory"
     assert sum(p.numel() for p in model.parameters()) == 4_762_310_656  # FAMILIES.md
     names = set(model.state_dict())
     assert len(names) == 1 + 24 * 9 + 1 + 1, "the table, nine tensors a layer, the positions' and the last norm"

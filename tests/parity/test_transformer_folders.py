@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint.convert import Components, load_diffusers, open_model, save_diffusers
+from ldm.checkpoint.single_transformer import usual_scheduler
 from ldm.models.text import encode_texts
 from tests.families import make
 
@@ -107,6 +108,16 @@ def test_their_folder_is_read_and_comes_back(kind: str, tmp_path: Path) -> None:
     assert encode_texts(read.text, ["green"]).keys() == encode_texts(parts.text, ["green"]).keys()
     for key, value in encode_texts(parts.text, ["a green apple"]).items():
         assert torch.equal(encode_texts(read.text, ["a green apple"])[key], value), key
+
+
+def test_the_published_scheduler_of_flux_dev_comes_back(tmp_path: Path) -> None:
+    parts = make("flux", tmp_path / "t5")
+    parts = replace(parts, scheduler=usual_scheduler(parts.network.config))
+    folder = save(parts, tmp_path / "ours")
+    theirs = their_pipeline("flux", folder).scheduler
+    assert theirs.config.use_dynamic_shifting is True
+    assert (theirs.config.base_shift, theirs.config.max_shift) == (0.5, 1.15)
+    assert load_diffusers(folder).scheduler == parts.scheduler
 
 
 def test_a_single_clip_tower_conditions_an_sd3_network(tmp_path: Path) -> None:

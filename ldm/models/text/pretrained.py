@@ -228,6 +228,13 @@ class PretrainedEncoder(TextEncoder):
         return self
 
 
+def padding_free(tokens: Tensor, encoder: PretrainedEncoder) -> Tensor:
+    """Where ids (B, T) are not the padding's; without a tokenizer's files for ids on the meta device."""
+    if tokens.is_meta:
+        return torch.ones_like(tokens, dtype=torch.bool)
+    return tokens != encoder.tokenizer.pad
+
+
 def has_sentencepiece() -> bool:
     """Whether transformers can read `spiece.model`."""
     return find_spec("sentencepiece") is not None and find_spec("google.protobuf") is not None

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from ldm.models.text.base import own_precision
 from ldm.models.text.config import QwenConfig
-from ldm.models.text.pretrained import PretrainedEncoder, PretrainedTokenizer, tokenizer_folder, transformers_for
+from ldm.models.text.pretrained import (
+    PretrainedEncoder,
+    PretrainedTokenizer,
+    padding_free,
+    tokenizer_folder,
+    transformers_for,
+)
 from ldm.types import Cond
 
 TITLE = "Qwen3 text encoder"
@@ -96,11 +102,11 @@ class QwenEncoder(PretrainedEncoder):
         Without a `mask` ids of the padding are taken for padding.
         """
         tokens = tokens.to(self.table.weight.device)
-        mask = tokens != self.tokenizer.pad if mask is None else mask.to(tokens.device)
+        mask = padding_free(tokens, self) if mask is None else mask.to(tokens.device)
         with own_precision(tokens.device):
             states = self.model(
                 inputs_embeds=self._embed(tokens),
-                attention_mask=mask.long(),
+                attention_mask=_seen(mask, self.dtype),
                 output_hidden_states=True,
                 use_cache=False,
             ).hidden_states
@@ -112,6 +118,13 @@ class QwenEncoder(PretrainedEncoder):
         kind = type(self.model.rotary_emb)
         with torch.device(self.table.weight.device):
             self.model.rotary_emb = kind(self.model.config)
+
+
+def _seen(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as transformers takes it; on the meta device, where it cannot look into one, one that is whole."""
+    if not mask.is_meta:
+        return mask.long()
+    return torch.zeros(len(mask), 1, mask.shape[1], mask.shape[1], dtype=dtype, device="meta")
 
 
 def _build(config: QwenConfig) -> nn.Module:

@@ -16,6 +16,7 @@ from ldm.models.text.pretrained import (
     PretrainedEncoder,
     PretrainedTokenizer,
     has_sentencepiece,
+    padding_free,
     tokenizer_folder,
     transformers_for,
 )
@@ -89,12 +90,12 @@ class T5Encoder(PretrainedEncoder):
         if not self.config.masked:
             mask = None
         elif mask is None:
-            mask = tokens != self.tokenizer.pad
+            mask = padding_free(tokens, self)
         else:
             mask = mask.to(tokens.device)
         with own_precision(tokens.device):
-            # without transformers' own masks where nothing is masked, so that the module also runs on the meta device
-            seen = None if mask is None else mask.long()
+            # transformers looks into a mask, which cannot be done on the meta device; its shape is the states' alone
+            seen = None if mask is None or mask.is_meta else mask.long()
             states = self.model(inputs_embeds=self._embed(tokens), attention_mask=seen).last_hidden_state
         return {"text": states} if mask is None else {"text": states, "mask": mask}
 

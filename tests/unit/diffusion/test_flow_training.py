@@ -41,7 +41,7 @@ def shifted(t, s):
     return t / (s - (s - 1) * t)
 
 
-@pytest.mark.parametrize("scale", [-1.0, -0.3, 0.0, 0.81, 1.29, 1.75])
+@pytest.mark.parametrize("scale", [-0.9, -0.3, 0.0, 0.81, 1.29, 1.75])
 def test_mode(scale):
     """The published curve falls from 1 to 0 as its v rises, so that P(t <= x) is 1 - its inverse at x."""
 

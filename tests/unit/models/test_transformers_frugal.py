@@ -144,7 +144,7 @@ def test_attention_in_float32_where_half_precision_is_emulated(masked: bool, mon
     mask = torch.arange(14)[None, None, None] < 11 if masked else None
     wide_inputs = [x.detach().double().requires_grad_() for x in (q, k, v)]
     weight = torch.randn(2, 9, 3, 8)
-    exact = attention(*wide_inputs, mask)
+    exact = attention(wide_inputs[0], wide_inputs[1], wide_inputs[2], mask)
     out = attention(q, k, v, mask)
     assert out.dtype == torch.bfloat16
     assert (out - exact).norm() < 0.005 * exact.norm()
