@@ -57,7 +57,7 @@ FLUX_SCHNELL = Family(
 )  # fmt: skip
 PIXART = Family(title="PixArt", size=1024, sampler="dpmpp_2m", steps=20, guidance=4.5)
 ZIMAGE = Family(
-    title="Z-Image", size=1024, sampler="euler", steps=50, guidance=5.0, rank=16,
+    title="Z-Image", size=1024, sampler="euler", steps=50, guidance=5.0, rank=16, recompute=True,
     targets=("to_q", "to_k", "to_v", "to_out.0"), density={"kind": "logit_normal"}, grid="flow_open",
 )  # fmt: skip
 """Its pipeline's guidance scale is ours - 1."""
