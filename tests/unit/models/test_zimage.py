@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ldm.models import families
 from ldm.models.transformers import presets
 from ldm.models.transformers.zimage import ZImageTransformer
 from ldm.sampling.texts import padded
@@ -160,3 +161,10 @@ def test_mistakes_are_named() -> None:
 def test_configs_that_cannot_be(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         replace(presets.ZIMAGE_TINY, **change)
+
+
+def test_turbo_and_base_are_told_apart_by_their_schedulers() -> None:
+    """The shifts of both published schedulers; 8 steps are the 8 calls of Turbo's example with 9."""
+    base, turbo = (families.family_of(presets.ZIMAGE, {"shift": shift}) for shift in (6.0, 3.0))
+    assert (base.steps, base.guidance, turbo.steps, turbo.guidance) == (50, 5.0, 8, 1.0)
+    assert families.family_of(presets.ZIMAGE) == base
