@@ -1,4 +1,4 @@
-"""Settings of SD3, FLUX.1, PixArt and Z-Image as they were published load here and mean what diffusers takes them to mean."""
+"""Settings of the transformers as they were published load here and mean what diffusers takes them to mean."""
 
 from __future__ import annotations
 
