@@ -1,4 +1,4 @@
-"""Small random models of SD3, FLUX.1 and PixArt with all of their text encoders, for tests of files and pipelines."""
+"""Small random models of every transformer's family with all of their text encoders, for tests of files."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 
 from ldm.checkpoint.opened import Components
 from ldm.models import networks
-from ldm.models.text import MissingConfig, T5Config, TextConfig, TextEncoder, build_encoder
+from ldm.models.text import MissingConfig, QwenConfig, T5Config, TextConfig, TextEncoder, build_encoder
 from ldm.models.transformers import presets
 from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.vae.latents import LatentCodec
+from tests.text_files import QWEN, qwen_tokenizer
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 DPM = {
@@ -48,6 +49,9 @@ def t5_tokenizer(folder: Path) -> Path:
 
 def towers(kind: str, folder: Path) -> list[Any]:
     """The settings of a family's text encoders; `kind` "sd3_clip" is one tower alone, "sd3_no_t5" both of them."""
+    if kind == "zimage":
+        sizes = QWEN | {"max_position_embeddings": 1024}
+        return [QwenConfig(**sizes, tokenizer=qwen_tokenizer(folder))]
     t5 = replace(T5, tokenizer=t5_tokenizer(folder))
     one = TextConfig(width=16, activation="quick_gelu", output="penultimate", projection=12, **TEXT)
     two = TextConfig(width=24, activation="gelu", pad="zero", output="penultimate", projection=20, **TEXT)
@@ -71,6 +75,8 @@ def network_config(kind: str) -> Any:
     if kind.startswith("flux"):
         told = {"joint_attention_dim": 40, "pooled_projection_dim": 12, "guidance_embeds": kind == "flux"}
         return replace(presets.FLUX_TINY, **told)
+    if kind == "zimage":
+        return replace(presets.ZIMAGE_TINY, cap_feat_dim=32, axes_lens=(1024, 32, 32))
     return replace(presets.PIXART_TINY, caption_channels=40, out_channels=8)
 
 
@@ -84,7 +90,7 @@ def scrambled(model: Any, std: float = 0.05) -> Any:
 
 
 def make(kind: str, folder: Path) -> Components:
-    """All parts of a small model; its T5's tokenizer is put into `folder`."""
+    """All parts of a small model; the tokenizer of its T5 or Qwen3 is put into `folder`."""
     torch.manual_seed(0)
     network = scrambled(networks.build(network_config(kind)), 0.2)
     shift = None if kind.startswith("pixart") else 0.25

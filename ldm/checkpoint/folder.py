@@ -34,6 +34,7 @@ from ldm.models.networks import AnyNetwork, diffusers_keys
 from ldm.models.transformers.flux import FluxConfig
 from ldm.models.transformers.pixart import PixArtConfig
 from ldm.models.transformers.sd3 import SD3Config
+from ldm.models.transformers.zimage import ZImageConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae.autoencoder import AutoencoderConfig
 
@@ -45,6 +46,7 @@ _TRANSFORMERS: dict[str, tuple[type[AnyNetwork], Any]] = {
     "sd3": (SD3Config, others.transformer),
     "flux": (FluxConfig, others.transformer),
     "pixart": (PixArtConfig, others.pixart),
+    "zimage": (ZImageConfig, others.zimage),
 }
 
 

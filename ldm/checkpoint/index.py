@@ -39,7 +39,7 @@ _OTHERS = {
     "Flux2": "FLUX.2, whose text encoder is a language model",
     "PixArt": "a relative of PixArt",
     "Chroma": "Chroma, a relative of FLUX.1",
-    "ZImage": "Z-Image, whose text encoder is Qwen3",
+    "ZImage": "a relative of Z-Image",
     "QwenImage": "Qwen-Image, whose text encoder is a language model",
     "Sana": "SANA, whose text encoder is Gemma",
     "Lumina": "Lumina, whose text encoder is Gemma",

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ldm.checkpoint import lora_flux, lora_pixart, lora_sd3
+from ldm.checkpoint import lora_flux, lora_pixart, lora_sd3, lora_zimage
 from ldm.checkpoint.lora_layers import Layer, Table, one
 from ldm.checkpoint.lora_names import plain, split
 from ldm.checkpoint.maps import unet_to_compvis
@@ -22,6 +22,7 @@ from ldm.models.networks import AnyNetwork
 from ldm.models.transformers.flux import FluxConfig
 from ldm.models.transformers.pixart import PixArtConfig
 from ldm.models.transformers.sd3 import SD3Config
+from ldm.models.transformers.zimage import ZImageConfig
 from ldm.models.unet import UNetConfig
 
 _STARTS = {
@@ -89,6 +90,7 @@ NAMES: dict[type, Names] = {
     SD3Config: Names(lora_sd3.layers, _sd3_header),
     FluxConfig: Names(lora_flux.layers, _flux_header, (lora_flux.xlabs,), lora_flux.ALSO),
     PixArtConfig: Names(lora_pixart.layers, None),
+    ZImageConfig: Names(lora_zimage.layers, lora_zimage.header),
 }
 """By the class of a network's settings. A U-Net's table is made from its layers' names."""
 

@@ -37,7 +37,7 @@ def usual(config: AnyNetwork, pipeline: str | None = None) -> tuple[AnyText, ...
         (t5,) = presets.TEXTS["pixart"]
         assert isinstance(t5, T5Config)
         return (replace(t5, max_length=120) if pipeline == ALPHA or config.micro else t5,)
-    return presets.TEXTS["sd3"]
+    return presets.TEXTS[config.kind]
 
 
 def open_encoders(
@@ -47,7 +47,6 @@ def open_encoders(
 
     Raises ValueError naming one that is missing and needed.
     """
-    assert isinstance(config, (SD3Config, FluxConfig, PixArtConfig))
     there = encoders_there(index, config.kind, folder)
     out = []
     for i, like in enumerate(usual(config, index.get("_class_name"))):

@@ -21,9 +21,13 @@ TWO = (XL, XL_INPAINT, "StableDiffusionXLImg2ImgPipeline")
 """Pipelines of U-Nets whose folders are read here, with one text encoder and with two."""
 ALPHA, SIGMA, KONTEXT = "PixArtAlphaPipeline", "PixArtSigmaPipeline", "FluxKontextPipeline"
 _CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection")
-TEXT_CLASSES = {"clip": _CLIP, "t5": ("T5EncoderModel",)}
-TOKENIZERS = {"clip": ("CLIPTokenizer", "CLIPTokenizerFast"), "t5": ("T5Tokenizer", "T5TokenizerFast")}
-NAMES = {"clip": "CLIP", "t5": "T5"}
+TEXT_CLASSES = {"clip": _CLIP, "t5": ("T5EncoderModel",), "qwen": ("Qwen3Model", "Qwen3ForCausalLM")}
+TOKENIZERS = {
+    "clip": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "t5": ("T5Tokenizer", "T5TokenizerFast"),
+    "qwen": ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
+}
+NAMES = {"clip": "CLIP", "t5": "T5", "qwen": "Qwen3"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +35,7 @@ class Layout:
     """A family of transformers in diffusers' layout.
 
     `pipelines` that are read; `network`: classes of the network, the first is written; `text`: the kind of each text
-    encoder, of which the first `needed` must be there.
+    encoder, of which the first `needed` must be there; `nothing`: parts that its pipeline names and does not have.
     """
 
     title: str
@@ -39,8 +43,10 @@ class Layout:
     network: tuple[str, ...]
     text: tuple[str, ...]
     needed: int
+    nothing: tuple[str, ...] = ()
 
 
+_PICTURES = ("feature_extractor", "image_encoder")
 LAYOUTS = {
     "sd3": Layout(
         title="Stable Diffusion 3",
@@ -48,6 +54,7 @@ LAYOUTS = {
         network=("SD3Transformer2DModel",),
         text=("clip", "clip", "t5"),
         needed=1,
+        nothing=_PICTURES,
     ),
     "flux": Layout(
         title="FLUX.1",
@@ -55,12 +62,20 @@ LAYOUTS = {
         network=("FluxTransformer2DModel",),
         text=("clip", "t5"),
         needed=2,
+        nothing=_PICTURES,
     ),
     "pixart": Layout(
         title="PixArt",
         pipelines=(SIGMA, ALPHA),
         network=("PixArtTransformer2DModel", "Transformer2DModel"),
         text=("t5",),
+        needed=1,
+    ),
+    "zimage": Layout(
+        title="Z-Image",
+        pipelines=("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
+        network=("ZImageTransformer2DModel",),
+        text=("qwen",),
         needed=1,
     ),
 }
@@ -126,8 +141,8 @@ def index_of(model: Opened, scheduler: str) -> dict[str, Any]:
     config, two = model.network_config, len(model.text) > 1
     unet = isinstance(config, UNetConfig)
     index: dict[str, Any] = {"_class_name": pipeline_of(model), "_diffusers_version": VERSION}
-    nothing = ["feature_extractor", "image_encoder"] + ["safety_checker"] * (unet and not two)
-    index |= {key: [None, None] for key in nothing if not isinstance(config, PixArtConfig)}
+    nothing = (*_PICTURES, *["safety_checker"] * (not two)) if unet else LAYOUTS[config.kind].nothing
+    index |= {key: [None, None] for key in nothing}
     index |= {component(config): ["diffusers", network_class(config)], "vae": ["diffusers", "AutoencoderKL"]}
     index |= {"scheduler": ["diffusers", scheduler]}
     for i in range(len(model.text) if unet else len(LAYOUTS[config.kind].text)):

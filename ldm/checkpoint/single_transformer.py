@@ -1,4 +1,4 @@
-"""Single files of SD3, FLUX.1 and PixArt: the network in its authors' names, with or without the other parts.
+"""Single files of SD3, FLUX.1, PixArt and Z-Image: the network in its authors' names, with or without the other parts.
 
 A file that holds them all is laid out as ComfyUI's: `model.diffusion_model.`, `first_stage_model.` or `vae.`, and
 `text_encoders.clip_l.`, `clip_g.` and `t5xxl.`. Ours carry their configs as JSON in the file's metadata.
@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ldm.checkpoint import encoders, maps, names_flux, names_pixart, names_sd3, weights
+from ldm.checkpoint import encoders, maps, names_flux, names_pixart, names_sd3, names_zimage, weights
 from ldm.checkpoint.folder import open_vae
 from ldm.checkpoint.layouts import beside, say_left
 from ldm.checkpoint.model_text import missing_t5, open_one, usual
@@ -29,22 +29,31 @@ from ldm.models.text.config import AnyText, MissingConfig, QwenConfig, T5Config,
 from ldm.models.transformers.flux import FluxConfig
 from ldm.models.transformers.pixart import PixArtConfig
 from ldm.models.transformers.sd3 import SD3Config
+from ldm.models.transformers.zimage import ZImageConfig
 from ldm.models.vae.autoencoder import AutoencoderConfig
 
 log = logging.getLogger(__name__)
 NETWORK, TEXT = "model.diffusion_model.", "text_encoders."
 VAES = ("first_stage_model.", "vae.")
-ENCODERS = {"sd3": ("clip_l", "clip_g", "t5xxl"), "flux": ("clip_l", "t5xxl"), "pixart": ("t5xxl",)}
+ENCODERS = {
+    "sd3": ("clip_l", "clip_g", "t5xxl"),
+    "flux": ("clip_l", "t5xxl"),
+    "pixart": ("t5xxl",),
+    "zimage": ("qwen3_4b",),
+}
 """What stands behind `TEXT`, in the order of the family's text encoders."""
-_MODULES: dict[str, ModuleType] = {"sd3": names_sd3, "flux": names_flux, "pixart": names_pixart}
-_CONFIGS: dict[str, type[Any]] = {"sd3": SD3Config, "flux": FluxConfig, "pixart": PixArtConfig}
+_MODULES: dict[str, ModuleType] = {"sd3": names_sd3, "flux": names_flux, "pixart": names_pixart, "zimage": names_zimage}
+_CONFIGS: dict[str, type[Any]] = {"sd3": SD3Config, "flux": FluxConfig, "pixart": PixArtConfig, "zimage": ZImageConfig}
 _TEXTS: dict[str, type[Any]] = {"clip": TextConfig, "t5": T5Config, "qwen": QwenConfig, "none": MissingConfig}
 _SHIFTED = {"base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 4096, "max_shift": 1.15}
 _RELATIVES = {
     "double_stream_modulation_img.": "FLUX.2",
     "distilled_guidance_layer.": "Chroma",
     "txt_in.individual_token_refiner.": "HunyuanVideo",
-    "cap_pad_token": "Z-Image",
+    "noise_refiner.0.attention.to_q.": "Z-Image in diffusers' names; put it into a folder `transformer` with its "
+    "config.json, beside the other parts",
+    "layers.0.adaLN_modulation.1.": "Lumina 2",
+    "siglip_pad_token": "Z-Image-Omni, which is told pictures",
     "blocks.0.mlp.depth_conv.": "SANA",
     "double_layers.0.attn.w1q.": "AuraFlow",
     "transformer_blocks.0.attn.add_q_proj.": "a transformer in diffusers' names; put it into a folder `transformer` "
@@ -101,7 +110,8 @@ def open_transformer(
     own, module = _network(source), _MODULES[kind]
     left: dict[str, list[str]] = {"network": [], "autoencoder": [], "text encoder": []}
     config = _settings(own, kind, told, path)
-    own = {k: e for k, e in own.items() if not (kind == "pixart" and k in (names_pixart.TABLE, names_pixart.NULL))}
+    unused = {"pixart": (names_pixart.TABLE, names_pixart.NULL), "zimage": (names_zimage.UNUSED,)}.get(kind, ())
+    own = {k: e for k, e in own.items() if k not in unused}
     network = maps.follow(from_authors(module.pairs(config)), own, f"{path}: {title(config)}", left["network"])
     missing: list[str] = []
     vae_config, vae = _autoencoder(source, config, told, given, path, left["autoencoder"], missing)
@@ -110,6 +120,8 @@ def open_transformer(
         raise ValueError(f"{path}: holds no {' and no '.join(missing)}")
     left = {part: [k for k in keys if not beside(k)] for part, keys in left.items()}
     say_left(path, left, len(source), lenient=lenient)
+    if isinstance(config, ZImageConfig) and not told:
+        log.warning("%s: nothing tells Z-Image from its Turbo; Turbo's shift of 3 is taken (the base's is 6)", path)
     scheduler = told["scheduler"] if told else usual_scheduler(config)
     return Opened(str(path), config, network, vae_config, vae, tuple(text), scheduler)
 
@@ -130,7 +142,7 @@ def usual_autoencoder(config: AnyNetwork) -> AutoencoderConfig:
     """The family's."""
     if isinstance(config, PixArtConfig):
         return presets.AUTOENCODERS["kl_f8" if _alpha(config) else "kl_f8_sdxl"]
-    return presets.AUTOENCODERS["kl_f8_flux" if isinstance(config, FluxConfig) else "kl_f8_sd3"]
+    return presets.AUTOENCODERS["kl_f8_sd3" if isinstance(config, SD3Config) else "kl_f8_flux"]
 
 
 def _alpha(config: AnyNetwork) -> bool:
@@ -139,7 +151,7 @@ def _alpha(config: AnyNetwork) -> bool:
 
 
 def usual_scheduler(config: AnyNetwork) -> dict[str, Any]:
-    """The scheduler's settings that the family was published with."""
+    """The scheduler's settings that the family was published with, for Z-Image those of its Turbo."""
     if isinstance(config, PixArtConfig):
         return {
             "_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++", "beta_end": 0.02,
@@ -208,7 +220,7 @@ def _encoders(
     missing: list[str],
 ) -> list[OpenedText]:
     """All text encoders: each from the file, or else from the folder that is given."""
-    assert isinstance(config, (SD3Config, FluxConfig, PixArtConfig))
+    assert isinstance(config, tuple(_CONFIGS.values()))
     kind, out, lost = config.kind, [], []
     likes: tuple[AnyText, ...] = usual(config, ALPHA if _alpha(config) else None)
     if told:
@@ -216,7 +228,7 @@ def _encoders(
     for i, like in enumerate(likes):
         own = maps.under(f"{TEXT}{ENCODERS[kind][i]}.", source)
         own = {k.removeprefix("transformer."): e for k, e in own.items() if not beside("." + k)}
-        if own and isinstance(like, (T5Config, TextConfig)):
+        if own and isinstance(like, (T5Config, QwenConfig, TextConfig)):
             out.append(_encoder(own, like, i, given, path, left))
         elif isinstance(like, MissingConfig):
             out.append(OpenedText(like, {}))
@@ -233,20 +245,23 @@ def _encoders(
     return out
 
 
-def _encoder(own: Source, like: T5Config | TextConfig, i: int, given: Given, path: Path, left: list[str]) -> OpenedText:
-    """A text encoder that the file holds; T5's tokenizer is in no file."""
-    if isinstance(like, T5Config):
+def _encoder(
+    own: Source, like: T5Config | QwenConfig | TextConfig, i: int, given: Given, path: Path, left: list[str]
+) -> OpenedText:
+    """A text encoder that the file holds; the tokenizers of T5 and Qwen3 are in no file."""
+    if isinstance(like, (T5Config, QwenConfig)):
         found = None
         if given.text is not None and (given.text / numbered("tokenizer", i)).is_dir():
             found = open_one(given.text, i, like).config
-        if isinstance(found, T5Config):
+        if isinstance(found, (T5Config, QwenConfig)):
             like = found
         if like.tokenizer is None or not like.tokenizer.is_dir():
             raise ValueError(
-                f"{path}: holds a T5 and, as all single files, no tokenizer for it: --text FOLDER gives one (text= in "
-                "Python), a diffusers folder of the family"
+                f"{path}: holds a {NAMES[like.kind]} and, as all single files, no tokenizer for it: --text FOLDER "
+                "gives one (text= in Python), a diffusers folder of the family"
             )
-        return OpenedText(like, encoders.t5_names(own, left))
+        names = encoders.t5_names if isinstance(like, T5Config) else encoders.qwen_names
+        return OpenedText(like, names(own, left))
     hf = maps.without_constants(own)
     native = maps.follow(maps.text_from_hf(hf), hf, f"{path}: text encoder", left)
     projection = native["text_projection"].shape[1] if "text_projection" in native else None
@@ -269,7 +284,7 @@ def about(model: Opened) -> dict[str, Any]:
 def tensors(model: Opened) -> dict[str, Entry]:
     """What a single file of the model holds. Raises ValueError for text encoders that such a file has no names for."""
     config = model.network_config
-    assert isinstance(config, (SD3Config, FluxConfig, PixArtConfig))
+    assert isinstance(config, tuple(_CONFIGS.values()))
     plan = to_authors(_MODULES[config.kind].pairs(config))
     out = maps.prefixed(NETWORK, maps.follow(plan, model.network, title(config)))
     vae = maps.renaming(maps.vae_to_compvis(model.vae, len(model.vae_config.block_out_channels)))
@@ -281,5 +296,7 @@ def tensors(model: Opened) -> dict[str, Entry]:
         source = tower.source
         if isinstance(tower.config, TextConfig):
             source = maps.follow(maps.text_to_hf(source), source, "text encoder")
+        if isinstance(tower.config, QwenConfig):
+            source = maps.prefixed("model.", source)
         out |= maps.prefixed(f"{TEXT}{name}.transformer.", source)
     return out

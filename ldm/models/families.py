@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ldm.models.networks import AnyNetwork
@@ -56,15 +56,24 @@ FLUX_SCHNELL = Family(
     density=FLUX.density, rank=16, recompute=True, grid="flow_open",
 )  # fmt: skip
 PIXART = Family(title="PixArt", size=1024, sampler="dpmpp_2m", steps=20, guidance=4.5)
+ZIMAGE = Family(
+    title="Z-Image", size=1024, sampler="euler", steps=50, guidance=5.0, rank=16, recompute=True,
+    targets=("to_q", "to_k", "to_v", "to_out.0"), density={"kind": "logit_normal"}, grid="flow_open",
+)  # fmt: skip
+"""Its pipeline's guidance scale is ours - 1."""
+ZIMAGE_TURBO = replace(ZIMAGE, title="Z-Image-Turbo", steps=8, guidance=1.0)
+"""The same network, distilled, with a flow's shift of 3 instead of 6."""
 FAMILIES = {"sd15": SD15, "sd2": SD2, "sdxl": SDXL, "sd3": SD3, "flux": FLUX, "flux_schnell": FLUX_SCHNELL,
-            "pixart": PIXART}  # fmt: skip
+            "pixart": PIXART, "zimage": ZIMAGE, "zimage_turbo": ZIMAGE_TURBO}  # fmt: skip
 
 
-def family_of(network: AnyNetwork) -> Family:
-    """The family of a network's settings."""
+def family_of(network: AnyNetwork, scheduler: Mapping[str, Any] | None = None) -> Family:
+    """The family of a network's settings; `scheduler` tells those of one network apart (Z-Image's shift)."""
     if isinstance(network, UNetConfig):
         wide = network.per_level("cross_attention_dim")[0]
         return SDXL if network.addition_embed_type == "text_time" else SD2 if wide == 1024 else SD15
     if network.kind == "flux":
         return FLUX if network.guidance_embeds else FLUX_SCHNELL
+    if network.kind == "zimage" and scheduler is not None and scheduler.get("shift") == 3:
+        return ZIMAGE_TURBO
     return FAMILIES[network.kind]

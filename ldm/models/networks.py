@@ -9,15 +9,17 @@ from ldm.models.network import Network
 from ldm.models.transformers.flux import FluxConfig, FluxTransformer
 from ldm.models.transformers.pixart import PixArtConfig, PixArtTransformer
 from ldm.models.transformers.sd3 import SD3Config, SD3Transformer
+from ldm.models.transformers.zimage import ZImageConfig, ZImageTransformer
 from ldm.models.unet import UNet, UNetConfig
 
-AnyNetwork = UNetConfig | SD3Config | FluxConfig | PixArtConfig
+AnyNetwork = UNetConfig | SD3Config | FluxConfig | PixArtConfig | ZImageConfig
 """The choice of a network in a config: a union of settings, told apart by `kind`."""
 NETWORKS: dict[type[AnyNetwork], type[Network]] = {
     UNetConfig: UNet,
     SD3Config: SD3Transformer,
     FluxConfig: FluxTransformer,
     PixArtConfig: PixArtTransformer,
+    ZImageConfig: ZImageTransformer,
 }
 
 

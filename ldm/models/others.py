@@ -95,6 +95,12 @@ def pixart(data: dict[str, Any], where: str) -> dict[str, Any]:
     return {k: v for k, v in data.items() if k not in _PIXART or v != _PIXART[k]}
 
 
+def zimage(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """Of diffusers' ZImageTransformer2DModel; copies of the published file say the number of heads twice."""
+    data = transformer(data, where)
+    return {k: v for k, v in data.items() if k != "nheads" or v != data.get("n_heads")}
+
+
 def _alike(value: Any) -> bool:
     """A list of equal values, one for each level, channel or side."""
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(v == value[0] for v in value)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ldm.models.networks import AnyNetwork
 from ldm.models.text import ClipConfig, TextConfig
-from ldm.models.text.config import AnyText, T5Config
+from ldm.models.text.config import AnyText, QwenConfig, T5Config
 from ldm.models.transformers import presets as transformers
 from ldm.models.unet import UNetConfig
 from ldm.models.vae.autoencoder import AutoencoderConfig
@@ -81,6 +81,7 @@ PRESETS: dict[str, AnyNetwork] = {
     "flux_dev": transformers.FLUX_DEV,
     "flux_schnell": transformers.FLUX_SCHNELL,
     "pixart_sigma": transformers.PIXART_SIGMA,
+    "zimage": transformers.ZIMAGE,
 }
 """Networks of every kind."""
 
@@ -102,6 +103,7 @@ TEXTS: dict[str, tuple[AnyText, ...]] = {
     "flux": (_CLIP_L, T5Config(max_length=512)),
     "flux_schnell": (_CLIP_L, T5Config(max_length=256)),
     "pixart": (T5Config(max_length=300, masked=True, lower=True),),
+    "zimage": (QwenConfig(),),
     "tiny": (
         TextConfig(width=32, heads=2, layers=2, context_length=32, vocab_size=4096, activation="gelu", bpe="emoji"),
     ),

@@ -44,7 +44,8 @@ def load_parts(
 ) -> Loaded:
     """From a shipped model's name (emoji), a run folder, a diffusers folder, a single file or a hub id.
 
-    `lenient` leaves unknown tensors out and names them; `text` and `vae` hold what a transformer's file lacks. Raises ValueError when it is none of these.
+    `lenient` leaves unknown tensors out and names them; `text` and `vae` hold what a transformer's file lacks. Raises
+    ValueError when it is none of these.
     """
     found = named(source)
     for folder in (found, found / "export"):

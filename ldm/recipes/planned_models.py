@@ -37,11 +37,13 @@ FAMILIES = {
     "flux_dev": ("flux_dev", "kl_f8_flux", "flux"),
     "flux_schnell": ("flux_schnell", "kl_f8_flux", "flux_schnell"),
     "pixart_sigma": ("pixart_sigma", "kl_f8_sdxl", "pixart"),
+    "zimage": ("zimage", "kl_f8_flux", "zimage"),
     "tiny": ("tiny", "tiny", "tiny"),
 }
 """Presets of network, autoencoder and text encoders by a family's name."""
 _PATTERNS = (  # of published models' names, the first that is found
     (r"pixart[-_]?sigma", "pixart_sigma"),
+    (r"z[-_]?image", "zimage"),
     (r"(stable-diffusion|sd)[-_]?3[-_.]?5[-_]?medium", "sd35_medium"),
     (r"(stable-diffusion|sd)[-_]?3[-_.]?5", "sd35_large"),
     (r"(stable-diffusion|sd)[-_]?3", "sd3"),
@@ -144,8 +146,7 @@ def towers(source: str, of: AnyNetwork, said: list[str]) -> list[TextEncoder]:
 def _usual(of: AnyNetwork) -> tuple[str, str]:
     """Presets of the autoencoder and the text encoders that such a network usually has."""
     if not isinstance(of, UNetConfig):
-        kinds = {"sd3": ("kl_f8_sd3", "sd3"), "flux": ("kl_f8_flux", "flux"), "pixart": ("kl_f8_sdxl", "pixart")}
-        return kinds[of.kind]
+        return next((vae, text) for network, vae, text in FAMILIES.values() if PRESETS[network].kind == of.kind)
     named = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
     vae = "kl_f8_sdxl" if of.addition_embed_type else "kl_f8"
     return vae, named.get(of.per_level("cross_attention_dim")[0], "sd21")

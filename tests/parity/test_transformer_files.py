@@ -27,7 +27,7 @@ from tests.families import make
 from tests.parity.test_transformer_folders import save
 
 torch.set_num_threads(1)
-KINDS = ("sd3", "sd3_no_t5", "sd3_clip", "flux", "flux_schnell", "pixart")
+KINDS = ("sd3", "sd3_no_t5", "sd3_clip", "flux", "flux_schnell", "pixart", "zimage")
 NETWORK = "model.diffusion_model."
 
 

@@ -1,4 +1,4 @@
-"""Folders of SD3, FLUX.1 and PixArt: diffusers' pipelines load and draw with what we write; theirs are read here."""
+"""Folders of the transformers' families: diffusers' pipelines draw with what we write; theirs are read here."""
 
 from __future__ import annotations
 
@@ -17,8 +17,13 @@ from ldm.models.text import encode_texts
 from tests.families import make
 
 torch.set_num_threads(1)
-KINDS = ("sd3", "sd3_no_t5", "flux", "flux_schnell", "pixart", "pixart_alpha")
-PIPELINES = {"sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline", "pixart": "PixArtSigmaPipeline"}
+KINDS = ("sd3", "sd3_no_t5", "flux", "flux_schnell", "pixart", "pixart_alpha", "zimage")
+PIPELINES = {
+    "sd3": "StableDiffusion3Pipeline",
+    "flux": "FluxPipeline",
+    "pixart": "PixArtSigmaPipeline",
+    "zimage": "ZImagePipeline",
+}
 
 
 def save(parts: Components, folder: Path, **options: Any) -> Path:
@@ -41,8 +46,9 @@ def their_pipeline(kind: str, folder: Path) -> Any:
 
 
 def theirs(kind: str, pipe: Any, noise: Tensor) -> Tensor:
-    """Their picture in [0, 1] after four steps, of guidance 4."""
-    settings: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "pt"}
+    """Their picture in [0, 1] after four steps, of guidance 4, which Z-Image's pipeline counts from 0."""
+    scale = 3.0 if kind == "zimage" else 4.0
+    settings: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": scale, "output_type": "pt"}
     if kind.startswith("flux"):
         noise = pipe._pack_latents(noise, 1, 4, *noise.shape[2:])
         settings["max_sequence_length"] = 256 if kind == "flux_schnell" else 512
@@ -54,7 +60,7 @@ def theirs(kind: str, pipe: Any, noise: Tensor) -> Tensor:
 @torch.no_grad()
 def ours(kind: str, parts: Components, noise: Tensor, scheduler: Any) -> Tensor:
     """The same with our parts and their scheduler's steps."""
-    sigmas = torch.linspace(1, 1 / 4, 4).tolist() if kind.startswith("flux") else None
+    sigmas = torch.linspace(1, 1 / 4, 4).tolist() if kind.startswith(("flux", "zimage")) else None
     scheduler.set_timesteps(4, **({"sigmas": sigmas} if sigmas else {}))
     texts = ["a red apple"] if kind.startswith("flux") else ["", "a red apple"]
     cond, x = encode_texts(parts.text, texts), noise
@@ -82,7 +88,7 @@ def test_their_pipeline_gives_our_picture(kind: str, tmp_path: Path) -> None:
     assert torch.equal(ours(kind, again, noise, type(pipe.scheduler).from_config(pipe.scheduler.config)), own)
 
 
-@pytest.mark.parametrize("kind", ["sd3", "sd3_no_t5", "flux", "pixart"])
+@pytest.mark.parametrize("kind", ["sd3", "sd3_no_t5", "flux", "pixart", "zimage"])
 def test_their_folder_is_read_and_comes_back(kind: str, tmp_path: Path) -> None:
     """Written by their `save_pretrained`, whose settings have all keys."""
     parts = make(kind, tmp_path / "t5")
@@ -147,6 +153,7 @@ def test_variants_halves_and_leftovers(tmp_path: Path) -> None:
         ("flux", ["text_encoder_2", "tokenizer_2"], "has no text_encoder_2 (T5), which FLUX.1 needs"),
         ("flux", ["text_encoder", "tokenizer"], "has no text_encoder (CLIP), which FLUX.1 needs"),
         ("pixart", ["text_encoder", "tokenizer"], "has no text_encoder (T5), which PixArt needs"),
+        ("zimage", ["text_encoder", "tokenizer"], "has no text_encoder (Qwen3), which Z-Image needs"),
         ("sd3", ["text_encoder", "tokenizer"], "has no text_encoder (CLIP), which Stable Diffusion 3 needs"),
     ],
 )
@@ -168,7 +175,12 @@ def test_a_missing_encoder_is_named(kind: str, lost: list[str], told: str, nulls
 
 @pytest.mark.parametrize(
     ("kind", "take", "told"),
-    [("flux", [0], "FLUX.1 in diffusers' layout"), ("sd3", [0, 1], "may be 'none'"), ("pixart", [], "PixArt in")],
+    [
+        ("flux", [0], "FLUX.1 in diffusers' layout"),
+        ("sd3", [0, 1], "may be 'none'"),
+        ("pixart", [], "PixArt in"),
+        ("zimage", [], "Z-Image in"),
+    ],
 )
 def test_encoders_that_a_folder_cannot_hold(kind: str, take: list[int], told: str, tmp_path: Path) -> None:
     parts = make(kind, tmp_path / "t5")

@@ -1,4 +1,4 @@
-"""`TextToImage` draws what diffusers' pipelines of SD3, FLUX.1 and PixArt draw, from the same folder."""
+"""`TextToImage` draws what diffusers' pipelines of SD3, FLUX.1, PixArt and Z-Image draw, from the same folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ DYNAMIC = {
     "max_image_seq_len": 64,
 }  # fmt: skip
 """FLUX.1 dev's, for as few tokens as the small pictures have."""
-CLASSES = {"sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline", "pixart": "PixArtSigmaPipeline"}
+CLASSES = {
+    "sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline", "pixart": "PixArtSigmaPipeline",
+    "zimage": "ZImagePipeline",
+}  # fmt: skip
 PROMPT, NEGATIVE, STEPS = "a red apple", "a green apple", 8
 
 
@@ -103,3 +106,24 @@ def test_pixart(kind: str, size: tuple[int, int], tmp_path: Path) -> None:
         guidance_scale=4.5, output_type="pt", clean_caption=False, use_resolution_binning=False,
     ).images  # fmt: skip
     close(drawn(ours, noise, size, guidance=4.5, negative=NEGATIVE, sampler="dpmpp_2m"), wanted)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (24, 16)])
+@pytest.mark.parametrize("shift", [3.0, 6.0])
+@pytest.mark.parametrize("scale", [0.0, 4.0])
+def test_zimage(size: tuple[int, int], shift: float, scale: float, tmp_path: Path) -> None:
+    """Turbo's shift and the base model's, without guidance and with; theirs counts its scale from 0.
+
+    The negative prompt is of another length than the prompt.
+    """
+    ours, theirs = both("zimage", tmp_path, DYNAMIC | {"use_dynamic_shifting": False, "shift": shift})
+    noise = torch.randn(1, 4, size[0] // 2, size[1] // 2, generator=torch.Generator().manual_seed(1))
+    negative = "the quick brown fox jumps over the lazy dog " * 4
+    wanted = theirs(
+        [PROMPT], negative_prompt=[negative], latents=noise, height=size[0], width=size[1],
+        num_inference_steps=STEPS, guidance_scale=scale, output_type="pt",
+    ).images  # fmt: skip
+    own = drawn(ours, noise, size, guidance=1 + scale, negative=negative)
+    close(own, wanted)
+    if scale:
+        assert (drawn(ours, noise, size, guidance=1.0) - own).abs().max() > 0.01

@@ -1,4 +1,4 @@
-"""Settings of SD3, FLUX.1 and PixArt as they were published load here and mean what diffusers takes them to mean."""
+"""Settings of the transformers as they were published load here and mean what diffusers takes them to mean."""
 
 from __future__ import annotations
 
@@ -39,6 +39,12 @@ _PIXART = {
 }  # fmt: skip
 _OLD = {"_diffusers_version": "0.22.0.dev0", "_name_or_path": "x"}
 _ALPHA = {k: v for k, v in _PIXART.items() if k not in ("interpolation_scale", "use_additional_conditions")} | _OLD
+_ZIMAGE = {
+    "_class_name": "ZImageTransformer2DModel", "_diffusers_version": "0.36.0.dev0", "all_f_patch_size": [1],
+    "all_patch_size": [2], "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512], "cap_feat_dim": 2560, "dim": 3840,
+    "in_channels": 16, "n_heads": 30, "n_kv_heads": 30, "n_layers": 30, "n_refiner_layers": 2, "norm_eps": 1e-05,
+    "qk_norm": True, "rope_theta": 256.0, "t_scale": 1000.0,
+}  # fmt: skip
 PUBLISHED: dict[str, tuple[dict[str, Any], Any]] = {
     "stable-diffusion-3-medium": (_SD3, presets.SD3_MEDIUM),
     "stable-diffusion-3.5-medium": (
@@ -57,6 +63,9 @@ PUBLISHED: dict[str, tuple[dict[str, Any], Any]] = {
     "PixArt-Sigma, saved again": (_PIXART | {"_class_name": "PixArtTransformer2DModel"}, presets.PIXART_SIGMA),
     "PixArt-XL-2-1024-MS": (_ALPHA, None),
     "PixArt-XL-2-512x512": (_ALPHA | {"sample_size": 64}, None),
+    "Z-Image-Turbo": (_ZIMAGE, presets.ZIMAGE),
+    "Z-Image-Turbo, as copies have it": (_ZIMAGE | {"nheads": 30}, presets.ZIMAGE),
+    "Z-Image, saved again": (_ZIMAGE | {"siglip_feat_dim": None}, presets.ZIMAGE),
 }
 _CLIP, _T5 = ["transformers", "CLIPTextModelWithProjection"], ["transformers", "T5EncoderModel"]
 _TOKENS, _T5_TOKENS = ["transformers", "CLIPTokenizer"], ["transformers", "T5TokenizerFast"]
@@ -72,6 +81,11 @@ INDICES: dict[str, dict[str, Any]] = {
         "text_encoder": ["transformers", "CLIPTextModel"],
         "text_encoder_2": _T5, "tokenizer": _TOKENS, "tokenizer_2": _T5_TOKENS,
         "transformer": ["diffusers", "FluxTransformer2DModel"],
+    },
+    "zimage": _SHARED | {
+        "_class_name": "ZImagePipeline", "_diffusers_version": "0.36.0.dev0",
+        "text_encoder": ["transformers", "Qwen3Model"], "tokenizer": ["transformers", "Qwen2Tokenizer"],
+        "transformer": ["diffusers", "ZImageTransformer2DModel"],
     },
     "pixart": {
         "_class_name": "PixArtSigmaPipeline", "_diffusers_version": "0.28.0.dev0",
@@ -118,6 +132,9 @@ def test_networks(name: str, tmp_path: Path) -> None:
         (_SD35 | {"qk_norm": "layer_norm"}, "qk_norm 'layer_norm' is not one of"),
         (_FLUX | {"axes_dims_rope": [16, 56, 54]}, "axes_dims_rope"),
         (_FLUX | {"quantization_config": {"load_in_4bit": True}}, "quantization_config"),
+        (_ZIMAGE | {"n_kv_heads": 10}, "n_kv_heads 10 is not supported"),
+        (_ZIMAGE | {"siglip_feat_dim": 1152}, "siglip_feat_dim 1152 is not supported"),
+        (_ZIMAGE | {"nheads": 24}, "nheads"),
         (_FLUX | {"_class_name": "Flux2Transformer2DModel"}, "'Flux2Transformer2DModel' is not one of"),
     ],
 )
@@ -148,6 +165,7 @@ def test_indices(kind: str, tmp_path: Path) -> None:
         ("Flux2Pipeline", "FLUX.2"),
         ("ChromaPipeline", "Chroma, a relative of FLUX.1"),
         ("SanaPipeline", "SANA"),
+        ("ZImageOmniPipeline", "a relative of Z-Image"),
         ("StableDiffusion3ControlNetPipeline", "a relative of Stable Diffusion 3"),
     ],
 )

@@ -70,12 +70,17 @@ class Transformer(Network):
     def known_width(self) -> int:
         """Numbers a token of what `prepared` leaves in the place of the text."""
 
+    @property
+    def depth(self) -> int:
+        """How many blocks `skip` counts."""
+        return sum(1 for _ in self.blocks())
+
     def without(self, blocks: Sequence[int]) -> Net:
         """The network without these blocks (counted in running order), for skip-layer guidance; on the same weights.
 
         Raises ValueError for a block that there is not.
         """
-        count = sum(1 for _ in self.blocks())
+        count = self.depth
         for block in blocks:
             if not 0 <= block < count:
                 raise ValueError(f"block {block} cannot be skipped: there are blocks 0 to {count - 1}")
@@ -163,13 +168,22 @@ class Transformer(Network):
 
 def _group(name: str) -> str:
     parts = name.split(".")
-    if any(part.startswith("attn") for part in parts):
+    if any(part.startswith(("attn", "attention")) for part in parts):
         return "attention"
-    if any(part.startswith("ff") or part in ("proj_mlp", "mlp") for part in parts):
-        return "feed_forward"
-    if "time_text_embed" in parts or any(part.startswith(("norm", "adaln")) for part in parts):
+    if parts[0] in ("time_text_embed", "t_embedder") or any(p.startswith(("norm", "adaln", "adaLN")) for p in parts):
         return "time"
-    return "projection" if parts[0] in ("proj_out", "x_embedder", "pos_embed", "context_embedder") else "other"
+    if any(part.startswith(("ff", "feed_forward")) or part in ("proj_mlp", "mlp") for part in parts):
+        return "feed_forward"
+    ends = (
+        "proj_out",
+        "x_embedder",
+        "pos_embed",
+        "context_embedder",
+        "all_x_embedder",
+        "all_final_layer",
+        "cap_embedder",
+    )
+    return "projection" if parts[0] in ends else "other"
 
 
 def _zero(*tensors: Tensor | None) -> None:

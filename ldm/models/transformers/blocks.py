@@ -107,7 +107,10 @@ class FeedForward(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of x on itself, or on a source of another width; `out` False leaves out the last projection."""
+    """Attention of x on itself, or on a source of another width; `out` False leaves out the last projection.
+
+    `out_bias` is its bias, as `bias` is the others'; `eps` of the norms of queries and keys.
+    """
 
     def __init__(
         self,
@@ -118,15 +121,17 @@ class Attention(nn.Module):
         qk_norm: bool = False,
         bias: bool = True,
         out: bool = True,
+        out_bias: bool = True,
+        eps: float = 1e-6,
     ) -> None:
         super().__init__()
         self.heads = heads
         self.to_q = Linear(width, width, bias=bias)
         self.to_k = Linear(source or width, width, bias=bias)
         self.to_v = Linear(source or width, width, bias=bias)
-        self.norm_q = RMSNorm(width // heads) if qk_norm else None
-        self.norm_k = RMSNorm(width // heads) if qk_norm else None
-        self.to_out = nn.ModuleList([Linear(width, width)]) if out else None
+        self.norm_q = RMSNorm(width // heads, eps) if qk_norm else None
+        self.norm_k = RMSNorm(width // heads, eps) if qk_norm else None
+        self.to_out = nn.ModuleList([Linear(width, width, bias=out_bias)]) if out else None
         self.control: Control | None = None
 
     def forward(

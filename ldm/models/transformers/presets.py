@@ -7,6 +7,7 @@ from dataclasses import replace
 from ldm.models.transformers.flux import FluxConfig
 from ldm.models.transformers.pixart import PixArtConfig
 from ldm.models.transformers.sd3 import SD3Config
+from ldm.models.transformers.zimage import ZImageConfig
 
 SD3_MEDIUM = SD3Config(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192)
 SD35_MEDIUM = replace(SD3_MEDIUM, pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm")
@@ -51,4 +52,18 @@ PIXART_TINY = PixArtConfig(
     caption_channels=20,
     interpolation_scale=1,
     use_additional_conditions=False,
+)
+
+ZIMAGE = ZImageConfig(axes_lens=(1536, 512, 512))
+"""Z-Image and Z-Image-Turbo."""
+ZIMAGE_TINY = ZImageConfig(
+    in_channels=4,
+    dim=48,
+    n_layers=3,
+    n_refiner_layers=1,
+    n_heads=3,
+    n_kv_heads=3,
+    cap_feat_dim=20,
+    axes_dims=(4, 6, 6),
+    axes_lens=(160, 32, 32),
 )

@@ -1,4 +1,4 @@
-"""Adapters on SD3, FLUX.1 and PixArt: against PEFT on the same network, merged, taken out, and what they choose."""
+"""Adapters on the transformers: against PEFT on the same network, merged, taken out, and what they choose."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ from ldm.models.transformers import presets
 from ldm.models.transformers.flux import FluxTransformer
 from ldm.models.transformers.pixart import PixArtTransformer
 from ldm.models.transformers.sd3 import SD3Transformer
+from ldm.models.transformers.zimage import ZImageTransformer
 from tests.unit.adapters.test_lora import TEXT, filled, set_peft, weights
 
 NETS: dict[str, Callable[[], Network]] = {
     "sd3": lambda: SD3Transformer(presets.SD3_TINY),
     "flux": lambda: FluxTransformer(presets.FLUX_TINY),
     "pixart": lambda: PixArtTransformer(presets.PIXART_TINY),
+    "zimage": lambda: ZImageTransformer(presets.ZIMAGE_TINY),
 }
 CONFIGS = {
     "lora": LoraConfig(rank=3, alpha=5.0),
     "dora": LoraConfig(rank=2, dora=True),
-    "every layer": LoraConfig(rank=2, targets=("attention", "feed_forward", "projection", "time", "proj_out")),
+    "every layer": LoraConfig(rank=2, targets=("attention", "feed_forward", "projection", "time", "linear")),
 }
 
 
@@ -175,7 +177,7 @@ def test_every_layer_has_a_group_and_a_name(family: str) -> None:
     assert [s.name for s in sites] == [f"transformer.{n}" for n in layers]
     known = {s.name for s in sites} | set(other_sites(network, []))
     tensors = {f"transformer.{n.removesuffix('.weight')}" for n, _ in network.named_parameters()}
-    assert {n for n in tensors - known if "scale_shift_table" not in n} == set()
+    assert {n for n in tensors - known if not n.endswith(("scale_shift_table", "_pad_token"))} == set()
 
 
 class Other(nn.Module):

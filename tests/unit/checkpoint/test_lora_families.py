@@ -24,6 +24,7 @@ from ldm.models.transformers import presets
 from ldm.models.transformers.flux import FluxTransformer
 from ldm.models.transformers.pixart import PixArtTransformer
 from ldm.models.transformers.sd3 import SD3Transformer
+from ldm.models.transformers.zimage import ZImageTransformer
 from ldm.models.unet import UNet
 from tests.unit.adapters.test_lora import TEXT, model
 from tests.unit.adapters.test_lora_transformers import NETS, made
@@ -62,7 +63,7 @@ def same(one: Any, other: Any, network: Network) -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("form", ["diffusers", "kohya"])
-@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize("family", ["sd3", "flux", "zimage"])
 def test_written_and_read_again(family: str, form: Any, shared: bool, tmp_path: Path) -> None:
     network = made(family)
     lora = random_lora(network, shared=shared)
@@ -279,6 +280,7 @@ def files_of_all(tmp_path: Path) -> dict[str, Path]:
             ),
             "FLUX.1": FluxTransformer(replace(presets.FLUX_DEV, num_layers=1, num_single_layers=1)),
             "PixArt": PixArtTransformer(replace(presets.PIXART_SIGMA, num_layers=1)),
+            "Z-Image": ZImageTransformer(replace(presets.ZIMAGE, n_layers=1, n_refiner_layers=1)),
         }
     found = {}
     for title, network in nets.items():
@@ -293,7 +295,7 @@ def files_of_all(tmp_path: Path) -> dict[str, Path]:
 def test_a_lora_of_another_family_is_told_in_one_line(tmp_path: Path) -> None:
     own = {"Stable Diffusion 1": model()[0]} | {
         title: NETS[kind]() for title, kind in
-        (("Stable Diffusion 3", "sd3"), ("FLUX.1", "flux"), ("PixArt", "pixart"))
+        (("Stable Diffusion 3", "sd3"), ("FLUX.1", "flux"), ("PixArt", "pixart"), ("Z-Image", "zimage"))
     }  # fmt: skip
     for title, path in files_of_all(tmp_path).items():
         told = title.partition(",")[0]

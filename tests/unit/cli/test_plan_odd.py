@@ -131,6 +131,8 @@ def test_a_model_whose_config_cannot_be_read_is_named(root: Path, capsys: pytest
         ("models/sd2", "sd21"),
         ("models/sd15/", "sd15"),
         ("lcm_sd15", "lcm_sd15"),
+        ("Tongyi-MAI/Z-Image-Turbo", "zimage"),
+        ("z_image_turbo_bf16.safetensors", "zimage"),
         ("somebody/my-model", None),
     ],
 )

@@ -29,12 +29,14 @@ NETS: dict[str, Callable[[], Network]] = {
     "flux": lambda: build(presets.FLUX_TINY),
     "flux, not told guidance": lambda: build(replace(presets.FLUX_TINY, guidance_embeds=False)),
     "pixart": lambda: build(presets.PIXART_TINY),
+    "zimage": lambda: build(presets.ZIMAGE_TINY),
 }
 ENDS = {  # parameters that are no block's
     "unet": {"conv_in", "time_embedding", "add_embedding", "conv_norm_out", "conv_out"},
     "transformer": {
         "pos_embed", "x_embedder", "time_text_embed", "context_embedder", "norm_out", "proj_out", "adaln_single",
-        "caption_projection", "scale_shift_table",
+        "caption_projection", "scale_shift_table", "all_x_embedder", "all_final_layer", "t_embedder", "cap_embedder",
+        "x_pad_token", "cap_pad_token",
     },
 }  # fmt: skip
 
@@ -83,7 +85,7 @@ def test_prepared_conditioning_gives_the_same_bits(network: Network) -> None:
         ready = network.prepared(cond)
         assert torch.equal(network(x, t, cond), network(x, t, ready))
     assert all(torch.equal(cond[k], before[k]) for k in before)
-    added = sum(v.numel() for k, v in ready.items() if k not in cond and v.shape[1] == 5)
+    added = sum(v.numel() for k, v in ready.items() if k not in cond and v.ndim == 3)
     assert added == network.prepared_numbers(len(x), 5)
 
 
