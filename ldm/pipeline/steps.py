@@ -23,6 +23,7 @@ from ldm.sampling.guidance import (
     skip_layers,
     times_of,
 )
+from ldm.sampling.registry import lookup
 from ldm.sampling.settings import Settings
 from ldm.sampling.times import times as spaced
 from ldm.types import Cond, Denoise, Net
@@ -55,6 +56,14 @@ class OwnSteps:
         return Plan(path, self.end if sampler == "ddim" else None)
 
 
+def visited(plan: Plan, settings: Settings, schedule: Schedule) -> list[float]:
+    """The times at which the network is told to answer; solvers may ask at others between them."""
+    path = plan.times
+    if path is None:
+        path = spaced(schedule, settings.steps, settings.spacing or lookup(settings.sampler).spacing)
+    return [float(int(t)) for t in path] if plan.whole else list(path)
+
+
 def skipped(network: Network, net: Callable[..., Tensor], settings: Settings) -> Net | None:
     """The network, called as `net` does, without the settings' blocks; None where they name none.
 
@@ -82,7 +91,7 @@ def guided(
     """
     scale, push = settings.guidance, None
     if without is not None:
-        path = spaced(schedule, settings.steps) if path is None else path
+        path = visited(Plan(path), settings, schedule)
         push = skip_layers(without, settings.skip_scale, interval_of_steps(path, settings.skip_interval))
     if scale == 1 and settings.guide != "perpendicular":
         return denoise if push is None else pushed(denoise, push)

@@ -27,11 +27,12 @@ from ldm.models.attention import sliced
 from ldm.models.layers import unchanging
 from ldm.models.network import Network
 from ldm.models.text import TextEncoder
+from ldm.models.transformers.times import known_times
 from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline.conditioning import Conditioning, inpainting, warn
 from ldm.pipeline.loading import load_parts
 from ldm.pipeline.memory import Placement, compiled
-from ldm.pipeline.steps import OwnSteps, guided, skipped
+from ldm.pipeline.steps import OwnSteps, guided, skipped, visited
 from ldm.precision import chosen, compute_dtype
 from ldm.rng import Rng
 from ldm.sampling import sample as run_sampler
@@ -294,7 +295,12 @@ class TextToImage:
         denoise = self.denoiser(settings, prompts, plan)
         cond = self._cond(prompts, settings, prompts) | (given or {})
         x = (rng.normal("start", shape) if x is None else x) * (plan.scale if start is None else 1)
-        with self._place.used(self.network), sliced(settings.queries), unchanging(self.network, settings.steps):
+        with (
+            self._place.used(self.network),
+            sliced(settings.queries),
+            unchanging(self.network, settings.steps),
+            known_times(self.network, [] if self._compiled else visited(plan, settings, self.process.schedule)),
+        ):
             return run_sampler(
                 settings.sampler,
                 denoise if wrap is None else wrap(denoise),

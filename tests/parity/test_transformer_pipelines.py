@@ -1,4 +1,4 @@
-"""Whole pipelines: `TextToImage` draws what diffusers' pipelines of SD3, FLUX.1 and PixArt draw, from the same folder."""
+"""`TextToImage` draws what diffusers' pipelines of SD3, FLUX.1 and PixArt draw, from the same folder."""
 
 from __future__ import annotations
 
