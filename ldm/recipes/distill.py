@@ -41,7 +41,7 @@ from ldm.recipes.base import Assembly
 from ldm.recipes.distill_task import DistillTask, Method
 from ldm.recipes.rounds import rounds
 from ldm.recipes.sources import text_encoder, training_data
-from ldm.recipes.text_to_image import SampleHook, cached, hashes
+from ldm.recipes.text_to_image import SampleHook, cached, filled, hashes, sized
 from ldm.rng import seed_torch
 from ldm.train.trainer import TrainConfig
 from ldm.types import Cond, Net
@@ -89,13 +89,12 @@ def build(task: DistillTask, data: Data, train: TrainConfig, seed: int, workers:
         if student.lora is not None:
             write_student_lora(folder, task.teacher, student.lora, own, network, scheduler)
         else:
-            whole = networks.build(student.network.config)
-            whole.load_state_dict(own, strict=True)
+            whole = filled(networks.build(student.network.config), own)
             save_diffusers(folder, network=whole, autoencoder=codec.autoencoder, text=towers, scheduler=scheduler)
         facts = {"steps": train.steps, "batch": train.batch, "teacher": task.teacher, "method": task.method.kind}
         files.write_text(folder / "trained.json", json.dumps(facts))
 
-    return Assembly(objective, loader, [SampleHook(task.samples, pipeline)], export)
+    return Assembly(objective, loader, [SampleHook(sized(task.samples, network, data), pipeline)], export)
 
 
 def make_student(task: DistillTask, teacher: Network, process: Process) -> Student:

@@ -35,7 +35,7 @@ from ldm.diffusion.process import Process
 from ldm.diffusion.weighting import P2, SNR, VLB, X0, CosMapWeight, MinSNR, SigmaSqrt, Uniform
 from ldm.models.families import family_of
 from ldm.models.network import Granularity, granularity
-from ldm.models.text import TextEncoder, encode_texts
+from ldm.models.text import TextEncoder, TextTower, encode_texts
 from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.objectives.inputs import EncodeText
@@ -46,7 +46,7 @@ from ldm.recipes.base import Assembly
 from ldm.recipes.page import write_page
 from ldm.recipes.pictures import prepare
 from ldm.recipes.sources import cache_hashes, scheduler_of, text_encoder, training_data
-from ldm.recipes.text_to_image import SampleHook, Samples, told_options
+from ldm.recipes.text_to_image import SampleHook, Samples, filled, sized, told_options
 from ldm.rng import seed_torch
 from ldm.train.trainer import TrainConfig, Trainer
 from ldm.types import Cond
@@ -156,7 +156,9 @@ def assembled(
         if folder.name == "export":  # `ldm export` writes elsewhere, where there is no run to show
             write_page(folder.parent, images, task.samples.prompts)
 
-    return Assembly(objective, loader, [FinetuneSamples(task.samples, preview, copies)], export)
+    return Assembly(
+        objective, loader, [FinetuneSamples(sized(task.samples, preview.network, data), preview, copies)], export
+    )
 
 
 class FinetuneSamples:
@@ -232,7 +234,7 @@ def write_export(base: str, adapter: AnyAdapter, weights: dict[str, Tensor], fol
         found = adapter.export(weights)
         own = f"{fresh.network.component}."
         network = {k.removeprefix(own): v for k, v in found.items() if k.startswith(own)}
-        fresh.network.load_state_dict(network, strict=True)
+        filled(fresh.network, network)
         for i, tower in enumerate(fresh.text):
             load_tower(tower, found, i)
         save_diffusers(
@@ -250,15 +252,23 @@ def write_export(base: str, adapter: AnyAdapter, weights: dict[str, Tensor], fol
             lora_files.write_lora(folder / "kohya.safetensors", lora, config, form="kohya", sites=sites)
         names = {"loras": [lora_files.NAME], "embeddings": []}
     else:
-        names = {"loras": [], "embeddings": _write_tokens(adapter, weights, folder)}
+        names = {"loras": [], "embeddings": _write_tokens(adapter, weights, folder, token_names(fresh.text))}
     files.write_text(folder / ADAPTER, json.dumps({"base": base, **names}, indent=1))
 
 
-def _write_tokens(adapter: TokensAdapter, weights: dict[str, Tensor], folder: Path) -> list[str]:
+def token_names(text: Sequence[TextEncoder]) -> tuple[str, ...]:
+    """What files call the rows of each encoder that reads tokens."""
+    found = [one for one in text if next(one.parameters(), None) is not None]
+    names = iter(("clip_l", "clip_g"))
+    return tuple(next(names) if isinstance(one, TextTower) else "t5xxl" for one in found)
+
+
+def _write_tokens(adapter: TokensAdapter, weights: dict[str, Tensor], folder: Path, names: Sequence[str]) -> list[str]:
     """All tokens in one file of diffusers' form where it can hold them, and each in A1111's."""
     concepts = adapter.concepts(weights)
     for token, rows in concepts.items():
-        embedding_files.write_embeddings(folder / "a1111" / f"{plain(token)}.safetensors", {token: rows}, form="a1111")
+        path = folder / "a1111" / f"{plain(token)}.safetensors"
+        embedding_files.write_embeddings(path, {token: rows}, form="a1111", names=names)
     if all(len(rows) == 1 for rows in concepts.values()):
         embedding_files.write_embeddings(folder / embedding_files.NAME, concepts)
         return [embedding_files.NAME]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -208,6 +208,23 @@ def told_options(options: DenoiseOptions, network: Network) -> DenoiseOptions:
     return replace(options, guidance=usual)
 
 
+def filled(network: Network, weights: Mapping[str, Tensor]) -> Network:
+    """The network with trained weights, of all its parameters; tables that it computes itself stay.
+
+    Raises RuntimeError for weights that are missing or unknown.
+    """
+    network.load_state_dict({**dict(network.named_buffers()), **weights}, strict=True)
+    return network
+
+
+def sized(config: Samples, network: Network, data: Data) -> Samples:
+    """Sample pictures of the data's size, where neither they nor the network tell one (FLUX.1)."""
+    if config.settings.size is not None or network.own_side is not None:
+        return config
+    side = planned.side(data)
+    return replace(config, settings=replace(config.settings, size=(side, side)))
+
+
 def scheduler_for(process: Process, network: Network) -> dict[str, Any]:
     """The scheduler's config of a network that trained so. PixArt's pipelines drop the learned variance themselves."""
     variance = "fixed" if isinstance(network, PixArtTransformer) else process.variance
@@ -242,13 +259,12 @@ def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, work
     pipeline = TextToImage(network, codec, towers, task.process)
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
-        whole = networks.build(network.config)
-        whole.load_state_dict(weights, strict=True)
+        whole = filled(networks.build(network.config), weights)
         scheduler = scheduler_for(task.process, whole)
         save_diffusers(folder, network=whole, autoencoder=autoencoder, text=towers, scheduler=scheduler)
         files.write_text(folder / "trained.json", json.dumps({"steps": train.steps, "batch": train.batch}))
 
-    return Assembly(objective, loader, [SampleHook(task.samples, pipeline)], export)
+    return Assembly(objective, loader, [SampleHook(sized(task.samples, network, data), pipeline)], export)
 
 
 def job(task: TextToImageTask, data: Data, train: TrainConfig, asked: planned.Asked) -> Job:
