@@ -148,7 +148,9 @@ def assembled(
     pipeline.network.enable_gradient_checkpointing(task.gradient_checkpointing)
     encode_text = _live(towers) if live else text_encoder(towers)
     options = told_options(task.options, pipeline.network)
-    objective = DenoiseObjective(trained, pipeline.process, codec, encode_text, options, live=live)
+    objective = DenoiseObjective(
+        trained, pipeline.process, codec, encode_text, options, live=live, below=pipeline.network
+    )
     objective.to(dist.device())
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
@@ -304,7 +306,9 @@ def adapted_job(
         trained = adapter.attach(model.network, model.text)
         model.network.enable_gradient_checkpointing(planned.again(how, recompute))
         encode = _live(model.text) if live else planned.states(base)
-        return planned.Loss(DenoiseObjective(trained, model.process, model.codec, encode, options, live=live))
+        return planned.Loss(
+            DenoiseObjective(trained, model.process, model.codec, encode, options, live=live, below=model.network)
+        )
 
     cached = task.cache is not None or data.cached
     said += planned.attention(asked.gpu) if live else []
