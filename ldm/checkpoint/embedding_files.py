@@ -20,16 +20,22 @@ from ldm.words import expanded
 
 NAME = "learned_embeds.safetensors"
 Format = Literal["diffusers", "a1111", "a1111_pt"]
-_TOWERS = ("clip_l", "clip_g")
-_OTHER_TOWERS = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
+_TOWERS = ("clip_l", "clip_g", "t5xxl")
+_OTHER_TOWERS = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g", "t5": "t5xxl"}
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
-def write_embeddings(path: Path, concepts: Mapping[str, Sequence[Tensor]], *, form: Format = "diffusers") -> None:
+def write_embeddings(
+    path: Path,
+    concepts: Mapping[str, Sequence[Tensor]],
+    *,
+    form: Format = "diffusers",
+    names: Sequence[str] = _TOWERS[:2],
+) -> None:
     """Write token -> rows (n, D) of each tower.
 
-    "diffusers": token -> rows in one file; two towers as clip_l and clip_g, one token a file. Raises ValueError for
-    what a form cannot hold.
+    "diffusers": token -> rows in one file; several towers by their `names` (clip_l, clip_g, t5xxl), one token
+    a file. Raises ValueError for what a form cannot hold.
     """
     two = any(len(rows) > 1 for rows in concepts.values())
     if (form != "diffusers" or two) and len(concepts) != 1:
@@ -45,7 +51,7 @@ def write_embeddings(path: Path, concepts: Mapping[str, Sequence[Tensor]], *, fo
         torch.save(_old(token, rows[0]), path)
         return
     if two:
-        tensors: dict[str, Tensor] = dict(zip(_TOWERS, rows, strict=True))
+        tensors: dict[str, Tensor] = dict(zip(names, rows, strict=True))
     elif form == "a1111":
         tensors = {"emb_params": rows[0]}
     else:

@@ -11,7 +11,7 @@ from typing import Any
 from ldm.diffusion.schedule import Schedule
 from ldm.sampling.times import subset
 
-SAMPLERS = {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}
+SAMPLERS = {"LCMScheduler": "lcm", "FlowMatchLCMScheduler": "lcm", "TCDScheduler": "tcd"}
 PLAIN = ("dpmpp_2m", 25, 3.0)
 """Sampler, steps and guidance of a model that is no few-step student, where nothing else is asked for."""
 

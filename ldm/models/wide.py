@@ -7,6 +7,7 @@ not rounded in between.
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -56,9 +57,14 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b in the type of x, added up in float32 where its products would be emulated."""
-    with torch.autocast(x.device.type, enabled=False):
+    with _own_precision(x):
         to = _adds_in(x)
         return F.linear(x.to(to), weight.to(to), None if bias is None else bias.to(to)).to(x.dtype)
+
+
+def _own_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """Without autocast, which plans' tensors of no memory know nothing of."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _adds_in(x: Tensor) -> torch.dtype:
@@ -79,7 +85,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         of_x = of_weight = of_bias = None
-        with torch.autocast(x.device.type, enabled=False):
+        with _own_precision(x):
             to = _adds_in(x)
             grad = grads[0].to(to)
             if ctx.needs_input_grad[1]:

@@ -80,11 +80,14 @@ class DenoiseObjective(Objective):
         options: DenoiseOptions,
         *,
         live: bool = False,
+        below: nn.Module | None = None,
     ) -> None:
+        """`below`: the network that `network`, an adapter around it, corrects or feeds."""
         super().__init__(network)
+        self._of = (network if below is None else below,)  # in a tuple: not registered, it trains as `trained` alone
         self.process, self.options = process, options
         self._feed = LatentFeed(codec, encode_text, options.drop, each=options.drop_each, live=live)
-        if options.guidance is not None and getattr(network, "guidance_width", None) is None:
+        if options.guidance is not None and getattr(self._of[0], "guidance_width", None) is None:
             raise ValueError(f"guidance {options.guidance}: the network is told no guidance scale; write null")
         density = process.density
         self._history = History(process.schedule.steps, density) if isinstance(density, Importance) else None
@@ -116,7 +119,7 @@ class DenoiseObjective(Objective):
 
     def _tokens(self, latents: Tensor) -> int:
         """The image tokens of latents (B, C, H, W), each of `token_side` x `token_side` of them (2 as networks go)."""
-        side = getattr(self.trained, "token_side", 2)
+        side = getattr(self._of[0], "token_side", 2)
         return max(1, (latents.shape[2] // side) * (latents.shape[3] // side))
 
     def _times(self, u: Tensor, tokens: int) -> tuple[Tensor, Tensor | None]:
@@ -158,7 +161,7 @@ class DenoiseObjective(Objective):
             return cond
         low, high = _span(self.options.guidance)
         scale = low + (high - low) * rng.uniform("guidance")
-        told = told_scale(scale, getattr(self.trained, "guidance_is_scale", False))
+        told = told_scale(scale, getattr(self._of[0], "guidance_is_scale", False))
         return {**cond, "guidance": told.to(self.device)}
 
 

@@ -36,10 +36,10 @@ class Estimator:
         return {**cond, "guidance": w + 1 if self.as_scale else w} if self.conditioned else cond
 
     def out(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The network's own answer."""
+        """The network's own answer, of as many channels as x: without a learned variance (PixArt)."""
         if x.dim() == 4 and not x.is_meta and torch.is_autocast_enabled(x.device.type):  # as in the denoising loss
             x = x.contiguous(memory_format=torch.channels_last)
-        return self.net(x, t, cond)
+        return self.net(x, t, cond)[:, : x.shape[1]]
 
     def both(self, x: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """(x_0, noise), float32."""

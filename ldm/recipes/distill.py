@@ -27,6 +27,7 @@ from ldm.models import networks
 from ldm.models.discriminator import MiddleHead, PatchHead
 from ldm.models.network import Network, granularity
 from ldm.models.shipped import SHIPPED, locate
+from ldm.models.transformers.pixart import PixArtTransformer
 from ldm.objectives import Objective
 from ldm.objectives.consistency import ConsistencyObjective, ConsistencyOptions
 from ldm.objectives.inputs import Feed, LatentFeed
@@ -41,7 +42,7 @@ from ldm.recipes.base import Assembly
 from ldm.recipes.distill_task import DistillTask, Method
 from ldm.recipes.rounds import rounds
 from ldm.recipes.sources import text_encoder, training_data
-from ldm.recipes.text_to_image import SampleHook, cached, hashes
+from ldm.recipes.text_to_image import SampleHook, cached, filled, hashes, sized
 from ldm.rng import seed_torch
 from ldm.train.trainer import TrainConfig
 from ldm.types import Cond, Net
@@ -66,11 +67,12 @@ def build(task: DistillTask, data: Data, train: TrainConfig, seed: int, workers:
     seed_torch(seed)  # initial weights
     device = dist.device()
     source = TextToImage.load(task.teacher, device=device)
-    if source.process.variance == "learned":
+    if source.process.variance == "learned" and not isinstance(source.network, PixArtTransformer):
         raise ValueError(
             f"task.teacher: {task.teacher!r} learns its variance, which a student has no use for; give one without"
         )
     towers, codec, network = source.text, source.codec, source.network
+    student_scheduler(task.method, source.process)  # refuses what cannot be drawn before anything is built
     student = make_student(task, network, source.process)
     objective = make_objective(
         task, student, network, source.process, LatentFeed(codec, text_encoder(towers), task.drop)
@@ -81,7 +83,8 @@ def build(task: DistillTask, data: Data, train: TrainConfig, seed: int, workers:
     expect = hashes(codec.autoencoder, towers) if data.cached else None
     loader = training_data(data, train, seed, workers, expect=expect)
     scheduler = student_scheduler(task.method, student.own.process)
-    pipeline = TextToImage(student.network, codec, towers, student.own.process, **_spacing(task.method))
+    drawing = replace(student.own.process, variance=source.process.variance)
+    pipeline = TextToImage(student.network, codec, towers, drawing, **_spacing(task.method))
     pipeline.student = few_steps(scheduler, guided=not student.own.conditioned)
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
@@ -89,13 +92,12 @@ def build(task: DistillTask, data: Data, train: TrainConfig, seed: int, workers:
         if student.lora is not None:
             write_student_lora(folder, task.teacher, student.lora, own, network, scheduler)
         else:
-            whole = networks.build(student.network.config)
-            whole.load_state_dict(own, strict=True)
+            whole = filled(networks.build(student.network.config), own)
             save_diffusers(folder, network=whole, autoencoder=codec.autoencoder, text=towers, scheduler=scheduler)
         facts = {"steps": train.steps, "batch": train.batch, "teacher": task.teacher, "method": task.method.kind}
         files.write_text(folder / "trained.json", json.dumps(facts))
 
-    return Assembly(objective, loader, [SampleHook(task.samples, pipeline)], export)
+    return Assembly(objective, loader, [SampleHook(sized(task.samples, network, data), pipeline)], export)
 
 
 def make_student(task: DistillTask, teacher: Network, process: Process) -> Student:
@@ -136,15 +138,25 @@ def _beside_critic(
     logits: Logits | None = None
     if options.adversarial:
         middle, schedule = critic.middle, own.process.schedule
+        if options.judge == "middle":
+            _check_middle(critic)
         like = next(critic.parameters())
         if options.judge == "patches":
-            patches = both["head"] = PatchHead(critic.out_channels).to(like)
+            patches = both["head"] = PatchHead(min(critic.in_channels, critic.out_channels)).to(like)
             logits = lambda x, t, cond: patches(x, schedule.alpha_sigma(t, x.dtype)[1])  # noqa: E731
         else:
             head = both["head"] = MiddleHead(critic.middle_channels, critic.middle_groups).to(like)
             logits = lambda x, t, cond: head(middle(x, t, cond))  # noqa: E731
     network = trained if isinstance(trained, Network) else teacher
     return Student(both, network, own, own, None, _estimator(critic, critic, own.process), logits, lora)
+
+
+def _check_middle(critic: Network) -> None:
+    """Raise ValueError, naming the key, for a network without features half way."""
+    try:
+        _ = critic.middle_channels
+    except ValueError as error:
+        raise ValueError(f"method.judge: 'middle', but {error}; take 'patches'") from None
 
 
 def _lora_student(task: DistillTask, config: LoraConfig, teacher: Network, process: Process, decay: float) -> Student:
@@ -225,7 +237,14 @@ def frozen(net: LoraNet) -> Any:
 
 
 def student_scheduler(method: Method, process: Process) -> dict[str, Any]:
-    """The diffusers scheduler that samples the student as it was trained."""
+    """The diffusers scheduler that samples the student as it was trained. Raises ValueError where there is none."""
+    if not process.schedule.discrete:
+        if isinstance(method, TrajectoryOptions):
+            raise ValueError(
+                "method.kind: 'tcd', but its sampler in diffusers knows no flow; lcm, dmd and progressive do"
+            )
+        plain = scheduler_to_diffusers(process.schedule, process.prediction)
+        return plain if isinstance(method, ProgressiveOptions) else plain | {"_class_name": "FlowMatchLCMScheduler"}
     if isinstance(method, ProgressiveOptions):
         own = {"timestep_spacing": "trailing", "steps_offset": 0, "set_alpha_to_one": True}
         return scheduler_to_diffusers(process.schedule, process.prediction) | own

@@ -18,13 +18,24 @@ from ldm.adapters.sites import all_sites
 from ldm.adapters.tokens import TokensAdapter, TokensConfig
 from ldm.checkpoint import embedding_files, files, lora_files
 from ldm.checkpoint.convert import save_diffusers
-from ldm.checkpoint.schedulers import scheduler_to_diffusers
+from ldm.config.load import decode
 from ldm.data.encode import EncodeConfig, encode, finish
 from ldm.data.loader import DataConfig
 from ldm.data.mixture import Data, with_caches
-from ldm.diffusion.weighting import P2, SNR, VLB, MinSNR, Uniform
+from ldm.diffusion.density import (
+    CosMap,
+    FluxShift,
+    Importance,
+    LogitNormal,
+    Mode,
+    ShiftedUniform,
+    UniformTimes,
+)
+from ldm.diffusion.process import Process
+from ldm.diffusion.weighting import P2, SNR, VLB, X0, CosMapWeight, MinSNR, SigmaSqrt, Uniform
+from ldm.models.families import family_of
 from ldm.models.network import Granularity, granularity
-from ldm.models.text import TextEncoder, encode_texts
+from ldm.models.text import TextEncoder, TextTower, encode_texts
 from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.objectives.inputs import EncodeText
@@ -34,12 +45,13 @@ from ldm.recipes import planned, planned_models
 from ldm.recipes.base import Assembly
 from ldm.recipes.page import write_page
 from ldm.recipes.pictures import prepare
-from ldm.recipes.sources import cache_hashes, text_encoder, training_data
-from ldm.recipes.text_to_image import SampleHook, Samples
+from ldm.recipes.sources import cache_hashes, scheduler_of, text_encoder, training_data
+from ldm.recipes.text_to_image import SampleHook, Samples, filled, sized, told_options
 from ldm.rng import seed_torch
 from ldm.train.trainer import TrainConfig, Trainer
 from ldm.types import Cond
 
+Density = UniformTimes | LogitNormal | Mode | CosMap | ShiftedUniform | FluxShift | Importance
 AnyAdapter = FullAdapter | LoraAdapter | TokensAdapter
 ADAPTER = "adapter.json"
 
@@ -49,11 +61,14 @@ class Finetuning:
     """What every fine-tuning has; abstract.
 
     `base`: the model to start from, as `ldm.load` takes it. `weighting` is of the loss; schedule and prediction are the
-    base's. With `cache`, a folder, pictures are encoded once, and captions too unless the text towers train.
+    base's. `density` is of training times, None: the family's usual one; so is what a network is told of the guidance
+    where `options.guidance` is null. With `cache`, a folder, pictures are encoded once, and captions too unless the
+    text encoders train.
     """
 
     base: str = "emoji"
-    weighting: Uniform | MinSNR | SNR | P2 | VLB = field(default_factory=Uniform)
+    weighting: Uniform | MinSNR | SNR | P2 | VLB | X0 | SigmaSqrt | CosMapWeight = field(default_factory=Uniform)
+    density: Density | None = None
     options: DenoiseOptions = field(default_factory=lambda: DenoiseOptions(drop=0.0))
     cache: Path | None = None
     gradient_checkpointing: bool | Granularity = False
@@ -79,10 +94,18 @@ def build(task: FinetuneTask, data: Data, train: TrainConfig, seed: int, workers
 
 
 def open_base(task: Finetuning) -> TextToImage:
-    """The base model with the loss's weighting."""
+    """The base model with the loss's weighting and density."""
     pipeline = TextToImage.load(task.base, device=dist.device())
-    pipeline.process = replace(pipeline.process, weighting=task.weighting)
+    pipeline.process = trained_process(task, pipeline)
     return pipeline
+
+
+def trained_process(task: Finetuning, base: TextToImage) -> Process:
+    """The base's process with the loss's weighting, and the density that is asked for or usual in its family."""
+    density, usual = task.density, family_of(base.network.config).density
+    if density is None and usual is not None and not base.process.schedule.discrete:
+        density = decode(Density, dict(usual), "density")
+    return replace(base.process, weighting=task.weighting, density=density or base.process.density)
 
 
 def make_adapter(config: FullConfig | LoraConfig | TokensConfig) -> AnyAdapter:
@@ -124,7 +147,10 @@ def assembled(
     trained = adapter.attach(pipeline.network, towers)
     pipeline.network.enable_gradient_checkpointing(task.gradient_checkpointing)
     encode_text = _live(towers) if live else text_encoder(towers)
-    objective = DenoiseObjective(trained, pipeline.process, codec, encode_text, task.options, live=live)
+    options = told_options(task.options, pipeline.network)
+    objective = DenoiseObjective(
+        trained, pipeline.process, codec, encode_text, options, live=live, below=pipeline.network
+    )
     objective.to(dist.device())
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
@@ -132,7 +158,9 @@ def assembled(
         if folder.name == "export":  # `ldm export` writes elsewhere, where there is no run to show
             write_page(folder.parent, images, task.samples.prompts)
 
-    return Assembly(objective, loader, [FinetuneSamples(task.samples, preview, copies)], export)
+    return Assembly(
+        objective, loader, [FinetuneSamples(sized(task.samples, preview.network, data), preview, copies)], export
+    )
 
 
 class FinetuneSamples:
@@ -208,14 +236,13 @@ def write_export(base: str, adapter: AnyAdapter, weights: dict[str, Tensor], fol
         found = adapter.export(weights)
         own = f"{fresh.network.component}."
         network = {k.removeprefix(own): v for k, v in found.items() if k.startswith(own)}
-        fresh.network.load_state_dict(network, strict=True)
+        filled(fresh.network, network)
         for i, tower in enumerate(fresh.text):
             load_tower(tower, found, i)
-        process = fresh.process
-        scheduler = scheduler_to_diffusers(process.schedule, process.prediction, variance=process.variance)
         save_diffusers(
-            folder, network=fresh.network, autoencoder=fresh.codec.autoencoder, text=fresh.text, scheduler=scheduler
-        )
+            folder, network=fresh.network, autoencoder=fresh.codec.autoencoder, text=fresh.text,
+            scheduler=scheduler_of(base),
+        )  # fmt: skip
         return
     folder.mkdir(parents=True, exist_ok=True)
     names: dict[str, list[str]]
@@ -223,19 +250,27 @@ def write_export(base: str, adapter: AnyAdapter, weights: dict[str, Tensor], fol
         lora, sites = adapter.lora(weights), all_sites(fresh.network, fresh.text)
         config = fresh.network.config
         lora_files.write_lora(folder / lora_files.NAME, lora, config)
-        if lora_files.kohya_holds(lora, folder / "kohya.safetensors"):
+        if lora_files.kohya_holds(lora, folder / "kohya.safetensors", config):
             lora_files.write_lora(folder / "kohya.safetensors", lora, config, form="kohya", sites=sites)
         names = {"loras": [lora_files.NAME], "embeddings": []}
     else:
-        names = {"loras": [], "embeddings": _write_tokens(adapter, weights, folder)}
+        names = {"loras": [], "embeddings": _write_tokens(adapter, weights, folder, token_names(fresh.text))}
     files.write_text(folder / ADAPTER, json.dumps({"base": base, **names}, indent=1))
 
 
-def _write_tokens(adapter: TokensAdapter, weights: dict[str, Tensor], folder: Path) -> list[str]:
+def token_names(text: Sequence[TextEncoder]) -> tuple[str, ...]:
+    """What files call the rows of each encoder that reads tokens."""
+    found = [one for one in text if next(one.parameters(), None) is not None]
+    names = iter(("clip_l", "clip_g"))
+    return tuple(next(names) if isinstance(one, TextTower) else "t5xxl" for one in found)
+
+
+def _write_tokens(adapter: TokensAdapter, weights: dict[str, Tensor], folder: Path, names: Sequence[str]) -> list[str]:
     """All tokens in one file of diffusers' form where it can hold them, and each in A1111's."""
     concepts = adapter.concepts(weights)
     for token, rows in concepts.items():
-        embedding_files.write_embeddings(folder / "a1111" / f"{plain(token)}.safetensors", {token: rows}, form="a1111")
+        path = folder / "a1111" / f"{plain(token)}.safetensors"
+        embedding_files.write_embeddings(path, {token: rows}, form="a1111", names=names)
     if all(len(rows) == 1 for rows in concepts.values()):
         embedding_files.write_embeddings(folder / embedding_files.NAME, concepts)
         return [embedding_files.NAME]
@@ -261,7 +296,8 @@ def adapted_job(
     """A base model with an adapter, counted from its loss: the network is frozen beside a LoRA or new tokens."""
     how, said = granularity(task.gradient_checkpointing), list[str]()
     base = planned_models.whole(task.base, "task.base", said)
-    base.process = replace(base.process, weighting=task.weighting)
+    base.process = trained_process(task, base)
+    options = told_options(task.options, base.network)
     planned.fits(base, data, "task.base", task.base)
     live = make_adapter(config).trains_text
 
@@ -270,7 +306,9 @@ def adapted_job(
         trained = adapter.attach(model.network, model.text)
         model.network.enable_gradient_checkpointing(planned.again(how, recompute))
         encode = _live(model.text) if live else planned.states(base)
-        return planned.Loss(DenoiseObjective(trained, model.process, model.codec, encode, task.options, live=live))
+        return planned.Loss(
+            DenoiseObjective(trained, model.process, model.codec, encode, options, live=live, below=model.network)
+        )
 
     cached = task.cache is not None or data.cached
     said += planned.attention(asked.gpu) if live else []

@@ -17,8 +17,7 @@ from ldm.data.mixture import Data
 from ldm.models.fit import check_fit, given, tokens
 from ldm.models.fit import told as told_cond
 from ldm.models.network import Granularity
-from ldm.models.text import MissingT5
-from ldm.models.text.base import TextEncoder
+from ldm.models.text import TextEncoder, TextTower
 from ldm.models.vae.autoencoder import Autoencoder
 from ldm.objectives import Objective
 from ldm.pipeline import TextToImage
@@ -77,11 +76,20 @@ def frozen(vae: Autoencoder, towers: Sequence[TextEncoder], pixels: int, cached:
     flops = 0 if cached else count_flops(vae.encode, torch.empty(1, 3, pixels, pixels, device="meta"))
     found = [Frozen(name="vae", bytes=weight(vae), flops=float(flops))]
     for i, tower in enumerate(towers):
-        ids = torch.zeros(1, tokens(tower.config), dtype=torch.int64, device="meta")
-        counted = not cached and not isinstance(tower, MissingT5)
-        flops = count_flops(tower.encode, ids) if counted else 0  # type: ignore[attr-defined]
+        flops = 0 if cached else _text_flops(tower)
         found.append(Frozen(name=f"text {i + 1}", bytes=weight(tower), flops=float(flops)))
     return found
+
+
+def _text_flops(encoder: TextEncoder) -> float:
+    """Operations of one prompt as long as it may be; none of an encoder that is left out."""
+    if next(encoder.parameters(), None) is None:
+        return 0.0
+    count = tokens(encoder.config)
+    if isinstance(encoder, TextTower):
+        return float(count_flops(encoder.model, torch.zeros(1, count, dtype=torch.int64, device="meta")))
+    states = torch.empty(1, count, encoder.table.embedding_dim, device="meta")
+    return float(count_flops(lambda x: encoder.model(inputs_embeds=x).last_hidden_state, states))
 
 
 def weight(module: nn.Module) -> float:

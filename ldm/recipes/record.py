@@ -21,12 +21,13 @@ from ldm.models.shipped import SHIPPED, named
 from ldm.train.changes import Record
 from ldm.words import near
 
-PARTS = {"vae": ("vae",), "text": ("clip", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")}
+_TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+PARTS = {"vae": ("vae",), "text": ("clip", *_TEXT)}
 """Of a model's folder, what the keys `task.vae` and `task.text` take."""
 MODELS = ("vae", "text", "start", "base", "teacher")
 """Keys of tasks that name a model."""
 _WHOLE = (*NETWORKS, "vae", "scheduler", *PARTS["text"])
-_FILES = (".safetensors", ".json", ".txt", ".bin", ".ckpt")
+_FILES = (".safetensors", ".json", ".txt", ".bin", ".ckpt", ".model")
 _BOOKKEEPING = ("_name_or_path", "_diffusers_version", "transformers_version")
 
 

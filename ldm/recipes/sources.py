@@ -15,13 +15,23 @@ from ldm import dist
 from ldm.checkpoint import convert
 from ldm.checkpoint.folder import NETWORKS, network_in, open_network, open_vae
 from ldm.checkpoint.folders import read_module
-from ldm.config.load import decode
+from ldm.checkpoint.opened import load_encoder
+from ldm.config.load import decode, encode
 from ldm.data.mixture import Data, open_data
 from ldm.data.stream import Stream, Tokenize
 from ldm.models.network import Network
 from ldm.models.networks import AnyNetwork
 from ldm.models.shipped import locate, named
-from ldm.models.text import ClipConfig, TextEncoder, TextTower, build_clip, encode_texts, openclip
+from ldm.models.text import (
+    ClipConfig,
+    MissingConfig,
+    TextConfig,
+    TextEncoder,
+    TextTower,
+    build_clip,
+    encode_texts,
+    openclip,
+)
 from ldm.models.text.openclip import AnyClip
 from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.pipeline import TextToImage
@@ -106,6 +116,14 @@ def vae_of(source: str) -> AutoencoderConfig:
     return convert.open_model(folder if folder.exists() else source).vae_config
 
 
+def scheduler_of(source: str) -> dict[str, Any]:
+    """A model's `scheduler_config.json` as it is; the base's, for an adapter."""
+    folder = _below(source)
+    if (folder / ADAPTER).is_file():
+        return scheduler_of(json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base"])
+    return dict(convert.open_model(folder if folder.exists() else source).scheduler)
+
+
 def load_network(source: str) -> Network:
     """The network of a model, an adapter merged into its weights."""
     folder = _below(source)
@@ -127,10 +145,11 @@ def load_autoencoder(source: str) -> Autoencoder:
 
 
 def load_towers(source: str) -> list[TextEncoder]:
-    """Frozen text towers: of a diffusers folder, or the one of a CLIP trained here."""
+    """Frozen text encoders: all of a diffusers folder, or the one tower of a CLIP trained here."""
     folder = place(source, "text")
-    if (folder / "text_encoder_2").is_dir():
-        return convert.load_model(folder).text
+    if (folder / "text_encoder_2").is_dir() or (folder / "transformer").is_dir():
+        opened = convert.open_model(folder)
+        return [load_encoder(one, torch.float32, f"{opened.where}: text encoder") for one in opened.text]
     if (folder / "text_encoder").is_dir():
         return [convert.load_text(folder / "text_encoder", folder / "tokenizer")]
     return [clip_tower(source)]
@@ -194,8 +213,18 @@ _PROBES = ("", "a photo of a cat", "Zwölf GROSSE Äpfel, 12.5 % (sehr) süß!",
 
 def text_settings(towers: Sequence[TextEncoder]) -> str:
     """A short hash of what decides text states beside the weights: how a few texts become tokens, and which layer."""
-    told = [[t.config.output, t.config.activation, t.config.heads, t.tokenize(list(_PROBES)).tolist()] for t in towers]
-    return hashlib.blake2b(json.dumps(told).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(json.dumps([_text_told(t) for t in towers]).encode(), digest_size=8).hexdigest()
+
+
+def _text_told(encoder: TextEncoder) -> list[Any]:
+    config = encoder.config
+    if isinstance(config, MissingConfig):
+        return [config.kind, config.width, config.tokens]
+    tokens = encoder.tokenize(list(_PROBES)).tolist()
+    if isinstance(config, TextConfig):
+        return [config.output, config.activation, config.heads, tokens]
+    plain = {k: v for k, v in encode(config).items() if k != "tokenizer"}  # a path; its tokens tell it
+    return [plain, tokens]
 
 
 def _bytes(value: Tensor) -> bytes:

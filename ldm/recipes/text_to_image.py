@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,10 +24,12 @@ from ldm.data.loader import DataConfig
 from ldm.data.mixture import Data, with_caches
 from ldm.diffusion.process import Process
 from ldm.models import networks
+from ldm.models.families import family_of
 from ldm.models.fit import check_fit, given, told
 from ldm.models.network import Granularity, Network, granularity
 from ldm.models.networks import AnyNetwork
 from ldm.models.text import TextEncoder
+from ldm.models.transformers.pixart import PixArtTransformer
 from ldm.models.vae.autoencoder import Autoencoder
 from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
@@ -198,6 +200,37 @@ def check_channels(network: Network, process: Process, codec: LatentCodec) -> No
         )
 
 
+def told_options(options: DenoiseOptions, network: Network) -> DenoiseOptions:
+    """With the guidance scale that is usually told in training where the network is told one and none is given."""
+    usual = family_of(network.config).guidance_told
+    if options.guidance is not None or usual is None or network.guidance_width is None:
+        return options
+    return replace(options, guidance=usual)
+
+
+def filled(network: Network, weights: Mapping[str, Tensor]) -> Network:
+    """The network with trained weights, of all its parameters; tables that it computes itself stay.
+
+    Raises RuntimeError for weights that are missing or unknown.
+    """
+    network.load_state_dict({**dict(network.named_buffers()), **weights}, strict=True)
+    return network
+
+
+def sized(config: Samples, network: Network, data: Data) -> Samples:
+    """Sample pictures of the data's size, where neither they nor the network tell one (FLUX.1)."""
+    if config.settings.size is not None or network.own_side is not None:
+        return config
+    side = planned.side(data)
+    return replace(config, settings=replace(config.settings, size=(side, side)))
+
+
+def scheduler_for(process: Process, network: Network) -> dict[str, Any]:
+    """The scheduler's config of a network that trained so. PixArt's pipelines drop the learned variance themselves."""
+    variance = "fixed" if isinstance(network, PixArtTransformer) else process.variance
+    return scheduler_to_diffusers(process.schedule, process.prediction, variance=variance)
+
+
 def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:
     """The network, the frozen parts, the data (encoded once, if so configured) and sample pictures."""
     seed_torch(seed)  # initial weights
@@ -217,7 +250,8 @@ def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, work
         network_key="task.network" if task.start is None else f"task.start's {network.title}",
     )  # fmt: skip
     encode_text = text_encoder(towers)
-    objective = DenoiseObjective(network, task.process, codec, encode_text, task.options).to(device)
+    options = told_options(task.options, network)
+    objective = DenoiseObjective(network, task.process, codec, encode_text, options).to(device)
     if task.cache is not None and not data.cached:
         data = with_caches(data, task.cache, lambda data, folder: cached(folder, data, codec, towers))
     expect = hashes(autoencoder, towers) if data.cached else None
@@ -225,14 +259,12 @@ def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, work
     pipeline = TextToImage(network, codec, towers, task.process)
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
-        whole = networks.build(network.config)
-        whole.load_state_dict(weights, strict=True)
-        process = task.process
-        scheduler = scheduler_to_diffusers(process.schedule, process.prediction, variance=process.variance)
+        whole = filled(networks.build(network.config), weights)
+        scheduler = scheduler_for(task.process, whole)
         save_diffusers(folder, network=whole, autoencoder=autoencoder, text=towers, scheduler=scheduler)
         files.write_text(folder / "trained.json", json.dumps({"steps": train.steps, "batch": train.batch}))
 
-    return Assembly(objective, loader, [SampleHook(task.samples, pipeline)], export)
+    return Assembly(objective, loader, [SampleHook(sized(task.samples, network, data), pipeline)], export)
 
 
 def job(task: TextToImageTask, data: Data, train: TrainConfig, asked: planned.Asked) -> Job:
