@@ -50,7 +50,7 @@ def t5_tokenizer(folder: Path) -> Path:
 def towers(kind: str, folder: Path) -> list[Any]:
     """The settings of a family's text encoders; `kind` "sd3_clip" is one tower alone, "sd3_no_t5" both of them."""
     if kind == "zimage":
-        sizes = QWEN | {"max_position_embeddings": 1024}
+        sizes: dict[str, Any] = QWEN | {"max_position_embeddings": 1024}
         return [QwenConfig(**sizes, tokenizer=qwen_tokenizer(folder))]
     t5 = replace(T5, tokenizer=t5_tokenizer(folder))
     one = TextConfig(width=16, activation="quick_gelu", output="penultimate", projection=12, **TEXT)
