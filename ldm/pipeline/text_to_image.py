@@ -107,7 +107,7 @@ class TextToImage:
     @property
     def habit(self) -> tuple[str, int, float]:
         """Sampler, steps and guidance where nothing else is asked for: a published transformer's, or this project's."""
-        family = family_of(self.network.config)
+        family = family_of(self.network.config, {"shift": getattr(self.process.schedule, "shift", None)})
         if self.network.component != "transformer" or all(isinstance(encoder, TextTower) for encoder in self.text):
             return students.PLAIN
         return family.sampler, family.steps, family.guidance

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
@@ -104,7 +104,7 @@ def trained_process(task: Finetuning, base: TextToImage) -> Process:
     """The base's process with the loss's weighting, and the density that is asked for or usual in its family."""
     density, usual = task.density, family_of(base.network.config).density
     if density is None and usual is not None and not base.process.schedule.discrete:
-        density = decode(Density, dict(usual), "density")
+        density = decode(cast("Any", Density), dict(usual), "density")
     return replace(base.process, weighting=task.weighting, density=density or base.process.density)
 
 

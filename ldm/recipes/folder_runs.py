@@ -16,7 +16,7 @@ from ldm.models import networks
 from ldm.models.families import Family, family_of
 from ldm.models.shipped import SHIPPED, named
 from ldm.recipes.pictures import is_set
-from ldm.recipes.sources import network_of, vae_of
+from ldm.recipes.sources import network_of, scheduler_of, vae_of
 
 RATES = {
     "dreambooth": (5.0e-6, 1.0e-4),
@@ -54,7 +54,7 @@ class Choices:
     @functools.cached_property
     def family(self) -> Family | None:
         """The published family of the base; None of a shipped model, which has settings of its own."""
-        return None if self.base in SHIPPED else family_of(network_of(self.base))
+        return None if self.base in SHIPPED else family_of(network_of(self.base), scheduler_of(self.base))
 
     @property
     def folder(self) -> Path:
