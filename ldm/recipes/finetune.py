@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
@@ -104,7 +104,7 @@ def trained_process(task: Finetuning, base: TextToImage) -> Process:
     """The base's process with the loss's weighting, and the density that is asked for or usual in its family."""
     density, usual = task.density, family_of(base.network.config).density
     if density is None and usual is not None and not base.process.schedule.discrete:
-        density = decode(Density, dict(usual), "density")
+        density = decode(cast("Any", Density), dict(usual), "density")
     return replace(base.process, weighting=task.weighting, density=density or base.process.density)
 
 
@@ -134,6 +134,7 @@ def assembled(
 ) -> Assembly:
     """Caches, adapter, objective, loader, sample pictures and export of a prepared data set."""
     seed_torch(seed)  # initial weights of the adapter
+    planned.check_patches(pipeline.network, pipeline.codec.factor, data)
     codec, towers, live = pipeline.codec, pipeline.text, adapter.trains_text
     if isinstance(adapter, TokensAdapter) and train.optim.weight_decay:
         raise ValueError(
