@@ -72,7 +72,10 @@ def build(task: DistillTask, data: Data, train: TrainConfig, seed: int, workers:
             f"task.teacher: {task.teacher!r} learns its variance, which a student has no use for; give one without"
         )
     towers, codec, network = source.text, source.codec, source.network
+    planned.check_patches(network, codec.factor, data)
     student_scheduler(task.method, source.process)  # refuses what cannot be drawn before anything is built
+    schedule = source.process.schedule
+    source.process = sized_process(source, data)
     student = make_student(task, network, source.process)
     objective = make_objective(
         task, student, network, source.process, LatentFeed(codec, text_encoder(towers), task.drop)
@@ -82,7 +85,7 @@ def build(task: DistillTask, data: Data, train: TrainConfig, seed: int, workers:
         data = with_caches(data, task.cache, lambda data, folder: cached(folder, data, codec, towers))
     expect = hashes(codec.autoencoder, towers) if data.cached else None
     loader = training_data(data, train, seed, workers, expect=expect)
-    scheduler = student_scheduler(task.method, student.own.process)
+    scheduler = student_scheduler(task.method, replace(student.own.process, schedule=schedule))
     drawing = replace(student.own.process, variance=source.process.variance)
     pipeline = TextToImage(student.network, codec, towers, drawing, **_spacing(task.method))
     pipeline.student = few_steps(scheduler, guided=not student.own.conditioned)
@@ -98,6 +101,12 @@ def build(task: DistillTask, data: Data, train: TrainConfig, seed: int, workers:
         files.write_text(folder / "trained.json", json.dumps(facts))
 
     return Assembly(objective, loader, [SampleHook(sized(task.samples, network, data), pipeline)], export)
+
+
+def sized_process(teacher: TextToImage, data: Data) -> Process:
+    """The teacher's process on pictures of the data's size, on which a flow's dynamic shift depends."""
+    side = planned.side(data) // teacher.codec.factor
+    return teacher.at((side, side), 4).process
 
 
 def make_student(task: DistillTask, teacher: Network, process: Process) -> Student:
@@ -319,6 +328,8 @@ def job(task: DistillTask, data: Data, train: TrainConfig, asked: planned.Asked)
     said: list[str] = []
     base = planned_models.whole(task.teacher, "task.teacher", said)
     planned.fits(base, data, "task.teacher", task.teacher)
+    student_scheduler(task.method, base.process)
+    base.process = sized_process(base, data)
     cached = task.cache is not None or data.cached
     planned.check_cache(task.cache, cached, said)
     task = replace(task, start=None)  # what the weights are does not change what they take

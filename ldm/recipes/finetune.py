@@ -134,6 +134,7 @@ def assembled(
 ) -> Assembly:
     """Caches, adapter, objective, loader, sample pictures and export of a prepared data set."""
     seed_torch(seed)  # initial weights of the adapter
+    planned.check_patches(pipeline.network, pipeline.codec.factor, data)
     codec, towers, live = pipeline.codec, pipeline.text, adapter.trains_text
     if isinstance(adapter, TokensAdapter) and train.optim.weight_decay:
         raise ValueError(

@@ -16,8 +16,9 @@ from ldm.data.manifest import Manifest, resolve
 from ldm.data.mixture import Data
 from ldm.models.fit import check_fit, given, tokens
 from ldm.models.fit import told as told_cond
-from ldm.models.network import Granularity
+from ldm.models.network import Granularity, Network
 from ldm.models.text import TextEncoder, TextTower
+from ldm.models.transformers.base import Transformer
 from ldm.models.vae.autoencoder import Autoencoder
 from ldm.objectives import Objective
 from ldm.pipeline import TextToImage
@@ -195,6 +196,17 @@ def fits(model: TextToImage, data: Data, key: str, source: str) -> None:
         network_key=f"{told}: {model.network.title}", text_key="its text tower", vae_key="its autoencoder",
     )  # fmt: skip
     check_size(side(data), model.codec.factor, "data.size")
+    check_patches(model.network, model.codec.factor, data)
+
+
+def check_patches(network: Network, factor: int, data: Data) -> None:
+    """Raise ValueError for pictures that a transformer's patches do not divide; `factor` is the autoencoder's."""
+    sides = factor * network.multiple
+    for size in [data.size] if isinstance(data, DataConfig) else [s.data.size for s in data.sources]:
+        if isinstance(network, Transformer) and size % sides:
+            raise ValueError(
+                f"data.size: {size} is not a multiple of {sides}, which the {network.title}'s patches take"
+            )
 
 
 def copied(model: TextToImage) -> TextToImage:

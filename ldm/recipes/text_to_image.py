@@ -244,6 +244,7 @@ def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, work
     network.config = task.network
     network.enable_gradient_checkpointing(task.gradient_checkpointing)
     check_channels(network, task.process, codec)
+    planned.check_patches(network, codec.factor, data)
     check_fit(
         network.config, tuple(t.config for t in towers), codec.channels, text_key=f"task.text {task.text!r}",
         vae_key=f"task.vae {task.vae!r}",
@@ -289,6 +290,7 @@ def job(task: TextToImageTask, data: Data, train: TrainConfig, asked: planned.As
     )  # fmt: skip
     pixels = planned.side(data)
     side = planned.check_size(pixels, vae.factor, "data.size")
+    planned.check_patches(network, vae.factor, data)
     cached = task.cache is not None or data.cached
     planned.check_cache(task.cache, cached, said)
 
