@@ -30,6 +30,7 @@ from ldm.recipes.pictures import entries
 from ldm.recipes.sources import load_clip, weights_hash
 from ldm.rng import Rng, generator
 from ldm.sampling.times import times as spaced
+from ldm.types import Cond
 
 MOST = 20_000
 """Samples of a split that are looked at for captions; of a larger one, as many, evenly spaced."""
