@@ -30,6 +30,7 @@ from ldm.recipes.pictures import entries
 from ldm.recipes.sources import load_clip, weights_hash
 from ldm.rng import Rng, generator
 from ldm.sampling.times import times as spaced
+from ldm.types import Cond
 
 MOST = 20_000
 """Samples of a split that are looked at for captions; of a larger one, as many, evenly spaced."""
@@ -221,6 +222,19 @@ def features_of(network: FeatureNetwork, real: Tensor, other: Tensor, *, seed: i
     return fid.compare(a, b, network=network.name, seed=seed)
 
 
+def settled(pipeline: TextToImage, images: Tensor, steps: int) -> TextToImage:
+    """The pipeline for pictures of this size: a shift that grows with them is settled."""
+    factor = pipeline.codec.factor
+    return pipeline.at((images.shape[2] // factor, images.shape[3] // factor), steps)
+
+
+def unguided(pipeline: TextToImage, captions: Sequence[str]) -> Cond:
+    """What the network is told of captions, and guidance scale 1 where it is told a scale (FLUX.1)."""
+    cond = pipeline.encode_text(captions)
+    told = pipeline.network.guidance_width is not None and pipeline.network.guidance_is_scale
+    return {**cond, "guidance": torch.ones(len(captions), device=pipeline.device)} if told else cond
+
+
 @torch.no_grad()
 def nll_of(
     pipeline: TextToImage,
@@ -239,6 +253,7 @@ def nll_of(
     """
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
+    pipeline = settled(pipeline, images, steps)
     process, times = pipeline.process, sorted(spaced(pipeline.process.schedule, steps, "linspace"))
     denoise = pipeline.denoiser(Settings(guidance=1.0))
     parts: list[Bound] = []
@@ -250,7 +265,7 @@ def nll_of(
         def noise(i: int, rng: Rng = rng, x0: Tensor = x0) -> Tensor:
             return rng.normal(f"time {i}", x0.shape[1:]).to(x0)
 
-        cond = pipeline.encode_text([captions[i] for i in rows])
+        cond = unguided(pipeline, [captions[i] for i in rows])
         parts.append(bound(process, denoise, x0, cond, noise=noise, times=times, variance=variance, bins=None))
     unit = parts[0].dimensions * math.log(2)
     total = torch.cat([part.bits_per_dim for part in parts]).double()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.evaluate.measure import settled, unguided
 from ldm.metrics.reconstruction import psnr
 from ldm.pipeline import Settings, TextToImage
 from ldm.sampling import sample
@@ -32,6 +33,7 @@ def round_trip(
     """
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
+    pipeline = settled(pipeline, images, steps)
     schedule = pipeline.process.schedule
     denoise = pipeline.denoiser(Settings(guidance=1.0))
     before: list[Tensor] = []
@@ -39,7 +41,7 @@ def round_trip(
     errors: list[Tensor] = []
     for start in range(0, len(images), batch):
         part = images[start : start + batch]
-        cond = pipeline.encode_text(list(captions[start : start + batch]))
+        cond = unguided(pipeline, list(captions[start : start + batch]))
         x0 = pipeline.codec.encode(part.to(pipeline.device)).float()
         how: dict[str, Any] = {"schedule": schedule, "steps": steps, "spacing": spacing}
         x = invert(denoise, x0, cond, refine=refine, **how)

@@ -27,7 +27,7 @@ from tests import miniature
 
 NAMES = ("none", "transformer", "block")
 TASKS: dict[str, tuple[type, dict[str, Any]]] = {
-    "text_to_image": (TextToImageTask, {"network": {}, "vae": "vae", "text": "clip"}),
+    "text_to_image": (TextToImageTask, {"network": {"kind": "unet"}, "vae": "vae", "text": "clip"}),
     "finetune": (FinetuneTask, {}),
     "distill": (DistillTask, {"teacher": "emoji", "method": {"kind": "lcm"}}),
 }
