@@ -154,7 +154,8 @@ def _adapter(args: argparse.Namespace, low_rank: bool) -> dict[str, Any]:
         rank = family_of(network_of(args.base)).rank
     return {
         "kind": "lora", "rank": 4 if rank is None else rank, "alpha": args.alpha, "dropout": args.dropout,
-        "targets": args.targets, "text": args.train_text_encoder, "dora": args.dora, "rslora": args.rslora,
+        "targets": args.targets or (["attention"] if args.base in SHIPPED else None),
+        "text": args.train_text_encoder, "dora": args.dora, "rslora": args.rslora,
     }  # fmt: skip
 
 

@@ -115,3 +115,12 @@ CLIPS: dict[str, ClipConfig] = {
         embed_dim=16, text_width=32, text_heads=2, text_layers=2, vision_width=32, vision_layers=1, vision_head_width=16
     ),
 }
+
+
+def usual_of_unet(network: AnyNetwork) -> tuple[str, str] | None:
+    """Presets of the autoencoder and the text towers that a U-Net usually has; None for other networks."""
+    if not isinstance(network, UNetConfig):
+        return None
+    named = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
+    vae = "kl_f8_sdxl" if network.addition_embed_type else "kl_f8"
+    return vae, named.get(network.per_level("cross_attention_dim")[0], "sd21")

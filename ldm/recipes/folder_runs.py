@@ -13,7 +13,7 @@ import torch
 
 from ldm.data.manifest import Manifest
 from ldm.models import networks
-from ldm.models.families import Family, family_of
+from ldm.models.families import SD15, Family, family_of
 from ldm.models.shipped import SHIPPED, named
 from ldm.recipes.pictures import is_set
 from ldm.recipes.sources import network_of, scheduler_of, vae_of
@@ -53,8 +53,15 @@ class Choices:
 
     @functools.cached_property
     def family(self) -> Family | None:
-        """The published family of the base; None of a shipped model, which has settings of its own."""
-        return None if self.base in SHIPPED else family_of(network_of(self.base), scheduler_of(self.base))
+        """The published family of the base, Stable Diffusion 1 for one that is not here; None of a shipped model."""
+        if self.base in SHIPPED:
+            return None
+        try:
+            return family_of(network_of(self.base), scheduler_of(self.base))
+        except ValueError:  # loading it will say what is wrong
+            if Path(self.base).exists():
+                raise
+            return SD15
 
     @property
     def folder(self) -> Path:

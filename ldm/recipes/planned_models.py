@@ -14,12 +14,11 @@ from ldm.config.load import decode
 from ldm.diffusion.process import Process
 from ldm.models import networks
 from ldm.models.networks import AnyNetwork
-from ldm.models.presets import AUTOENCODERS, PRESETS, TEXTS
+from ldm.models.presets import AUTOENCODERS, PRESETS, TEXTS, usual_of_unet
 from ldm.models.shipped import SHIPPED
 from ldm.models.text import build_encoder
 from ldm.models.text.base import TextEncoder
 from ldm.models.text.config import AnyText
-from ldm.models.unet import UNetConfig
 from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline import TextToImage
@@ -85,7 +84,9 @@ def whole(source: str, key: str, said: list[str]) -> TextToImage:
     with torch.device("meta"):
         network, autoencoder = networks.build(PRESETS[unet]), Autoencoder(AUTOENCODERS[vae])
     network, autoencoder = network.requires_grad_(False).eval(), autoencoder.requires_grad_(False).eval()
-    return _on_meta(TextToImage(network, LatentCodec.of(autoencoder), _empty(TEXTS[text]), Process()))
+    twice = network.out_channels == 2 * autoencoder.config.latent_channels  # as `ldm.pipeline.loading` takes it
+    process = Process(variance="learned" if twice else "fixed")
+    return _on_meta(TextToImage(network, LatentCodec.of(autoencoder), _empty(TEXTS[text]), process))
 
 
 def _on_meta(model: TextToImage) -> TextToImage:
@@ -145,11 +146,9 @@ def towers(source: str, of: AnyNetwork, said: list[str]) -> list[TextEncoder]:
 
 def _usual(of: AnyNetwork) -> tuple[str, str]:
     """Presets of the autoencoder and the text encoders that such a network usually has."""
-    if not isinstance(of, UNetConfig):
-        return next((vae, text) for network, vae, text in FAMILIES.values() if PRESETS[network].kind == of.kind)
-    named = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
-    vae = "kl_f8_sdxl" if of.addition_embed_type else "kl_f8"
-    return vae, named.get(of.per_level("cross_attention_dim")[0], "sd21")
+    if (unet := usual_of_unet(of)) is not None:
+        return unet
+    return next((vae, text) for network, vae, text in FAMILIES.values() if PRESETS[network].kind == of.kind)
 
 
 def _empty(configs: tuple[AnyText, ...]) -> list[TextEncoder]:
