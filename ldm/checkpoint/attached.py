@@ -8,10 +8,10 @@ from pathlib import Path
 
 from ldm.adapters.low_rank import Loras
 from ldm.adapters.tokens import add_concept
-from ldm.checkpoint.embedding_files import file_names, read_embeddings
+from ldm.checkpoint.embedding_files import check_t5, file_names, read_embeddings
 from ldm.checkpoint.lora_files import read_adapter
 from ldm.models.network import Network
-from ldm.models.text import TextEncoder
+from ldm.models.text import T5Encoder, TextEncoder
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ def attach_lora(
 
 def attach_embedding(text: Sequence[TextEncoder], path: str | Path, token: str | None) -> list[str]:
     """Teach the towers a file's tokens; the words that call them: the file's own, and the file's name."""
+    check_t5(path, there=any(isinstance(encoder, T5Encoder) for encoder in text))
     words: list[str] = []
     for name, rows in read_embeddings(path, token).items():
         words += add_concept(text, name, rows, also=[] if token else file_names(path))

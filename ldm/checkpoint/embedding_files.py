@@ -105,6 +105,14 @@ def read_named(path: str | Path) -> dict[str, list[Tensor]]:
     return {str(k): [_rows(v, where)] for k, v in tree.items()}
 
 
+def check_t5(path: str | Path, *, there: bool) -> None:
+    """Raise ValueError for a file with rows of T5 where the model has no T5."""
+    path = locate_embedding(path)
+    rows = sorted(k for k in _open(path)[0] if _OTHER_TOWERS.get(k, k) == "t5xxl")
+    if rows and not there:
+        raise ValueError(f"embedding {str(path)!r}: {rows[0]!r} is no embedding of a text tower here")
+
+
 def file_names(path: str | Path) -> list[str]:
     """What other tools call an embedding by: its file's name, where it holds one and has a name of its own."""
     path = Path(expanded(str(path)))

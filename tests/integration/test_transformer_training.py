@@ -137,7 +137,7 @@ def test_training_resumes_exactly_and_its_export_trains_further(kind: str, root:
     assert code == 0, said
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [KINDS[0], *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS[1:])])
 def test_every_stage_and_recomputing_blocks_give_the_same_losses(kind: str, root: Path) -> None:
     """ZeRO 0 and 3 on two ranks against ZeRO 2 on one; blocks computed again there."""
     plain = config(root, kind, f"plain-{kind}")

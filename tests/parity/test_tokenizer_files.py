@@ -12,7 +12,7 @@ import torch
 from diffusers.loaders import TextualInversionLoaderMixin
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from ldm.checkpoint.opened import load_tower
+from ldm.checkpoint.opened import load_encoder
 from ldm.checkpoint.tokenizers import END, START, find_tokenizer, load_tokenizer, save_tokenizer
 from ldm.checkpoint.towers import open_text
 from ldm.models.text import Added, TextTower, Tokenizer
@@ -183,7 +183,7 @@ def test_states_and_pooled_vector(words, tmp_path, eos):
     folder = copy(words, tmp_path / "tokenizer")
     write(folder / "added_tokens.json", {"<t>": 4096})
     theirs = clip(tmp_path / "text_encoder", 4097, eos)
-    tower = load_tower(open_text(tmp_path / "text_encoder", folder, output="penultimate"), torch.float32)
+    tower = load_encoder(open_text(tmp_path / "text_encoder", folder, output="penultimate"), torch.float32)
     ids = CLIPTokenizer.from_pretrained(folder)(["a <t> here"], padding="max_length", max_length=CONTEXT)
     want = theirs(torch.tensor(ids.input_ids), output_hidden_states=True)
     got = tower(["a <t> here"])
