@@ -14,6 +14,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 BESIDE = ("unit", "parity")
 """Folders whose tests start no processes of their own: they run on two workers."""
+FILES = ("test_lora_[tz]*.py", "test_text_*.py", "test_transformer_[efns]*.py")
+"""Tests of names and files, whose arithmetic others have too; once is enough."""
 NO_TESTS = 5
 """pytest's exit code when its options leave no test."""
 
@@ -71,7 +73,8 @@ def parts(in_ci: bool) -> list[Part]:
         numeric = [f"tests/unit/{room}" for room in rooms]
         other = other_arithmetic()
         name = "as on another processor: " + " ".join(f"{k}={v}" for k, v in other.items())
-        made.append(Part(name=name, folders=[*numeric, "tests/parity"], options=workers, environment=other))
+        names = [f"--ignore-glob=tests/parity/{pattern}" for pattern in FILES]
+        made.append(Part(name=name, folders=[*numeric, "tests/parity"], options=[*workers, *names], environment=other))
     return made
 
 
