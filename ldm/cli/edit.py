@@ -136,19 +136,18 @@ def main(argv: list[str]) -> int:
 
 
 def _of_family(args: argparse.Namespace, pipe: TextToImage, settings: Settings) -> Settings:
-    """The settings with what the user did not say as the transformers' families have it."""
+    """The settings with what the user did not say as its model is drawn (transformers')."""
     from dataclasses import replace
 
     from ldm.diffusion.schedule import Flow
-    from ldm.models.families import family_of
     from ldm.models.transformers.base import Transformer
 
     if not isinstance(pipe.network, Transformer):
         return settings
-    family = family_of(pipe.network.config)
+    sampler, _, guidance = pipe.habit
     if args.sampler is None and isinstance(pipe.process.schedule, Flow):
-        settings = replace(settings, sampler=family.sampler)
-    return settings if args.guidance is not None else replace(settings, guidance=family.guidance)
+        settings = replace(settings, sampler=sampler)
+    return settings if args.guidance is not None else replace(settings, guidance=guidance)
 
 
 def _digest(path: Path) -> str:

@@ -76,7 +76,7 @@ def parser() -> Parser:
 
 def _add_sampler(p: Parser) -> None:
     """Sampler and guidance."""
-    own = "; a few-step model has its own, {}"
+    own = "; Stable Diffusion 3, FLUX.1, PixArt and Z-Image have theirs; a few-step model has its own, {}"
     p.add_argument("--sampler", help="see `ldm sample --list-samplers` (dpmpp_2m" + own.format("such as lcm") + ")")
     p.add_argument("--steps", type=int, help="(25" + own.format("4") + ")")
     p.add_argument(

@@ -55,7 +55,7 @@ FLUX_SCHNELL = Family(
     title="FLUX.1 schnell", size=1024, sampler="euler", steps=4, guidance=1.0, targets=FLUX.targets,
     density=FLUX.density, rank=16, recompute=True, grid="flow_open",
 )  # fmt: skip
-PIXART = Family(title="PixArt", size=1024, sampler="dpmpp_2m", steps=20, guidance=4.5)
+PIXART = Family(title="PixArt", size=1024, sampler="dpmpp_2m", steps=20, guidance=4.5, rank=16, recompute=True)
 ZIMAGE = Family(
     title="Z-Image", size=1024, sampler="euler", steps=50, guidance=5.0, rank=16, recompute=True,
     targets=("to_q", "to_k", "to_v", "to_out.0"), density={"kind": "logit_normal"}, grid="flow_open",

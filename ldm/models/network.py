@@ -55,6 +55,9 @@ class Network(nn.Module, ABC):
         """The side in latent pixels that its settings tell; None where they tell none."""
         return getattr(self.config, "sample_size", None)
 
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ValueError for latents that it cannot take, in latent pixels."""
+
     @property
     def has_dropout(self) -> bool:
         """Whether it answers otherwise in training."""

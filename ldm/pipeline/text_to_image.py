@@ -307,7 +307,8 @@ class TextToImage:
         if own is not self:
             more = {"x": x, "start": start, "times": times, "wrap": wrap, "given": given}
             return own.latents(prompts, settings, rng, progress, **more)
-        plan = self._plan(settings) if times is None else Plan(times)
+        plan = self._plan(settings)
+        plan = plan if times is None else Plan(times, whole=plan.whole)
         denoise = self.denoiser(settings, prompts, plan)
         cond = self._cond(prompts, settings, prompts) | (given or {})
         x = (rng.normal("start", shape) if x is None else x) * (plan.scale if start is None else 1)
@@ -352,12 +353,13 @@ class TextToImage:
         allocator.keep_freed_memory(self.device.type)
         plan = self._plan(settings) if plan is None else plan
         estimate = lambda net: self.process.denoiser(whole(net) if plan.whole else net)  # noqa: E731
-        denoise = estimate(self._net)
-        if self.network.guidance_width is not None:  # FLUX.1's conditioning has the scale in it already
-            return denoise if self.network.guidance_is_scale else told_guidance(denoise, settings.guidance)
-        of = lambda prompt: self._cond([prompt], settings, prompts)  # noqa: E731
-        skipping = skipped(self.network, self._net, settings)
+        denoise, skipping = estimate(self._net), skipped(self.network, self._net, settings)
         without = None if skipping is None else estimate(skipping)
+        if self.network.guidance_width is not None:
+            if not self.network.guidance_is_scale:
+                return told_guidance(denoise, settings.guidance)
+            settings = replace(settings, guidance=1.0, guide="cfg", rescale=0.0)  # the conditioning has the scale
+        of = lambda prompt: self._cond([prompt], settings, prompts)  # noqa: E731
         return guided(denoise, settings, self.process.schedule, of, without, plan.times)
 
     def _net(self, x: Tensor, t: Tensor, cond: Cond, **skip: frozenset[int]) -> Tensor:
@@ -391,6 +393,7 @@ class TextToImage:
             side = self.network.side
             return (self.codec.channels, side, side)
         height, width = checked_size(size, max(8, factor * self.network.multiple))
+        self.network.check_size(height // factor, width // factor)
         return (self.codec.channels, height // factor, width // factor)
 
     def size(self, size: Size | None) -> tuple[int, int]:

@@ -22,6 +22,10 @@ DYNAMIC = {
     "max_image_seq_len": 64,
 }  # fmt: skip
 """FLUX.1 dev's, for as few tokens as the small pictures have."""
+UNIPC = {
+    "_class_name": "UniPCMultistepScheduler", "num_train_timesteps": 1000, "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True, "flow_shift": 3.0,
+}  # fmt: skip
 CLASSES = {
     "sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline", "pixart": "PixArtSigmaPipeline",
     "zimage": "ZImagePipeline",
@@ -93,6 +97,26 @@ def test_flux(kind: str, size: tuple[int, int], tmp_path: Path) -> None:
     close(own, wanted)
     if kind == "flux":
         assert (drawn(ours, noise, size, guidance=1.0) - own).abs().max() > 1e-3
+        skipping = drawn(ours, noise, size, guidance=3.5, skip_layers=(1,), skip_interval=(0.0, 1.0))
+        assert (skipping - own).abs().max() > 1e-3, "asked for, so not left out where guidance is told"
+
+
+def test_whole_times_stay_whole_where_an_edit_gives_its_own(tmp_path: Path) -> None:
+    """diffusers' solvers on flow sigmas tell the network times without their fraction, in img2img too."""
+    ours, _ = both("sd3", tmp_path, UNIPC)
+    told: list[float] = []
+    forward = ours.network.forward
+    ours.network.forward = lambda x, t, cond, **more: told.extend(t.tolist()) or forward(x, t, cond, **more)  # type: ignore[method-assign,func-returns-value]
+    chosen = Settings(sampler="unipc", steps=4, size=16, guidance=1.0)
+    ours.latents([PROMPT], chosen, Rng(0, (0,)), start=torch.zeros(1, 4, 8, 8), times=[700.25, 400.75, 100.5])
+    assert told
+    assert all(t == int(t) for t in told)
+
+
+def test_sizes_beyond_the_table_are_refused_at_once(tmp_path: Path) -> None:
+    ours, _ = both("sd3", tmp_path)
+    with pytest.raises(ValueError, match="50x8 patches are more than pos_embed_max_size 12 along a side"):
+        ours.check([PROMPT], Settings(size=(200, 32)))
 
 
 @pytest.mark.parametrize("size", [(16, 16), (24, 16)])

@@ -45,14 +45,18 @@ class PatchEmbed(nn.Module):
         h, w = x.shape[2:]
         return (tokens(x) + self._table(h, w, x.device)).to(x.dtype)
 
+    def check_patches(self, h: int, w: int) -> None:
+        """Raise ValueError for more patches along a side than the table has."""
+        if self.max_size is not None and max(h, w) > self.max_size:
+            raise ValueError(f"{h}x{w} patches are more than pos_embed_max_size {self.max_size} along a side")
+
     def _table(self, h: int, w: int, device: torch.device) -> Tensor:
         """(N, D) or (1, N, D), in float32 where it is not kept with the weights."""
         size = self.max_size
         if size is None:
             width = self.proj.out_channels
             return position_table(h, w, width, base=self.base, interpolation=self.interpolation, device=device)
-        if max(h, w) > size:
-            raise ValueError(f"{h}x{w} patches are more than pos_embed_max_size {size} along a side")
+        self.check_patches(h, w)
         top, left = (size - h) // 2, (size - w) // 2
         table = self.get_buffer("pos_embed").unflatten(1, (size, size))
         return table[:, top : top + h, left : left + w].flatten(1, 2)

@@ -139,6 +139,9 @@ class SD3Transformer(Transformer):
         context, vector = self.context_embedder(told["text"]), self.time_text_embed.constant(told["pooled"])
         return {**self._rest(cond, "text", "pooled"), "context": context, "vector": vector}
 
+    def check_size(self, height: int, width: int) -> None:
+        self.pos_embed.check_patches(height // self.multiple, width // self.multiple)
+
     @property
     def known_width(self) -> int:
         return self.config.width
