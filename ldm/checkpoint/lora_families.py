@@ -10,19 +10,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ldm.checkpoint import lora_flux, lora_pixart, lora_sd3, lora_zimage
+from ldm.checkpoint.families import FILES
 from ldm.checkpoint.lora_layers import Layer, Table, one
 from ldm.checkpoint.lora_names import plain, split
 from ldm.checkpoint.maps import unet_to_compvis
 from ldm.models.families import family_of
 from ldm.models.networks import AnyNetwork
-from ldm.models.transformers.flux import FluxConfig
-from ldm.models.transformers.pixart import PixArtConfig
-from ldm.models.transformers.sd3 import SD3Config
-from ldm.models.transformers.zimage import ZImageConfig
 from ldm.models.unet import UNetConfig
 
 _STARTS = {
@@ -38,16 +34,15 @@ _STARTS = {
 _T5 = re.compile(r"(encoder_)?block_\d+_layer_\d+_|t5xxl|^lora_te3_|^text_encoder_3_")
 _ANY_UNET = "Stable Diffusion 1, 2 or XL"
 _MARKS = (
-    (re.compile(r"(^|_)(double_blocks|single_blocks|single_transformer_blocks)_\d"), "FLUX.1"),
-    (re.compile(r"(^|_)joint_blocks_\d"), "Stable Diffusion 3"),
     (re.compile(r"(^|_)(input_blocks_\d|output_blocks_\d|middle_block_\d)"), "Stable Diffusion XL"),
     (re.compile(r"(^|_)(down_blocks|up_blocks)_\d|(^|_)mid_block_"), _ANY_UNET),
-    (re.compile(r"(^|_)transformer_blocks_\d+_attn1_|blocks_\d+_cross_attn_(q_linear|kv_linear|proj)$"), "PixArt"),
+    *((files.marks, files.title) for files in FILES.values()),
     (re.compile(r"(^|_)transformer_blocks_\d+_img_m(lp|od)_"), "Qwen-Image"),
     (re.compile(r"(^|_)blocks_\d+_(self|cross)_attn_[qkvo]$"), "Wan"),
-    (re.compile(r"(^|_)layers_\d+_(attention_(to_|qkv)|adaLN_)"), "Z-Image"),
     (re.compile(r"(^|_)transformer_blocks_\d+_(attn2?|ff|ff_context|norm1|norm1_context)_"), "Stable Diffusion 3"),
 )
+"""Names of layers that tell a family, the first that fits; diffusers' names of joint blocks, SD3's and FLUX.1's, last.
+"""
 _STABLE = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
 
 
@@ -62,7 +57,7 @@ class Names:
     table: Callable[[Any], Table]
     header: Callable[[Any], dict[str, str]] | None
     other: tuple[Callable[[Any], Table], ...] = ()
-    also: Mapping[str, str] | None = None
+    also: Mapping[str, str] = field(default_factory=dict)
 
 
 def is_xl(unet: Any) -> bool:
@@ -76,31 +71,18 @@ def _unet_header(unet: UNetConfig) -> dict[str, str]:
     return {"ss_network_module": "networks.lora", "ss_base_model_version": base, "ss_v2": str(second)}
 
 
-def _sd3_header(config: SD3Config) -> dict[str, str]:
-    kind = "3-medium" if config.qk_norm is None else "3-5-medium" if config.dual_attention_layers else "3-5-large"
-    return {"ss_network_module": "networks.lora_sd3", "ss_base_model_version": kind}
-
-
-def _flux_header(config: FluxConfig) -> dict[str, str]:
-    return {"ss_network_module": "networks.lora_flux", "ss_base_model_version": "flux1"}
-
-
-NAMES: dict[type, Names] = {
-    UNetConfig: Names(lambda config: {}, _unet_header),
-    SD3Config: Names(lora_sd3.layers, _sd3_header),
-    FluxConfig: Names(lora_flux.layers, _flux_header, (lora_flux.xlabs,), lora_flux.ALSO),
-    PixArtConfig: Names(lora_pixart.layers, None),
-    ZImageConfig: Names(lora_zimage.layers, lora_zimage.header),
-}
-"""By the class of a network's settings. A U-Net's table is made from its layers' names."""
+_UNET = Names(lambda config: {}, _unet_header)
 
 
 def names_of(config: object) -> Names:
     """The names of a network of some settings. Raises ValueError for one that has no LoRA files."""
-    found = NAMES.get(type(config))
-    if found is None:
-        raise ValueError(f"{type(config).__name__}: LoRA files are known for {[c.__name__ for c in NAMES]}")
-    return found
+    if isinstance(config, UNetConfig):
+        return _UNET
+    for files in FILES.values():
+        if isinstance(config, files.config):
+            return Names(files.layers, files.header, files.more, files.also)
+    known = ["UNetConfig", *(files.config.__name__ for files in FILES.values())]
+    raise ValueError(f"{type(config).__name__}: LoRA files are known for {known}")
 
 
 def known_names(sites: Iterable[str], config: object) -> dict[str, Layer]:
@@ -127,7 +109,7 @@ def _tables(sites: Sequence[str], config: object) -> Iterable[tuple[str, Layer]]
     ours = names_of(config)
     table = _table(sites, config)
     yield from table.items()
-    for other, name in (ours.also or {}).items():
+    for other, name in ours.also.items():
         yield other, table[name]
     for name, layer in table.items():
         if len(layer.parts) > 1:

@@ -23,8 +23,9 @@ from ldm.checkpoint.attached import attach_embedding, attach_lora
 from ldm.checkpoint.scheduler_classes import OwnSampler, Plan
 from ldm.data.grid import to_pil
 from ldm.diffusion.process import Process
+from ldm.diffusion.schedule import Flow
 from ldm.models.attention import sliced
-from ldm.models.families import family_of
+from ldm.models.families import Family, family_of
 from ldm.models.layers import unchanging
 from ldm.models.network import Network
 from ldm.models.text import TextEncoder, TextTower
@@ -70,6 +71,7 @@ class TextToImage:
         self.network, self.codec, self.text, self.process = network, codec, list(text), process
         self.spacing = spacing
         self.student: students.FewSteps | None = None
+        self._family: Family | None = None
         self.own: OwnSampler | None = None
         self._loras: Loras | None = None
         self._place = Placement(next(network.parameters()).device, compute_dtype(precision))
@@ -96,7 +98,7 @@ class TextToImage:
             found.network, found.codec, found.text, found.process, spacing=found.spacing, offset=found.offset,
             end=found.end, precision=chosen(precision, device),
         )  # fmt: skip
-        pipeline.student, pipeline.own = found.student, found.own
+        pipeline.student, pipeline.own, pipeline._family = found.student, found.own, found.family
         pipeline.to(device)
         for path in found.loras:
             pipeline.load_lora(path)
@@ -105,10 +107,22 @@ class TextToImage:
         return pipeline
 
     @property
+    def family(self) -> Family:
+        """What is usual of the family that the network, and the scheduler it was loaded with, tell."""
+        if self._family is not None:
+            return self._family
+        schedule = self.process.schedule
+        dynamic = isinstance(schedule, Flow) and schedule.dynamic is not None
+        how = {"shift": getattr(schedule, "shift", None), "use_dynamic_shifting": dynamic}
+        return family_of(self.network.config, how)
+
+    @property
     def habit(self) -> tuple[str, int, float]:
-        """Sampler, steps and guidance where nothing else is asked for: a published transformer's, or this project's."""
-        family = family_of(self.network.config, {"shift": getattr(self.process.schedule, "shift", None)})
-        if self.network.component != "transformer" or all(isinstance(encoder, TextTower) for encoder in self.text):
+        """Sampler, steps, guidance where nothing else is asked for: a published transformer's, a Turbo's, or ours."""
+        family = self.family
+        if self.network.component != "transformer" and family.guidance != 1:
+            return students.PLAIN
+        if self.network.component == "transformer" and all(isinstance(encoder, TextTower) for encoder in self.text):
             return students.PLAIN
         return family.sampler, family.steps, family.guidance
 
