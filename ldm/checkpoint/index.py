@@ -33,7 +33,6 @@ _HARMLESS = ("requires_safety_checker", "add_watermarker", "force_zeros_for_empt
 _OTHERS = {
     "StableDiffusion3": "a relative of Stable Diffusion 3",
     "Flux": "a relative of FLUX.1",
-    "FluxFill": "FLUX.1 Fill, which inpaints",
     "FluxControl": "FLUX.1 conditioned by a picture, such as its depth",
     "FluxPrior": "FLUX.1 Redux, which draws from picture embeddings",
     "Flux2": "FLUX.2, whose text encoder is a language model",

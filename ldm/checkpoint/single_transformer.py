@@ -114,13 +114,15 @@ def _settings(own: Source, kind: str, told: Mapping[str, Any] | None, path: Path
     files = FILES[kind]
     if told:
         return decode(files.config, told["network"], f"{path}: network")
-    if what := files.unlike(own):
-        raise ValueError(f"{path}: {what}, is not known here; {files.title} dev and schnell are")
     try:
-        return files.settings(own, str(path))
+        other = files.unlike(own)
+        found = None if other else files.settings(own, str(path))
     except (KeyError, ValueError) as error:
         what = f"no tensor {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path}: not a whole {files.title}: {what}") from error
+    if other:
+        raise ValueError(f"{path}: it is {other}, and not known here")
+    return found
 
 
 def usual_autoencoder(config: AnyNetwork) -> AutoencoderConfig:

@@ -60,6 +60,7 @@ FLUX_SCHNELL = Family(
     title="FLUX.1 schnell", size=1024, sampler="euler", steps=4, guidance=1.0, targets=FLUX.targets,
     density=FLUX.density, rank=16, recompute=True, grid="flow_open",
 )  # fmt: skip
+FLUX_FILL = replace(FLUX, title="FLUX.1 Fill", steps=50, guidance=30.0)
 FLUX_GUIDED = replace(FLUX, guidance_told=None)
 """dev without its embedding: guidance was trained out again, and takes two evaluations."""
 PIXART = Family(title="PixArt", size=1024, sampler="dpmpp_2m", steps=20, guidance=4.5, rank=16, recompute=True)
@@ -71,7 +72,7 @@ ZIMAGE = Family(
 ZIMAGE_TURBO = replace(ZIMAGE, title="Z-Image-Turbo", steps=8, guidance=1.0)
 """The same network, distilled, with a flow's shift of 3 instead of 6."""
 FAMILIES = {"sd15": SD15, "sd2": SD2, "sdxl": SDXL, "sd2_turbo": SD2_TURBO, "sdxl_turbo": SDXL_TURBO, "sd3": SD3,
-            "flux": FLUX, "flux_schnell": FLUX_SCHNELL, "flux_guided": FLUX_GUIDED,
+            "flux": FLUX, "flux_schnell": FLUX_SCHNELL, "flux_guided": FLUX_GUIDED, "flux_fill": FLUX_FILL,
             "pixart": PIXART, "zimage": ZIMAGE, "zimage_turbo": ZIMAGE_TURBO}  # fmt: skip
 
 
@@ -87,6 +88,8 @@ def family_of(network: AnyNetwork, scheduler: Mapping[str, Any] | None = None) -
         if network.addition_embed_type == "text_time":
             return SDXL_TURBO if _of_turbo(how) else SDXL
         return (SD2_TURBO if _of_turbo(how) else SD2) if wide == 1024 else SD15
+    if network.kind == "flux" and network.in_channels > network.token_channels:
+        return FLUX_FILL
     if network.kind == "flux" and not network.guidance_embeds:
         return FLUX_GUIDED if how.get("use_dynamic_shifting") else FLUX_SCHNELL
     if network.kind == "zimage" and how.get("shift") == 3:

@@ -31,7 +31,7 @@ from ldm.models.network import Network
 from ldm.models.text import TextEncoder, TextTower
 from ldm.models.transformers.times import known_times
 from ldm.models.vae.latents import LatentCodec
-from ldm.pipeline.conditioning import Conditioning, inpainting, warn
+from ldm.pipeline.conditioning import Conditioning, inpainting, painter, warn
 from ldm.pipeline.loading import load_parts
 from ldm.pipeline.memory import Placement, compiled
 from ldm.pipeline.steps import OwnSteps, guided, skipped, visited
@@ -325,6 +325,8 @@ class TextToImage:
         plan = plan if times is None else Plan(times, whole=plan.whole)
         denoise = self.denoiser(settings, prompts, plan)
         cond = self._cond(prompts, settings, prompts) | (given or {})
+        if wrap is None and "concat" not in cond and painter(self.network, self.codec) is not None:
+            raise ValueError(f"the {self.network.title} is told a picture and a mask here: use `ldm edit inpaint`")
         x = (rng.normal("start", shape) if x is None else x) * (plan.scale if start is None else 1)
         with (
             self._place.used(self.network),
@@ -393,10 +395,10 @@ class TextToImage:
 
     @torch.no_grad()
     def inpainting(self, images: Tensor, mask: Tensor) -> Cond:
-        """What a network with 9 channels is told of pictures (B, 3, H, W) in [-1, 1] and a mask (B or 1, 1, H, W).
+        """What an inpainting network is told of pictures (B, 3, H, W) in [-1, 1] and a mask (B or 1, 1, H, W).
 
-        The mask is 1 where the picture is drawn anew; then the picture's latents with grey in the mask's place. Raises
-        ValueError for a network with other channels.
+        The mask is 1 where the picture is drawn anew; beside it the picture's latents with grey in the mask's place.
+        Raises ValueError for a network that is not told of one.
         """
         return inpainting(self.network, self.codec, self._place, images, mask)
 

@@ -236,8 +236,7 @@ def flux_meta(**changes: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("made", "told"),
     [
-        (lambda: flux_meta(in_channels=384, out_channels=64), "FLUX.1 Fill, which inpaints, is not known here"),
-        (lambda: flux_meta(in_channels=128, out_channels=64), "FLUX.1 Depth or Canny, which is told a picture"),
+        (lambda: flux_meta(in_channels=128, out_channels=64), "it is FLUX.1 Depth or Canny (FluxControlPipeline)"),
         (lambda: flux_meta() | {"double_stream_modulation_img.lin.weight": torch.zeros(1)}, "it is FLUX.2"),
         (lambda: flux_meta() | {"distilled_guidance_layer.in_proj.weight": torch.zeros(1)}, "it is Chroma"),
         (lambda: {"transformer_blocks.0.attn.add_q_proj.weight": torch.zeros(1)}, "it is a transformer in diffusers'"),

@@ -18,7 +18,6 @@ MARK = "double_blocks.0.img_attn.norm.key_norm.scale"
 _AXES = {128: (16, 56, 56)}
 """Channels of a head -> how its rotary positions are divided, which no tensor tells."""
 _SHIFTED = {"base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 4096, "max_shift": 1.15}
-_CHANNELS = {384: "FLUX.1 Fill, which inpaints", 128: "FLUX.1 Depth or Canny, which is told a picture"}
 
 
 def pairs(config: FluxConfig) -> list[Pair]:
@@ -168,8 +167,9 @@ def _blocks(config: FluxConfig, double: dict[str, str | Layer], single: dict[str
 
 
 def unlike(source: Source) -> str | None:
-    """Relatives that take more channels."""
-    return _CHANNELS.get(source["img_in.weight"].shape[1])
+    """Depth and Canny, which take the latents of a picture beside their own."""
+    given, taken = source["final_layer.linear.weight"].shape[0], source["img_in.weight"].shape[1]
+    return "FLUX.1 Depth or Canny (FluxControlPipeline), which is told a picture" if taken == 2 * given else None
 
 
 def scheduler(config: FluxConfig) -> dict[str, Any]:
@@ -184,11 +184,12 @@ def header(config: FluxConfig) -> dict[str, str]:
     return {"ss_network_module": "networks.lora_flux", "ss_base_model_version": "flux1"}
 
 
-KONTEXT = "FluxKontextPipeline"
+KONTEXT, FILL = "FluxKontextPipeline", "FluxFillPipeline"
 FILES = Files(
     title="FLUX.1",
     config=FluxConfig,
-    pipelines=("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", KONTEXT),
+    pipelines=("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", KONTEXT, FILL),
+    pipeline=lambda config, text: FILL if config.in_channels > config.token_channels else "FluxPipeline",
     network=("FluxTransformer2DModel",),
     forms=others.transformer,
     text=("clip", "t5"),
