@@ -31,6 +31,13 @@ _STARTS = {
     "text_encoder_2": ("text_encoder_2_", "lora_te2_", "lycoris_te2_", "lycoris_text_encoder_2_", "clip_g_",
                        "clip_g_transformer_", "text_encoders_clip_g_transformer_"),
 }  # fmt: skip
+_OF_T5 = [
+    "", "t5xxl_", "t5xxl_transformer_", "text_encoders_t5xxl_", "text_encoders_t5xxl_transformer_",
+    *(f"{start}{n}_" for start in ("lora_te", "lycoris_te") for n in ("", 1, 2, 3)),
+    *(f"{start}text_encoder{n}_" for start in ("", "lycoris_") for n in ("", "_2", "_3")),
+]  # fmt: skip
+"""Of T5, whose layers have names of their own, tools count the place in other ways: kohya writes `lora_te3_` of FLUX.1
+too, OneTrainer `lora_te2_`."""
 _T5 = re.compile(r"(encoder_)?block_\d+_layer_\d+_|t5xxl|^lora_te3_|^text_encoder_3_")
 _ANY_UNET = "Stable Diffusion 1, 2 or XL"
 _MARKS = (
@@ -91,11 +98,12 @@ def known_names(sites: Iterable[str], config: object) -> dict[str, Layer]:
     own, found = set(names), {}
     for site in names:
         component, _, name = site.partition(".")
+        starts = _OF_T5 if is_t5(site) else _STARTS[component]
         if component in ("unet", "transformer"):
             aliases = {name, name.removesuffix(".0") if name.endswith("to_out.0") else name}
         else:
-            aliases = {name, name.removeprefix("text_model.")}
-        found |= {start + plain(n): one(site) for start in _STARTS[component] for n in aliases}
+            aliases = {name, name.removeprefix("encoder." if is_t5(site) else "text_model.")}
+        found |= {start + plain(n): one(site) for start in starts for n in aliases}
     component = next((s.partition(".")[0] for s in names if s.startswith(("unet.", "transformer."))), "unet")
     for name, layer in _tables(names, config):
         layer = replace(layer, parts=tuple(f"{component}.{p}" for p in layer.parts))
@@ -136,6 +144,7 @@ def kohya_layers(sites: Sequence[str] | Mapping[str, Any], config: object) -> di
             found[of_site[site]] = network[of_site[site]]
         elif component.startswith("text_encoder"):
             place = ("te2" if component == "text_encoder_2" else "te1") if several else "te"
+            place = "te3" if is_t5(site) else place
             found[f"lora_{place}_{plain(name)}"] = one(site)
     return found
 
@@ -158,12 +167,14 @@ def kohya_names(sites: Sequence[str] | Mapping[str, Any], config: object) -> dic
 
 
 def kohyas_own(site: str, config: object = None) -> bool:
-    """Whether kohya's form has this layer: SD3's and FLUX.1's transformers and the CLIP towers whole, of a U-Net what
+    """Whether kohya's form has this layer: SD3's and FLUX.1's transformers, T5 and CLIP towers whole, of a U-Net what
     its scripts correct, which are transformers, resnets and resamplers. None is a network that is not known.
     """
     if site.startswith("transformer."):
         known = config is None or names_of(config).header is not None
         return known and not re.search(r"\.(attn1|adaln_single|caption_projection)\.|\.bias$", site)
+    if is_t5(site):
+        return config is None or names_of(config).header is not None
     if not site.startswith("unet."):
         return ".encoder.layers." in site and not site.endswith((".bias", ".layer_norm1", ".layer_norm2"))
     return bool(re.search(r"\.(attentions|resnets|downsamplers|upsamplers)\.\d", site)) and not re.search(
@@ -180,6 +191,11 @@ def foreign(widths: Mapping[str, int], config: AnyNetwork) -> str:
     if not told or own.startswith(told) or (told == _ANY_UNET and isinstance(config, UNetConfig)):
         return ""
     return f"its names are those of {told}, the model is {own}"
+
+
+def is_t5(site: str) -> bool:
+    """Whether a site is a layer of a T5 encoder."""
+    return ".encoder.block." in site
 
 
 def of_t5(keys: Iterable[str]) -> bool:

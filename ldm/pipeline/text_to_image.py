@@ -28,7 +28,8 @@ from ldm.models.attention import sliced
 from ldm.models.families import Family, family_of
 from ldm.models.layers import unchanging
 from ldm.models.network import Network
-from ldm.models.text import TextEncoder, TextTower
+from ldm.models.text import T5Encoder, TextEncoder, TextTower
+from ldm.models.text.captions import clean
 from ldm.models.transformers.times import known_times
 from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline.conditioning import Conditioning, inpainting, painter, warn
@@ -125,6 +126,19 @@ class TextToImage:
         if self.network.component == "transformer" and all(isinstance(encoder, TextTower) for encoder in self.text):
             return students.PLAIN
         return family.sampler, family.steps, family.guidance
+
+    def clean_captions(self, on: bool = True) -> None:
+        """Clean prompts as PixArt's pipelines do by their `clean_caption`, or put them in small letters alone.
+
+        Raises ValueError for other families, and without the packages that this needs.
+        """
+        told = [encoder.tokenizer for encoder in self.text if isinstance(encoder, T5Encoder) and encoder.config.lower]
+        if not told:
+            raise ValueError(f"clean_captions: is PixArt's; the model is {self.family.title}")
+        if on:
+            clean("")  # says what is missing before anything is drawn
+        for tokenizer in told:
+            tokenizer.clean = on
 
     @property
     def unet(self) -> Network:

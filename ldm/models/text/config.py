@@ -71,7 +71,7 @@ class T5Config:
     The defaults are t5-v1_1-xxl (SD3, FLUX.1, PixArt). `max_length`: prompts are cut at, and padded to, so many tokens
     with the end token (SD3 256, FLUX.1 512, PixArt-Sigma 300). `masked`: padding is hidden from the encoder, and from
     the network by "mask" (PixArt); without it both see the padding (SD3, FLUX.1). `lower`: prompts in small letters
-    (PixArt; that family's cleaning of captions with links and addresses in them is left out). `tokenizer`: a folder
+    (PixArt, whose cleaning of captions is `ldm.models.text.captions`). `tokenizer`: a folder
     with `tokenizer.json` or `spiece.model`.
     """
 
