@@ -100,12 +100,12 @@ class Opened:
             weights.check_keys(f"{self.where}: text encoder", shapes_of(tower.config), weights.shapes(tower.source))
         return self
 
-    def load(self, dtype: torch.dtype = torch.float32) -> Components:
-        """Read all weights as `dtype`."""
+    def load(self, dtype: torch.dtype = torch.float32, vae: torch.dtype | None = None) -> Components:
+        """Read all weights as `dtype`, the autoencoder's as `vae` where it is given."""
         self.check()
         what = f"{self.where}: {title(self.network_config)}"
         network = fill(empty(self.network_config), self.network, dtype, what)
-        autoencoder = fill(empty(self.vae_config), self.vae, dtype, f"{self.where}: autoencoder")
+        autoencoder = fill(empty(self.vae_config), self.vae, vae or dtype, f"{self.where}: autoencoder")
         assert isinstance(network, Network)
         assert isinstance(autoencoder, Autoencoder)
         text = [load_encoder(tower, dtype, f"{self.where}: text encoder") for tower in self.text]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ldm.models import winograd
 from ldm.models.attention import attention
 from ldm.models.frugal import norm_silu
+from ldm.models.wide import Linear
 from ldm.models.winograd import Transforms
 
 CALLS = 4
@@ -131,7 +132,7 @@ class ResnetBlock(nn.Module):
         self.norm1 = NormSiLU(groups, cin, eps=eps)
         self.conv1 = Conv3x3.of(cin, cout)
         if time is not None:
-            self.time_emb_proj = nn.Linear(time, 2 * cout if scale_shift else cout)
+            self.time_emb_proj = Linear(time, 2 * cout if scale_shift else cout)
         self.norm2 = GroupNorm(groups, cout, eps=eps) if scale_shift else NormSiLU(groups, cout, eps=eps)
         self.conv2 = Conv3x3.of(cout, cout)
         self.conv_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else None
@@ -220,10 +221,10 @@ class SpatialAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.group_norm = GroupNorm(groups, channels, eps=eps)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_q = Linear(channels, channels)
+        self.to_k = Linear(channels, channels)
+        self.to_v = Linear(channels, channels)
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         h = tokens(self.group_norm(x))
@@ -237,9 +238,9 @@ class Embedding(nn.Module):
 
     def __init__(self, width: int, out: int, *, extra: int | None = None) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(width, out)
-        self.cond_proj = nn.Linear(extra, width, bias=False) if extra is not None else None
-        self.linear_2 = nn.Linear(out, out)
+        self.linear_1 = Linear(width, out)
+        self.cond_proj = Linear(extra, width, bias=False) if extra is not None else None
+        self.linear_2 = Linear(out, out)
 
     def forward(self, x: Tensor, extra: Tensor | None = None) -> Tensor:
         if extra is not None:

@@ -208,7 +208,12 @@ class PretrainedEncoder(TextEncoder):
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Linear) and name.split(".")[-1] in self.linear_in_float32
         ]
+        angles = [(m, name, buffer) for m in self.model.modules() for name, buffer in m.named_buffers(recurse=False)]
         super()._apply(fn, recurse)
+        for module, name, before in angles:  # frequencies of rotary positions: rounded ones turn far tokens elsewhere
+            now = getattr(module, name)
+            if now.is_floating_point() and now.element_size() < 4:
+                setattr(module, name, before.to(now.device))
         for module, before in wide:
             if module.weight.dtype == torch.float16:  # from the values before: the new ones are rounded
                 module.weight.data = before.to(module.weight.device, torch.float32)
