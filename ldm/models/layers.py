@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models import winograd
+from ldm.models import onednn, winograd
 from ldm.models.attention import attention
 from ldm.models.frugal import norm_silu
 from ldm.models.wide import Linear
@@ -92,7 +92,11 @@ class Conv3x3(nn.Conv2d):
         windows = F.pad(x, (1, 1, 1, 1)).transpose(0, 1).unfold(2, 3, 1).unfold(3, 3, 1)  # (C, B, H, W, 3, 3)
         columns = windows.permute(0, 4, 5, 1, 2, 3).reshape(9 * c, b * h * w)
         assert self.bias is not None
-        out = torch.addmm(self.bias[:, None], self.weight.flatten(1), columns)
+        weight, bias = self.weight.flatten(1), self.bias[:, None]
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            out = torch.addmm(bias, weight, columns)
+        else:
+            out = onednn.product(weight, columns).add_(bias)
         return out.view(-1, b, h, w).transpose(0, 1)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack  # type: ignore[import-not-found]
 
 
 @functools.cache
@@ -47,12 +48,21 @@ def takes(x: Tensor, weight: Tensor) -> bool:
 def _plain(x: Tensor) -> bool:
     if x.device.type != "cpu" or not x.numel() or torch.is_autocast_enabled("cpu"):
         return False
-    return not torch._C._len_torch_dispatch_stack() and torch._C._functorch.peek_interpreter_stack() is None
+    return not torch._C._len_torch_dispatch_stack() and peek_interpreter_stack() is None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b for x (..., K) and W (N, K), without gradients."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a b of matrices, or of as many matrices one after the other, by whichever is quicker."""
+    if (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)) or not takes(a, b):
+        return a @ b
+    if a.ndim == 2:
+        return linear(a, b.T)
+    return torch.stack([linear(one, other.T) for one, other in zip(a, b, strict=True)])
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:

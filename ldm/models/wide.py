@@ -54,6 +54,14 @@ class Linear(nn.Linear):
         return _product(x, self.weight, self.bias)
 
 
+def quickened(model: nn.Module) -> nn.Module:
+    """The same model with its plain linear layers as `Linear`."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+    return model
+
+
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """gelu(x) W^T + b, with the tanh approximation; keeps x alone, autograd would keep gelu(x) too.
 
@@ -69,13 +77,6 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         wide, weight, bias = x.to(to), weight.to(to), None if bias is None else bias.to(to)
         product = onednn.linear if onednn.takes(wide, weight) else F.linear
         return product(wide, weight, bias).to(x.dtype)
-
-
-def _times(a: Tensor, b: Tensor) -> Tensor:
-    """a b of matrices."""
-    if not torch.is_grad_enabled() and onednn.takes(a, b):
-        return onednn.linear(a, b.T)
-    return a @ b
 
 
 def _own_precision(x: Tensor) -> AbstractContextManager[Any]:
@@ -107,11 +108,11 @@ class _Linear(torch.autograd.Function):
             grad = grad.reshape(-1, grad.shape[-1])
             if ctx.needs_input_grad[1]:
                 given = (F.gelu(x, approximate="tanh") if ctx.gelu else x).reshape(-1, x.shape[-1]).to(to)
-                of_weight = _times(grad.T, given).to(weight.dtype)
+                of_weight = onednn.product(grad.T, given).to(weight.dtype)
             if bias is not None and ctx.needs_input_grad[2]:
                 of_bias = grad.sum(0).to(bias.dtype)
             if ctx.needs_input_grad[0]:
-                of_x = _times(grad, weight.to(to)).view(x.shape).to(x.dtype)
+                of_x = onednn.product(grad, weight.to(to)).view(x.shape).to(x.dtype)
                 if ctx.gelu:
                     of_x = torch.ops.aten.gelu_backward(of_x, x, approximate="tanh")
         return of_x, of_weight, of_bias, None

@@ -1,4 +1,4 @@
-"""Models held in half precision: half the bytes, and pictures no further from float32 than diffusers' in half precision.
+"""Models held in half precision: half the bytes, and pictures no further from float32 than diffusers' are.
 
 Pictures are compared as latents, before an autoencoder, which here computes in float32 and in theirs as the rest.
 """
@@ -58,9 +58,8 @@ def theirs(folder: Path, kind: str, noise: Tensor, dtype: torch.dtype) -> Tensor
     if kind == "pixart":
         told["use_resolution_binning"] = False
     if kind == "zimage":  # counts its scale from 0, and wants its latents in float32
-        return pipe(
-            [*PROMPTS], latents=noise, guidance_scale=GUIDANCE[kind] - 1, negative_prompt=[""] * 2, **told
-        ).images
+        told |= {"guidance_scale": GUIDANCE[kind] - 1, "negative_prompt": [""] * len(PROMPTS)}
+        return pipe([*PROMPTS], latents=noise, **told).images
     return pipe([*PROMPTS], latents=noise.to(dtype), guidance_scale=GUIDANCE[kind], **told).images
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ldm.models.text.base import TextEncoder
 from ldm.models.text.int8 import quantize
 from ldm.models.text.tokenizer import Overlong, whole_word
+from ldm.models.wide import quickened
 
 FILES = (
     "tokenizer.json",
@@ -169,7 +170,7 @@ class PretrainedEncoder(TextEncoder):
 
     def __init__(self, config: Any, model: nn.Module) -> None:
         super().__init__(config)
-        self.model = model
+        self.model = quickened(model)
         self._tokenizer: PretrainedTokenizer | None = None
         self.requires_grad_(False).eval()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.models import onednn
+from ldm.models.layers import Conv3x3, unchanging
 from ldm.models.transformers.blocks import FeedForward
 from ldm.models.wide import Linear
 
@@ -18,7 +17,7 @@ pytestmark = pytest.mark.skipif(not onednn.available(), reason="this PyTorch has
 
 
 @pytest.fixture(autouse=True)
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """As on a processor where oneDNN wins; the shapes of what it was given."""
     asked: list[tuple[int, ...]] = []
     own = onednn.linear
@@ -29,7 +28,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
 
     monkeypatch.setattr(onednn, "wins", lambda: True)
     monkeypatch.setattr(onednn, "linear", linear)
-    yield asked
+    return asked
 
 
 def cases() -> dict[str, Tensor]:
@@ -119,3 +118,26 @@ def test_hooks_see_the_layer(counted: list[tuple[int, ...]]) -> None:
     with torch.no_grad():
         layers(torch.randn(1, 3, 8))
     assert seen == [(1, 3, 32)]
+
+
+def test_products_of_matrices(counted: list[tuple[int, ...]]) -> None:
+    torch.manual_seed(4)
+    a, b = torch.randn(3, 6, 20), torch.randn(3, 20, 7)
+    torch.testing.assert_close(onednn.product(a, b).double(), a.double() @ b.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(onednn.product(a[0].T, b[0, :6]), (a[0].T.double() @ b[0, :6].double()).float())
+    assert len(counted) == 4
+    onednn.product(a[0].requires_grad_(), b[0]).sum().backward()
+    assert len(counted) == 4
+
+
+def test_convolutions_of_few_pixels_and_by_winograd(counted: list[tuple[int, ...]]) -> None:
+    torch.manual_seed(5)
+    layer = Conv3x3.of(512, 448)
+    for side, products in ((2, 1), (16, 16)):
+        x = torch.randn(2, 512, side, side)
+        exact = F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)  # type: ignore[union-attr]
+        with torch.no_grad(), unchanging(layer, 20):
+            out = layer(x)
+        assert len(counted) == products
+        counted.clear()
+        torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-5)
