@@ -20,7 +20,7 @@ from ldm.checkpoint.towers import open_text
 from ldm.models.network import Network
 from ldm.models.networks import AnyNetwork
 from ldm.models.shipped import SHIPPED
-from ldm.models.text import Output, TextEncoder, TextPrecision, TextTower
+from ldm.models.text import Output, TextEncoder, TextTower
 from ldm.models.unet import UNetConfig
 from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.words import expanded, near
@@ -95,14 +95,10 @@ def load_model(
     text: str | Path | None = None,
     vae: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
-    text_precision: TextPrecision | None = None,
 ) -> Components:
-    """`open_model`, read: a diffusers folder, a single file or a hub id such as "stabilityai/stable-diffusion-2-1".
-
-    `text_precision` None reads the text encoders as `dtype` too.
-    """
+    """`open_model`, read: a diffusers folder, a single file or a hub id such as "stabilityai/stable-diffusion-2-1"."""
     options: dict[str, Any] = {"variant": variant, "ema": ema, "prediction": prediction, "lenient": lenient}
-    return open_model(source, text=text, vae=vae, **options).load(dtype, text_precision)
+    return open_model(source, text=text, vae=vae, **options).load(dtype)
 
 
 def open_model(

@@ -110,17 +110,22 @@ class Opened:
             weights.check_keys(f"{self.where}: text encoder", shapes_of(tower.config), weights.shapes(tower.source))
         return self
 
-    def load(self, dtype: torch.dtype = torch.float32, text: TextPrecision | None = None) -> Components:
-        """Read all weights as `dtype`, those of text encoders in a precision of their own if one is given.
+    def load(
+        self,
+        dtype: torch.dtype = torch.float32,
+        vae: torch.dtype | None = None,
+        text: TextPrecision | None = None,
+    ) -> Components:
+        """Read all weights as `dtype`, the autoencoder's as `vae` and text encoders' as `text` where given.
 
-        Raises ValueError for one that these encoders cannot have.
+        Raises ValueError for a precision that these text encoders cannot have.
         """
         if text is not None:
             check_text_precision(text, [tower.config for tower in self.text])
         self.check()
         what = f"{self.where}: {title(self.network_config)}"
         network = fill(empty(self.network_config), self.network, dtype, what)
-        autoencoder = fill(empty(self.vae_config), self.vae, dtype, f"{self.where}: autoencoder")
+        autoencoder = fill(empty(self.vae_config), self.vae, vae or dtype, f"{self.where}: autoencoder")
         assert isinstance(network, Network)
         assert isinstance(autoencoder, Autoencoder)
         towers = [load_encoder(tower, text or dtype, f"{self.where}: text encoder") for tower in self.text]

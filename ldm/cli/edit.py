@@ -39,7 +39,7 @@ def _common() -> Parser:
         "--long-prompts", action="store_true", help="encode prompts longer than the text encoder's context in chunks"
     )
     common.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="the network's")
-    common.add_argument("--text-precision", choices=TEXT_PRECISIONS, default="fp32", help=TEXT_PRECISION_HELP)
+    common.add_argument("--text-precision", choices=TEXT_PRECISIONS, help=TEXT_PRECISION_HELP + " (as --precision)")
     common.add_argument("--device", default=None, help="cpu, cuda, ...; default: a GPU if there is one")
     common.add_argument("--out", type=Path, default=Path("edited"), help="folder for the pictures")
     return common

@@ -275,7 +275,7 @@ def _drawn(
         "model": args.model, "weights": measure.model_hashes(pipeline), "sampler": args.sampler, "steps": args.steps,
         "guidance": args.guidance, "precision": args.precision, "size": measure.side_of(pipeline),
     }  # fmt: skip
-    how |= {} if args.text_precision == "fp32" else {"text_precision": args.text_precision}
+    how |= {} if args.text_precision is None else {"text_precision": args.text_precision}
     told = {**how, **judge, "data": args.data, "seed": args.seed, "captions": captions}
     if clip is not None:
         how["judge_knows_text"] = measure.knows_text(pipeline, clip)

@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
             "refine": args.refine, "captions": args.captions, "sampler": "ddim", "guidance": 1.0,
             "weights": measure.model_hashes(pipeline), "precision": args.precision,
         }  # fmt: skip
-        protocol |= {} if args.text_precision == "fp32" else {"text_precision": args.text_precision}
+        protocol |= {} if args.text_precision is None else {"text_precision": args.text_precision}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_text(args.out, json.dumps({"protocol": protocol, "result": found}, indent=1, ensure_ascii=False) + "\n")
         print(f"written: {args.out}")

@@ -15,7 +15,7 @@ def model_options(parser: argparse.ArgumentParser) -> None:
     """How it draws: its size, precisions and device."""
     parser.add_argument("--size", type=int, metavar="PIXELS", help="side of its pictures (the model's own)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the network")
-    parser.add_argument("--text-precision", choices=TEXT_PRECISIONS, default="fp32", help=TEXT_PRECISION_HELP)
+    parser.add_argument("--text-precision", choices=TEXT_PRECISIONS, help=TEXT_PRECISION_HELP + " (as --precision)")
     parser.add_argument("--device", help="that draws: cpu, cuda, ...; default: a GPU if there is one")
 
 

@@ -138,7 +138,7 @@ def _add_prompts_and_memory(p: Parser) -> None:
     p.add_argument(
         "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="what the network computes in"
     )
-    p.add_argument("--text-precision", choices=TEXT_PRECISIONS, default="fp32", help=TEXT_PRECISION_HELP)
+    p.add_argument("--text-precision", choices=TEXT_PRECISIONS, help=TEXT_PRECISION_HELP + " (as --precision)")
     p.add_argument("--device", default=None, help="cpu, cuda, ...; default: a GPU if there is one")
 
 

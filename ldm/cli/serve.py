@@ -17,7 +17,7 @@ def parser() -> Parser:
     p.add_argument(
         "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="what the network computes in"
     )
-    p.add_argument("--text-precision", choices=TEXT_PRECISIONS, default="fp32", help=TEXT_PRECISION_HELP)
+    p.add_argument("--text-precision", choices=TEXT_PRECISIONS, help=TEXT_PRECISION_HELP + " (as --precision)")
     p.add_argument("--device", default=None, help="cpu, cuda, ...; default: a GPU if there is one")
     p.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     p.add_argument("--port", type=int, default=7860)

@@ -86,20 +86,23 @@ class TextToImage:
         lenient: bool = False,
         text: str | Path | None = None,
         vae: str | Path | None = None,
-        text_precision: TextPrecision = "fp32",
+        text_precision: TextPrecision | None = None,
     ) -> TextToImage:
         """From a shipped model's name (emoji), a run folder, a diffusers folder, a single file or a hub id.
 
-        `precision` of the network is auto, fp32, bf16 or fp16 (autocast; the autoencoder stays in float32); `lenient`
-        leaves unknown tensors out and names them. `text` and `vae`: folders that hold what a transformer's single file
-        lacks. `text_precision`: what the text encoders are kept and computed in. Raises ValueError when it is none of
-        these.
+        `precision` auto, fp32, bf16 or fp16 is of the network's and the text encoders' weights and products; statistics
+        of norms, softmax, the sampler and the autoencoder stay in float32. `text_precision`: fp32, bf16, fp16 or int8,
+        of the text encoders alone. `lenient` leaves unknown tensors out and names them. `text` and `vae`: folders that
+        hold what a transformer's single file lacks. Raises ValueError when it is none of these.
         """
-        check_text_precision(text_precision)
-        found = load_parts(source, lenient=lenient, text=text, vae=vae, text_precision=text_precision)
+        if text_precision is not None:
+            check_text_precision(text_precision)
+        precision = chosen(precision, device)
+        dtype = compute_dtype(precision)
+        found = load_parts(source, lenient=lenient, text=text, vae=vae, dtype=dtype, text_precision=text_precision)
         pipeline = TextToImage(
             found.network, found.codec, found.text, found.process, spacing=found.spacing, offset=found.offset,
-            end=found.end, precision=chosen(precision, device),
+            end=found.end, precision=precision,
         )  # fmt: skip
         pipeline.student, pipeline.own = found.student, found.own
         pipeline.to(device)
@@ -368,7 +371,7 @@ class TextToImage:
         return guided(denoise, settings, self.process.schedule, of, without, plan.times)
 
     def _net(self, x: Tensor, t: Tensor, cond: Cond, **skip: frozenset[int]) -> Tensor:
-        with self._place.autocast(self.device):
+        with self._place.autocast(self.network):
             return (self._compiled or self.network)(x, t, cond) if not skip else self.network(x, t, cond, **skip)
 
     def _cond(self, prompts: Sequence[str], settings: Settings, together: Sequence[str]) -> Cond:
