@@ -27,7 +27,7 @@ from ldm.models.attention import sliced
 from ldm.models.families import family_of
 from ldm.models.layers import unchanging
 from ldm.models.network import Network
-from ldm.models.text import TextEncoder, TextTower
+from ldm.models.text import TextEncoder, TextPrecision, TextTower, check_text_precision
 from ldm.models.transformers.times import known_times
 from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline.conditioning import Conditioning, inpainting, warn
@@ -71,6 +71,8 @@ class TextToImage:
         self.spacing = spacing
         self.student: students.FewSteps | None = None
         self.own: OwnSampler | None = None
+        self.pixels: Size | None = None
+        """The size that is drawn where none is asked for; None is the network's own."""
         self._loras: Loras | None = None
         self._place = Placement(next(network.parameters()).device, compute_dtype(precision))
         self._compiled: Net | None = None
@@ -84,16 +86,20 @@ class TextToImage:
         lenient: bool = False,
         text: str | Path | None = None,
         vae: str | Path | None = None,
+        text_precision: TextPrecision | None = None,
     ) -> TextToImage:
         """From a shipped model's name (emoji), a run folder, a diffusers folder, a single file or a hub id.
 
         `precision` auto, fp32, bf16 or fp16 is of the network's and the text encoders' weights and products; statistics
-        of norms, softmax, the sampler and the autoencoder stay in float32. `lenient` leaves unknown tensors out and
-        names them. `text` and `vae`: folders that hold what a transformer's single file lacks. Raises ValueError when
-        it is none of these.
+        of norms, softmax, the sampler and the autoencoder stay in float32. `text_precision`: fp32, bf16, fp16 or int8,
+        of the text encoders alone. `lenient` leaves unknown tensors out and names them. `text` and `vae`: folders that
+        hold what a transformer's single file lacks. Raises ValueError when it is none of these.
         """
+        if text_precision is not None:
+            check_text_precision(text_precision)
         precision = chosen(precision, device)
-        found = load_parts(source, lenient=lenient, text=text, vae=vae, dtype=compute_dtype(precision))
+        dtype = compute_dtype(precision)
+        found = load_parts(source, lenient=lenient, text=text, vae=vae, dtype=dtype, text_precision=text_precision)
         pipeline = TextToImage(
             found.network, found.codec, found.text, found.process, spacing=found.spacing, offset=found.offset,
             end=found.end, precision=precision,
@@ -390,7 +396,7 @@ class TextToImage:
 
     def latent_shape(self, size: Size | None) -> tuple[int, int, int]:
         """(Z, h, w) for a size in pixels. Raises ValueError unless it is a multiple of 8, or of more for some."""
-        factor = self.codec.factor
+        factor, size = self.codec.factor, self.pixels if size is None else size
         if size is None:
             side = self.network.side
             return (self.codec.channels, side, side)
