@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ldm.models import compiling
 from ldm.models.network import Network
 from ldm.types import Cond, Net
 
@@ -62,8 +63,18 @@ class Placement:
         return torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
 
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+"""Of torch.compile."""
+
+
 def compiled(network: Network, device: torch.device, mode: str | None) -> Net:
-    """The network compiled whole at its first call for each shape; `mode` None takes CUDA graphs on a GPU."""
+    """The network compiled whole at its first call for each shape; `mode` None takes CUDA graphs on a GPU.
+
+    Raises ValueError for another mode than torch's.
+    """
+    if mode is not None and mode not in MODES:
+        raise ValueError(f"compile: {mode!r} is not one of {['blocks', *MODES]}")
+    compiling.undo(network)
     graphs = "reduce-overhead" if device.type == "cuda" else "default"
     whole: Callable[..., Tensor] = torch.compile(network, fullgraph=True, mode=mode or graphs)
 

@@ -24,6 +24,7 @@ from ldm.checkpoint.scheduler_classes import OwnSampler, Plan
 from ldm.data.grid import to_pil
 from ldm.diffusion.process import Process
 from ldm.models.attention import sliced
+from ldm.models.compiling import by_block
 from ldm.models.families import family_of
 from ldm.models.layers import unchanging
 from ldm.models.network import Network
@@ -140,9 +141,13 @@ class TextToImage:
     def compile(self, mode: str | None = None) -> TextToImage:
         """Compile the network whole at its first call for each shape (minutes on a CPU); returns itself.
 
-        `mode` is torch.compile's; None takes CUDA graphs on a GPU, for which small batches wait.
+        `mode` is torch.compile's; None takes CUDA graphs on a GPU, for which small batches wait. "blocks" compiles
+        equal blocks once instead, in a fraction of the time. Raises ValueError for another word.
         """
-        self._compiled = compiled(self.network, self._place.target, mode)
+        if mode == "blocks":
+            self._compiled, _ = None, by_block(self.network)
+        else:
+            self._compiled = compiled(self.network, self._place.target, mode)
         return self
 
     def load_lora(
