@@ -23,15 +23,16 @@ from ldm.checkpoint.attached import attach_embedding, attach_lora
 from ldm.checkpoint.scheduler_classes import OwnSampler, Plan
 from ldm.data.grid import to_pil
 from ldm.diffusion.process import Process
+from ldm.diffusion.schedule import Flow
 from ldm.models.attention import sliced
-from ldm.models.compiling import by_block
-from ldm.models.families import family_of
+from ldm.models.families import Family, family_of
 from ldm.models.layers import unchanging
 from ldm.models.network import Network
-from ldm.models.text import TextEncoder, TextTower
+from ldm.models.text import T5Encoder, TextEncoder, TextPrecision, TextTower, check_text_precision
+from ldm.models.text.captions import clean
 from ldm.models.transformers.times import known_times
 from ldm.models.vae.latents import LatentCodec
-from ldm.pipeline.conditioning import Conditioning, inpainting, warn
+from ldm.pipeline.conditioning import Conditioning, inpainting, painter, warn
 from ldm.pipeline.loading import load_parts
 from ldm.pipeline.memory import Placement, compiled
 from ldm.pipeline.steps import OwnSteps, guided, skipped, visited
@@ -71,7 +72,10 @@ class TextToImage:
         self.network, self.codec, self.text, self.process = network, codec, list(text), process
         self.spacing = spacing
         self.student: students.FewSteps | None = None
+        self._family: Family | None = None
         self.own: OwnSampler | None = None
+        self.pixels: Size | None = None
+        """The size that is drawn where none is asked for; None is the network's own."""
         self._loras: Loras | None = None
         self._place = Placement(next(network.parameters()).device, compute_dtype(precision))
         self._compiled: Net | None = None
@@ -85,19 +89,25 @@ class TextToImage:
         lenient: bool = False,
         text: str | Path | None = None,
         vae: str | Path | None = None,
+        text_precision: TextPrecision | None = None,
     ) -> TextToImage:
         """From a shipped model's name (emoji), a run folder, a diffusers folder, a single file or a hub id.
 
-        `precision` of the network is auto, fp32, bf16 or fp16 (autocast; the autoencoder stays in float32); `lenient`
-        leaves unknown tensors out and names them. `text` and `vae`: folders that hold what a transformer's single file
-        lacks. Raises ValueError when it is none of these.
+        `precision` auto, fp32, bf16 or fp16 is of the network's and the text encoders' weights and products; statistics
+        of norms, softmax, the sampler and the autoencoder stay in float32. `text_precision`: fp32, bf16, fp16 or int8,
+        of the text encoders alone. `lenient` leaves unknown tensors out and names them. `text` and `vae`: folders that
+        hold what a transformer's single file lacks. Raises ValueError when it is none of these.
         """
-        found = load_parts(source, lenient=lenient, text=text, vae=vae)
+        if text_precision is not None:
+            check_text_precision(text_precision)
+        precision = chosen(precision, device)
+        dtype = compute_dtype(precision)
+        found = load_parts(source, lenient=lenient, text=text, vae=vae, dtype=dtype, text_precision=text_precision)
         pipeline = TextToImage(
             found.network, found.codec, found.text, found.process, spacing=found.spacing, offset=found.offset,
-            end=found.end, precision=chosen(precision, device),
+            end=found.end, precision=precision,
         )  # fmt: skip
-        pipeline.student, pipeline.own = found.student, found.own
+        pipeline.student, pipeline.own, pipeline._family = found.student, found.own, found.family
         pipeline.to(device)
         for path in found.loras:
             pipeline.load_lora(path)
@@ -106,12 +116,37 @@ class TextToImage:
         return pipeline
 
     @property
+    def family(self) -> Family:
+        """What is usual of the family that the network, and the scheduler it was loaded with, tell."""
+        if self._family is not None:
+            return self._family
+        schedule = self.process.schedule
+        dynamic = isinstance(schedule, Flow) and schedule.dynamic is not None
+        how = {"shift": getattr(schedule, "shift", None), "use_dynamic_shifting": dynamic}
+        return family_of(self.network.config, how)
+
+    @property
     def habit(self) -> tuple[str, int, float]:
-        """Sampler, steps and guidance where nothing else is asked for: a published transformer's, or this project's."""
-        family = family_of(self.network.config, {"shift": getattr(self.process.schedule, "shift", None)})
-        if self.network.component != "transformer" or all(isinstance(encoder, TextTower) for encoder in self.text):
+        """Sampler, steps, guidance where nothing else is asked for: a published transformer's, a Turbo's, or ours."""
+        family = self.family
+        if self.network.component != "transformer" and family.guidance != 1:
+            return students.PLAIN
+        if self.network.component == "transformer" and all(isinstance(encoder, TextTower) for encoder in self.text):
             return students.PLAIN
         return family.sampler, family.steps, family.guidance
+
+    def clean_captions(self, on: bool = True) -> None:
+        """Clean prompts as PixArt's pipelines do by their `clean_caption`, or put them in small letters alone.
+
+        Raises ValueError for other families, and without the packages that this needs.
+        """
+        told = [encoder.tokenizer for encoder in self.text if isinstance(encoder, T5Encoder) and encoder.config.lower]
+        if not told:
+            raise ValueError(f"clean_captions: is PixArt's; the model is {self.family.title}")
+        if on:
+            clean("")  # says what is missing before anything is drawn
+        for tokenizer in told:
+            tokenizer.clean = on
 
     @property
     def unet(self) -> Network:
@@ -144,10 +179,7 @@ class TextToImage:
         `mode` is torch.compile's; None takes CUDA graphs on a GPU, for which small batches wait. "blocks" compiles
         equal blocks once instead, in a fraction of the time. Raises ValueError for another word.
         """
-        if mode == "blocks":
-            self._compiled, _ = None, by_block(self.network)
-        else:
-            self._compiled = compiled(self.network, self._place.target, mode)
+        self._compiled = compiled(self.network, self._place.target, mode)
         return self
 
     def load_lora(
@@ -316,6 +348,8 @@ class TextToImage:
         plan = plan if times is None else Plan(times, whole=plan.whole)
         denoise = self.denoiser(settings, prompts, plan)
         cond = self._cond(prompts, settings, prompts) | (given or {})
+        if wrap is None and "concat" not in cond and painter(self.network, self.codec) is not None:
+            raise ValueError(f"the {self.network.title} is told a picture and a mask here: use `ldm edit inpaint`")
         x = (rng.normal("start", shape) if x is None else x) * (plan.scale if start is None else 1)
         with (
             self._place.used(self.network),
@@ -368,7 +402,7 @@ class TextToImage:
         return guided(denoise, settings, self.process.schedule, of, without, plan.times)
 
     def _net(self, x: Tensor, t: Tensor, cond: Cond, **skip: frozenset[int]) -> Tensor:
-        with self._place.autocast(self.device):
+        with self._place.autocast(self.network):
             return (self._compiled or self.network)(x, t, cond) if not skip else self.network(x, t, cond, **skip)
 
     def _cond(self, prompts: Sequence[str], settings: Settings, together: Sequence[str]) -> Cond:
@@ -384,16 +418,16 @@ class TextToImage:
 
     @torch.no_grad()
     def inpainting(self, images: Tensor, mask: Tensor) -> Cond:
-        """What a network with 9 channels is told of pictures (B, 3, H, W) in [-1, 1] and a mask (B or 1, 1, H, W).
+        """What an inpainting network is told of pictures (B, 3, H, W) in [-1, 1] and a mask (B or 1, 1, H, W).
 
-        The mask is 1 where the picture is drawn anew; then the picture's latents with grey in the mask's place. Raises
-        ValueError for a network with other channels.
+        The mask is 1 where the picture is drawn anew; beside it the picture's latents with grey in the mask's place.
+        Raises ValueError for a network that is not told of one.
         """
         return inpainting(self.network, self.codec, self._place, images, mask)
 
     def latent_shape(self, size: Size | None) -> tuple[int, int, int]:
         """(Z, h, w) for a size in pixels. Raises ValueError unless it is a multiple of 8, or of more for some."""
-        factor = self.codec.factor
+        factor, size = self.codec.factor, self.pixels if size is None else size
         if size is None:
             side = self.network.side
             return (self.codec.channels, side, side)

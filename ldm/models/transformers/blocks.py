@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.models import onednn
 from ldm.models.attention import Control, attention, controlled
 from ldm.models.frugal import norm_modulated, rms_norm
 from ldm.models.layers import Embedding, hooked, sinusoid
@@ -105,9 +106,11 @@ class FeedForward(nn.Module):
         first, last = self.net[0], self.net[2]
         if type(first) is not GELU or hooked(first) or torch.compiler.is_compiling():
             return last(first(x))
-        hidden = first.proj(x)
         if not torch.is_grad_enabled():
-            return last(torch.ops.aten.gelu_(hidden, approximate="tanh"))
+            bare = type(first.proj) is Linear and not hooked(first.proj)
+            at_once = onednn.linear_gelu(x, first.proj.weight, first.proj.bias) if bare else None
+            return last(torch.ops.aten.gelu_(first.proj(x), approximate="tanh") if at_once is None else at_once)
+        hidden = first.proj(x)
         if type(last) is not Linear or hooked(last):  # a correction of the layer, or ZeRO 3, which gathers its weights
             return last(F.gelu(hidden, approximate="tanh"))
         return gelu_linear(hidden, last.weight, last.bias)

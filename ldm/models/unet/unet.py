@@ -208,6 +208,7 @@ class UNet(Network):
             x = torch.cat([x, cond["concat"].to(x.dtype)], dim=1)
         if x.shape[1] != self.config.in_channels:
             raise ValueError(f"the U-Net takes {self.config.in_channels} channels, got {x.shape[1]} (with concat)")
+        x = x.to(next(self.parameters()).dtype)
         text = cond["text"].to(x.dtype) if "text" in cond else x.new_zeros(0)
         known = iter(cond["kv"].split(self._kv_widths, dim=-1) if "kv" in cond else [None] * len(self._kv_widths))
         time = nn.functional.silu(self.time(t, cond, len(x), x.dtype))
