@@ -33,9 +33,7 @@ from ldm.types import Cond
 
 HOW_MANY = "--samples N tells how many there will be"
 NO_CACHE = "no cache: VAE and text tower run for every image of every step; set task.cache to encode once"
-FULL_LENGTH = (
-    "data: cached text is counted at full length, the most that it can be; captions take what they are long"
-)
+FULL_LENGTH = "data: cached text is counted at full length, the most that it can be; captions take what they are long"
 TEXT = ("text", "pooled", "mask")
 """Keys of what text encoders give."""
 _MOMENTS = {"adamw8bit": 0.5, "lion": 1.0, "sgd": 1.0}
