@@ -2,8 +2,8 @@
 
 As they come: a process each, in turns. Ours keeps freed memory, as our programs do on CPUs; sampling is what our
 pipeline does around the network: text projected once, both halves of guidance in one call, modulations of all steps at
-once, in half precision float32 weights under autocast. Theirs is the loop of their pipeline around the network, and
-training as their scripts have it: the network in bfloat16 for sampling, autocast for training.
+once. Theirs is the loop of their pipeline around the network, and
+training as their scripts have it. In bfloat16 both hold their weights in it for sampling, and train under autocast.
 
 SD3.5 medium has its width, heads, kinds of blocks and text, and 3 of its 24 blocks, so that what is outside of blocks
 weighs more than in the whole; pictures have 256 pixels. Where the processor has no instructions for bfloat16, theirs
@@ -40,7 +40,6 @@ from ldm.models.transformers.times import known_times
 from ldm.models.wide import emulates
 from ldm.sampling import sample
 from ldm.sampling.guidance import classifier_free
-from ldm.types import Cond
 
 GUIDANCE, SHIFT, STEPS = 5.0, 3.0, 20
 HALF = torch.bfloat16
@@ -128,20 +127,16 @@ def our_sampling(ours: SD3Transformer, given: Inputs, steps: int, half: bool = F
     """Guided Euler steps, as our pipeline runs them."""
     x, _, text, pooled = given
     process = Process(schedule=Flow(shift=SHIFT), prediction=Velocity())
-
-    def call(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        with torch.autocast("cpu", HALF, enabled=half):
-            return ours(x, t, cond)
+    network: Any = halved(ours) if half else ours
 
     @torch.no_grad()
     def draw() -> Tensor:
-        with torch.autocast("cpu", HALF, enabled=half):
-            told = {"text": text, "pooled": pooled}
-            known, empty = (ours.prepared(v) for v in (told, {k: torch.zeros_like(v[:1]) for k, v in told.items()}))
+        told = {"text": text, "pooled": pooled}
+        known, empty = (network.prepared(v) for v in (told, {k: torch.zeros_like(v[:1]) for k, v in told.items()}))
         times = [1000 * sigma for sigma in sigmas(steps)]
-        with known_times(ours, times):
+        with known_times(network, times):
             return sample(
-                "euler", classifier_free(process.denoiser(call), empty, GUIDANCE), x, known,
+                "euler", classifier_free(process.denoiser(network), empty, GUIDANCE), x, known,
                 schedule=process.schedule, steps=steps, times=times, noise=lambda i: torch.zeros_like(x),
             )  # fmt: skip
 
@@ -183,18 +178,18 @@ def their_sampling(theirs: nn.Module, given: Inputs, steps: int, half: bool = Fa
 
 
 def forward(network: nn.Module, given: Inputs, half: bool = False) -> Callable[[], Tensor]:
-    """One call without gradients: ours under autocast in half precision, theirs with weights of it."""
+    """One call without gradients; `half`: with weights in bfloat16."""
     own = isinstance(network, SD3Transformer)
 
-    call = call_of(halved(network) if half and not own else network)
+    call = call_of(halved(network) if half else network)
     x, t, text, pooled = given
-    if half and not own:
-        x, text, pooled = x.to(HALF), text.to(HALF), pooled.to(HALF)
+    if half:
+        text, pooled = text.to(HALF), pooled.to(HALF)
+        x = x if own else x.to(HALF)
 
     @torch.no_grad()
     def once() -> Tensor:
-        with torch.autocast("cpu", HALF, enabled=half and own):
-            return call(x, t, text, pooled)
+        return call(x, t, text, pooled)
 
     return once
 

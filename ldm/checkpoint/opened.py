@@ -16,7 +16,17 @@ from ldm.checkpoint.weights import Source
 from ldm.models import networks
 from ldm.models.network import Network
 from ldm.models.networks import AnyNetwork
-from ldm.models.text import AnyText, TextEncoder, build_encoder, filled_encoder
+from ldm.models.text import (
+    AnyText,
+    TextEncoder,
+    TextPrecision,
+    build_encoder,
+    check_text_precision,
+    filled_encoder,
+    in_int8,
+    text_dtype,
+)
+from ldm.models.text.int8 import stored
 from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.vae.latents import LatentCodec
 
@@ -100,16 +110,26 @@ class Opened:
             weights.check_keys(f"{self.where}: text encoder", shapes_of(tower.config), weights.shapes(tower.source))
         return self
 
-    def load(self, dtype: torch.dtype = torch.float32) -> Components:
-        """Read all weights as `dtype`."""
+    def load(
+        self,
+        dtype: torch.dtype = torch.float32,
+        vae: torch.dtype | None = None,
+        text: TextPrecision | None = None,
+    ) -> Components:
+        """Read all weights as `dtype`, the autoencoder's as `vae` and text encoders' as `text` where given.
+
+        Raises ValueError for a precision that these text encoders cannot have.
+        """
+        if text is not None:
+            check_text_precision(text, [tower.config for tower in self.text])
         self.check()
         what = f"{self.where}: {title(self.network_config)}"
         network = fill(empty(self.network_config), self.network, dtype, what)
-        autoencoder = fill(empty(self.vae_config), self.vae, dtype, f"{self.where}: autoencoder")
+        autoencoder = fill(empty(self.vae_config), self.vae, vae or dtype, f"{self.where}: autoencoder")
         assert isinstance(network, Network)
         assert isinstance(autoencoder, Autoencoder)
-        text = [load_encoder(tower, dtype, f"{self.where}: text encoder") for tower in self.text]
-        return Components(network, autoencoder, LatentCodec.of(autoencoder), text, dict(self.scheduler))
+        towers = [load_encoder(tower, text or dtype, f"{self.where}: text encoder") for tower in self.text]
+        return Components(network, autoencoder, LatentCodec.of(autoencoder), towers, dict(self.scheduler))
 
 
 def title(config: AnyNetwork) -> str:
@@ -144,11 +164,19 @@ def fill(model: nn.Module, source: Source, dtype: torch.dtype, where: str = "wei
     return model.eval()
 
 
-def load_encoder(opened: OpenedText, dtype: torch.dtype, where: str = "weights") -> TextEncoder:
-    """A frozen text encoder with its tokenizer; weights that would overflow in float16 stay in float32."""
+def load_encoder(opened: OpenedText, kind: torch.dtype | TextPrecision, where: str = "weights") -> TextEncoder:
+    """A frozen text encoder with its tokenizer; weights that would overflow in float16 stay in float32.
+
+    Weights of 8 bits are made as each is read: the whole encoder is never in memory.
+    """
+    dtype = kind if isinstance(kind, torch.dtype) else text_dtype(kind)
+    int8 = not isinstance(kind, torch.dtype) and in_int8(kind, opened.config)
     with torch.device("meta"):
         bare = build_encoder(opened.config)
-    state = {}
+    if int8:
+        bare.quantize_8bit()
+    state: dict[str, torch.Tensor] = {}
     for key, entry in opened.source.items():
-        state |= weights.read_all({key: entry}, bare.kept(key, dtype), where)
-    return filled_encoder(opened.config, state, dtype)
+        for name, value in weights.read_all({key: entry}, bare.kept(key, dtype), where).items():
+            state |= stored(bare.model, name, value) if int8 else {name: value}
+    return filled_encoder(opened.config, state, dtype, int8=int8)

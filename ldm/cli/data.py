@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.options import Parser
+from ldm.cli.options import TEXT_PRECISION_HELP, TEXT_PRECISIONS, Parser
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +66,11 @@ def _parser() -> Parser:
     encode.add_argument(
         "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="what the autoencoder computes in"
     )
+    encode.add_argument("--text-precision", choices=TEXT_PRECISIONS, default="fp32", help=TEXT_PRECISION_HELP)
+    encode.add_argument(
+        "--t5-padding", choices=("unmodified", "zero"), default="unmodified", help="of SD3 and FLUX.1, whose networks "
+        "see it: as their pipelines have it, or hidden from T5 and zeros, which are not stored (task.t5_padding)"
+    )  # fmt: skip
     encode.set_defaults(run=_encode)
     return parser
 
@@ -222,6 +227,7 @@ def _encode(args: argparse.Namespace) -> int:
     from ldm import dist
     from ldm.allocator import keep_freed_memory
     from ldm.data.encode import EncodeConfig, encode, finish, missing
+    from ldm.models.text import pad_with
     from ldm.models.vae.latents import LatentCodec
     from ldm.progress import Bar
     from ldm.recipes.sources import cache_hashes, load_autoencoder, load_towers, text_encoder
@@ -251,7 +257,8 @@ def _encode(args: argparse.Namespace) -> int:
         moments, kind = _moments(codec, args.precision, device)
         hashes |= {} if kind == "fp32" else {"precision": kind}  # parts of one cache are computed alike
     if args.text is not None:
-        towers = [tower.to(device) for tower in load_towers(args.text)]
+        towers = [tower.to(device) for tower in load_towers(args.text, args.text_precision)]
+        pad_with(towers, args.t5_padding, "--t5-padding")
         encode_text = text_encoder(towers)
         hashes |= cache_hashes(towers=towers)
         text = lambda texts: dict(encode_text(texts))  # noqa: E731
@@ -273,6 +280,8 @@ def _encode(args: argparse.Namespace) -> int:
     _print_buckets(manifest)
     errors = ", ".join(f"{k} {v:.1e}" for k, v in manifest.notes["relative_rms_error"].items())
     print(f"{manifest.samples()} samples, {manifest.notes['bytes_per_sample']} bytes each, {manifest.notes['bad']} bad")
+    if each := manifest.notes.get("text_bytes_per_caption"):
+        print(f"text: {manifest.notes['captions']} captions, {each} bytes each")
     print(f"relative error of storing as {config.dtype}: {errors}")
     return 0
 

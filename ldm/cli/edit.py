@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.options import Parser
+from ldm.cli.options import TEXT_PRECISION_HELP, TEXT_PRECISIONS, Parser
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,6 +39,7 @@ def _common() -> Parser:
         "--long-prompts", action="store_true", help="encode prompts longer than the text encoder's context in chunks"
     )
     common.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="the network's")
+    common.add_argument("--text-precision", choices=TEXT_PRECISIONS, help=TEXT_PRECISION_HELP + " (as --precision)")
     common.add_argument("--device", default=None, help="cpu, cuda, ...; default: a GPU if there is one")
     common.add_argument("--out", type=Path, default=Path("edited"), help="folder for the pictures")
     return common
@@ -115,6 +116,7 @@ def main(argv: list[str]) -> int:
         device=args.device or dist.device(),
         precision=args.precision,
         lenient=args.lenient,
+        text_precision=args.text_precision,
     )
     settings = _of_family(args, pipe, settings)
     album = Album(args.out)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.cli import evaluate_inversion, evaluate_prompts, evaluate_samplers
 from ldm.cli.counts import check
+from ldm.cli.measured import loaded, model_options
 from ldm.cli.options import Parser
 
 if TYPE_CHECKING:
@@ -89,8 +90,7 @@ def _parser() -> Parser:
         "--variance", choices=("small", "large", "learned"), default="large", help="of the reverse steps (large)"
     )
     nll.add_argument("--batch", type=int, default=32, help="pictures at a time")
-    nll.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the network")
-    nll.add_argument("--device", help="cpu, cuda, ...; default: a GPU if there is one")
+    model_options(nll)
     nll.set_defaults(run=_nll)
     evaluate_samplers.add(verbs)
     evaluate_inversion.add(verbs)
@@ -111,8 +111,7 @@ def _drawing(parser: Parser) -> None:
     parser.add_argument("--steps", type=int, help="(25; of a few-step model 4)")
     parser.add_argument("--guidance", type=float, help="(3; 1 if guidance is distilled into the model)")
     parser.add_argument("--batch", type=int, default=32, help="pictures drawn at once (32)")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the network")
-    parser.add_argument("--device", help="that draws: cpu, cuda, ...; default: a GPU if there is one")
+    model_options(parser)
     parser.add_argument(
         "--keep", type=Path, metavar="FOLDER", help="leave the pictures and finished parts here, each named by split, "
         "index and settings; a stopped evaluation then goes on (several nodes need it to be shared)"
@@ -226,16 +225,11 @@ def _features(args: argparse.Namespace) -> int:
 
 
 def _nll(args: argparse.Namespace) -> int:
-    from ldm import dist
     from ldm.evaluate import measure
-    from ldm.pipeline import TextToImage
-    from ldm.recipes.models import usable
 
     drawn = measure.draw(args.data, args.split, args.count, seed=args.seed)
-    pipeline = TextToImage.load(
-        usable(args.model, "--model"), device=args.device or dist.device(), precision=args.precision
-    )
-    size = pipeline.latent_shape(None)[1] * pipeline.codec.factor
+    pipeline = loaded(args.model, args)
+    size = measure.side_of(pipeline)
     images = measure.real_pictures(args.data, args.split, drawn.ids, size)
     how = {"steps": args.steps, "variance": args.variance}
     found = measure.nll_of(pipeline, images, drawn.captions, batch=args.batch, seed=args.seed, **how)
@@ -265,16 +259,12 @@ def _drawn(
     `pictures` a folder that gets them as files, --keep if None. `clip` is the judge, of which is told whether its text
     tower is the model's.
     """
-    from ldm import dist
     from ldm.checkpoint.students import choose
     from ldm.data.grid import to_pil
     from ldm.evaluate import divided, measure
-    from ldm.pipeline import Settings, TextToImage
-    from ldm.recipes.models import usable
+    from ldm.pipeline import Settings
 
-    pipeline = TextToImage.load(
-        usable(args.model, "--model"), device=args.device or dist.device(), precision=args.precision
-    )
+    pipeline = loaded(args.model, args)
     args.sampler, args.steps, args.guidance = choose(
         pipeline.student, args.sampler, args.steps, args.guidance, pipeline.habit
     )
@@ -285,6 +275,7 @@ def _drawn(
         "model": args.model, "weights": measure.model_hashes(pipeline), "sampler": args.sampler, "steps": args.steps,
         "guidance": args.guidance, "precision": args.precision, "size": measure.side_of(pipeline),
     }  # fmt: skip
+    how |= {} if args.text_precision is None else {"text_precision": args.text_precision}
     told = {**how, **judge, "data": args.data, "seed": args.seed, "captions": captions}
     if clip is not None:
         how["judge_knows_text"] = measure.knows_text(pipeline, clip)

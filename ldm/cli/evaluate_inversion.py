@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ldm.cli.measured import loaded, model_options
+
 
 def add(verbs: Any) -> None:
     """Enter the verb."""
@@ -23,26 +25,21 @@ def add(verbs: Any) -> None:
     p.add_argument("--refine", type=int, default=0, help="fixed-point iterations in each step, one more call each (0)")
     p.add_argument("--captions", action="store_true", help="under the pictures' captions instead of no prompt")
     p.add_argument("--batch", type=int, default=16, help="pictures at a time")
-    p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the network")
-    p.add_argument("--device", help="cpu, cuda, ...; default: a GPU if there is one")
+    model_options(p)
     p.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures and all settings here")
     p.set_defaults(run=main)
 
 
 def main(args: argparse.Namespace) -> int:
     """Measure and print."""
-    from ldm import __version__, dist
+    from ldm import __version__
     from ldm.checkpoint.files import write_text
     from ldm.evaluate import measure
     from ldm.evaluate.roundtrip import round_trip
-    from ldm.pipeline import TextToImage
-    from ldm.recipes.models import usable
 
     drawn = measure.draw(args.data, args.split, args.count, seed=args.seed)
-    pipeline = TextToImage.load(
-        usable(args.model, "--model"), device=args.device or dist.device(), precision=args.precision
-    )
-    size = pipeline.latent_shape(None)[1] * pipeline.codec.factor
+    pipeline = loaded(args.model, args)
+    size = measure.side_of(pipeline)
     images = measure.real_pictures(args.data, args.split, drawn.ids, size)
     captions = drawn.captions if args.captions else [""] * len(images)
     found = round_trip(pipeline, images, captions, steps=args.steps, refine=args.refine, batch=args.batch)
@@ -57,6 +54,7 @@ def main(args: argparse.Namespace) -> int:
             "refine": args.refine, "captions": args.captions, "sampler": "ddim", "guidance": 1.0,
             "weights": measure.model_hashes(pipeline), "precision": args.precision,
         }  # fmt: skip
+        protocol |= {} if args.text_precision is None else {"text_precision": args.text_precision}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_text(args.out, json.dumps({"protocol": protocol, "result": found}, indent=1, ensure_ascii=False) + "\n")
         print(f"written: {args.out}")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.cli.measured import loaded, model_options
 from ldm.words import expanded
 
 if TYPE_CHECKING:
@@ -49,8 +50,7 @@ def add(verbs: Any) -> None:
     p.add_argument("--candidates", type=int, default=64, help="captions to choose from (64)")
     p.add_argument("--seed", type=int, default=0, help="of the choice and the noise")
     p.add_argument("--batch", type=int, default=32, help="pictures drawn at once (32)")
-    p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the network")
-    p.add_argument("--device", help="cpu, cuda, ...; default: a GPU if there is one")
+    model_options(p)
     p.add_argument(
         "--no-bounds", action="store_true", help="leave out the rows of real pictures and of the autoencoder"
     )
@@ -69,7 +69,6 @@ def main(args: argparse.Namespace) -> int:
     from ldm.checkpoint.files import write_text
     from ldm.evaluate import measure, sampler_measure, sampler_rows, sampler_table
     from ldm.pipeline import TextToImage
-    from ldm.recipes.models import usable
     from ldm.recipes.sources import load_clip
     from ldm.sampling import lookup
 
@@ -85,10 +84,9 @@ def main(args: argparse.Namespace) -> int:
         network=measure.feature_network(args.network, args.weights), clip=clip, clip_config=config, clip_name=args.clip,
         data=args.data, reference=args.reference, candidates=args.candidates, seed=args.seed,
     )  # fmt: skip
-    device = args.device or dist.device()
 
     def load(source: str) -> TextToImage:
-        return TextToImage.load(usable(source, "--model"), device=device, precision=args.precision)
+        return loaded(source, args)
 
     table = sampler_table.Table(args.out, judge, load, batch=args.batch, precision=args.precision)
     with progress.Bar("drawing a batch", "steps", leave=False) as bar:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.cli import starts
-from ldm.cli.options import Parser, is_override
+from ldm.cli.options import TEXT_PRECISION_HELP, TEXT_PRECISIONS, Parser, is_override
 
 _EPILOG = (
     "The resolved config is written into the run folder. The same command again resumes; several processes: "
@@ -89,6 +89,7 @@ def _common(p: Parser, steps: str, rates: str) -> None:
     p.add_argument("--samples-every", type=int, default=100, metavar="STEPS", help="how often to draw them")
     p.add_argument("--zero-stage", type=int, default=1, help="DeepSpeed ZeRO stage, 0 to 3")
     p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="to compute in")
+    p.add_argument("--text-precision", choices=TEXT_PRECISIONS, default="fp32", help=TEXT_PRECISION_HELP)
     p.add_argument("--no-cache", action="store_true", help="encode pictures and captions anew at every step")
     p.add_argument("--gradient-checkpointing", nargs="?", const="block", choices=("none", "transformer", "block"),
                    help="save memory: compute activations again (default: none, of transformers block)")  # fmt: skip
@@ -118,7 +119,8 @@ def tree(args: argparse.Namespace) -> dict[str, Any]:
     choices = folder_runs.Choices(
         method=method, images=args.images, base=args.base, out=args.out, steps=args.steps, batch=args.batch,
         accumulate=args.accumulate, lr=args.lr, size=args.size, seed=args.seed, prompts=args.prompt,
-        samples=args.samples_every, stage=args.zero_stage, precision=args.precision, cache=not args.no_cache,
+        samples=args.samples_every, stage=args.zero_stage, precision=args.precision, text_precision=args.text_precision,
+        cache=not args.no_cache,
         gradient_checkpointing=False if args.gradient_checkpointing == "none" else args.gradient_checkpointing,
         adapter=_adapter(args, low_rank),
         name=None if args.out is None else args.out.name,

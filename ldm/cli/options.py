@@ -14,6 +14,9 @@ from launch.options import path
 
 __all__ = ["Parser", "path"]
 
+TEXT_PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+TEXT_PRECISION_HELP = "what text encoders are kept and computed in; int8 (T5, Qwen3): a quarter of the memory"
+
 _KEY = re.compile(r"[A-Za-z_][\w-]*(?:\.[\w-]+|\[\d+\])*=")
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.options import Parser
+from ldm.cli.options import TEXT_PRECISION_HELP, TEXT_PRECISIONS, Parser
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -143,6 +143,7 @@ def _add_prompts_and_memory(p: Parser) -> None:
     p.add_argument(
         "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="what the network computes in"
     )
+    p.add_argument("--text-precision", choices=TEXT_PRECISIONS, help=TEXT_PRECISION_HELP + " (as --precision)")
     p.add_argument("--device", default=None, help="cpu, cuda, ...; default: a GPU if there is one")
 
 
@@ -239,7 +240,7 @@ def _loaded(args: argparse.Namespace, settings: Settings) -> tuple[TextToImage, 
     device = args.device or dist.device()
     pipeline = TextToImage.load(
         usable(args.model, "--model"), device=device, precision=args.precision, lenient=args.lenient, text=args.text,
-        vae=args.vae,
+        vae=args.vae, text_precision=args.text_precision,
     )  # fmt: skip
     settings = _settings(args, pipeline.student, pipeline.habit)
     args.sampler, args.steps, args.guidance = settings.sampler, settings.steps, settings.guidance

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ldm.cli.options import Parser
+from ldm.cli.options import TEXT_PRECISION_HELP, TEXT_PRECISIONS, Parser
 
 EXAMPLES = ("a red apple", "a smiling face with sunglasses", "woman firefighter, medium-dark skin tone", "a red heart")
 
@@ -17,6 +17,7 @@ def parser() -> Parser:
     p.add_argument(
         "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="what the network computes in"
     )
+    p.add_argument("--text-precision", choices=TEXT_PRECISIONS, help=TEXT_PRECISION_HELP + " (as --precision)")
     p.add_argument("--device", default=None, help="cpu, cuda, ...; default: a GPU if there is one")
     p.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     p.add_argument("--port", type=int, default=7860)
@@ -35,8 +36,9 @@ def main(argv: list[str]) -> int:
 
     check_gradio()
     pipeline = TextToImage.load(
-        usable(args.model, "--model"), device=args.device or dist.device(), precision=args.precision
-    )
+        usable(args.model, "--model"), device=args.device or dist.device(), precision=args.precision,
+        text_precision=args.text_precision,
+    )  # fmt: skip
     app = build_app(pipeline, args.model, EXAMPLES if args.model == "emoji" else ())
     try:
         app.launch(server_name=args.host, server_port=args.port, quiet=False, share=False)

@@ -6,7 +6,7 @@ import json
 import math
 import struct
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,14 +60,24 @@ def partner(name: str) -> str | None:
 
 
 def trimmed(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A sample's masked texts (captions, T, D) and masks (captions, T) without the padding that all captions share."""
+    """A sample's texts (captions, T, D) and masks (captions, T) without what all captions share at the end and is told.
+
+    That is padding that masks leave out, and states that are zeros: `CachedReader.gather` fills them up again, to the
+    batch's longest. Other states of padding are the text's own: T5's tell them apart by their places.
+    """
     out = {}
     for name, value in stored.items():
         mask = stored.get(partner(name) or "")
-        if mask is not None:
-            used = (mask != 0).any(0).nonzero()
+        if mask is not None or (partner(name) is not None and value.ndim == 3):
+            told = value.any(-1) if mask is None else mask != 0
+            used = told.any(0).nonzero()
             out[name] = value[:, : int(used.max()) + 1 if len(used) else 1].clone()
     return out
+
+
+def any_length(name: str, stored: Collection[str], dimensions: int) -> bool:
+    """Whether rows of a tensor may be of different lengths: texts (..., T, D), and masks beside them."""
+    return partner(name) is not None and (dimensions == 3 or partner(name) in stored)
 
 
 def as_long(values: Sequence[Tensor]) -> list[Tensor]:
@@ -146,7 +156,7 @@ class CachedReader:
     ) -> tuple[dict[str, Tensor], dict[int, BadSample]]:
         """`moments` (B, 2Z, h, w) of a variant drawn by [0, 1) and the text tensors (B, ...) of a pick, in float32.
 
-        Of checked samples. Texts that have masks are filled up with zeros to the longest. With the moments come
+        Of checked samples. Texts and their masks are filled up with zeros to the longest. With the moments come
         `original_size` and `crop_top_left`, (B, 2) each, as in `samples.Crops`. The second value has the rows that are
         not finite, which no encoder stored. Raises ValueError for samples that differ in shape.
         """
@@ -157,15 +167,15 @@ class CachedReader:
         out: dict[str, Tensor] = {}
         bad: dict[int, BadSample] = {}
         for name, entry in first.items():
-            any_length = partner(name) in first
+            free = any_length(name, first, len(entry.shape))
             rows: list[Entry] = []
             for row, layout in enumerate(layouts):
                 here = layout.entries.get(name)
-                if here is None or (here is not entry and not here.like(entry, any_length=any_length)):
+                if here is None or (here is not entry and not here.like(entry, any_length=free)):
                     raise ValueError(self._differ(ids[0], ids[row], name, entry, here))
                 rows.append(here)
             longest = max(rows, key=lambda here: here.row_bytes)
-            values = (np.zeros if any_length else np.empty)((len(ids), *longest.shape[1:]), entry.dtype)
+            values = (np.zeros if free else np.empty)((len(ids), *longest.shape[1:]), entry.dtype)
             target, whole = values.reshape(-1).view(np.uint8).data, longest.row_bytes
             for row, ((reader, index, number), here) in enumerate(zip(places, rows, strict=True)):
                 size = here.row_bytes

@@ -35,9 +35,11 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 
 @dataclass
 class _Error:
-    """Sums of squares of the values and of what storing them lost, by tensor name."""
+    """Sums of squares of the values and of what storing them lost, by tensor name; captions, bytes of their text."""
 
     squares: dict[str, float] = field(default_factory=dict)
+    captions: int = 0
+    text_bytes: int = 0
     lost: dict[str, float] = field(default_factory=dict)
 
     def store(self, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -111,6 +113,7 @@ def finish(config: EncodeConfig, out: Path) -> Manifest:
     shards: list[Shard] = []
     sums: dict[str, list[float]] = {}
     bad: list[dict[str, str]] = []
+    captions, text_bytes = 0, 0
     for split in config.splits:
         for part in parts_of(config, source, split):
             tree = finished(out, part)
@@ -118,6 +121,8 @@ def finish(config: EncodeConfig, out: Path) -> Manifest:
                 raise ValueError(f"cache {str(out)!r}: part {part.prefix} is missing; run the same encoding again")
             shards += [shard_of(entry) for entry in tree["shards"]]
             bad += _named(tree["bad"], source, part, out, tree["shards"])
+            more = tree.get("text", [0, 0])  # older versions did not count them
+            captions, text_bytes = captions + more[0], text_bytes + more[1]
             for name, pair in tree["error"].items():
                 have = sums.setdefault(name, [0.0, 0.0])
                 sums[name] = [have[0] + pair[0], have[1] + pair[1]]
@@ -131,6 +136,8 @@ def finish(config: EncodeConfig, out: Path) -> Manifest:
         "bytes_per_sample": round(sum(s.bytes for s in shards) / total),
         "relative_rms_error": {k: (b / a) ** 0.5 if a else 0.0 for k, (a, b) in sorted(sums.items())},
     }
+    if captions:
+        notes |= {"captions": captions, "text_bytes_per_caption": round(text_bytes / captions)}
     if config.buckets:
         notes["buckets"] = bucket_report(shards, source.notes.get("buckets", {}))
     result = Manifest(
@@ -217,7 +224,8 @@ def _encode_part(
             if progress is not None:
                 progress(len(ids))
     pairs = {name: [error.squares[name], error.lost[name]] for name in error.squares}
-    write(marker(out, part), {"shards": [asdict(s) for s in writer.shards], "bad": bad, "error": pairs})
+    told = {"shards": [asdict(s) for s in writer.shards], "text": [error.captions, error.text_bytes]}
+    write(marker(out, part), {**told, "bad": bad, "error": pairs})
 
 
 def _add_moments(
@@ -275,3 +283,5 @@ def _add_text(
             first += len(sample)
     for stored in tensors:
         stored.update(trimmed(stored))
+        error.text_bytes += sum(stored[name].nbytes for name in names)
+    error.captions += len(flat)

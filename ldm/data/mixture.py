@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data.cache import as_long, partner
+from ldm.data.cache import any_length, as_long
 from ldm.data.loader import DataConfig, Loader
 from ldm.data.order import Ints, Order
 from ldm.data.stream import Stream, Tokenize
@@ -214,7 +214,7 @@ def _join(rows: list[int], parts: list[Batch]) -> Batch:
     for name in names:
         values = [part[name] for part in parts]
         if isinstance(values[0], Tensor):
-            values = as_long(values) if partner(name) in names else values
+            values = as_long(values) if any_length(name, names, values[0].ndim) else values
             shapes = {tuple(v.shape[1:]) for v in values}
             if len(shapes) > 1:
                 raise ValueError(f"sources must agree on the shape of {name}, got {sorted(shapes)}; or set per: batch")

@@ -29,6 +29,7 @@ from ldm.metrics.clip_score import nearest
 from ldm.metrics.retrieval import Retrieval
 from ldm.models import networks
 from ldm.pipeline import Settings, TextToImage
+from ldm.precision import DTYPES
 from ldm.recipes.sources import load_clip
 from ldm.recipes.text_to_image import TextToImageTask
 from ldm.rng import Rng, seed_torch
@@ -215,8 +216,8 @@ def samplers(demo: Demo, trained: TextToImage) -> None:
 
 def few_steps(demo: Demo, trained: TextToImage) -> None:
     """The shipped model and its distilled student, the same noise at each count of steps."""
-    student = TextToImage.load("emoji_lcm", device=demo.shipped.device)
-    student.dtype = demo.shipped.dtype
+    precision = next(name for name, dtype in DTYPES.items() if dtype == demo.shipped.dtype)
+    student = TextToImage.load("emoji_lcm", device=demo.shipped.device, precision=precision)
     prompts = ("a red apple", "cat", "police car")
     scale = demo.settings.guidance
     teacher = [demo.draw(demo.shipped, prompts, sampler="ddim", steps=n) for n in FEW_STEPS]

@@ -22,6 +22,7 @@ from ldm.metrics import features, fid, retrieval
 from ldm.metrics.features import FeatureNetwork, extract, in_batches
 from ldm.metrics.reconstruction import psnr, ssim
 from ldm.metrics.retrieval import Retrieval
+from ldm.models.text import TextTower
 from ldm.models.text.openclip import AnyClip, OpenClipConfig, fitted, tokenizer_of
 from ldm.models.vae.autoencoder import Autoencoder
 from ldm.models.vae.latents import LatentCodec
@@ -189,7 +190,9 @@ def knows_text(pipeline: TextToImage, clip: nn.Module) -> bool:
     own = [v for k, v in clip.state_dict().items() if k.endswith("token_embedding.weight")]
     for table in own:
         for tower in pipeline.text:
-            other = tower.model.token_embedding.weight.detach()
+            if not isinstance(tower, TextTower):  # no CLIP, whose table is another vocabulary's
+                continue
+            other = tower.table.weight.detach()
             if table.shape == other.shape and not other.is_meta:
                 a, b = table.float().cpu(), other.float().cpu()
                 if float((a - b).norm()) < 0.1 * float(b.norm()):

@@ -93,7 +93,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return _xformers.memory_efficient_attention(q, k, v, attn_bias=bias)
     if backend == "sdpa" and not torch.compiler.is_compiling() and q.device.type == "cpu" and emulates(q.dtype):
         return _in_float32(q, k, v, mask)
-    if backend == "sdpa" and mask is None and _slow_backward(q, k):
+    if backend == "sdpa" and mask is None and _slow(q, k):
         return _products(q, k, v)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if backend == "sdpa":
@@ -137,11 +137,12 @@ class _Wide(torch.autograd.Function):
         return tuple(next(found) if n else None for n in needed)
 
 
-def _slow_backward(q: Tensor, k: Tensor) -> bool:
-    """On the CPU torch's fused backward in half precision loses to plain products up to some hundred tokens."""
-    if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16):
+def _slow(q: Tensor, k: Tensor) -> bool:
+    """On the CPU torch's fused kernel in half precision loses to plain products up to some hundred tokens."""
+    if torch.compiler.is_compiling() or q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16):
         return False
-    return torch.is_grad_enabled() and q.requires_grad and q.shape[1] * k.shape[1] <= 1 << 16
+    backward = torch.is_grad_enabled() and q.requires_grad
+    return q.shape[1] * k.shape[1] <= 1 << (16 if backward else 18)
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

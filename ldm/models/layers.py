@@ -13,20 +13,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models import winograd
+from ldm.models import onednn, winograd
 from ldm.models.attention import attention
 from ldm.models.frugal import norm_silu
+from ldm.models.wide import Linear
 from ldm.models.winograd import Transforms
 
+LAST = 8
+"""From so many channels in a group on torch's group norm is as quick on channels_last on CPUs (docs/log.md)."""
 CALLS = 4
 """For fewer calls weights are not transformed, which takes about as long as a convolution."""
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm of contiguous memory on the CPU, where torch's is up to 20 times slower on channels_last."""
+    """Group norm that takes contiguous memory on the CPU where torch's is up to 20 times slower on channels_last.
+
+    That is with few channels in a group, and backward.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.contiguous() if x.device.type == "cpu" else x)
+        return super().forward(x if self._as_it_is(x) else x.contiguous())
+
+    def _as_it_is(self, x: Tensor) -> bool:
+        if x.device.type != "cpu":
+            return True
+        return self.num_channels >= LAST * self.num_groups and not torch.is_grad_enabled()
 
     def of_part(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         """The norm of a part (B, C, H, W) of a picture whose whole has this mean and variance (B, groups)."""
@@ -91,7 +102,11 @@ class Conv3x3(nn.Conv2d):
         windows = F.pad(x, (1, 1, 1, 1)).transpose(0, 1).unfold(2, 3, 1).unfold(3, 3, 1)  # (C, B, H, W, 3, 3)
         columns = windows.permute(0, 4, 5, 1, 2, 3).reshape(9 * c, b * h * w)
         assert self.bias is not None
-        out = torch.addmm(self.bias[:, None], self.weight.flatten(1), columns)
+        weight, bias = self.weight.flatten(1), self.bias[:, None]
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            out = torch.addmm(bias, weight, columns)
+        else:
+            out = onednn.product(weight, columns).add_(bias)
         return out.view(-1, b, h, w).transpose(0, 1)
 
 
@@ -131,7 +146,7 @@ class ResnetBlock(nn.Module):
         self.norm1 = NormSiLU(groups, cin, eps=eps)
         self.conv1 = Conv3x3.of(cin, cout)
         if time is not None:
-            self.time_emb_proj = nn.Linear(time, 2 * cout if scale_shift else cout)
+            self.time_emb_proj = Linear(time, 2 * cout if scale_shift else cout)
         self.norm2 = GroupNorm(groups, cout, eps=eps) if scale_shift else NormSiLU(groups, cout, eps=eps)
         self.conv2 = Conv3x3.of(cout, cout)
         self.conv_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else None
@@ -220,10 +235,10 @@ class SpatialAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.group_norm = GroupNorm(groups, channels, eps=eps)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_q = Linear(channels, channels)
+        self.to_k = Linear(channels, channels)
+        self.to_v = Linear(channels, channels)
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         h = tokens(self.group_norm(x))
@@ -237,9 +252,9 @@ class Embedding(nn.Module):
 
     def __init__(self, width: int, out: int, *, extra: int | None = None) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(width, out)
-        self.cond_proj = nn.Linear(extra, width, bias=False) if extra is not None else None
-        self.linear_2 = nn.Linear(out, out)
+        self.linear_1 = Linear(width, out)
+        self.cond_proj = Linear(extra, width, bias=False) if extra is not None else None
+        self.linear_2 = Linear(out, out)
 
     def forward(self, x: Tensor, extra: Tensor | None = None) -> Tensor:
         if extra is not None:

@@ -1,7 +1,8 @@
-"""Products of half precision on CPUs without instructions for them: in float32, which is several times as fast there.
+"""Linear layers in the products that are quickest on this CPU.
 
-What is given and kept is of half precision all the same; only the products, and weights that are float32 anyway, are
-not rounded in between.
+Products of half precision on CPUs without instructions for them are float32's, which is several times as fast there:
+what is given and kept is of half precision all the same; only the products, and weights that are float32 anyway, are
+not rounded in between. Products of float32 are oneDNN's where it is faster than PyTorch's own.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ldm.models import onednn
 
 FEW = 8
 """Fewer rows do not pay for widening a matrix of weights (measured on AVX2: docs/log.md)."""
@@ -35,16 +38,28 @@ def half_of(x: Tensor) -> torch.dtype | None:
 
 
 class Linear(nn.Linear):
-    """A linear layer whose half-precision products are not emulated."""
+    """A linear layer by the quickest products: see above."""
 
     def forward(self, x: Tensor) -> Tensor:
         half = half_of(x)
+        if half is None and onednn.takes(x, self.weight):
+            if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+                return _Linear.apply(x, self.weight, self.bias, False)  # type: ignore[return-value]
+            return onednn.linear(x, self.weight, self.bias)
         if half is None or (self.weight.dtype != torch.float32 and x.numel() < FEW * x.shape[-1]):
             return super().forward(x)
         x = x.to(half)
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             return _Linear.apply(x, self.weight, self.bias, False)  # type: ignore[return-value]
         return _product(x, self.weight, self.bias)
+
+
+def quickened(model: nn.Module) -> nn.Module:
+    """The same model with its plain linear layers as `Linear`."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+    return model
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -59,7 +74,9 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b in the type of x, added up in float32 where its products would be emulated."""
     with _own_precision(x):
         to = _adds_in(x)
-        return F.linear(x.to(to), weight.to(to), None if bias is None else bias.to(to)).to(x.dtype)
+        wide, weight, bias = x.to(to), weight.to(to), None if bias is None else bias.to(to)
+        product = onednn.linear if onednn.takes(wide, weight) else F.linear
+        return product(wide, weight, bias).to(x.dtype)
 
 
 def _own_precision(x: Tensor) -> AbstractContextManager[Any]:
@@ -88,13 +105,14 @@ class _Linear(torch.autograd.Function):
         with _own_precision(x):
             to = _adds_in(x)
             grad = grads[0].to(to)
+            grad = grad.reshape(-1, grad.shape[-1])
             if ctx.needs_input_grad[1]:
-                given = (F.gelu(x, approximate="tanh") if ctx.gelu else x).flatten(0, -2).to(to)
-                of_weight = (grad.flatten(0, -2).T @ given).to(weight.dtype)
+                given = (F.gelu(x, approximate="tanh") if ctx.gelu else x).reshape(-1, x.shape[-1]).to(to)
+                of_weight = onednn.product(grad.T, given).to(weight.dtype)
             if bias is not None and ctx.needs_input_grad[2]:
-                of_bias = grad.flatten(0, -2).sum(0).to(bias.dtype)
+                of_bias = grad.sum(0).to(bias.dtype)
             if ctx.needs_input_grad[0]:
-                of_x = (grad @ weight.to(to)).to(x.dtype)
+                of_x = onednn.product(grad, weight.to(to)).view(x.shape).to(x.dtype)
                 if ctx.gelu:
                     of_x = torch.ops.aten.gelu_backward(of_x, x, approximate="tanh")
         return of_x, of_weight, of_bias, None

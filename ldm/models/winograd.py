@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.models import onednn
+
 _FILTER = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 WIDE, TILES = 640 * 320, 32
 """Below so many weights of a tap, or so few tiles, the transforms cost more than the products save (docs/log.md)."""
@@ -54,7 +56,7 @@ def transformed(weight: Tensor) -> Tensor:
 def convolve(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
     """The 3x3 convolution, padded by 1, of x (B, C, H, W) with even sides by `transformed` weights -> (B, K, H, W)."""
     b, _, h, w = x.shape
-    products = torch.bmm(weights, _tiles(x)).view(4, 4, -1, b, h // 2, w // 2)
+    products = onednn.product(weights, _tiles(x)).view(4, 4, -1, b, h // 2, w // 2)
     rows = (products[0] + products[1]).add_(products[2]), (products[1] - products[2]).sub_(products[3])
     out = x.new_empty(b, products.shape[2], h // 2, 2, w // 2, 2)
     for i, row in enumerate(rows):

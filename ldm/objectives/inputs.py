@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm.models.vae.latents import LatentCodec
 from ldm.rng import Rng
-from ldm.sampling.texts import encoder_of, is_text, padded, trimmed
+from ldm.sampling.texts import encoder_of, is_sequence, is_text, lengthened, mask_of, padded, trimmed
 from ldm.types import Batch, Cond
 
 SIZES = ("original_size", "crop_top_left", "target_size")
@@ -86,8 +86,13 @@ class LatentFeed:
     @torch.no_grad()
     def _frozen(self, batch: Batch, rng: Rng, dropped: Tensor, device: torch.device) -> Cond:
         cached = {k: v.to(device) for k, v in batch.items() if is_text(k) and isinstance(v, Tensor)}
-        cond = cached or _wide(self._encode_text(batch["caption"]))
+        cond = self._whole(cached) or _wide(self._encode_text(batch["caption"]))
         return self._emptied(cond, self._short, rng, dropped, device)
+
+    def _whole(self, cached: Cond) -> Cond:
+        """Texts of families without masks as long as their encoders give them: caches leave zeros at the end out."""
+        free = [k for k in cached if is_sequence(k) and k in self._empty and mask_of(k) not in cached]
+        return cached | {k: lengthened(cached[k], self._empty[k].shape[1]) for k in free}
 
     def _emptied(self, cond: Cond, empty: Cond, rng: Rng, dropped: Tensor | None, device: torch.device) -> Cond:
         """`cond` with the empty prompt in the place of dropped texts (B,), and of those of each encoder on its own."""

@@ -1,5 +1,8 @@
 """Progressive distillation (Salimans & Ho 2022, arXiv 2202.00512, algorithm 2), guidance folded in (2210.03142).
 
+On a rectified flow a DDIM step is Euler's: with x = (1 - s) x_0 + s noise and velocity noise - x_0 the student's target
+is the mean of the teacher's two velocities, each weighed by the length of its step in sigma.
+
 Legend: N student steps, u = (i + 1) / N the place of time t on the path, u_mid = u - 1 / 2N, u_s = u - 1 / N, f =
 sigma_s / sigma_t, w guidance strength (scale - 1).
 """
@@ -13,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ldm.diffusion.prediction import broadcast
-from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.schedule import Flow, Schedule
 from ldm.objectives.base import Objective, by_noise
 from ldm.objectives.inputs import Feed
 from ldm.objectives.teacher import Estimator, Teacher, check_range, guidance_of
 from ldm.rng import Rng
+from ldm.sampling.flow_times import flow_times
 from ldm.sampling.times import times
 from ldm.types import Batch, Metrics
 
@@ -58,33 +62,56 @@ class ProgressiveOptions:
 class Path:
     """The 2N + 1 times of a teacher's DDIM path, from the data (alpha 1, sigma 0) to the noise."""
 
-    def __init__(self, schedule: Schedule, steps: int) -> None:
-        """Raises ValueError when the schedule has no 2N times."""
-        late = times(schedule, 2 * steps, "trailing")[::-1]
+    def __init__(self, schedule: Schedule, steps: int, grid: str | None = None) -> None:
+        """`grid`: one of a flow's (`ldm.sampling.flow_times`) whose N times are every second of its 2N.
+
+        None is the trailing times. Raises ValueError when the schedule has no 2N times, and for a flow whose times are
+        stretched to a terminal sigma: those of N steps are none of those of 2N.
+        """
+        if isinstance(schedule, Flow) and schedule.terminal is not None:
+            raise ValueError(
+                f"progressive distillation: with shift_terminal {schedule.terminal:g} the flow's times of N steps are "
+                "none of those of 2N"
+            )
+        visited = times(schedule, 2 * steps, "trailing")
+        if grid is not None and isinstance(schedule, Flow):
+            visited = flow_times(schedule, 2 * steps, grid)
+        late = visited[::-1]
         levels = [(1.0, 0.0), *map(schedule.at, late)]
         self.steps = steps
-        self._t = torch.tensor([0.0, *late], dtype=torch.int64 if schedule.discrete else torch.float32)
+        self._t = torch.tensor([0.0, *late], dtype=torch.int64 if schedule.discrete else torch.float64)
         self._levels = torch.tensor(levels, dtype=torch.float64)
 
     def at(
         self, index: Tensor, dtype: torch.dtype, device: torch.device | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(t, alpha, sigma) of points `index` (B,), 0 the data, on a device (None: that of `index`)."""
+        """(t, alpha, sigma) of points `index` (B,), 0 the data, on a device (None: that of `index`).
+
+        Real times have at least float32.
+        """
         device = device or index.device
-        levels = self._levels[index.cpu()].to(device, dtype)
-        return self._t[index.cpu()].to(device), levels[:, 0], levels[:, 1]
+        t, levels = self._t[index.cpu()], self._levels[index.cpu()].to(device, dtype)
+        t = t.to(torch.promote_types(dtype, torch.float32)) if t.is_floating_point() else t
+        return t.to(device), levels[:, 0], levels[:, 1]
 
 
 class ProgressiveObjective(Objective):
     """Error of the student's x_0, weighed by max(SNR, 1), to the x_0 whose one DDIM step is the teacher's two."""
 
     def __init__(
-        self, trained: nn.Module, student: Estimator, teacher: Teacher, feed: Feed, options: ProgressiveOptions
+        self,
+        trained: nn.Module,
+        student: Estimator,
+        teacher: Teacher,
+        feed: Feed,
+        options: ProgressiveOptions,
+        grid: str | None = None,
     ) -> None:
+        """`grid` as `Path` takes it: the times that the student's sampler visits."""
         super().__init__(trained)
         self.options = options
         self._student, self._teacher, self._feed = student, teacher, feed
-        self._path = Path(student.process.schedule, options.steps) if options.stage == "halve" else None
+        self._path = Path(student.process.schedule, options.steps, grid) if options.stage == "halve" else None
 
     def forward(self, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
         """Mean over the micro-batch; randomness belongs to each sample's global position."""

@@ -47,8 +47,7 @@ class Conditioning:
         tokens = sum(value.shape[1] for key, value in cond.items() if key.partition(".")[0] == "text")
         size = 4 * self.network.prepared_numbers(2 * len(together), tokens)
         if 0 < size <= PREPARED_BYTES:  # without `together` the other half may come from elsewhere, as text
-            device = self.placement.device_of(self.network)
-            with self.placement.used(self.network), self.placement.autocast(device):
+            with self.placement.used(self.network), self.placement.autocast(self.network):
                 cond = self.network.prepared(cond)
         return cond
 

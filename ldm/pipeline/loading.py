@@ -8,15 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from ldm.checkpoint import students
-from ldm.checkpoint.convert import Components, load_model
+from ldm.checkpoint.convert import Components, open_model
 from ldm.checkpoint.scheduler_classes import OwnSampler
 from ldm.checkpoint.schedulers import scheduler_from_diffusers
 from ldm.diffusion.process import Process
 from ldm.models.families import Family, family_of
 from ldm.models.network import Network
 from ldm.models.shipped import named
-from ldm.models.text import TextEncoder
+from ldm.models.text import TextEncoder, TextPrecision
 from ldm.models.vae.latents import LatentCodec
 
 log = logging.getLogger(__name__)
@@ -24,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaded:
-    """The parts of a model in float32 on the CPU, its process and sampler, and adapter files to put on them."""
+    """The parts of a model on the CPU, its process and sampler, and adapter files to put on them."""
 
     network: Network
     codec: LatentCodec
@@ -41,21 +43,28 @@ class Loaded:
 
 
 def load_parts(
-    source: str | Path, *, lenient: bool = False, text: str | Path | None = None, vae: str | Path | None = None
+    source: str | Path,
+    *,
+    lenient: bool = False,
+    text: str | Path | None = None,
+    vae: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    text_precision: TextPrecision | None = None,
 ) -> Loaded:
     """From a shipped model's name (emoji), a run folder, a diffusers folder, a single file or a hub id.
 
-    `lenient` leaves unknown tensors out and names them; `text` and `vae` hold what a transformer's file lacks. Raises
-    ValueError when it is none of these.
+    `dtype` is of the network's and, without a `text_precision`, the text encoders' weights, the autoencoder's are
+    float32; `lenient` leaves unknown tensors out and names them; `text` and `vae` hold what a transformer's file lacks.
+    Raises ValueError when it is none of these, and for a precision that its text encoders cannot have.
     """
     found = named(source)
     for folder in (found, found / "export"):
         if (folder / "adapter.json").is_file():
-            return _adapted(folder, lenient)
+            return _adapted(folder, lenient, dtype, text_precision)
     if (found / "checkpoints").is_dir() and not (found / "export" / "model_index.json").is_file():
         raise ValueError(f"run {str(source)!r}: not exported yet; the export is written when training ends")
     own = found / "export" if (found / "export").is_dir() else found
-    parts = load_model(own, lenient=lenient, text=text, vae=vae)
+    parts = open_model(own, lenient=lenient, text=text, vae=vae).load(dtype, torch.float32, text_precision)
     family = family_of(parts.network.config, parts.scheduler)
     how = scheduler_from_diffusers(parts.scheduler, grid=family.grid)
     network = parts.network.eval().requires_grad_(False)
@@ -75,13 +84,13 @@ def _variance(parts: Components, told: Literal["fixed", "learned"]) -> Literal["
     return "learned" if parts.network.out_channels == 2 * parts.codec.channels else told
 
 
-def _adapted(folder: Path, lenient: bool) -> Loaded:
+def _adapted(folder: Path, lenient: bool, dtype: torch.dtype, text_precision: TextPrecision | None) -> Loaded:
     """The base model of a fine-tuning with its adapter's files."""
     told = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
-    base = load_parts(told["base"], lenient=lenient)
+    base = load_parts(told["base"], lenient=lenient, dtype=dtype, text_precision=text_precision)
     return replace(
         base,
         loras=(*base.loras, *(folder / name for name in told["loras"])),
         embeddings=(*base.embeddings, *(folder / name for name in told["embeddings"])),
-        student=students.beside(folder),
+        student=students.beside(folder, guided=base.network.guidance_width is None),
     )

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ldm.models import compiling
 from ldm.models.network import Network
 from ldm.types import Cond, Net
 
@@ -19,7 +20,7 @@ class Placement:
     """Moves the parts that it is given; it keeps none of them."""
 
     def __init__(self, device: str | torch.device, dtype: torch.dtype) -> None:
-        """`dtype` is what the network computes in, under autocast unless it is float32."""
+        """`dtype` is what the network computes in, under autocast where its weights are of another type."""
         self._device, self._offload, self.dtype = torch.device(device), False, dtype
 
     def move(self, device: str | torch.device, network: Network, others: Sequence[nn.Module]) -> None:
@@ -57,13 +58,29 @@ class Placement:
         """The device that was asked for last."""
         return self._device
 
-    def autocast(self, device: torch.device) -> torch.autocast:
-        """What the network runs in."""
-        return torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+    def autocast(self, network: Network) -> torch.autocast:
+        """What the network runs in: nothing where its weights are of `dtype` themselves."""
+        own = next(network.parameters()).dtype == self.dtype
+        return torch.autocast(
+            self.device_of(network).type, dtype=self.dtype, enabled=not own and self.dtype != torch.float32
+        )
 
 
-def compiled(network: Network, device: torch.device, mode: str | None) -> Net:
-    """The network compiled whole at its first call for each shape; `mode` None takes CUDA graphs on a GPU."""
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+"""Of torch.compile."""
+
+
+def compiled(network: Network, device: torch.device, mode: str | None) -> Net | None:
+    """The network compiled whole at its first call for each shape; `mode` None takes CUDA graphs on a GPU.
+
+    "blocks" compiles its blocks in place, and the network is called as before: None. Raises ValueError for other words.
+    """
+    if mode is not None and mode not in ("blocks", *MODES):
+        raise ValueError(f"compile: {mode!r} is not one of {['blocks', *MODES]}")
+    if mode == "blocks":
+        compiling.by_block(network)
+        return None
+    compiling.undo(network)
     graphs = "reduce-overhead" if device.type == "cuda" else "default"
     whole: Callable[..., Tensor] = torch.compile(network, fullgraph=True, mode=mode or graphs)
 

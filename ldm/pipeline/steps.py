@@ -47,7 +47,7 @@ class OwnSteps:
         sampler = settings.sampler
         if settings.spacing is not None:
             return Plan()
-        if self.student is not None and sampler == self.student.sampler:
+        if self.student is not None and sampler == self.student.sampler and not self.student.halved:
             return Plan(self.student.times(schedule, settings.steps))
         if self.own is not None and sampler == self.own.name:
             return self.own.plan(schedule, settings.steps)

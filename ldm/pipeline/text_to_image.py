@@ -28,7 +28,7 @@ from ldm.models.attention import sliced
 from ldm.models.families import Family, family_of
 from ldm.models.layers import unchanging
 from ldm.models.network import Network
-from ldm.models.text import T5Encoder, TextEncoder, TextTower
+from ldm.models.text import T5Encoder, TextEncoder, TextPrecision, TextTower, check_text_precision
 from ldm.models.text.captions import clean
 from ldm.models.transformers.times import known_times
 from ldm.models.vae.latents import LatentCodec
@@ -74,6 +74,8 @@ class TextToImage:
         self.student: students.FewSteps | None = None
         self._family: Family | None = None
         self.own: OwnSampler | None = None
+        self.pixels: Size | None = None
+        """The size that is drawn where none is asked for; None is the network's own."""
         self._loras: Loras | None = None
         self._place = Placement(next(network.parameters()).device, compute_dtype(precision))
         self._compiled: Net | None = None
@@ -87,17 +89,23 @@ class TextToImage:
         lenient: bool = False,
         text: str | Path | None = None,
         vae: str | Path | None = None,
+        text_precision: TextPrecision | None = None,
     ) -> TextToImage:
         """From a shipped model's name (emoji), a run folder, a diffusers folder, a single file or a hub id.
 
-        `precision` of the network is auto, fp32, bf16 or fp16 (autocast; the autoencoder stays in float32); `lenient`
-        leaves unknown tensors out and names them. `text` and `vae`: folders that hold what a transformer's single file
-        lacks. Raises ValueError when it is none of these.
+        `precision` auto, fp32, bf16 or fp16 is of the network's and the text encoders' weights and products; statistics
+        of norms, softmax, the sampler and the autoencoder stay in float32. `text_precision`: fp32, bf16, fp16 or int8,
+        of the text encoders alone. `lenient` leaves unknown tensors out and names them. `text` and `vae`: folders that
+        hold what a transformer's single file lacks. Raises ValueError when it is none of these.
         """
-        found = load_parts(source, lenient=lenient, text=text, vae=vae)
+        if text_precision is not None:
+            check_text_precision(text_precision)
+        precision = chosen(precision, device)
+        dtype = compute_dtype(precision)
+        found = load_parts(source, lenient=lenient, text=text, vae=vae, dtype=dtype, text_precision=text_precision)
         pipeline = TextToImage(
             found.network, found.codec, found.text, found.process, spacing=found.spacing, offset=found.offset,
-            end=found.end, precision=chosen(precision, device),
+            end=found.end, precision=precision,
         )  # fmt: skip
         pipeline.student, pipeline.own, pipeline._family = found.student, found.own, found.family
         pipeline.to(device)
@@ -168,7 +176,8 @@ class TextToImage:
     def compile(self, mode: str | None = None) -> TextToImage:
         """Compile the network whole at its first call for each shape (minutes on a CPU); returns itself.
 
-        `mode` is torch.compile's; None takes CUDA graphs on a GPU, for which small batches wait.
+        `mode` is torch.compile's; None takes CUDA graphs on a GPU, for which small batches wait. "blocks" compiles
+        equal blocks once instead, in a fraction of the time. Raises ValueError for another word.
         """
         self._compiled = compiled(self.network, self._place.target, mode)
         return self
@@ -393,7 +402,7 @@ class TextToImage:
         return guided(denoise, settings, self.process.schedule, of, without, plan.times)
 
     def _net(self, x: Tensor, t: Tensor, cond: Cond, **skip: frozenset[int]) -> Tensor:
-        with self._place.autocast(self.device):
+        with self._place.autocast(self.network):
             return (self._compiled or self.network)(x, t, cond) if not skip else self.network(x, t, cond, **skip)
 
     def _cond(self, prompts: Sequence[str], settings: Settings, together: Sequence[str]) -> Cond:
@@ -418,7 +427,7 @@ class TextToImage:
 
     def latent_shape(self, size: Size | None) -> tuple[int, int, int]:
         """(Z, h, w) for a size in pixels. Raises ValueError unless it is a multiple of 8, or of more for some."""
-        factor = self.codec.factor
+        factor, size = self.codec.factor, self.pixels if size is None else size
         if size is None:
             side = self.network.side
             return (self.codec.channels, side, side)

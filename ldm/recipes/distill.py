@@ -18,15 +18,17 @@ from ldm.adapters.sites import network_sites
 from ldm.checkpoint import files
 from ldm.checkpoint.convert import save_diffusers
 from ldm.checkpoint.lora_files import NAME, read_lora, write_lora
-from ldm.checkpoint.schedulers import scheduler_to_diffusers
+from ldm.checkpoint.schedulers import scheduler_from_diffusers
 from ldm.checkpoint.students import few_steps
 from ldm.data.mixture import Data, with_caches
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.process import Process
 from ldm.models import networks
 from ldm.models.discriminator import MiddleHead, PatchHead
+from ldm.models.families import family_of
 from ldm.models.network import Network, granularity
 from ldm.models.shipped import SHIPPED, locate
+from ldm.models.text import pad_with
 from ldm.models.transformers.pixart import PixArtTransformer
 from ldm.objectives import Objective
 from ldm.objectives.consistency import ConsistencyObjective, ConsistencyOptions
@@ -39,11 +41,13 @@ from ldm.pipeline import TextToImage
 from ldm.plan.report import Frozen, Job
 from ldm.recipes import planned, planned_models
 from ldm.recipes.base import Assembly
-from ldm.recipes.distill_task import DistillTask, Method
+from ldm.recipes.distill_task import DistillTask
 from ldm.recipes.rounds import rounds
 from ldm.recipes.sources import text_encoder, training_data
+from ldm.recipes.student_schedulers import path_grid, spacing, student_scheduler
 from ldm.recipes.text_to_image import SampleHook, cached, filled, hashes, sized
 from ldm.rng import seed_torch
+from ldm.sampling.run import whole
 from ldm.train.trainer import TrainConfig
 from ldm.types import Cond, Net
 
@@ -66,14 +70,16 @@ def build(task: DistillTask, data: Data, train: TrainConfig, seed: int, workers:
     """Teacher, student, data (encoded once, if so configured) and sample pictures."""
     seed_torch(seed)  # initial weights
     device = dist.device()
-    source = TextToImage.load(task.teacher, device=device)
+    source = TextToImage.load(task.teacher, device=device, text_precision=task.text_precision)
+    pad_with(source.text, task.t5_padding, "task.t5_padding")
     if source.process.variance == "learned" and not isinstance(source.network, PixArtTransformer):
         raise ValueError(
             f"task.teacher: {task.teacher!r} learns its variance, which a student has no use for; give one without"
         )
     towers, codec, network = source.text, source.codec, source.network
     planned.check_patches(network, codec.factor, data)
-    student_scheduler(task.method, source.process)  # refuses what cannot be drawn before anything is built
+    grid = family_of(network.config).grid
+    student_scheduler(task.method, source.process, grid)  # refuses what cannot be drawn before anything is built
     schedule = source.process.schedule
     source.process = sized_process(source, data)
     student = make_student(task, network, source.process)
@@ -85,18 +91,21 @@ def build(task: DistillTask, data: Data, train: TrainConfig, seed: int, workers:
         data = with_caches(data, task.cache, lambda data, folder: cached(folder, data, codec, towers))
     expect = hashes(codec.autoencoder, towers) if data.cached else None
     loader = training_data(data, train, seed, workers, expect=expect)
-    scheduler = student_scheduler(task.method, replace(student.own.process, schedule=schedule))
+    scheduler = student_scheduler(task.method, replace(student.own.process, schedule=schedule), grid)
     drawing = replace(student.own.process, variance=source.process.variance)
-    pipeline = TextToImage(student.network, codec, towers, drawing, **_spacing(task.method))
+    pipeline = TextToImage(student.network, codec, towers, drawing, **spacing(task.method))
     pipeline.student = few_steps(scheduler, guided=not student.own.conditioned)
+    if isinstance(task.method, ProgressiveOptions):
+        pipeline.own = scheduler_from_diffusers(scheduler, grid=grid).own
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
         own = _of_student(weights, student)
         if student.lora is not None:
             write_student_lora(folder, task.teacher, student.lora, own, network, scheduler)
         else:
-            whole = filled(networks.build(student.network.config), own)
-            save_diffusers(folder, network=whole, autoencoder=codec.autoencoder, text=towers, scheduler=scheduler)
+            filled_in = filled(networks.build(student.network.config), own)
+            text = towers if task.text_precision == "fp32" else TextToImage.load(task.teacher).text
+            save_diffusers(folder, network=filled_in, autoencoder=codec.autoencoder, text=text, scheduler=scheduler)
         facts = {"steps": train.steps, "batch": train.batch, "teacher": task.teacher, "method": task.method.kind}
         files.write_text(folder / "trained.json", json.dumps(facts))
 
@@ -232,7 +241,12 @@ def make_objective(task: DistillTask, student: Student, network: Network, proces
     if isinstance(method, MatchingOptions):
         assert student.critic is not None
         return MatchingObjective(trained, student.own, student.critic, teacher, feed, method, student.logits)
-    return ProgressiveObjective(trained, student.own, teacher, feed, method)
+    grid = path_grid(method, process, family_of(network.config).grid)
+    if grid is None:
+        return ProgressiveObjective(trained, student.own, teacher, feed, method)
+    told = replace(student.own, net=whole(student.own.net))  # as its sampler tells it
+    guide = Teacher(_estimator(whole(net), network, process), feed.empty if guided else None)
+    return ProgressiveObjective(trained, told, guide, feed, method, grid)
 
 
 def frozen(net: LoraNet) -> Any:
@@ -243,36 +257,6 @@ def frozen(net: LoraNet) -> Any:
             return net(x, t, cond)
 
     return call
-
-
-def student_scheduler(method: Method, process: Process) -> dict[str, Any]:
-    """The diffusers scheduler that samples the student as it was trained. Raises ValueError where there is none."""
-    if not process.schedule.discrete:
-        if isinstance(method, TrajectoryOptions):
-            raise ValueError(
-                "method.kind: 'tcd', but its sampler in diffusers knows no flow; lcm, dmd and progressive do"
-            )
-        plain = scheduler_to_diffusers(process.schedule, process.prediction)
-        return plain if isinstance(method, ProgressiveOptions) else plain | {"_class_name": "FlowMatchLCMScheduler"}
-    if isinstance(method, ProgressiveOptions):
-        own = {"timestep_spacing": "trailing", "steps_offset": 0, "set_alpha_to_one": True}
-        return scheduler_to_diffusers(process.schedule, process.prediction) | own
-    if isinstance(method, TrajectoryOptions):
-        plain = scheduler_to_diffusers(process.schedule, process.prediction, "TCDScheduler")
-        return plain | {
-            "original_inference_steps": method.solver_steps,
-            "timestep_spacing": "leading",
-            "steps_offset": 0,
-        }
-    plain = scheduler_to_diffusers(process.schedule, process.prediction, "LCMScheduler")
-    plain |= {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True}
-    scaling = method.scaling if isinstance(method, ConsistencyOptions) else 10.0
-    return plain | {"original_inference_steps": method.solver_steps, "timestep_scaling": scaling}
-
-
-def _spacing(method: Method) -> dict[str, Any]:
-    """How the pipeline spaces DDIM's times, where that is the student's sampler."""
-    return {"spacing": "trailing", "end": "data"} if isinstance(method, ProgressiveOptions) else {}
 
 
 def _of_student(weights: Mapping[str, Tensor], student: Student) -> dict[str, Tensor]:
@@ -331,7 +315,7 @@ def job(task: DistillTask, data: Data, train: TrainConfig, asked: planned.Asked)
     student_scheduler(task.method, base.process)
     base.process = sized_process(base, data)
     cached = task.cache is not None or data.cached
-    planned.check_cache(task.cache, cached, said)
+    planned.check_cache(task.cache, cached, said, base.text)
     task = replace(task, start=None)  # what the weights are does not change what they take
     if not isinstance(task.method, ProgressiveOptions):
         return _round_job(task, base, data, train, asked, said, cached)
@@ -360,8 +344,8 @@ def _round_job(
         kept.append(Frozen(name="target", bytes=4.0 * sum(t.numel() for t in student.target.tensors().values())))
     return planned.loss_job(
         asked, data, train, build, lambda batch: (planned.latents(base, data, batch),),
-        frozen=[*kept, *planned.beside(base, data, cached, live=False)], recompute=how != "none", said=said,
-        cached=cached,
+        frozen=[*kept, *planned.beside(base, data, cached, False, task.text_precision)], recompute=how != "none",
+        said=said, cached=cached,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from ldm.adapters.lora import LoraConfig
 from ldm.models.network import Granularity
+from ldm.models.text import T5Padding, TextPrecision
 from ldm.objectives.consistency import ConsistencyOptions
 from ldm.objectives.matching import MatchingOptions
 from ldm.objectives.progressive import ProgressiveOptions
@@ -25,11 +26,13 @@ class DistillTask:
     With `lora` the teacher's own weights stay and corrections train on them: one copy serves teacher and student; they
     start as none, or as those of `start`: a shipped student, a run or a folder with a LoRA of these layers and rank.
     `prediction` "v" needs the method progressive with stage "match" where the teacher has another. `drop`: share of
-    captions that become the empty prompt. `cache` as in text_to_image.
+    captions that become the empty prompt. `cache`, `text_precision` and `t5_padding` as in text_to_image.
     """
 
     kind: Literal["distill"] = "distill"
     teacher: str
+    text_precision: TextPrecision = "fp32"
+    t5_padding: T5Padding = "unmodified"
     method: Method
     guidance_embedding: int | None = 256
     lora: LoraConfig | None = None

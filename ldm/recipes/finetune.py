@@ -34,7 +34,15 @@ from ldm.diffusion.density import (
 from ldm.diffusion.process import Process
 from ldm.diffusion.weighting import P2, SNR, VLB, X0, CosMapWeight, MinSNR, SigmaSqrt, Uniform
 from ldm.models.network import Granularity, granularity
-from ldm.models.text import TextEncoder, TextTower, encode_texts
+from ldm.models.text import (
+    T5Padding,
+    TextEncoder,
+    TextPrecision,
+    TextTower,
+    check_text_precision,
+    encode_texts,
+    pad_with,
+)
 from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.objectives.inputs import EncodeText
@@ -61,11 +69,14 @@ class Finetuning:
 
     `base`: the model to start from, as `ldm.load` takes it. `weighting` is of the loss; schedule and prediction are the
     base's. `density` is of training times, None: the family's usual one; so is what a network is told of the guidance
-    where `options.guidance` is null. With `cache`, a folder, pictures are encoded once, and captions too unless the
+    where `options.guidance` is null. `text_precision`: what text encoders that do not train are kept and computed in;
+    `t5_padding` as in text_to_image. With `cache`, a folder, pictures are encoded once, and captions too unless the
     text encoders train.
     """
 
     base: str = "emoji"
+    text_precision: TextPrecision = "fp32"
+    t5_padding: T5Padding = "unmodified"
     weighting: Uniform | MinSNR | SNR | P2 | VLB | X0 | SigmaSqrt | CosMapWeight = field(default_factory=Uniform)
     density: Density | None = None
     options: DenoiseOptions = field(default_factory=lambda: DenoiseOptions(drop=0.0))
@@ -94,7 +105,8 @@ def build(task: FinetuneTask, data: Data, train: TrainConfig, seed: int, workers
 
 def open_base(task: Finetuning) -> TextToImage:
     """The base model with the loss's weighting and density."""
-    pipeline = TextToImage.load(task.base, device=dist.device())
+    pipeline = TextToImage.load(task.base, device=dist.device(), text_precision=task.text_precision)
+    pad_with(pipeline.text, task.t5_padding, "task.t5_padding")
     pipeline.process = trained_process(task, pipeline)
     return pipeline
 
@@ -135,6 +147,7 @@ def assembled(
     seed_torch(seed)  # initial weights of the adapter
     planned.check_patches(pipeline.network, pipeline.codec.factor, data)
     codec, towers, live = pipeline.codec, pipeline.text, adapter.trains_text
+    check_text_precision(task.text_precision, key="task.text_precision", trains=live)
     if isinstance(adapter, TokensAdapter) and train.optim.weight_decay:
         raise ValueError(
             f"train.optim.weight_decay: {train.optim.weight_decay} would pull new tokens to zero; write 0 for them"
@@ -300,6 +313,7 @@ def adapted_job(
     options = told_options(task.options, base.network)
     planned.fits(base, data, "task.base", task.base)
     live = make_adapter(config).trains_text
+    check_text_precision(task.text_precision, [t.config for t in base.text], "task.text_precision", trains=live)
 
     def build(recompute: bool) -> nn.Module:
         model, adapter = planned.copied(base), make_adapter(config)
@@ -312,11 +326,12 @@ def adapted_job(
 
     cached = task.cache is not None or data.cached
     said += planned.attention(asked.gpu) if live else []
-    planned.check_cache(task.cache, cached, said)
+    planned.check_cache(task.cache, cached, said, base.text)
     whole = isinstance(config, FullConfig)
     kept = [] if whole else [Frozen(name=base.network.component, bytes=planned.weight(base.network))]
     return planned.loss_job(
         asked, data, train, build, lambda batch: (planned.latents(base, data, batch),),
-        frozen=[*kept, *planned.beside(base, data, cached, live)], recompute=how != "none", said=said, cached=cached,
+        frozen=[*kept, *planned.beside(base, data, cached, live, task.text_precision)],
+        recompute=how != "none", said=said, cached=cached,
         reads=("moments",) if live else ("moments", *planned.TEXT),
     )  # fmt: skip

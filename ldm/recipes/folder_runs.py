@@ -47,6 +47,7 @@ class Choices:
     samples: int = 100
     stage: int = 1
     precision: str = "auto"
+    text_precision: str = "fp32"
     cache: bool = True
     gradient_checkpointing: bool | str | None = None
     adapter: dict[str, Any] = field(default_factory=dict)
@@ -169,6 +170,7 @@ def _run(choices: Choices, kind: str, own: dict[str, Any], data: Any, prompts: S
     task = {
         "kind": kind,
         "base": choices.base,
+        "text_precision": choices.text_precision,
         "cache": str(choices.folder / "cache") if choices.cache else None,
         "gradient_checkpointing": choices.recompute,
         "samples": {"prompts": list(prompts), "every": choices.samples, "settings": choices.drawing},

@@ -27,10 +27,13 @@ from ldm.models.text import (
     MissingConfig,
     TextConfig,
     TextEncoder,
+    TextPrecision,
     TextTower,
     build_clip,
+    check_text_precision,
     encode_texts,
     openclip,
+    text_dtype,
 )
 from ldm.models.text.openclip import AnyClip
 from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
@@ -144,15 +147,23 @@ def load_autoencoder(source: str) -> Autoencoder:
     return autoencoder.requires_grad_(False).eval()
 
 
-def load_towers(source: str) -> list[TextEncoder]:
-    """Frozen text encoders: all of a diffusers folder, or the one tower of a CLIP trained here."""
+def load_towers(source: str, precision: TextPrecision = "fp32") -> list[TextEncoder]:
+    """Frozen text encoders: all of a diffusers folder, or the one tower of a CLIP trained here.
+
+    Raises ValueError for a precision that they cannot have.
+    """
     folder = place(source, "text")
+    check_text_precision(precision)
     if (folder / "text_encoder_2").is_dir() or (folder / "transformer").is_dir():
         opened = convert.open_model(folder)
-        return [load_encoder(one, torch.float32, f"{opened.where}: text encoder") for one in opened.text]
+        check_text_precision(precision, [one.config for one in opened.text])
+        return [load_encoder(one, precision, f"{opened.where}: text encoder") for one in opened.text]
     if (folder / "text_encoder").is_dir():
-        return [convert.load_text(folder / "text_encoder", folder / "tokenizer")]
-    return [clip_tower(source)]
+        tower = convert.load_text(folder / "text_encoder", folder / "tokenizer")
+    else:
+        tower = clip_tower(source)
+    check_text_precision(precision, [tower.config])
+    return [tower.to(text_dtype(precision))]
 
 
 def load_clip(source: str) -> tuple[nn.Module, AnyClip]:
@@ -221,10 +232,14 @@ def _text_told(encoder: TextEncoder) -> list[Any]:
     if isinstance(config, MissingConfig):
         return [config.kind, config.width, config.tokens]
     tokens = encoder.tokenize(list(_PROBES)).tolist()
+    dtype = encoder.table.weight.dtype
+    computed = [] if dtype == torch.float32 else [str(dtype)]  # weights may be the same in several
     if isinstance(config, TextConfig):
-        return [config.output, config.activation, config.heads, tokens]
+        return [config.output, config.activation, config.heads, tokens, *computed]
     plain = {k: v for k, v in encode(config).items() if k != "tokenizer"}  # a path; its tokens tell it
-    return [plain, tokens]
+    if plain.get("padding") == "unmodified":  # as before there was a choice
+        del plain["padding"]
+    return [plain, tokens, *computed]
 
 
 def _bytes(value: Tensor) -> bytes:

@@ -28,7 +28,7 @@ from ldm.models.families import family_of
 from ldm.models.fit import check_fit, given, told
 from ldm.models.network import Granularity, Network, granularity
 from ldm.models.networks import AnyNetwork
-from ldm.models.text import TextEncoder
+from ldm.models.text import T5Padding, TextEncoder, TextPrecision, check_text_precision, pad_with
 from ldm.models.transformers.pixart import PixArtTransformer
 from ldm.models.vae.autoencoder import Autoencoder
 from ldm.models.vae.latents import LatentCodec
@@ -65,16 +65,19 @@ class Samples:
 class TextToImageTask:
     """`vae` and `text` name the frozen parts: a shipped model, a run's export, or a diffusers folder.
 
-    `start` names a model (a run, too) whose network is trained further, which `network` then is, also if it is left
-    out; otherwise weights are random. With `cache`, a folder, pictures
-    and captions are encoded once before training; without it at every step. `gradient_checkpointing` trades a second
-    forward for memory: of each "block" (true), each "transformer" block alone, or "none" (false).
+    `text_precision`: what the text encoders are kept and computed in; `t5_padding` "zero": T5 and the network are not
+    told of its padding (SD3, FLUX.1; by pipelines they are). `start` names a model (a run, too) whose network
+    is trained further, which `network` then is, also if it is left out; otherwise weights are random. With `cache`, a
+    folder, pictures and captions are encoded once before training; without it at every step. `gradient_checkpointing`
+    trades a second forward for memory: of each "block" (true), each "transformer" block alone, or "none" (false).
     """
 
     kind: Literal["text_to_image"] = "text_to_image"
     network: AnyNetwork | None = None
     vae: str
     text: str
+    text_precision: TextPrecision = "fp32"
+    t5_padding: T5Padding = "unmodified"
     start: str | None = None
     process: Process = field(default_factory=Process)
     options: DenoiseOptions = field(default_factory=DenoiseOptions)
@@ -236,7 +239,8 @@ def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, work
     seed_torch(seed)  # initial weights
     device = dist.device()
     autoencoder = load_autoencoder(task.vae).to(device)
-    towers = [t.to(device) for t in load_towers(task.text)]
+    towers = [t.to(device) for t in load_towers(task.text, task.text_precision)]
+    pad_with(towers, task.t5_padding, "task.t5_padding")
     codec = LatentCodec.of(autoencoder)
     task = settled(task)
     assert task.network is not None
@@ -262,7 +266,8 @@ def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, work
     def export(weights: dict[str, Tensor], folder: Path) -> None:
         whole = filled(networks.build(network.config), weights)
         scheduler = scheduler_for(task.process, whole)
-        save_diffusers(folder, network=whole, autoencoder=autoencoder, text=towers, scheduler=scheduler)
+        text = towers if task.text_precision == "fp32" else load_towers(task.text)
+        save_diffusers(folder, network=whole, autoencoder=autoencoder, text=text, scheduler=scheduler)
         files.write_text(folder / "trained.json", json.dumps({"steps": train.steps, "batch": train.batch}))
 
     return Assembly(objective, loader, [SampleHook(sized(task.samples, network, data), pipeline)], export)
@@ -275,6 +280,7 @@ def job(task: TextToImageTask, data: Data, train: TrainConfig, asked: planned.As
     vae, vae_settings = planned_models.vae(task.vae, settings, said)
     towers = planned_models.towers(task.text, settings, said)
     channels, configs = vae_settings.latent_channels, tuple(tower.config for tower in towers)
+    check_text_precision(task.text_precision, configs, "task.text_precision")
     how = granularity(task.gradient_checkpointing)
 
     def build(recompute: bool) -> Network:
@@ -292,7 +298,7 @@ def job(task: TextToImageTask, data: Data, train: TrainConfig, asked: planned.As
     side = planned.check_size(pixels, vae.factor, "data.size")
     planned.check_patches(network, vae.factor, data)
     cached = task.cache is not None or data.cached
-    planned.check_cache(task.cache, cached, said)
+    planned.check_cache(task.cache, cached, said, towers)
 
     def inputs(batch: int) -> tuple[Any, ...]:
         x = torch.empty(batch, network.in_channels, side, side, device="meta")
@@ -303,6 +309,7 @@ def job(task: TextToImageTask, data: Data, train: TrainConfig, asked: planned.As
     return Job(
         name=asked.name, build=build, inputs=inputs, flops=float(count_flops(network, *inputs(1))),
         batch=train.batch, steps=train.steps, layout=planned.layout(train, asked), recompute=how != "none",
-        precision=planned.precision(train, asked.gpu), frozen=tuple(planned.frozen(vae, towers, pixels, cached)),
+        precision=planned.precision(train, asked.gpu),
+        frozen=tuple(planned.frozen(vae, towers, pixels, cached, task.text_precision)),
         samples=samples, sample_bytes=size, warnings=tuple(said),
     )  # fmt: skip

@@ -24,7 +24,8 @@ from ldm.objectives.inputs import LatentFeed
 from ldm.objectives.matching import MatchingObjective, MatchingOptions
 from ldm.objectives.progressive import ProgressiveOptions
 from ldm.objectives.trajectory import TrajectoryOptions
-from ldm.recipes.distill import DistillTask, Method, Student, make_objective, make_student, memory
+from ldm.recipes.distill import Student, make_objective, make_student, memory
+from ldm.recipes.distill_task import DistillTask, Method
 from ldm.rng import Rng
 from ldm.train import state
 from ldm.train.engine import Engine, EngineConfig

@@ -137,14 +137,17 @@ def test_training_resumes_exactly_and_its_export_trains_further(kind: str, root:
     assert code == 0, said
 
 
-@pytest.mark.parametrize("kind", [KINDS[0], *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS[1:])])
+FIRST = [KINDS[0], *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS[1:])]
+
+
+@pytest.mark.parametrize("kind", FIRST)
 def test_every_stage_and_recomputing_blocks_give_the_same_losses(kind: str, root: Path) -> None:
-    """ZeRO 0 and 3 on two ranks against ZeRO 2 on one; blocks computed again there."""
+    """ZeRO 0, 1 and 3 on two ranks against ZeRO 2 on one; blocks computed again there."""
     plain = config(root, kind, f"plain-{kind}")
     few = ["train.steps=3", "task.samples.prompts=[]"]
     assert quiet(["train", str(plain), *few])[0] == 0
     wanted = losses(root / f"plain-{kind}")
-    for stage in (0, 3):
+    for stage in (0, 1, 3):
         out = root / f"stage-{stage}-{kind}"
         more = [f"out={out}", f"train.engine.zero_stage={stage}", "task.gradient_checkpointing=block"]
         assert ranks.run(command, 2, ["train", str(plain), *few, *more], timeout=300) == [0, 0]
@@ -156,13 +159,15 @@ def test_every_stage_and_recomputing_blocks_give_the_same_losses(kind: str, root
     assert "gradient_checkpointing 'transformer' is not one of ['block', 'none']" in said
 
 
-def test_a_signal_saves_and_the_run_goes_on(root: Path) -> None:
-    path = config(root, "sd3", "stopped", cache=None, samples={"prompts": [], "every": 0})
+@pytest.mark.parametrize("kind", FIRST)
+def test_a_signal_saves_and_the_run_goes_on(kind: str, root: Path) -> None:
+    name = f"stopped-{kind}"
+    path = config(root, kind, name, cache=None, samples={"prompts": [], "every": 0})
     run = [sys.executable, "-m", "ldm.cli", "train", str(path), "train.steps=60", "train.checkpoint.every=60"]
     process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    miniature.stop_after_two_steps(process, root / "stopped")
+    miniature.stop_after_two_steps(process, root / name)
     said = process.communicate(timeout=120)[0]
-    saved = sorted((root / "stopped" / "checkpoints").glob("step-*"))
+    saved = sorted((root / name / "checkpoints").glob("step-*"))
     assert len(saved) == 1, said
     step = int(saved[0].name.removeprefix("step-"))
     assert 2 <= step < 60

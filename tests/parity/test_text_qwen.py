@@ -159,3 +159,25 @@ def test_flux2_klein_equals_the_pipeline(folder: Path) -> None:
         cond = encode_texts([ours], PROMPTS)
     assert set(cond) == {"text"}
     assert deviation(cond["text"], told) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_transformers_loads_it(folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """The rotary frequencies stay in float32: rounded to bfloat16 they would turn the 500th token elsewhere."""
+    import transformers
+
+    config = QwenConfig(**QWEN | {"max_position_embeddings": 1024}, tokenizer=folder)
+    whole = encoder(config)
+    theirs_of(config, whole.model.state_dict()).save_pretrained(tmp_path / "model")
+    theirs: Any = transformers.Qwen3Model.from_pretrained(tmp_path / "model", dtype=dtype)
+    half = filled_encoder(config, {k: v.clone() for k, v in whole.model.state_dict().items()}, dtype)
+    for name, buffer in half.model.named_buffers():
+        assert buffer.dtype == torch.float32
+        assert torch.equal(buffer, theirs.get_buffer(name)), name
+    tokens = torch.randint(0, config.vocab_size, (1, 500), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(tokens)
+    with torch.no_grad():
+        exact = whole.encode(tokens, mask.bool())["text"].float()
+        ours = half.encode(tokens, mask.bool())["text"].float()
+        other = theirs(tokens, attention_mask=mask, output_hidden_states=True).hidden_states[-2].float()
+    assert deviation(ours, exact) < 1.1 * deviation(other, exact)

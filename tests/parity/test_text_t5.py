@@ -121,6 +121,25 @@ def test_states_equal_transformers(folder: Path, masked: bool, dtype: torch.dtyp
     assert ours.empty["text"].shape == (1, 40, config.width)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_zero_padding_is_transformers_attention_mask_and_zeros(folder: Path, dtype: torch.dtype, bound: float) -> None:
+    """And why it is a choice: seen, the states of padding are neither alike nor the same for every text."""
+    config = T5Config(**T5, max_length=40, padding="zero", tokenizer=folder)
+    ours = encoder(config).to(dtype)
+    theirs = theirs_of(config, ours.model.state_dict()).to(dtype)
+    ids, mask = ours.tokenizer.batch(ours.tokenizer.rows(PROMPTS))
+    told = theirs(ids, attention_mask=mask.long()).last_hidden_state * mask[..., None]
+    cond = ours(PROMPTS)
+    assert set(cond) == {"text"}, "the network attends to the zeros"
+    assert deviation(cond["text"], told) < bound
+    assert not cond["text"][~mask].any()
+    seen = theirs(ids).last_hidden_state
+    assert deviation(cond["text"][mask], seen[mask]) > 1e-3
+    one, other = seen[0], seen[1]
+    assert deviation(one[-1], one[-2]) > 1e-3, "places tell them apart"
+    assert deviation(one[-1], other[-1]) > 1e-3, "and so does the text"
+
+
 def test_states_equal_transformers_at_the_real_width(folder: Path) -> None:
     """One layer of t5-v1_1-xxl; a table of fewer rows."""
     config = T5Config(num_layers=1, vocab_size=320, max_length=16, tokenizer=folder)

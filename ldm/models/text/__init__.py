@@ -13,10 +13,12 @@ from ldm.models.text.config import (
     Pad,
     QwenConfig,
     T5Config,
+    T5Padding,
     TextConfig,
 )
-from ldm.models.text.encoders import build_encoder, encode_texts, filled_encoder
+from ldm.models.text.encoders import build_encoder, encode_texts, filled_encoder, pad_with
 from ldm.models.text.missing import MissingT5
+from ldm.models.text.precision import TextPrecision, check_text_precision, in_int8, text_bytes, text_dtype
 from ldm.models.text.pretrained import copy_tokenizer
 from ldm.models.text.qwen import QwenEncoder
 from ldm.models.text.t5 import T5Encoder
@@ -36,17 +38,24 @@ __all__ = [
     "QwenEncoder",
     "T5Config",
     "T5Encoder",
+    "T5Padding",
     "TextConfig",
     "TextEncoder",
+    "TextPrecision",
     "TextTower",
     "Tokenizer",
     "build_clip",
     "build_encoder",
     "build_tokenizer",
+    "check_text_precision",
     "copy_tokenizer",
     "encode_texts",
     "filled_encoder",
+    "in_int8",
     "open_clip_config",
+    "pad_with",
     "padded",
+    "text_bytes",
+    "text_dtype",
     "trimmed",
 ]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ldm.models.text.base import TextEncoder, own_precision
 from ldm.models.text.config import ClipConfig, TextConfig
 from ldm.models.text.tokenizer import build_tokenizer
+from ldm.models.wide import quickened
 from ldm.types import Cond
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class TextTower(TextEncoder):
             output_dim=config.projection,
             act_layer=QuickGELU if config.activation == "quick_gelu" else nn.GELU,
         )
+        quickened(self.model)
         self.tokenizer = build_tokenizer(config)
         self.requires_grad_(False).eval()
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 Output = Literal["last", "penultimate_norm", "penultimate"]
 Pad = Literal["eot", "zero"]
+T5Padding = Literal["unmodified", "zero"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +71,10 @@ class T5Config:
 
     The defaults are t5-v1_1-xxl (SD3, FLUX.1, PixArt). `max_length`: prompts are cut at, and padded to, so many tokens
     with the end token (SD3 256, FLUX.1 512, PixArt-Sigma 300). `masked`: padding is hidden from the encoder, and from
-    the network by "mask" (PixArt); without it both see the padding (SD3, FLUX.1). `lower`: prompts in small letters
-    (PixArt, whose cleaning of captions is `ldm.models.text.captions`). `tokenizer`: a folder
-    with `tokenizer.json` or `spiece.model`.
+    the network by "mask" (PixArt); without it both see the padding (SD3, FLUX.1), unless `padding` is "zero": then it
+    is hidden from the encoder, and its states are zeros for the network. `lower`: prompts in small letters (PixArt,
+    whose cleaning of captions is `ldm.models.text.captions`). `tokenizer`: a folder with `tokenizer.json` or
+    `spiece.model`.
     """
 
     kind: Literal["t5"] = "t5"
@@ -88,6 +90,7 @@ class T5Config:
     feed_forward_proj: Literal["gated-gelu", "relu"] = "gated-gelu"
     max_length: int = 256
     masked: bool = False
+    padding: T5Padding = "unmodified"
     lower: bool = False
     tokenizer: Path | None = None
 

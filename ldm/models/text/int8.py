@@ -5,7 +5,7 @@ Legend: I channels in, O channels out.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -24,9 +24,8 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear, *, wide: bool = False) -> None:
         super().__init__()
-        whole = linear.weight.detach().float()
-        scale = whole.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
-        self.register_buffer("weight", (whole / scale).round().to(torch.int8))
+        weight, scale = rounded(linear.weight.detach())
+        self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.bias = linear.bias
         self.wide = wide
@@ -42,6 +41,22 @@ class Int8Linear(nn.Module):
         x = x.float() if self.wide and x.dtype == torch.float16 else x
         weight = (self.weight * self.scale).to(x.dtype)
         return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+
+
+def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(int8 (O, I), scale (O, 1) float32) of a weight (O, I)."""
+    whole = weight.float()
+    scale = whole.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return (whole / scale).round().to(torch.int8), scale
+
+
+def stored(model: nn.Module, key: str, value: Tensor) -> Mapping[str, Tensor]:
+    """A weight of a file as `model`, which `quantize` went over, keeps it: two tensors where it has 8 bits."""
+    name, _, last = key.rpartition(".")
+    if last != "weight" or not isinstance(model.get_submodule(name), Int8Linear):
+        return {key: value}
+    weight, scale = rounded(value)
+    return {key: weight, f"{name}.scale": scale}
 
 
 @torch.no_grad()

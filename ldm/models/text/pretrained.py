@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ldm.models.text.base import TextEncoder
 from ldm.models.text.int8 import quantize
 from ldm.models.text.tokenizer import Overlong, whole_word
+from ldm.models.wide import quickened
 
 FILES = (
     "tokenizer.json",
@@ -169,7 +170,7 @@ class PretrainedEncoder(TextEncoder):
 
     def __init__(self, config: Any, model: nn.Module) -> None:
         super().__init__(config)
-        self.model = model
+        self.model = quickened(model)
         self._tokenizer: PretrainedTokenizer | None = None
         self.requires_grad_(False).eval()
 
@@ -208,7 +209,12 @@ class PretrainedEncoder(TextEncoder):
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Linear) and name.split(".")[-1] in self.linear_in_float32
         ]
+        angles = [(m, name, buffer) for m in self.model.modules() for name, buffer in m.named_buffers(recurse=False)]
         super()._apply(fn, recurse)
+        for module, name, before in angles:  # frequencies of rotary positions: rounded ones turn far tokens elsewhere
+            now = getattr(module, name)
+            if now.is_floating_point() and now.element_size() < 4:
+                setattr(module, name, before.to(now.device))
         for module, before in wide:
             if module.weight.dtype == torch.float16:  # from the values before: the new ones are rounded
                 module.weight.data = before.to(module.weight.device, torch.float32)

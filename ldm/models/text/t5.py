@@ -90,10 +90,10 @@ class T5Encoder(PretrainedEncoder):
     def encode(self, tokens: Tensor, mask: Tensor | None = None) -> Cond:
         """States of token ids (B, T), True in `mask` where they are no padding; never under autocast.
 
-        A masked encoder without a `mask` takes ids of the padding for padding.
+        An encoder from which padding is hidden takes ids of the padding for it where there is no `mask`.
         """
-        tokens = tokens.to(self.table.weight.device)
-        if not self.config.masked:
+        tokens, zero = tokens.to(self.table.weight.device), self.config.padding == "zero"
+        if not (self.config.masked or zero):
             mask = None
         elif mask is None:
             mask = padding_free(tokens, self)
@@ -103,7 +103,10 @@ class T5Encoder(PretrainedEncoder):
             # transformers looks into a mask, which cannot be done on the meta device; its shape is the states' alone
             seen = None if mask is None or mask.is_meta else mask.long()
             states = self.model(inputs_embeds=self._embed(tokens), attention_mask=seen).last_hidden_state
-        return {"text": states} if mask is None else {"text": states, "mask": mask}
+        if mask is None:
+            return {"text": states}
+        states = states.masked_fill(~mask[..., None], 0) if zero else states
+        return {"text": states, "mask": mask} if self.config.masked else {"text": states}
 
 
 def _build(config: T5Config) -> nn.Module:

@@ -11,14 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.models import onednn
 from ldm.models.attention import Control, attention, controlled
 from ldm.models.frugal import norm_modulated, rms_norm
 from ldm.models.layers import Embedding, hooked, sinusoid
 from ldm.models.transformers.positions import Rotary, rotated
 from ldm.models.wide import Linear, gelu_linear
 
-Vector = Tensor | Mapping[nn.Module, Tensor]
-"""The activated conditioning vector (B, E), or what each modulation makes of it (B, parts x D)."""
+Vector = Tensor | Mapping[nn.Module, Tensor] | tuple[Tensor, ...]
+"""The activated conditioning vector (B, E), or what each modulation makes of it (B, parts x D).
+
+A block is given those of its own modulations, in their order: compiled code of it then serves all equal blocks.
+"""
 
 TIME = 256
 """Channels of the sinusoid of times and of guidance scales."""
@@ -69,9 +73,13 @@ class Modulation(nn.Module):
         super().__init__()
         self.parts = parts
         self.linear = Linear(width, parts * width)
+        self.place = 0  # among the modulations of its block
 
     def forward(self, vector: Vector) -> tuple[Tensor, ...]:
-        out = self.linear(vector) if isinstance(vector, Tensor) else vector[self]
+        if isinstance(vector, Tensor):
+            out = self.linear(vector)
+        else:
+            out = vector[self.place] if isinstance(vector, tuple) else vector[self]
         return out[:, None].chunk(self.parts, dim=-1)
 
 
@@ -98,9 +106,11 @@ class FeedForward(nn.Module):
         first, last = self.net[0], self.net[2]
         if type(first) is not GELU or hooked(first) or torch.compiler.is_compiling():
             return last(first(x))
-        hidden = first.proj(x)
         if not torch.is_grad_enabled():
-            return last(torch.ops.aten.gelu_(hidden, approximate="tanh"))
+            bare = type(first.proj) is Linear and not hooked(first.proj)
+            at_once = onednn.linear_gelu(x, first.proj.weight, first.proj.bias) if bare else None
+            return last(torch.ops.aten.gelu_(first.proj(x), approximate="tanh") if at_once is None else at_once)
+        hidden = first.proj(x)
         if type(last) is not Linear or hooked(last):  # a correction of the layer, or ZeRO 3, which gathers its weights
             return last(F.gelu(hidden, approximate="tanh"))
         return gelu_linear(hidden, last.weight, last.bias)

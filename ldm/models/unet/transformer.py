@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ldm.models.attention import attention, probabilities
 from ldm.models.frugal import geglu
 from ldm.models.layers import GroupNorm, pixels, repeated, tokens
+from ldm.models.wide import Linear
 
 Control = Callable[[Tensor], Tensor]
 """Attention weights (B, H, N, T) -> weights to use instead; for editing and for pictures of the attention."""
@@ -27,10 +28,10 @@ class Attention(nn.Module):
     def __init__(self, channels: int, *, heads: int, text: int | None = None) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(text or channels, channels, bias=False)
-        self.to_v = nn.Linear(text or channels, channels, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_q = Linear(channels, channels, bias=False)
+        self.to_k = Linear(text or channels, channels, bias=False)
+        self.to_v = Linear(text or channels, channels, bias=False)
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
         self.control: Control | None = None
 
     def forward(self, x: Tensor, text: Tensor | None = None, kv: Tensor | None = None) -> Tensor:
@@ -58,7 +59,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(channels, 2 * hidden)
+        self.proj = Linear(channels, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         both = self.proj(x)
@@ -73,7 +74,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
+        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net[2](self.net[0](x))
@@ -118,11 +119,11 @@ class Transformer2D(nn.Module):
         super().__init__()
         self.linear = linear
         self.norm = GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_in = Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, heads=heads, text=text, dropout=dropout) for _ in range(depth)
         )
-        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_out = Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.channels, self.recompute = channels, False
 
     def forward(self, x: Tensor, text: Tensor, kv: Tensor | None = None) -> Tensor:

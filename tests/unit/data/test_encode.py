@@ -23,7 +23,9 @@ from ldm.data.manifest import Manifest
 from ldm.data.mixture import MixtureConfig, Source, open_data
 from ldm.data.shards import Shards
 from ldm.models.text import TextConfig, TextTower
+from ldm.objectives.inputs import LatentFeed
 from ldm.recipes.sources import text_encoder, weights_hash
+from ldm.rng import Rng
 from tests.unit.data.standins import HASHES, moments, states
 
 Make = Callable[..., Path]
@@ -218,6 +220,36 @@ def test_masked_texts_are_stored_without_padding(make_set: Make, tmp_path: Path)
     two = MixtureConfig(sources=(Source(data=source, name="a"), Source(data=source, name="b")))
     batch = next(open_data(two, seed=1, micro_batch=8).batches(0))
     assert torch.equal(batch["mask.1"].sum(1), masked(batch["caption"])["mask.1"].sum(1))
+
+
+def zeroed(texts: list[str]) -> dict[str, Tensor]:
+    """As T5 with padding zero gives them: no mask, and zeros where a mask would be; and a text that is zeros alone."""
+    cond = masked(texts)
+    return {"text.1": cond["text.1"] * cond["mask.1"][..., None], "text.2": torch.zeros(len(texts), 12, 5)}
+
+
+def test_zeros_at_the_end_are_not_stored(make_set: Make, tmp_path: Path) -> None:
+    """What a loss is fed of them is what the encoder gives, at its full length."""
+    config = EncodeConfig(path=str(make_set(23)), size=8, dtype="float32", batch=5, part=9)
+    manifest = build_cache(config, tmp_path / "c", moments=None, text=zeroed, hashes=HASHES)
+    full = build_cache(
+        config, tmp_path / "full", moments=None, text=lambda t: {k: v + 1 for k, v in zeroed(t).items()}, hashes=HASHES
+    )
+    shards = Shards(Manifest.read(tmp_path / "c"), "train")
+    stored = [load(shards.read(i)[1][MEMBER]) for i in range(len(shards))]
+    assert len({s["text.1"].shape[1] for s in stored}) > 1
+    assert {s["text.2"].shape[1] for s in stored} == {1}
+    told = sum(v.nbytes for s in stored for v in s.values()) / sum(len(s["text.1"]) for s in stored)
+    assert manifest.notes["text_bytes_per_caption"] == round(told) < full.notes["text_bytes_per_caption"] / 2
+    feed = LatentFeed(None, lambda t: zeroed(list(t)), 0.0)  # type: ignore[arg-type]
+    source = DataConfig(path=str(tmp_path / "c"), cached=True)
+    two = MixtureConfig(sources=(Source(data=source, name="a"), Source(data=source, name="b")))
+    for data in (source, two):
+        for step in range(4):
+            batch = next(open_data(data, seed=step, micro_batch=3).batches(0))
+            cond = feed.cond(batch, Rng(0, (0, 1, 2)), torch.device("cpu"))
+            wanted = zeroed(batch["caption"])  # type: ignore[arg-type]
+            assert all(torch.equal(cond[k], v) for k, v in wanted.items())
 
 
 def test_the_states_of_all_towers_are_stored(make_set: Make, tmp_path: Path) -> None:

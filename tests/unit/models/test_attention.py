@@ -88,7 +88,7 @@ def test_half_precision_training_takes_another_path_to_the_same_values_and_gradi
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, n, 3, 8, dtype=torch.bfloat16, requires_grad=True) for n in (9, 14, 14))
     weight = torch.randn(2, 9, 3, 8)
-    assert module._slow_backward(q, k)
+    assert module._slow(q, k)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
     out, exact = attention(q, k, v), formula(wide[0], wide[1], wide[2], None)
     assert (out - exact).norm() < 0.01 * exact.norm()
@@ -98,8 +98,16 @@ def test_half_precision_training_takes_another_path_to_the_same_values_and_gradi
         assert ours.grad is not None
         assert theirs.grad is not None
         assert (ours.grad - theirs.grad).norm() < 0.02 * theirs.grad.norm()
-    with torch.no_grad():
-        assert not module._slow_backward(q, k)
+
+
+def test_half_precision_without_gradients_takes_products_for_few_tokens() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, n, 2, 16, dtype=torch.bfloat16) for n in (300, 400, 400))
+    assert module._slow(q, k)
+    assert not module._slow(q.expand(1, 300, 2, 16).repeat(1, 3, 1, 1), k)
+    assert not module._slow(q.float(), k.float())
+    exact = formula(q.double(), k.double(), v.double(), None)
+    assert (attention(q, k, v) - exact).norm() < 0.01 * exact.norm()
 
 
 @pytest.mark.gpu

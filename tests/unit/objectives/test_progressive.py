@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.diffusion.prediction import V
+from ldm.diffusion.prediction import V, Velocity
 from ldm.diffusion.process import Process
-from ldm.diffusion.schedule import Discrete
+from ldm.diffusion.schedule import Discrete, Flow
 from ldm.objectives import progressive
 from ldm.objectives.progressive import ProgressiveObjective, ProgressiveOptions, snr_weight, two_steps
 from ldm.objectives.teacher import Estimator, Teacher
@@ -18,6 +18,8 @@ from ldm.recipes.distill import DistillTask
 from ldm.recipes.rounds import rounds
 from ldm.rng import Rng
 from ldm.sampling import sample, times
+from ldm.sampling.flow_times import flow_times
+from ldm.types import Net
 from tests import toys
 
 W0 = torch.zeros(1)
@@ -128,3 +130,90 @@ def test_an_epsilon_teacher_is_matched_by_a_v_student_first() -> None:
 def test_guidance_that_is_folded_in_is_not_added_again() -> None:
     planned = rounds(task(guidance_embedding=None), Path("out"), "v")
     assert [r.task.method.w for r in planned] == [(0.0, 4.0), (0.0, 0.0), (0.0, 0.0)]
+
+
+FLOW = Flow(shift=3.0)
+FLOWING = Process(schedule=FLOW, prediction=Velocity())
+GRIDS = (None, "flow_dpm")
+
+
+def curved(x: torch.Tensor, t: torch.Tensor, cond: object) -> torch.Tensor:
+    """A velocity that bends."""
+    return torch.sin(3 * x) + 0.3 * x * torch.cos(t / 200).view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_on_a_flow_one_step_is_the_teachers_two_euler_steps_in_float64(grid: str | None) -> None:
+    """The target as a velocity is the mean of the teacher's two, weighed by their steps in sigma; Euler written out."""
+    count = 4
+    i = torch.arange(count)
+    x = torch.randn(count, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    path = progressive.Path(FLOW, count, grid)
+    goal = two_steps(Teacher(Estimator(curved, FLOWING), None), path, x, i, {}, W0.expand(count))
+    sigma = [path.at(2 * i + k, torch.float64)[2].view(-1, 1, 1, 1) for k in (2, 1, 0)]
+    first = curved(x, 1000 * sigma[0].flatten(), {})
+    middle = x + (sigma[1] - sigma[0]) * first
+    second = curved(middle, 1000 * sigma[1].flatten(), {})
+    end = middle + (sigma[2] - sigma[1]) * second
+    velocity = (x - goal) / sigma[0]  # x_0 = x - sigma velocity
+    mean = ((sigma[0] - sigma[1]) * first + (sigma[1] - sigma[2]) * second) / (sigma[0] - sigma[2])
+    assert float((velocity - mean).abs().max()) < 1e-12
+    assert float((x + (sigma[2] - sigma[0]) * velocity - end).abs().max()) < 1e-12
+    assert float((mean - first).abs().max()) > 0.1
+
+
+class Table(torch.nn.Module):
+    """A velocity x gain, with a gain of its own at each time of a path."""
+
+    def __init__(self, at: torch.Tensor, gains: torch.Tensor) -> None:
+        super().__init__()
+        self.at, self.gains = at, torch.nn.Parameter(gains.clone())
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, cond: object) -> torch.Tensor:
+        place = (t.double()[:, None] - self.at).abs().argmin(1)
+        return self.gains[place].view(-1, 1, 1, 1) * x
+
+
+def flowing(x: torch.Tensor, t: torch.Tensor, cond: object) -> torch.Tensor:
+    """The exact velocity of data N(0, SPREAD^2): E[noise - x_0 | x]."""
+    s = t.double() / 1000
+    variance = ((1 - s) * toys.SPREAD) ** 2 + s**2
+    return ((s - (1 - s) * toys.SPREAD**2) / variance).view(-1, 1, 1, 1) * x
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_minimum_on_a_flow_draws_in_half_the_steps_what_the_teacher_draws(grid: str | None) -> None:
+    """Closed form, at the times of the samplers: Euler's 1 ... 1/N, and DPM-Solver's on flow sigmas."""
+    count = 4
+    path = progressive.Path(FLOW, count, grid)
+    late, _, sigma = path.at(2 * torch.arange(count) + 2, torch.float64)
+    teacher = Teacher(Estimator(flowing, FLOWING), None)
+    ones = torch.ones(count, 1, 1, 1, dtype=torch.float64)
+    goal = two_steps(teacher, path, ones, torch.arange(count), {}, W0.expand(count)).flatten()
+    net = Table(late, (1 - goal) / sigma)
+    options = ProgressiveOptions(steps=count, until=count, w=(0.0, 0.0))
+    objective = ProgressiveObjective(net, Estimator(net, FLOWING), teacher, toys.Normals(), options, grid)
+    batch, rng = toys.batch(200)
+    loss, _ = objective(batch, rng)
+    loss.backward()
+    assert loss.item() < 1e-20
+    assert float(net.gains.grad.abs().max()) < 1e-10  # type: ignore[union-attr]
+    x = torch.randn(7, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def draw(velocity: Net, steps: int) -> torch.Tensor:
+        visited = times(FLOW, steps, "trailing") if grid is None else flow_times(FLOW, steps, grid)
+        given = {"schedule": FLOW, "steps": steps, "times": visited, "noise": lambda i: x}
+        return sample("euler", FLOWING.denoiser(velocity), x, {}, **given)  # type: ignore[arg-type]
+
+    assert torch.allclose(draw(net, count), draw(flowing, 2 * count), atol=1e-7)
+    with torch.no_grad():
+        net.gains.add_(0.05)
+    assert float(objective(batch, rng)[0].detach()) > 1e-4
+
+
+def test_a_flow_whose_times_do_not_nest_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"shift_terminal 0\.1"):
+        progressive.Path(Flow(shift=3.0, terminal=0.1), 4)
+    for grid in ("flow", "flow_once"):  # why Euler's own sigmas are not the path's
+        few, many = flow_times(FLOW, 4, grid), flow_times(FLOW, 8, grid)
+        assert max(min(abs(a - b) for b in many) for a in few) > 1
