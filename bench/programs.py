@@ -2,8 +2,8 @@
 
 Ours keeps freed memory and trains with the plain attention kernel, as our trainer does on CPUs; sampling is what
 our pipeline does around the network: keys and values of the text once, equal rows of guidance once, and in half
-precision channels_last under autocast. Theirs is what their text-to-image pipeline and their training scripts do: the
-network in bfloat16 for sampling, autocast for training.
+precision channels_last. Theirs is what their text-to-image pipeline and their training scripts do. In bfloat16 both
+hold the network in it for sampling, and train under autocast.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from ldm.models.layers import unchanging
 from ldm.models.unet import UNet
 from ldm.sampling import sample
 from ldm.sampling.guidance import classifier_free
-from ldm.types import Cond
 
 GUIDANCE = 3.0
 HALF = torch.bfloat16
@@ -41,17 +40,13 @@ def our_sampling(ours: UNet, x: Tensor, text: Tensor, steps: int, half: bool = F
 
     @functools.cache  # SD's weights several times over only where they are asked for
     def network() -> UNet:
-        return copy.deepcopy(ours).to(memory_format=torch.channels_last) if half else ours
-
-    def call(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        with torch.autocast("cpu", HALF, enabled=half):
-            return network()(x, t, cond)
+        return copy.deepcopy(ours).to(HALF, memory_format=torch.channels_last) if half else ours
 
     @torch.no_grad()
     def draw() -> Tensor:
-        with torch.autocast("cpu", HALF, enabled=half):
-            known, empty = ({"kv": network().keys_values(v)} for v in (text, torch.zeros_like(text[:1])))
-        denoise = classifier_free(process.denoiser(call), empty, GUIDANCE)
+        given = text.to(HALF) if half else text
+        known, empty = ({"kv": network().keys_values(v)} for v in (given, torch.zeros_like(given[:1])))
+        denoise = classifier_free(process.denoiser(network()), empty, GUIDANCE)
         with unchanging(network(), steps):
             return sample(
                 "ddim", denoise, x, known, schedule=process.schedule, steps=steps, eta=0.0, spacing="trailing",

@@ -25,6 +25,7 @@ from ldm.models.control import controlled
 from ldm.models.text.openclip import AnyClip, fitted, tokenizer_of
 from ldm.models.transformers.base import Transformer
 from ldm.pipeline import Guide, Progress, Settings, TextToImage
+from ldm.pipeline.conditioning import filling, painter
 from ldm.pipeline.places import Places
 from ldm.pipeline.steps import OwnSteps
 from ldm.rng import Rng
@@ -182,11 +183,12 @@ def inpaint(
 ) -> list[Image.Image]:
     """Draw the white of `mask` anew under a prompt; the black is the picture at `Canvas`' size, pixel for pixel.
 
-    Any base model does: its estimate outside the mask is the picture. A 9-channel inpainting model is told the mask and
-    the picture without its white instead. What is transparent in the mask is black. With `strength` below 1 the white
-    begins at the picture, as in `img2img`. On flows, with a deterministic sampler, this is what diffusers' pipelines do
-    by blending x_t after each step: outside the mask x_t is alpha_t x_0 + sigma_t noise either way. Raises ValueError
-    for a mask of another size than the picture, for strengths outside (0, 1], and for a network of other channels.
+    Any base model does: its estimate outside the mask is the picture. An inpainting model (of 9 channels, FLUX.1 Fill)
+    is told the mask and the picture without its white instead. What is transparent in the mask is black. With
+    `strength` below 1 the white begins at the picture, as in `img2img`. On flows, with a deterministic sampler, this is
+    what diffusers' pipelines do by blending x_t after each step: outside the mask x_t is alpha_t x_0 + sigma_t noise
+    either way. Raises ValueError for a mask of another size than the picture, for strengths outside (0, 1], and for a
+    network of other channels.
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength must lie in (0, 1] (1: nothing of the masked picture is left), got {strength}")
@@ -195,9 +197,8 @@ def inpaint(
         raise ValueError(
             f"mask: {mask.size[0]} x {mask.size[1]} pixels, the picture has {image.width} x {image.height}"
         )
-    channels = pipe.codec.channels
-    takes = pipe.network.in_channels
-    if takes not in (channels, 2 * channels + 1):
+    kind, channels, takes = painter(pipe.network, pipe.codec), pipe.codec.channels, pipe.network.in_channels
+    if kind is None and takes != channels:
         raise ValueError(
             f"inpainting: the {pipe.network.title} takes {takes} channels, expected {channels} or {2 * channels + 1}"
         )
@@ -209,9 +210,7 @@ def inpaint(
     # a latent pixel changes if any of its picture pixels does
     latent_mask = F.max_pool2d(wide, pipe.codec.factor).to(known)
     times = None if strength == 1 else _last_times(pipe, known, settings, strength)
-    rest = None
-    if takes != channels:
-        rest = pipe.codec.encode((_pixels(canvas.padded) * (1 - wide)).to(pipe.device))
+    rest = None if kind is None else pipe.codec.encode((_pixels(canvas.padded) * (1 - wide)).to(pipe.device))
 
     def draw(rows: int, rng: Rng, step: StepProgress | None) -> Tensor:
         x = rng.normal("start", known.shape[1:]).to(known)
@@ -219,10 +218,12 @@ def inpaint(
         if rest is None:
             wrap, start = functools.partial(inpaint_denoiser, known=old, mask=latent_mask), old
         else:
-            told = functools.partial(_told, mask=latent_mask, rest=rest.expand_as(old))
-            wrap, start = told, None if times is None else old
+            rows_of = rest.expand_as(old)
+            fill = {"concat": filling(wide, rows_of, pipe.codec.factor)} if kind == "fill" else None
+            wrap = functools.partial(_told, given=fill or inpaint_cond({}, latent_mask, rows_of))
+            start = None if times is None else old
         latents = pipe.latents([prompt] * rows, canvas.settings, rng, step, x=x, start=start, times=times, wrap=wrap)
-        return keep(latents, old, latent_mask)
+        return latents if kind == "fill" else keep(latents, old, latent_mask)
 
     steps = settings.steps if times is None else len(times)
     drawn = _batches(pipe, canvas, prompt, count, draw, steps, progress)
@@ -230,11 +231,11 @@ def inpaint(
     return [Image.composite(picture, canvas.picture, pixel_mask) for picture in drawn]
 
 
-def _told(denoise: Denoise, *, mask: Tensor, rest: Tensor) -> Denoise:
+def _told(denoise: Denoise, *, given: Cond) -> Denoise:
     """The denoiser of an inpainting model that is told the mask and the latents of the rest of the picture."""
 
     def told(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return denoise(x, t, inpaint_cond(cond, mask, rest))
+        return denoise(x, t, cond | given)
 
     return told
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ldm.adapters.base import COMPONENTS
 from ldm.models.families import family_of
 from ldm.models.network import Network
-from ldm.models.text import TextEncoder, TextTower
+from ldm.models.text import T5Encoder, TextEncoder, TextTower
 
 GROUPS = ("attention", "feed_forward", "projection", "convolution", "time")
 _TEXT = {
@@ -70,7 +70,7 @@ def usual_targets(network: Network) -> tuple[str, ...]:
 
 
 def towers(text: Sequence[TextEncoder]) -> list[tuple[str, TextTower]]:
-    """The CLIP towers among the text encoders, and the names of their folders: the only ones with layers here."""
+    """The CLIP towers among the text encoders, and the names of their folders: the only ones that adapters train."""
     return [(name, one) for name, one in zip(COMPONENTS, text, strict=False) if isinstance(one, TextTower)]
 
 
@@ -107,9 +107,26 @@ def text_sites(text: Sequence[TextEncoder], *, pooled: Sequence[bool] | None = N
     return found
 
 
+def t5_sites(text: Sequence[TextEncoder]) -> list[Site]:
+    """The linear layers of T5 encoders, which files may correct; those of 8 bits are none. Adapters do not train them.
+
+    Names are transformers' own under the encoder's component: "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q".
+    """
+    found = []
+    for component, encoder in zip(COMPONENTS, text, strict=False):
+        if not isinstance(encoder, T5Encoder):
+            continue
+        for name, module in encoder.model.named_modules():
+            if isinstance(module, nn.Linear):
+                group = "attention" if "SelfAttention" in name else "feed_forward"
+                rows = module.weight.shape[0]
+                found.append(Site(f"{component}.{name}", group, module, module.weight, module.bias, 0, rows))
+    return found
+
+
 def all_sites(network: Network, text: Sequence[TextEncoder]) -> dict[str, Site]:
     """Every site of a model by name."""
-    return {site.name: site for site in [*network_sites(network), *text_sites(text)]}
+    return {site.name: site for site in [*network_sites(network), *text_sites(text), *t5_sites(text)]}
 
 
 def other_sites(network: Network, text: Sequence[TextEncoder]) -> dict[str, Site]:

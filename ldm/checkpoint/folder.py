@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from ldm.checkpoint import maps, weights
+from ldm.checkpoint.families import FILES
 from ldm.checkpoint.index import UNUSED, check_index, read_scheduler
 from ldm.checkpoint.model_text import open_encoders, open_towers, usual, write_one
 from ldm.checkpoint.opened import Opened, component
 from ldm.checkpoint.pipelines import (
-    LAYOUTS,
     LCM,
     VERSION,
     check_text,
@@ -29,12 +29,7 @@ from ldm.checkpoint.pipelines import (
 )
 from ldm.checkpoint.settings import read_json, write_json
 from ldm.config.load import decode, encode
-from ldm.models import others
 from ldm.models.networks import AnyNetwork, diffusers_keys
-from ldm.models.transformers.flux import FluxConfig
-from ldm.models.transformers.pixart import PixArtConfig
-from ldm.models.transformers.sd3 import SD3Config
-from ldm.models.transformers.zimage import ZImageConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae.autoencoder import AutoencoderConfig
 
@@ -42,12 +37,6 @@ log = logging.getLogger(__name__)
 NETWORKS = ("unet", "transformer")
 """Folders that a denoising network may be in."""
 STEM = "diffusion_pytorch_model"
-_TRANSFORMERS: dict[str, tuple[type[AnyNetwork], Any]] = {
-    "sd3": (SD3Config, others.transformer),
-    "flux": (FluxConfig, others.transformer),
-    "pixart": (PixArtConfig, others.pixart),
-    "zimage": (ZImageConfig, others.zimage),
-}
 
 
 def write_folder(
@@ -104,8 +93,8 @@ def open_folder(folder: Path, *, variant: str | None = None, lenient: bool = Fal
     if left := [k for k in sorted(UNUSED) if (folder / k).is_dir()]:
         log.info("%s: not used: %s", folder, ", ".join(left))
     scheduler = read_scheduler(folder, index)
-    config, network = open_network(folder / ("transformer" if kind in LAYOUTS else "unet"), variant=variant)
-    if kind in LAYOUTS:
+    config, network = open_network(folder / ("transformer" if kind in FILES else "unet"), variant=variant)
+    if kind in FILES:
         text = open_encoders(folder, index, config, variant=variant, lenient=lenient)
     else:
         text = open_towers(folder, index, variant=variant, lenient=lenient)
@@ -126,12 +115,12 @@ def open_network(folder: Path, *, variant: str | None = None) -> tuple[AnyNetwor
     """The network in its own folder, of whichever kind its class is."""
     given = read_json(folder / "config.json")
     kind = kind_of({"transformer": ["diffusers", given.get("_class_name")]})
-    if kind in _TRANSFORMERS:
-        cls, forms = _TRANSFORMERS[kind]
+    if kind in FILES:
+        cls, forms = FILES[kind].config, FILES[kind].forms
         plain = forms({k: v for k, v in given.items() if k == "_class_name" or not k.startswith("_")}, str(folder))
         return decode(cls, plain, str(folder)), weights.open_folder(folder, STEM, variant)
     if folder.name == "transformer":
-        known = [name for layout in LAYOUTS.values() for name in layout.network]
+        known = [name for layout in FILES.values() for name in layout.network]
         raise ValueError(f"{folder}: _class_name {given.get('_class_name')!r} is not one of {known}")
     plain = _own(given, "UNet2DConditionModel", folder)
     return decode(UNetConfig, plain, str(folder)), weights.open_folder(folder, STEM, variant)

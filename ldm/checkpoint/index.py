@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm.checkpoint.families import FILES
+from ldm.checkpoint.families.flux import KONTEXT
 from ldm.checkpoint.pipelines import (
     INPAINT,
-    KONTEXT,
-    LAYOUTS,
     NAMES,
     ONE,
     PIPELINES,
@@ -33,7 +33,6 @@ _HARMLESS = ("requires_safety_checker", "add_watermarker", "force_zeros_for_empt
 _OTHERS = {
     "StableDiffusion3": "a relative of Stable Diffusion 3",
     "Flux": "a relative of FLUX.1",
-    "FluxFill": "FLUX.1 Fill, which inpaints",
     "FluxControl": "FLUX.1 conditioned by a picture, such as its depth",
     "FluxPrior": "FLUX.1 Redux, which draws from picture embeddings",
     "Flux2": "FLUX.2, whose text encoder is a language model",
@@ -96,8 +95,8 @@ def check_index(index: Mapping[str, Any], where: Path) -> str:
 
 def _classes(kind: str) -> dict[str, tuple[str, ...]]:
     """The classes of a folder's parts that are read here."""
-    network = {"transformer": LAYOUTS[kind].network} if kind in LAYOUTS else {"unet": ("UNet2DConditionModel",)}
-    text = LAYOUTS[kind].text if kind in LAYOUTS else ("clip", "clip")
+    network = {"transformer": FILES[kind].network} if kind in FILES else {"unet": ("UNet2DConditionModel",)}
+    text = FILES[kind].text if kind in FILES else ("clip", "clip")
     out = network | {"vae": ("AutoencoderKL",)}
     out |= {numbered("text_encoder", i): TEXT_CLASSES[k] for i, k in enumerate(text)}
     return out | {numbered("tokenizer", i): TOKENIZERS[k] for i, k in enumerate(text)}
@@ -108,7 +107,7 @@ def encoders_there(index: Mapping[str, Any], kind: str, folder: Path) -> list[bo
 
     Raises ValueError naming those that the family cannot do without.
     """
-    layout, found = LAYOUTS[kind], []
+    layout, found = FILES[kind], []
     for i in range(len(layout.text)):
         part = index.get(numbered("text_encoder", i), ...)
         listed = part is not ... and isinstance(part, list) and len(part) == 2 and part[1] is not None

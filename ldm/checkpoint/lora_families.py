@@ -10,19 +10,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ldm.checkpoint import lora_flux, lora_pixart, lora_sd3, lora_zimage
+from ldm.checkpoint.families import FILES
 from ldm.checkpoint.lora_layers import Layer, Table, one
 from ldm.checkpoint.lora_names import plain, split
 from ldm.checkpoint.maps import unet_to_compvis
 from ldm.models.families import family_of
 from ldm.models.networks import AnyNetwork
-from ldm.models.transformers.flux import FluxConfig
-from ldm.models.transformers.pixart import PixArtConfig
-from ldm.models.transformers.sd3 import SD3Config
-from ldm.models.transformers.zimage import ZImageConfig
 from ldm.models.unet import UNetConfig
 
 _STARTS = {
@@ -35,19 +31,25 @@ _STARTS = {
     "text_encoder_2": ("text_encoder_2_", "lora_te2_", "lycoris_te2_", "lycoris_text_encoder_2_", "clip_g_",
                        "clip_g_transformer_", "text_encoders_clip_g_transformer_"),
 }  # fmt: skip
+_OF_T5 = [
+    "", "t5xxl_", "t5xxl_transformer_", "text_encoders_t5xxl_", "text_encoders_t5xxl_transformer_",
+    *(f"{start}{n}_" for start in ("lora_te", "lycoris_te") for n in ("", 1, 2, 3)),
+    *(f"{start}text_encoder{n}_" for start in ("", "lycoris_") for n in ("", "_2", "_3")),
+]  # fmt: skip
+"""Of T5, whose layers have names of their own, tools count the place in other ways: kohya writes `lora_te3_` of FLUX.1
+too, OneTrainer `lora_te2_`."""
 _T5 = re.compile(r"(encoder_)?block_\d+_layer_\d+_|t5xxl|^lora_te3_|^text_encoder_3_")
 _ANY_UNET = "Stable Diffusion 1, 2 or XL"
 _MARKS = (
-    (re.compile(r"(^|_)(double_blocks|single_blocks|single_transformer_blocks)_\d"), "FLUX.1"),
-    (re.compile(r"(^|_)joint_blocks_\d"), "Stable Diffusion 3"),
     (re.compile(r"(^|_)(input_blocks_\d|output_blocks_\d|middle_block_\d)"), "Stable Diffusion XL"),
     (re.compile(r"(^|_)(down_blocks|up_blocks)_\d|(^|_)mid_block_"), _ANY_UNET),
-    (re.compile(r"(^|_)transformer_blocks_\d+_attn1_|blocks_\d+_cross_attn_(q_linear|kv_linear|proj)$"), "PixArt"),
+    *((files.marks, files.title) for files in FILES.values()),
     (re.compile(r"(^|_)transformer_blocks_\d+_img_m(lp|od)_"), "Qwen-Image"),
     (re.compile(r"(^|_)blocks_\d+_(self|cross)_attn_[qkvo]$"), "Wan"),
-    (re.compile(r"(^|_)layers_\d+_(attention_(to_|qkv)|adaLN_)"), "Z-Image"),
     (re.compile(r"(^|_)transformer_blocks_\d+_(attn2?|ff|ff_context|norm1|norm1_context)_"), "Stable Diffusion 3"),
 )
+"""Names of layers that tell a family, the first that fits; diffusers' names of joint blocks, SD3's and FLUX.1's, last.
+"""
 _STABLE = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
 
 
@@ -62,7 +64,7 @@ class Names:
     table: Callable[[Any], Table]
     header: Callable[[Any], dict[str, str]] | None
     other: tuple[Callable[[Any], Table], ...] = ()
-    also: Mapping[str, str] | None = None
+    also: Mapping[str, str] = field(default_factory=dict)
 
 
 def is_xl(unet: Any) -> bool:
@@ -76,31 +78,18 @@ def _unet_header(unet: UNetConfig) -> dict[str, str]:
     return {"ss_network_module": "networks.lora", "ss_base_model_version": base, "ss_v2": str(second)}
 
 
-def _sd3_header(config: SD3Config) -> dict[str, str]:
-    kind = "3-medium" if config.qk_norm is None else "3-5-medium" if config.dual_attention_layers else "3-5-large"
-    return {"ss_network_module": "networks.lora_sd3", "ss_base_model_version": kind}
-
-
-def _flux_header(config: FluxConfig) -> dict[str, str]:
-    return {"ss_network_module": "networks.lora_flux", "ss_base_model_version": "flux1"}
-
-
-NAMES: dict[type, Names] = {
-    UNetConfig: Names(lambda config: {}, _unet_header),
-    SD3Config: Names(lora_sd3.layers, _sd3_header),
-    FluxConfig: Names(lora_flux.layers, _flux_header, (lora_flux.xlabs,), lora_flux.ALSO),
-    PixArtConfig: Names(lora_pixart.layers, None),
-    ZImageConfig: Names(lora_zimage.layers, lora_zimage.header),
-}
-"""By the class of a network's settings. A U-Net's table is made from its layers' names."""
+_UNET = Names(lambda config: {}, _unet_header)
 
 
 def names_of(config: object) -> Names:
     """The names of a network of some settings. Raises ValueError for one that has no LoRA files."""
-    found = NAMES.get(type(config))
-    if found is None:
-        raise ValueError(f"{type(config).__name__}: LoRA files are known for {[c.__name__ for c in NAMES]}")
-    return found
+    if isinstance(config, UNetConfig):
+        return _UNET
+    for files in FILES.values():
+        if isinstance(config, files.config):
+            return Names(files.layers, files.header, files.more, files.also)
+    known = ["UNetConfig", *(files.config.__name__ for files in FILES.values())]
+    raise ValueError(f"{type(config).__name__}: LoRA files are known for {known}")
 
 
 def known_names(sites: Iterable[str], config: object) -> dict[str, Layer]:
@@ -109,11 +98,12 @@ def known_names(sites: Iterable[str], config: object) -> dict[str, Layer]:
     own, found = set(names), {}
     for site in names:
         component, _, name = site.partition(".")
+        starts = _OF_T5 if is_t5(site) else _STARTS[component]
         if component in ("unet", "transformer"):
             aliases = {name, name.removesuffix(".0") if name.endswith("to_out.0") else name}
         else:
-            aliases = {name, name.removeprefix("text_model.")}
-        found |= {start + plain(n): one(site) for start in _STARTS[component] for n in aliases}
+            aliases = {name, name.removeprefix("encoder." if is_t5(site) else "text_model.")}
+        found |= {start + plain(n): one(site) for start in starts for n in aliases}
     component = next((s.partition(".")[0] for s in names if s.startswith(("unet.", "transformer."))), "unet")
     for name, layer in _tables(names, config):
         layer = replace(layer, parts=tuple(f"{component}.{p}" for p in layer.parts))
@@ -127,7 +117,7 @@ def _tables(sites: Sequence[str], config: object) -> Iterable[tuple[str, Layer]]
     ours = names_of(config)
     table = _table(sites, config)
     yield from table.items()
-    for other, name in (ours.also or {}).items():
+    for other, name in ours.also.items():
         yield other, table[name]
     for name, layer in table.items():
         if len(layer.parts) > 1:
@@ -154,6 +144,7 @@ def kohya_layers(sites: Sequence[str] | Mapping[str, Any], config: object) -> di
             found[of_site[site]] = network[of_site[site]]
         elif component.startswith("text_encoder"):
             place = ("te2" if component == "text_encoder_2" else "te1") if several else "te"
+            place = "te3" if is_t5(site) else place
             found[f"lora_{place}_{plain(name)}"] = one(site)
     return found
 
@@ -176,12 +167,14 @@ def kohya_names(sites: Sequence[str] | Mapping[str, Any], config: object) -> dic
 
 
 def kohyas_own(site: str, config: object = None) -> bool:
-    """Whether kohya's form has this layer: SD3's and FLUX.1's transformers and the CLIP towers whole, of a U-Net what
+    """Whether kohya's form has this layer: SD3's and FLUX.1's transformers, T5 and CLIP towers whole, of a U-Net what
     its scripts correct, which are transformers, resnets and resamplers. None is a network that is not known.
     """
     if site.startswith("transformer."):
         known = config is None or names_of(config).header is not None
         return known and not re.search(r"\.(attn1|adaln_single|caption_projection)\.|\.bias$", site)
+    if is_t5(site):
+        return config is None or names_of(config).header is not None
     if not site.startswith("unet."):
         return ".encoder.layers." in site and not site.endswith((".bias", ".layer_norm1", ".layer_norm2"))
     return bool(re.search(r"\.(attentions|resnets|downsamplers|upsamplers)\.\d", site)) and not re.search(
@@ -198,6 +191,11 @@ def foreign(widths: Mapping[str, int], config: AnyNetwork) -> str:
     if not told or own.startswith(told) or (told == _ANY_UNET and isinstance(config, UNetConfig)):
         return ""
     return f"its names are those of {told}, the model is {own}"
+
+
+def is_t5(site: str) -> bool:
+    """Whether a site is a layer of a T5 encoder."""
+    return ".encoder.block." in site
 
 
 def of_t5(keys: Iterable[str]) -> bool:

@@ -294,8 +294,8 @@ def _say_unknown(where: str, unknown: list[str], misfits: list[str], total: int,
         return
     fit = total - len(unknown)
     why = misfits[0] if misfits else f"{unknown[0]!r} names no layer of this model; is it for another base model?"
-    if of_t5(unknown):
-        misfits, why = [*misfits, ""], "LoRA on T5 is not read; its layers in the network and in CLIP are"
+    if of_t5(unknown) and not misfits:
+        misfits, why = [*misfits, ""], "this model has no T5 that it fits (one of 8 bits takes none)"
     if other:
         misfits, why = [*misfits, ""], other
     if not fit:

@@ -8,21 +8,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ldm.checkpoint import encoders, towers, weights
+from ldm.checkpoint.families import FILES
 from ldm.checkpoint.index import encoders_there, two_towers
 from ldm.checkpoint.opened import OpenedText
-from ldm.checkpoint.pipelines import ALPHA, numbered
+from ldm.checkpoint.pipelines import numbered
 from ldm.checkpoint.settings import read_json, write_json
-from ldm.models import presets
 from ldm.models.networks import AnyNetwork
 from ldm.models.text import (
     AnyText,
     MissingConfig,
     Output,
-    T5Config,
     TextConfig,
 )
-from ldm.models.transformers.flux import FluxConfig
-from ldm.models.transformers.pixart import PixArtConfig
 from ldm.models.transformers.sd3 import SD3Config
 
 OUTPUT = "ldm_output"
@@ -31,13 +28,7 @@ OUTPUT = "ldm_output"
 
 def usual(config: AnyNetwork, pipeline: str | None = None) -> tuple[AnyText, ...]:
     """How a family of transformers uses its text encoders: settings of which those that a folder tells are replaced."""
-    if isinstance(config, FluxConfig):
-        return presets.TEXTS["flux" if config.guidance_embeds else "flux_schnell"]
-    if isinstance(config, PixArtConfig):
-        (t5,) = presets.TEXTS["pixart"]
-        assert isinstance(t5, T5Config)
-        return (replace(t5, max_length=120) if pipeline == ALPHA or config.micro else t5,)
-    return presets.TEXTS[config.kind]
+    return FILES[config.kind].texts(config, pipeline)
 
 
 def open_encoders(

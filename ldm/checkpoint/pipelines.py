@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from ldm.checkpoint.families import FILES
+from ldm.checkpoint.families.base import PICTURES
 from ldm.checkpoint.opened import Opened, component
-from ldm.models.text.config import AnyText, MissingConfig, T5Config, TextConfig
+from ldm.models.text.config import MissingConfig, TextConfig
 from ldm.models.transformers.flux import FluxConfig
-from ldm.models.transformers.pixart import PixArtConfig
 from ldm.models.unet import UNetConfig
 
 VERSION = "0.30.0"  # of diffusers, whose format this is
@@ -19,7 +19,6 @@ LCM = "LatentConsistencyModelPipeline"
 ONE = (SD, INPAINT, "StableDiffusionImg2ImgPipeline", LCM, "LatentConsistencyModelImg2ImgPipeline")
 TWO = (XL, XL_INPAINT, "StableDiffusionXLImg2ImgPipeline")
 """Pipelines of U-Nets whose folders are read here, with one text encoder and with two."""
-ALPHA, SIGMA, KONTEXT = "PixArtAlphaPipeline", "PixArtSigmaPipeline", "FluxKontextPipeline"
 _CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection")
 TEXT_CLASSES = {"clip": _CLIP, "t5": ("T5EncoderModel",), "qwen": ("Qwen3Model", "Qwen3ForCausalLM")}
 TOKENIZERS = {
@@ -30,64 +29,14 @@ TOKENIZERS = {
 NAMES = {"clip": "CLIP", "t5": "T5", "qwen": "Qwen3"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """A family of transformers in diffusers' layout.
-
-    `pipelines` that are read; `network`: classes of the network, the first is written; `text`: the kind of each text
-    encoder, of which the first `needed` must be there; `nothing`: parts that its pipeline names and does not have.
-    """
-
-    title: str
-    pipelines: tuple[str, ...]
-    network: tuple[str, ...]
-    text: tuple[str, ...]
-    needed: int
-    nothing: tuple[str, ...] = ()
-
-
-_PICTURES = ("feature_extractor", "image_encoder")
-LAYOUTS = {
-    "sd3": Layout(
-        title="Stable Diffusion 3",
-        pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
-        network=("SD3Transformer2DModel",),
-        text=("clip", "clip", "t5"),
-        needed=1,
-        nothing=_PICTURES,
-    ),
-    "flux": Layout(
-        title="FLUX.1",
-        pipelines=("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", KONTEXT),
-        network=("FluxTransformer2DModel",),
-        text=("clip", "t5"),
-        needed=2,
-        nothing=_PICTURES,
-    ),
-    "pixart": Layout(
-        title="PixArt",
-        pipelines=(SIGMA, ALPHA),
-        network=("PixArtTransformer2DModel", "Transformer2DModel"),
-        text=("t5",),
-        needed=1,
-    ),
-    "zimage": Layout(
-        title="Z-Image",
-        pipelines=("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
-        network=("ZImageTransformer2DModel",),
-        text=("qwen",),
-        needed=1,
-    ),
-}
-"""By the `kind` of the network."""
-PIPELINES = (*ONE, *TWO, *(name for layout in LAYOUTS.values() for name in layout.pipelines))
+PIPELINES = (*ONE, *TWO, *(name for layout in FILES.values() for name in layout.pipelines))
 
 
 def kind_of(index: Mapping[str, Any]) -> str:
-    """The kind of network of a folder: "unet", or a key of `LAYOUTS`; by the pipeline, or its network's class."""
+    """The kind of network of a folder: "unet", or a key of `FILES`; by the pipeline, or its network's class."""
     cls, part = index.get("_class_name"), index.get("transformer")
     network = part[1] if isinstance(part, list) and len(part) == 2 else None
-    for kind, layout in LAYOUTS.items():
+    for kind, layout in FILES.items():
         if cls in layout.pipelines or (cls is None and network in layout.network):
             return kind
     return "unet"
@@ -103,14 +52,8 @@ def pipeline_of(model: Opened) -> str:
     config = model.network_config
     if isinstance(config, UNetConfig):
         return _unet_pipeline(config, len(model.text) > 1, model.scheduler)
-    if isinstance(config, PixArtConfig):
-        return ALPHA if alpha(config, tuple(t.config for t in model.text)) else SIGMA
-    return LAYOUTS[config.kind].pipelines[0]
-
-
-def alpha(config: PixArtConfig, text: tuple[AnyText, ...]) -> bool:
-    """Whether a PixArt is of the first generation, whose captions have 120 tokens."""
-    return config.micro or any(isinstance(t, T5Config) and t.max_length <= 120 for t in text)
+    files = FILES[config.kind]
+    return files.pipelines[0] if files.pipeline is None else files.pipeline(config, tuple(t.config for t in model.text))
 
 
 def _unet_pipeline(config: UNetConfig, two: bool, scheduler: Mapping[str, Any]) -> str:
@@ -125,7 +68,7 @@ def _unet_pipeline(config: UNetConfig, two: bool, scheduler: Mapping[str, Any]) 
 
 def network_class(config: Any) -> str:
     """diffusers' class of a network."""
-    return "UNet2DConditionModel" if isinstance(config, UNetConfig) else LAYOUTS[config.kind].network[0]
+    return "UNet2DConditionModel" if isinstance(config, UNetConfig) else FILES[config.kind].network[0]
 
 
 def projected(model: Opened, place: int) -> bool:
@@ -141,11 +84,11 @@ def index_of(model: Opened, scheduler: str) -> dict[str, Any]:
     config, two = model.network_config, len(model.text) > 1
     unet = isinstance(config, UNetConfig)
     index: dict[str, Any] = {"_class_name": pipeline_of(model), "_diffusers_version": VERSION}
-    nothing = (*_PICTURES, *["safety_checker"] * (not two)) if unet else LAYOUTS[config.kind].nothing
+    nothing = (*PICTURES, *["safety_checker"] * (not two)) if unet else FILES[config.kind].nothing
     index |= {key: [None, None] for key in nothing}
     index |= {component(config): ["diffusers", network_class(config)], "vae": ["diffusers", "AutoencoderKL"]}
     index |= {"scheduler": ["diffusers", scheduler]}
-    for i in range(len(model.text) if unet else len(LAYOUTS[config.kind].text)):
+    for i in range(len(model.text) if unet else len(FILES[config.kind].text)):
         kind = model.text[i].config.kind if i < len(model.text) else "none"
         text, tokenizer = numbered("text_encoder", i), numbered("tokenizer", i)
         if kind == "none":
@@ -167,7 +110,7 @@ def check_text(model: Opened) -> None:
         if wrong := sorted(set(given) - {"clip"}):
             raise ValueError(f"{model.where}: text encoder(s) {wrong}: a U-Net's folder holds CLIP towers alone")
         return
-    layout = LAYOUTS[config.kind]
+    layout = FILES[config.kind]
     fits = len(layout.needed * [0]) <= len(given) <= len(layout.text)
     fits = fits and all(g in (k, "none") for g, k in zip(given, layout.text, strict=False))
     if config.kind == "sd3" and fits:  # their pipeline puts zeros for a missing T5

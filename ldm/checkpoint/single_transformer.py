@@ -10,42 +10,30 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from ldm.checkpoint import encoders, maps, names_flux, names_pixart, names_sd3, names_zimage, weights
+from ldm.checkpoint import encoders, maps, weights
+from ldm.checkpoint.families import FILES
+from ldm.checkpoint.families.pixart import ALPHA, first
 from ldm.checkpoint.folder import open_vae
 from ldm.checkpoint.layouts import beside, say_left
 from ldm.checkpoint.model_text import missing_t5, open_one, usual
 from ldm.checkpoint.opened import Opened, OpenedText, shapes_of, title
 from ldm.checkpoint.pairs import from_authors, to_authors
-from ldm.checkpoint.pipelines import ALPHA, LAYOUTS, NAMES, numbered
-from ldm.checkpoint.schedulers import FLOW
+from ldm.checkpoint.pipelines import NAMES, numbered
 from ldm.checkpoint.weights import Entry, Source
 from ldm.config.load import decode, encode
 from ldm.models import presets
 from ldm.models.networks import AnyNetwork
 from ldm.models.text.config import AnyText, MissingConfig, QwenConfig, T5Config, TextConfig
-from ldm.models.transformers.flux import FluxConfig
 from ldm.models.transformers.pixart import PixArtConfig
 from ldm.models.transformers.sd3 import SD3Config
-from ldm.models.transformers.zimage import ZImageConfig
 from ldm.models.vae.autoencoder import AutoencoderConfig
 
 log = logging.getLogger(__name__)
 NETWORK, TEXT = "model.diffusion_model.", "text_encoders."
 VAES = ("first_stage_model.", "vae.")
-ENCODERS = {
-    "sd3": ("clip_l", "clip_g", "t5xxl"),
-    "flux": ("clip_l", "t5xxl"),
-    "pixart": ("t5xxl",),
-    "zimage": ("qwen3_4b",),
-}
-"""What stands behind `TEXT`, in the order of the family's text encoders."""
-_MODULES: dict[str, ModuleType] = {"sd3": names_sd3, "flux": names_flux, "pixart": names_pixart, "zimage": names_zimage}
-_CONFIGS: dict[str, type[Any]] = {"sd3": SD3Config, "flux": FluxConfig, "pixart": PixArtConfig, "zimage": ZImageConfig}
 _TEXTS: dict[str, type[Any]] = {"clip": TextConfig, "t5": T5Config, "qwen": QwenConfig, "none": MissingConfig}
-_SHIFTED = {"base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 4096, "max_shift": 1.15}
 _RELATIVES = {
     "double_stream_modulation_img.": "FLUX.2",
     "distilled_guidance_layer.": "Chroma",
@@ -61,7 +49,6 @@ _RELATIVES = {
     "transformer_blocks.0.adaln_single.": "PixArt in diffusers' names",
 }
 """Beginnings of names -> whose file it is instead."""
-_CHANNELS = {384: "FLUX.1 Fill, which inpaints", 128: "FLUX.1 Depth or Canny, which is told a picture"}
 _FOUR_BITS = (".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
 
 
@@ -77,8 +64,8 @@ class Given:
 def kind_of(source: Source) -> str | None:
     """The kind of network in a file, None for one that is no transformer known here."""
     names = _network(source)
-    for kind, module in _MODULES.items():
-        if module.MARK in names and relative(source) is None:
+    for kind, files in FILES.items():
+        if files.mark in names and relative(source) is None:
             return kind
     return None
 
@@ -107,12 +94,11 @@ def open_transformer(
 
     Raises ValueError naming the parts that are neither in the file nor given, and tensors that are not known.
     """
-    own, module = _network(source), _MODULES[kind]
+    own, files = _network(source), FILES[kind]
     left: dict[str, list[str]] = {"network": [], "autoencoder": [], "text encoder": []}
     config = _settings(own, kind, told, path)
-    unused = {"pixart": (names_pixart.TABLE, names_pixart.NULL), "zimage": (names_zimage.UNUSED,)}.get(kind, ())
-    own = {k: e for k, e in own.items() if k not in unused}
-    network = maps.follow(from_authors(module.pairs(config)), own, f"{path}: {title(config)}", left["network"])
+    own = {k: e for k, e in own.items() if k not in files.unused}
+    network = maps.follow(from_authors(files.pairs(config)), own, f"{path}: {title(config)}", left["network"])
     missing: list[str] = []
     vae_config, vae = _autoencoder(source, config, told, given, path, left["autoencoder"], missing)
     text = _encoders(source, config, told, given, path, left["text encoder"], missing)
@@ -120,49 +106,33 @@ def open_transformer(
         raise ValueError(f"{path}: holds no {' and no '.join(missing)}")
     left = {part: [k for k in keys if not beside(k)] for part, keys in left.items()}
     say_left(path, left, len(source), lenient=lenient)
-    if isinstance(config, ZImageConfig) and not told:
-        log.warning("%s: nothing tells Z-Image from its Turbo; Turbo's shift of 3 is taken (the base's is 6)", path)
     scheduler = told["scheduler"] if told else usual_scheduler(config)
     return Opened(str(path), config, network, vae_config, vae, tuple(text), scheduler)
 
 
 def _settings(own: Source, kind: str, told: Mapping[str, Any] | None, path: Path) -> Any:
+    files = FILES[kind]
     if told:
-        return decode(_CONFIGS[kind], told["network"], f"{path}: network")
-    if kind == "flux" and (what := _CHANNELS.get(own["img_in.weight"].shape[1])):
-        raise ValueError(f"{path}: {what}, is not known here; FLUX.1 dev and schnell are")
+        return decode(files.config, told["network"], f"{path}: network")
     try:
-        return names_pixart.settings(own, str(path)) if kind == "pixart" else _MODULES[kind].settings(own)
+        other = files.unlike(own)
+        found = None if other else files.settings(own, str(path))
     except (KeyError, ValueError) as error:
         what = f"no tensor {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path}: not a whole {LAYOUTS[kind].title}: {what}") from error
+        raise ValueError(f"{path}: not a whole {files.title}: {what}") from error
+    if other:
+        raise ValueError(f"{path}: it is {other}, and not known here")
+    return found
 
 
 def usual_autoencoder(config: AnyNetwork) -> AutoencoderConfig:
     """The family's."""
-    if isinstance(config, PixArtConfig):
-        return presets.AUTOENCODERS["kl_f8" if _alpha(config) else "kl_f8_sdxl"]
-    return presets.AUTOENCODERS["kl_f8_sd3" if isinstance(config, SD3Config) else "kl_f8_flux"]
-
-
-def _alpha(config: AnyNetwork) -> bool:
-    """Whether `names_pixart.settings` took a file for PixArt-alpha's."""
-    return isinstance(config, PixArtConfig) and (config.micro or config.interpolation_scale is None)
+    return presets.AUTOENCODERS[FILES[config.kind].autoencoder(config)]
 
 
 def usual_scheduler(config: AnyNetwork) -> dict[str, Any]:
     """The scheduler's settings that the family was published with, for Z-Image those of its Turbo."""
-    if isinstance(config, PixArtConfig):
-        return {
-            "_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++", "beta_end": 0.02,
-            "beta_schedule": "linear", "beta_start": 0.0001, "num_train_timesteps": 1000,
-            "prediction_type": "epsilon", "solver_order": 2,
-        }  # fmt: skip
-    flow = {"_class_name": FLOW, "num_train_timesteps": 1000, "shift": 3.0}
-    if not isinstance(config, FluxConfig):
-        return flow
-    dev = config.guidance_embeds
-    return flow | _SHIFTED | {"shift": 3.0 if dev else 1.0, "use_dynamic_shifting": dev}
+    return FILES[config.kind].scheduler(config)
 
 
 def _autoencoder(
@@ -220,13 +190,12 @@ def _encoders(
     missing: list[str],
 ) -> list[OpenedText]:
     """All text encoders: each from the file, or else from the folder that is given."""
-    assert isinstance(config, tuple(_CONFIGS.values()))
-    kind, out, lost = config.kind, [], []
-    likes: tuple[AnyText, ...] = usual(config, ALPHA if _alpha(config) else None)
+    files, out, lost = FILES[config.kind], [], []
+    likes: tuple[AnyText, ...] = usual(config, ALPHA if isinstance(config, PixArtConfig) and first(config) else None)
     if told:
         likes = tuple(decode(_TEXTS[t["kind"]], t, f"{path}: text") for t in told["text"])
     for i, like in enumerate(likes):
-        own = maps.under(f"{TEXT}{ENCODERS[kind][i]}.", source)
+        own = maps.under(f"{TEXT}{files.encoders[i]}.", source)
         own = {k.removeprefix("transformer."): e for k, e in own.items() if not beside("." + k)}
         if own and isinstance(like, (T5Config, QwenConfig, TextConfig)):
             out.append(_encoder(own, like, i, given, path, left))
@@ -238,7 +207,7 @@ def _encoders(
             log.warning("%s: holds no T5: zeros stand in its place; --text FOLDER gives it (text= in Python)", path)
             out.append(missing_t5(config))
         else:
-            lost.append(f"{ENCODERS[kind][i]} ({NAMES[like.kind]})")
+            lost.append(f"{files.encoders[i]} ({NAMES[like.kind]})")
     if lost:
         where = f"{given.text} lacks them too" if given.text else "--text FOLDER gives them; text= in Python"
         missing.append(f"text encoder {', '.join(lost)} ({where})")
@@ -284,13 +253,12 @@ def about(model: Opened) -> dict[str, Any]:
 def tensors(model: Opened) -> dict[str, Entry]:
     """What a single file of the model holds. Raises ValueError for text encoders that such a file has no names for."""
     config = model.network_config
-    assert isinstance(config, tuple(_CONFIGS.values()))
-    plan = to_authors(_MODULES[config.kind].pairs(config))
+    files = FILES[config.kind]
+    plan = to_authors(files.pairs(config))
     out = maps.prefixed(NETWORK, maps.follow(plan, model.network, title(config)))
     vae = maps.renaming(maps.vae_to_compvis(model.vae, len(model.vae_config.block_out_channels)))
-    prefix = VAES[0] if isinstance(config, SD3Config) else VAES[1]
-    out |= maps.prefixed(prefix, maps.follow(vae, model.vae, "autoencoder"))
-    for tower, name in zip(model.text, ENCODERS[config.kind], strict=False):
+    out |= maps.prefixed(files.vae, maps.follow(vae, model.vae, "autoencoder"))
+    for tower, name in zip(model.text, files.encoders, strict=False):
         if isinstance(tower.config, MissingConfig):
             continue
         source = tower.source

@@ -14,8 +14,8 @@ from typing import Any
 
 from ldm.checkpoint.settings import read_json
 from ldm.models.text import Added, Pad, Tokenizer
+from ldm.models.text.tokenizer import END, START
 
-START, END = "<|startoftext|>", "<|endoftext|>"
 HEADER = "#version: 0.2"
 _CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 

@@ -143,19 +143,14 @@ def tree(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _adapter(args: argparse.Namespace, low_rank: bool) -> dict[str, Any]:
-    from ldm.models.families import family_of
     from ldm.models.shipped import SHIPPED
-    from ldm.recipes.sources import network_of
 
     if args.method == "textual-inversion":
         return {}
     if not low_rank:
         return {"kind": "full", "text": args.train_text_encoder}
-    rank = args.rank
-    if rank is None and args.base not in SHIPPED:
-        rank = family_of(network_of(args.base)).rank
     return {
-        "kind": "lora", "rank": 4 if rank is None else rank, "alpha": args.alpha, "dropout": args.dropout,
+        "kind": "lora", "rank": args.rank, "alpha": args.alpha, "dropout": args.dropout,
         "targets": args.targets or (["attention"] if args.base in SHIPPED else None),
         "text": args.train_text_encoder, "dora": args.dora, "rslora": args.rslora,
     }  # fmt: skip

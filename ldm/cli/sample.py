@@ -51,6 +51,11 @@ def parser() -> Parser:
     p.add_argument(
         "--lenient", action="store_true", help="leave out, and name, unknown tensors of a file instead of refusing it"
     )
+    p.add_argument(
+        "--clean-captions", action="store_true",
+        help="clean prompts of links, markup, names of files and more, as PixArt's pipelines do (clean_caption); needs "
+        "beautifulsoup4; PixArt alone",
+    )  # fmt: skip
     p.add_argument("--text", metavar="FOLDER", help="model folder with the text encoders that a single file lacks")
     p.add_argument("--vae", metavar="PATH", help="model folder or ae.safetensors, where a single file lacks its own")
     _add_sampler(p)
@@ -240,6 +245,8 @@ def _loaded(args: argparse.Namespace, settings: Settings) -> tuple[TextToImage, 
     settings = _settings(args, pipeline.student, pipeline.habit)
     args.sampler, args.steps, args.guidance = settings.sampler, settings.steps, settings.guidance
     _adapt(pipeline, args.lora, args.embedding, args.lenient)
+    if args.clean_captions:
+        pipeline.clean_captions()
     if args.offload:
         pipeline.offload(device)
     if args.compile:

@@ -42,6 +42,11 @@ _JOINT = (
 SD15 = Family(title="Stable Diffusion 1", size=512, sampler="dpmpp_2m", steps=25, guidance=7.5, full_rate=5e-6)
 SD2 = Family(title="Stable Diffusion 2", size=768, sampler="dpmpp_2m", steps=25, guidance=7.5, full_rate=5e-6)
 SDXL = Family(title="Stable Diffusion XL", size=1024, sampler="dpmpp_2m", steps=30, guidance=5.0, full_rate=5e-6)
+SD2_TURBO, SDXL_TURBO = (
+    replace(f, title=f"{f.title} Turbo", size=512, sampler=sampler, steps=4, guidance=1.0)
+    for f, sampler in ((SD2, "euler"), (SDXL, "euler_ancestral"))
+)
+"""The same networks, distilled: their schedulers begin at the last time."""
 SD3 = Family(
     title="Stable Diffusion 3", size=1024, sampler="euler", steps=28, guidance=7.0, targets=_JOINT,
     density={"kind": "logit_normal"}, rank=16, recompute=True,
@@ -55,6 +60,9 @@ FLUX_SCHNELL = Family(
     title="FLUX.1 schnell", size=1024, sampler="euler", steps=4, guidance=1.0, targets=FLUX.targets,
     density=FLUX.density, rank=16, recompute=True, grid="flow_open",
 )  # fmt: skip
+FLUX_FILL = replace(FLUX, title="FLUX.1 Fill", steps=50, guidance=30.0)
+FLUX_GUIDED = replace(FLUX, guidance_told=None)
+"""dev without its embedding: guidance was trained out again, and takes two evaluations."""
 PIXART = Family(title="PixArt", size=1024, sampler="dpmpp_2m", steps=20, guidance=4.5, rank=16, recompute=True)
 ZIMAGE = Family(
     title="Z-Image", size=1024, sampler="euler", steps=50, guidance=5.0, rank=16, recompute=True,
@@ -63,17 +71,33 @@ ZIMAGE = Family(
 """Its pipeline's guidance scale is ours - 1."""
 ZIMAGE_TURBO = replace(ZIMAGE, title="Z-Image-Turbo", steps=8, guidance=1.0)
 """The same network, distilled, with a flow's shift of 3 instead of 6."""
-FAMILIES = {"sd15": SD15, "sd2": SD2, "sdxl": SDXL, "sd3": SD3, "flux": FLUX, "flux_schnell": FLUX_SCHNELL,
+FAMILIES = {"sd15": SD15, "sd2": SD2, "sdxl": SDXL, "sd2_turbo": SD2_TURBO, "sdxl_turbo": SDXL_TURBO, "sd3": SD3,
+            "flux": FLUX, "flux_schnell": FLUX_SCHNELL, "flux_guided": FLUX_GUIDED, "flux_fill": FLUX_FILL,
             "pixart": PIXART, "zimage": ZIMAGE, "zimage_turbo": ZIMAGE_TURBO}  # fmt: skip
 
 
 def family_of(network: AnyNetwork, scheduler: Mapping[str, Any] | None = None) -> Family:
-    """The family of a network's settings; `scheduler` tells those of one network apart (Z-Image's shift)."""
+    """The family of a network's settings; `scheduler`, its config in diffusers' keys, tells those of one network apart.
+
+    Those are Z-Image and its Turbo, FLUX.1 schnell and a dev without its guidance embedding, Stable Diffusion and its
+    Turbos. Nothing tells SD3.5's Turbos from their bases.
+    """
+    how = scheduler or {}
     if isinstance(network, UNetConfig):
         wide = network.per_level("cross_attention_dim")[0]
-        return SDXL if network.addition_embed_type == "text_time" else SD2 if wide == 1024 else SD15
-    if network.kind == "flux":
-        return FLUX if network.guidance_embeds else FLUX_SCHNELL
-    if network.kind == "zimage" and scheduler is not None and scheduler.get("shift") == 3:
+        if network.addition_embed_type == "text_time":
+            return SDXL_TURBO if _of_turbo(how) else SDXL
+        return (SD2_TURBO if _of_turbo(how) else SD2) if wide == 1024 else SD15
+    if network.kind == "flux" and network.in_channels > network.token_channels:
+        return FLUX_FILL
+    if network.kind == "flux" and not network.guidance_embeds:
+        return FLUX_GUIDED if how.get("use_dynamic_shifting") else FLUX_SCHNELL
+    if network.kind == "zimage" and how.get("shift") == 3:
         return ZIMAGE_TURBO
     return FAMILIES[network.kind]
+
+
+def _of_turbo(scheduler: Mapping[str, Any]) -> bool:
+    euler = scheduler.get("_class_name") in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+    plain = scheduler.get("prediction_type", "epsilon") == "epsilon" and not scheduler.get("rescale_betas_zero_snr")
+    return euler and plain and scheduler.get("timestep_spacing") == "trailing"

@@ -19,15 +19,25 @@ from ldm.models.frugal import norm_silu
 from ldm.models.wide import Linear
 from ldm.models.winograd import Transforms
 
+LAST = 8
+"""From so many channels in a group on torch's group norm is as quick on channels_last on CPUs (docs/log.md)."""
 CALLS = 4
 """For fewer calls weights are not transformed, which takes about as long as a convolution."""
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm of contiguous memory on the CPU, where torch's is up to 20 times slower on channels_last."""
+    """Group norm that takes contiguous memory on the CPU where torch's is up to 20 times slower on channels_last.
+
+    That is with few channels in a group, and backward.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.contiguous() if x.device.type == "cpu" else x)
+        return super().forward(x if self._as_it_is(x) else x.contiguous())
+
+    def _as_it_is(self, x: Tensor) -> bool:
+        if x.device.type != "cpu":
+            return True
+        return self.num_channels >= LAST * self.num_groups and not torch.is_grad_enabled()
 
     def of_part(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         """The norm of a part (B, C, H, W) of a picture whose whole has this mean and variance (B, groups)."""

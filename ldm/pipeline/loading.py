@@ -15,7 +15,7 @@ from ldm.checkpoint.convert import Components, open_model
 from ldm.checkpoint.scheduler_classes import OwnSampler
 from ldm.checkpoint.schedulers import scheduler_from_diffusers
 from ldm.diffusion.process import Process
-from ldm.models.families import family_of
+from ldm.models.families import Family, family_of
 from ldm.models.network import Network
 from ldm.models.shipped import named
 from ldm.models.text import TextEncoder, TextPrecision
@@ -36,6 +36,7 @@ class Loaded:
     offset: int
     end: Literal["data", "first"] | None
     student: students.FewSteps | None
+    family: Family
     own: OwnSampler | None
     loras: tuple[Path, ...] = ()
     embeddings: tuple[Path, ...] = ()
@@ -64,7 +65,8 @@ def load_parts(
         raise ValueError(f"run {str(source)!r}: not exported yet; the export is written when training ends")
     own = found / "export" if (found / "export").is_dir() else found
     parts = open_model(own, lenient=lenient, text=text, vae=vae).load(dtype, torch.float32, text_precision)
-    how = scheduler_from_diffusers(parts.scheduler, grid=family_of(parts.network.config).grid)
+    family = family_of(parts.network.config, parts.scheduler)
+    how = scheduler_from_diffusers(parts.scheduler, grid=family.grid)
     network = parts.network.eval().requires_grad_(False)
     parts.codec.autoencoder.eval().requires_grad_(False)
     if how.unlike:
@@ -73,7 +75,7 @@ def load_parts(
         network, parts.codec, parts.text,
         Process(schedule=how.schedule, prediction=how.prediction, variance=_variance(parts, how.variance)),
         spacing=how.spacing, offset=how.offset, end="data" if how.last_alpha_one else "first",
-        student=students.few_steps(parts.scheduler, guided=network.guidance_width is None), own=how.own,
+        family=family, student=students.few_steps(parts.scheduler, guided=network.guidance_width is None), own=how.own,
     )  # fmt: skip
 
 

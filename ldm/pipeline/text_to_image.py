@@ -23,14 +23,16 @@ from ldm.checkpoint.attached import attach_embedding, attach_lora
 from ldm.checkpoint.scheduler_classes import OwnSampler, Plan
 from ldm.data.grid import to_pil
 from ldm.diffusion.process import Process
+from ldm.diffusion.schedule import Flow
 from ldm.models.attention import sliced
-from ldm.models.families import family_of
+from ldm.models.families import Family, family_of
 from ldm.models.layers import unchanging
 from ldm.models.network import Network
-from ldm.models.text import TextEncoder, TextPrecision, TextTower, check_text_precision
+from ldm.models.text import T5Encoder, TextEncoder, TextPrecision, TextTower, check_text_precision
+from ldm.models.text.captions import clean
 from ldm.models.transformers.times import known_times
 from ldm.models.vae.latents import LatentCodec
-from ldm.pipeline.conditioning import Conditioning, inpainting, warn
+from ldm.pipeline.conditioning import Conditioning, inpainting, painter, warn
 from ldm.pipeline.loading import load_parts
 from ldm.pipeline.memory import Placement, compiled
 from ldm.pipeline.steps import OwnSteps, guided, skipped, visited
@@ -70,6 +72,7 @@ class TextToImage:
         self.network, self.codec, self.text, self.process = network, codec, list(text), process
         self.spacing = spacing
         self.student: students.FewSteps | None = None
+        self._family: Family | None = None
         self.own: OwnSampler | None = None
         self.pixels: Size | None = None
         """The size that is drawn where none is asked for; None is the network's own."""
@@ -104,7 +107,7 @@ class TextToImage:
             found.network, found.codec, found.text, found.process, spacing=found.spacing, offset=found.offset,
             end=found.end, precision=precision,
         )  # fmt: skip
-        pipeline.student, pipeline.own = found.student, found.own
+        pipeline.student, pipeline.own, pipeline._family = found.student, found.own, found.family
         pipeline.to(device)
         for path in found.loras:
             pipeline.load_lora(path)
@@ -113,12 +116,37 @@ class TextToImage:
         return pipeline
 
     @property
+    def family(self) -> Family:
+        """What is usual of the family that the network, and the scheduler it was loaded with, tell."""
+        if self._family is not None:
+            return self._family
+        schedule = self.process.schedule
+        dynamic = isinstance(schedule, Flow) and schedule.dynamic is not None
+        how = {"shift": getattr(schedule, "shift", None), "use_dynamic_shifting": dynamic}
+        return family_of(self.network.config, how)
+
+    @property
     def habit(self) -> tuple[str, int, float]:
-        """Sampler, steps and guidance where nothing else is asked for: a published transformer's, or this project's."""
-        family = family_of(self.network.config, {"shift": getattr(self.process.schedule, "shift", None)})
-        if self.network.component != "transformer" or all(isinstance(encoder, TextTower) for encoder in self.text):
+        """Sampler, steps, guidance where nothing else is asked for: a published transformer's, a Turbo's, or ours."""
+        family = self.family
+        if self.network.component != "transformer" and family.guidance != 1:
+            return students.PLAIN
+        if self.network.component == "transformer" and all(isinstance(encoder, TextTower) for encoder in self.text):
             return students.PLAIN
         return family.sampler, family.steps, family.guidance
+
+    def clean_captions(self, on: bool = True) -> None:
+        """Clean prompts as PixArt's pipelines do by their `clean_caption`, or put them in small letters alone.
+
+        Raises ValueError for other families, and without the packages that this needs.
+        """
+        told = [encoder.tokenizer for encoder in self.text if isinstance(encoder, T5Encoder) and encoder.config.lower]
+        if not told:
+            raise ValueError(f"clean_captions: is PixArt's; the model is {self.family.title}")
+        if on:
+            clean("")  # says what is missing before anything is drawn
+        for tokenizer in told:
+            tokenizer.clean = on
 
     @property
     def unet(self) -> Network:
@@ -319,6 +347,8 @@ class TextToImage:
         plan = plan if times is None else Plan(times, whole=plan.whole)
         denoise = self.denoiser(settings, prompts, plan)
         cond = self._cond(prompts, settings, prompts) | (given or {})
+        if wrap is None and "concat" not in cond and painter(self.network, self.codec) is not None:
+            raise ValueError(f"the {self.network.title} is told a picture and a mask here: use `ldm edit inpaint`")
         x = (rng.normal("start", shape) if x is None else x) * (plan.scale if start is None else 1)
         with (
             self._place.used(self.network),
@@ -387,10 +417,10 @@ class TextToImage:
 
     @torch.no_grad()
     def inpainting(self, images: Tensor, mask: Tensor) -> Cond:
-        """What a network with 9 channels is told of pictures (B, 3, H, W) in [-1, 1] and a mask (B or 1, 1, H, W).
+        """What an inpainting network is told of pictures (B, 3, H, W) in [-1, 1] and a mask (B or 1, 1, H, W).
 
-        The mask is 1 where the picture is drawn anew; then the picture's latents with grey in the mask's place. Raises
-        ValueError for a network with other channels.
+        The mask is 1 where the picture is drawn anew; beside it the picture's latents with grey in the mask's place.
+        Raises ValueError for a network that is not told of one.
         """
         return inpainting(self.network, self.codec, self._place, images, mask)
 

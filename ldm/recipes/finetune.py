@@ -33,7 +33,6 @@ from ldm.diffusion.density import (
 )
 from ldm.diffusion.process import Process
 from ldm.diffusion.weighting import P2, SNR, VLB, X0, CosMapWeight, MinSNR, SigmaSqrt, Uniform
-from ldm.models.families import family_of
 from ldm.models.network import Granularity, granularity
 from ldm.models.text import (
     T5Padding,
@@ -114,7 +113,7 @@ def open_base(task: Finetuning) -> TextToImage:
 
 def trained_process(task: Finetuning, base: TextToImage) -> Process:
     """The base's process with the loss's weighting, and the density that is asked for or usual in its family."""
-    density, usual = task.density, family_of(base.network.config).density
+    density, usual = task.density, base.family.density
     if density is None and usual is not None and not base.process.schedule.discrete:
         density = decode(cast("Any", Density), dict(usual), "density")
     return replace(base.process, weighting=task.weighting, density=density or base.process.density)

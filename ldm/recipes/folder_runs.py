@@ -96,6 +96,13 @@ class Choices:
         return own.get(self.method, self.family.rate)
 
     @property
+    def tuned(self) -> dict[str, Any]:
+        """The adapter's settings, a LoRA's rank the family's where none is asked for."""
+        if self.adapter.get("kind") != "lora" or self.adapter.get("rank") is not None:
+            return self.adapter
+        return self.adapter | {"rank": 4 if self.family is None else self.family.rank}
+
+    @property
     def recompute(self) -> bool | str:
         """What is computed again in the backward pass."""
         if self.gradient_checkpointing is not None:
@@ -125,7 +132,7 @@ def dreambooth(
         prior = prior | {"settings": choices.drawing}
     data = {"kind": "mixture", "sources": sources} if prior is not None else sources[0]["data"]
     own = {"images": str(choices.images), "identifier": identifier, "noun": noun, "prior": prior, **task}
-    return _run(choices, "dreambooth", own | {"adapter": choices.adapter}, data, prompts)
+    return _run(choices, "dreambooth", own | {"adapter": choices.tuned}, data, prompts)
 
 
 def inversion(choices: Choices, *, token: str, max_norm: float, **concept: Any) -> dict[str, Any]:
@@ -138,9 +145,9 @@ def inversion(choices: Choices, *, token: str, max_norm: float, **concept: Any) 
 def lora(choices: Choices) -> dict[str, Any]:
     """LoRA on captioned pictures; a built set is trained on where it lies."""
     if is_set(choices.images):
-        own: dict[str, Any] = {"adapter": choices.adapter}
+        own: dict[str, Any] = {"adapter": choices.tuned}
         return _run(choices, "finetune", own, _own_shards(choices.images, choices.side), choices.prompts)
-    own = {"images": str(choices.images), "adapter": choices.adapter}
+    own = {"images": str(choices.images), "adapter": choices.tuned}
     return _run(choices, "finetune", own, _shards(choices, "pictures", choices.side), choices.prompts)
 
 

@@ -47,7 +47,7 @@ def rows(folder: Path, texts: list[str]) -> tuple[list[list[int]], list[list[int
     """(theirs, ours), padded to CONTEXT."""
     theirs = CLIPTokenizer.from_pretrained(folder)
     found = find_tokenizer(folder, CONTEXT)
-    ours = Tokenizer(found.bpe, context=CONTEXT, pad=found.pad, added=found.added)
+    ours = Tokenizer(found.bpe, context=CONTEXT, pad=found.pad, added=found.added, special=True)
     want = theirs(texts, padding="max_length", max_length=CONTEXT, truncation=True).input_ids
     return want, ours(texts).tolist()
 
@@ -95,6 +95,31 @@ def test_published(tmp_path, name):
         bpe, pad = load_tokenizer(folder, 77)
         assert bpe == "standard"
         assert Tokenizer(bpe, context=77, pad=pad)(["a red apple"]).tolist() == want
+
+
+MARKS = [
+    "!", "a cat!", "a cat !", "wow! so big", "! wow", "a!b", "a ! b", "!!!", "!?", "(!)", " !  ", "Hi!Bye !!",
+    "\u00a1hola!",
+    "a<|endoftext|>b", "<|startoftext|> a !", "<|ENDOFTEXT|>", "a! <Dog>!",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["", "saved by transformers"])
+@pytest.mark.parametrize("added", [False, True], ids=["", "added tokens"])
+@pytest.mark.parametrize("pad", ["!", END, {**token("!"), "normalized": False}], ids=["!", "end", "!, as settings"])
+def test_special_tokens_in_prompts(words, tmp_path, pad, added, again):
+    """ "!" as the token of padding is one wherever it stands; where the end token pads, it is a letter as others."""
+    folder = copy(words, tmp_path / "t")
+    write(folder / "special_tokens_map.json", {"pad_token": pad, "bos_token": START, "eos_token": END})
+    write(folder / "tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "model_max_length": CONTEXT})
+    if added:
+        write(folder / "added_tokens.json", {"<cat-toy>": 4096, "<Dog>": 4097})
+    if again:
+        CLIPTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "again")
+        folder = tmp_path / "again"
+    want, got = rows(folder, MARKS)
+    assert got == want
+    assert (want[1][3] == 0) == (pad != END)
 
 
 ADDED = {"<cat-toy>": 4096, "<Dog>": 4097, "green frog": 4098}

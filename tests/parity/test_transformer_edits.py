@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.checkpoint.convert import save_diffusers
+from ldm.checkpoint.convert import convert, save_diffusers
 from ldm.editing import img2img, inpaint
 from ldm.models import networks
 from ldm.models.vae.autoencoder import Autoencoder
@@ -147,3 +147,53 @@ def test_inpainting(
         lambda p: img2img(p, image, PROMPT, strength=min(strength, 0.99), settings=settings_of(kind)),
     )
     assert (other - own).abs().max() > 0.1, "the mask matters"
+
+
+@pytest.fixture(scope="module")
+def fill(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FLUX.1 Fill as it is published, with fewer channels a mask pixel since the autoencoder shrinks by 2."""
+    folder = tmp_path_factory.mktemp("fill")
+    parts = make("flux", folder / "t5")
+    torch.manual_seed(1)
+    config = replace(parts.network.config, in_channels=4 * (16 + 16 + 4), out_channels=64)
+    network = scrambled(networks.build(config), 0.2)
+    autoencoder = scrambled(Autoencoder(replace(parts.autoencoder.config, latent_channels=16)), 0.1)
+    save_diffusers(folder / "m", network=network, autoencoder=autoencoder, text=parts.text, scheduler=DYNAMIC)
+    assert json.loads((folder / "m" / "model_index.json").read_text())["_class_name"] == "FluxFillPipeline"
+    return folder / "m"
+
+
+@pytest.mark.parametrize(("strength", "size"), [(1.0, (16, 24)), (0.55, (24, 16))])
+def test_fill(fill: Path, size: tuple[int, int], strength: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FluxFillPipeline's latents, at a mask whose edge lies within a latent pixel; all of them are drawn."""
+    pipe, image = TextToImage.load(fill), picture(*size)
+    mask = Image.new("L", image.size, 0)
+    mask.paste(255, (3, 2, 12, 13))
+    noise = Rng(3, (0,)).normal("start", pipe.latent_shape(size))
+    told = {"image": image, "mask_image": mask, "strength": strength}
+    wanted, _ = theirs("flux", "Fill", fill, noise, monkeypatch, size, **told)
+    drawn: list[Image.Image] = []
+    settings = settings_of("flux")
+    own = ours(pipe, lambda p: drawn.extend(inpaint(p, image, mask, PROMPT, strength=strength, settings=settings)))
+    close(own, wanted)
+    outside = np.asarray(mask) == 0
+    assert (np.asarray(drawn[0])[outside] == np.asarray(image)[outside]).all()
+    mask.paste(255, (3, 2, 13, 13))  # one column more, within the same latent pixels
+    other = ours(
+        TextToImage.load(fill), lambda p: inpaint(p, image, mask, PROMPT, strength=strength, settings=settings)
+    )
+    assert (other - own).abs().max() > 0.01, "every pixel of the mask is told"
+
+
+def test_fill_is_told_apart(fill: Path, tmp_path: Path) -> None:
+    """It keeps its kind through a single file, draws as its guide says, and draws nothing from text alone."""
+    pipe = TextToImage.load(fill)
+    assert pipe.habit == ("euler", 50, 30.0)
+    with pytest.raises(ValueError, match="is told a picture and a mask here: use `ldm edit inpaint`"):
+        pipe.sample([PROMPT], settings=replace(settings_of("flux"), size=(16, 16)))
+    convert(fill, tmp_path / "fill.safetensors", "single")
+    convert(tmp_path / "fill.safetensors", tmp_path / "again", "diffusers")
+    again = TextToImage.load(tmp_path / "again")
+    for key, value in pipe.network.state_dict().items():
+        assert torch.equal(value, again.network.state_dict()[key])
+    assert json.loads((tmp_path / "again" / "model_index.json").read_text())["_class_name"] == "FluxFillPipeline"

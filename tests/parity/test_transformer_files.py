@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldm.checkpoint import maps, names_flux, names_pixart, names_sd3
+from ldm.checkpoint import maps
 from ldm.checkpoint.convert import Components, convert, load_model, open_model, save_single
+from ldm.checkpoint.families import FILES
 from ldm.checkpoint.opened import shapes_of
 from ldm.checkpoint.pairs import to_authors
 from ldm.checkpoint.schedulers import scheduler_from_diffusers
@@ -213,7 +214,7 @@ def test_pixart_as_its_authors_store_it(tmp_path: Path) -> None:
     for tokens, side, scale in ((300, 32, 0.5), (300, 128, 2.0), (120, 64, None)):
         config = replace(base, caption_channels=40, sample_size=side, interpolation_scale=scale)
         parts = replace(parts, network=scrambled(networks.build(config)))
-        plan = to_authors(names_pixart.pairs(config))
+        plan = to_authors(FILES["pixart"].pairs(config))
         file = maps.carry_out(plan, parts.network.state_dict(), "network")
         file |= {"pos_embed": torch.zeros(1, (side // 2) ** 2, 72), "y_embedder.y_embedding": torch.zeros(tokens, 40)}
         torch.save({"state_dict": file}, tmp_path / "model.pth")
@@ -229,14 +230,13 @@ def flux_meta(**changes: Any) -> dict[str, Tensor]:
         presets.FLUX_TINY, attention_head_dim=128, num_attention_heads=1, axes_dims_rope=(16, 56, 56), **changes
     )
     state = {k: torch.zeros(v) for k, v in shapes_of(config).items()}
-    return maps.carry_out(to_authors(names_flux.pairs(config)), state, "network")
+    return maps.carry_out(to_authors(FILES["flux"].pairs(config)), state, "network")
 
 
 @pytest.mark.parametrize(
     ("made", "told"),
     [
-        (lambda: flux_meta(in_channels=384, out_channels=64), "FLUX.1 Fill, which inpaints, is not known here"),
-        (lambda: flux_meta(in_channels=128, out_channels=64), "FLUX.1 Depth or Canny, which is told a picture"),
+        (lambda: flux_meta(in_channels=128, out_channels=64), "it is FLUX.1 Depth or Canny (FluxControlPipeline)"),
         (lambda: flux_meta() | {"double_stream_modulation_img.lin.weight": torch.zeros(1)}, "it is FLUX.2"),
         (lambda: flux_meta() | {"distilled_guidance_layer.in_proj.weight": torch.zeros(1)}, "it is Chroma"),
         (lambda: {"transformer_blocks.0.attn.add_q_proj.weight": torch.zeros(1)}, "it is a transformer in diffusers'"),
@@ -283,5 +283,4 @@ def test_schedulers_of_strangers_files() -> None:
         schedule = scheduler_from_diffusers(usual_scheduler(config)).schedule
         assert isinstance(schedule, Flow)
         assert schedule.shift == shift
-    assert names_sd3.MARK.startswith("joint_blocks")
     assert scheduler_from_diffusers(usual_scheduler(presets.PIXART_SIGMA)).prediction.kind == "epsilon"

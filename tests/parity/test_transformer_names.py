@@ -15,21 +15,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import maps, names_flux, names_pixart, names_sd3, weights
+from ldm.checkpoint import maps, weights
+from ldm.checkpoint.families import flux, pixart, sd3
 from ldm.checkpoint.opened import shapes_of
 from ldm.checkpoint.pairs import from_authors, to_authors
 from ldm.models.transformers import presets
 
 torch.set_num_threads(1)
 CASES: dict[str, tuple[ModuleType, Any]] = {
-    "sd3": (names_sd3, presets.SD3_MEDIUM),
-    "sd35_medium": (names_sd3, presets.SD35_MEDIUM),
-    "sd35_large": (names_sd3, presets.SD35_LARGE),
-    "flux_dev": (names_flux, presets.FLUX_DEV),
-    "flux_schnell": (names_flux, presets.FLUX_SCHNELL),
-    "pixart_sigma": (names_pixart, presets.PIXART_SIGMA),
+    "sd3": (sd3, presets.SD3_MEDIUM),
+    "sd35_medium": (sd3, presets.SD35_MEDIUM),
+    "sd35_large": (sd3, presets.SD35_LARGE),
+    "flux_dev": (flux, presets.FLUX_DEV),
+    "flux_schnell": (flux, presets.FLUX_SCHNELL),
+    "pixart_sigma": (pixart, presets.PIXART_SIGMA),
     "pixart_alpha": (
-        names_pixart,
+        pixart,
         replace(presets.PIXART_SIGMA, interpolation_scale=None, use_additional_conditions=True),
     ),
 }
@@ -84,21 +85,21 @@ def test_shapes_tell_the_settings(name: str) -> None:
     shapes = shapes_of(config)
     source = weights.of_state({k: torch.empty(v, device="meta") for k, v in shapes.items()})
     file = maps.follow(to_authors(module.pairs(config)), source, "network")
-    if module is names_pixart:
-        file[names_pixart.TABLE] = weights.Entry(torch.Size([1, 4096, 1152]), torch.float32, lambda: torch.zeros(0))
-        found = names_pixart.settings(file, "file")
+    if module is pixart:
+        file[pixart.TABLE] = weights.Entry(torch.Size([1, 4096, 1152]), torch.float32, lambda: torch.zeros(0))
+        found = pixart.settings(file, "file")
         assert found.interpolation == config.interpolation
         found = replace(found, interpolation_scale=config.interpolation_scale)
         assert found == replace(config, use_additional_conditions=config.micro)
     else:
-        assert module.settings(file) == config
+        assert module.settings(file, "file") == config
 
 
 def test_pixart_names_as_its_authors_file_has_them() -> None:
     """By hand, from diffusers' scripts/convert_pixart_sigma_to_diffusers.py."""
     config = replace(presets.PIXART_TINY, num_layers=1)
     state = {k: torch.randn(v) for k, v in shapes_of(config).items()}
-    file = maps.carry_out(to_authors(names_pixart.pairs(config)), state, "network")
+    file = maps.carry_out(to_authors(pixart.pairs(config)), state, "network")
     block = "transformer_blocks.0."
     for kind in ("weight", "bias"):
         qkv = torch.cat([state[f"{block}attn1.to_{x}.{kind}"] for x in "qkv"])

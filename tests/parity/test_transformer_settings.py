@@ -160,7 +160,6 @@ def test_indices(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cls", "told"),
     [
-        ("FluxFillPipeline", "FLUX.1 Fill, which inpaints"),
         ("FluxControlPipeline", "FLUX.1 conditioned by a picture"),
         ("Flux2Pipeline", "FLUX.2"),
         ("ChromaPipeline", "Chroma, a relative of FLUX.1"),

@@ -72,9 +72,9 @@ class T5Config:
     The defaults are t5-v1_1-xxl (SD3, FLUX.1, PixArt). `max_length`: prompts are cut at, and padded to, so many tokens
     with the end token (SD3 256, FLUX.1 512, PixArt-Sigma 300). `masked`: padding is hidden from the encoder, and from
     the network by "mask" (PixArt); without it both see the padding (SD3, FLUX.1), unless `padding` is "zero": then it
-    is hidden from the encoder, and its states are zeros for the network. `lower`: prompts in small letters (PixArt;
-    that family's cleaning of captions with links and addresses in them is left out). `tokenizer`: a folder with
-    `tokenizer.json` or `spiece.model`.
+    is hidden from the encoder, and its states are zeros for the network. `lower`: prompts in small letters (PixArt,
+    whose cleaning of captions is `ldm.models.text.captions`). `tokenizer`: a folder with `tokenizer.json` or
+    `spiece.model`.
     """
 
     kind: Literal["t5"] = "t5"

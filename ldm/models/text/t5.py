@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ldm.models.text.base import own_precision
+from ldm.models.text.captions import clean
 from ldm.models.text.config import T5Config
 from ldm.models.text.pretrained import (
     PretrainedEncoder,
@@ -28,7 +29,10 @@ FORMS = (("tokenizer.json",), ("spiece.model",))
 
 
 class T5Tokenizer(PretrainedTokenizer):
-    """T5's unigram tokenizer from the folder of a model: `tokenizer.json`, or `spiece.model` alone."""
+    """T5's unigram tokenizer from the folder of a model: `tokenizer.json`, or `spiece.model` alone.
+
+    `lower`: of small letters; `clean`, which may be set later: of captions that are cleaned as PixArt's pipeline does.
+    """
 
     def __init__(self, folder: Path, *, context: int, lower: bool = False) -> None:
         folder = tokenizer_folder(folder, TITLE, FORMS)
@@ -40,7 +44,7 @@ class T5Tokenizer(PretrainedTokenizer):
             )
         super().__init__(cls.from_pretrained(str(folder), local_files_only=True), folder, context)
         self.end: int = self._fast.eos_token_id
-        self.lower = lower
+        self.lower, self.clean = lower, False
 
     @property
     def limit(self) -> int:
@@ -52,6 +56,8 @@ class T5Tokenizer(PretrainedTokenizer):
         return [*ids[: self.limit], self.end]
 
     def _plain(self, text: str) -> list[int]:
+        if self.clean:
+            return super()._plain(clean(text))
         return super()._plain(text.lower().strip() if self.lower else text)
 
 
@@ -59,7 +65,7 @@ class T5Encoder(PretrainedEncoder):
     """T5's encoder: the normed states of its last layer at all `max_length` tokens.
 
     In float16 the layers whose values would overflow stay in float32. Prompts are taken as they are, or in small
-    letters (`lower`); PixArt's cleaning of captions, which its pipeline can do before, is left out.
+    letters (`lower`), or cleaned where the tokenizer is told to `clean` them.
     """
 
     title = TITLE

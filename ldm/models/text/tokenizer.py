@@ -20,6 +20,8 @@ from torch import Tensor
 from ldm.models.shipped import ASSETS
 from ldm.models.text.config import Added, ClipConfig, Pad, TextConfig
 
+START, END = "<|startoftext|>", "<|endoftext|>"
+"""The markers in Hugging Face's files."""
 EMOJI_BPE = ASSETS / "clip_emoji" / "bpe.txt.gz"
 
 
@@ -34,10 +36,21 @@ class Overlong:
 
 
 class Tokenizer:
-    """open_clip's byte-pair tokenizer on a merges file; cuts after `context` - 1 tokens and ends with the end token."""
+    """open_clip's byte-pair tokenizer on a merges file; cuts after `context` - 1 tokens and ends with the end token.
+
+    `special`: the markers and the token of padding are found in prompts too, wherever they stand, as transformers'
+    CLIPTokenizer does it. So with `pad` "zero" every "!" is token 0, though open_clip, with which such towers were
+    trained, joins it to its word (SD 2.x, the second tower of SDXL and SD3).
+    """
 
     def __init__(
-        self, bpe: str = "standard", *, context: int = 77, pad: Pad = "eot", added: Sequence[Added] = ()
+        self,
+        bpe: str = "standard",
+        *,
+        context: int = 77,
+        pad: Pad = "eot",
+        added: Sequence[Added] = (),
+        special: bool = False,
     ) -> None:
         self.bpe, self.context, self.pad = bpe, context, pad
         self._simple = _simple_tokenizer(bpe)
@@ -45,6 +58,10 @@ class Tokenizer:
         self.vocab_size: int = self._simple.vocab_size
         self.added: dict[str, list[int]] = {}
         self._any_case: dict[str, list[int]] = {}
+        self._special: dict[str, list[int]] = {}
+        if special:
+            self._special = {START: [self.start], END: [self.end]}
+            self._special |= {self._simple.decoder[0]: [0]} if pad == "zero" else {}
         self._words: set[str] = set()
         """Those that `add` added: a folder's own are found inside words too, as transformers does."""
         for token in added:
@@ -76,9 +93,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text without markers, of any length; an added token stands for all its ids."""
-        if not self.added:
+        names = [*self.added, *self._special]
+        if not self.added and not any(name in text for name in names):
             return self._simple.encode(text)
-        parts = re.split("(" + "|".join(map(self._pattern, sorted(self.added, key=len, reverse=True))) + ")", text)
+        parts = re.split("(" + "|".join(map(self._pattern, sorted(names, key=len, reverse=True))) + ")", text)
         return [i for part in parts for i in self._own(part) or self._simple.encode(part)]
 
     def _pattern(self, token: str) -> str:
@@ -90,7 +108,7 @@ class Tokenizer:
 
     def _own(self, part: str) -> list[int] | None:
         """The ids of an added token."""
-        return self.added.get(part) or self._any_case.get(_folded(part))
+        return self.added.get(part) or self._special.get(part) or self._any_case.get(_folded(part))
 
     def add(self, token: str, ids: Sequence[int]) -> None:
         """Let a token stand for ids. Raises ValueError when the vocabulary or an earlier addition has it."""
@@ -131,7 +149,7 @@ class Tokenizer:
         """Token -> id with the marker names of Hugging Face's CLIP tokenizer (`vocab.json`)."""
         ids = dict(self._simple.encoder)
         del ids["<start_of_text>"], ids["<end_of_text>"]
-        return {**ids, "<|startoftext|>": self.start, "<|endoftext|>": self.end}
+        return {**ids, START: self.start, END: self.end}
 
     def merges(self) -> list[tuple[str, str]]:
         """The merges in order of rank (`merges.txt`)."""
@@ -180,7 +198,7 @@ def build_tokenizer(config: TextConfig | ClipConfig) -> Tokenizer:
     """The tokenizer that belongs to a tower; raises ValueError if its vocabulary has another size."""
     if isinstance(config, TextConfig):
         context = config.max_length or config.context_length
-        tokenizer = Tokenizer(config.bpe, context=context, pad=config.pad, added=config.added)
+        tokenizer = Tokenizer(config.bpe, context=context, pad=config.pad, added=config.added, special=True)
     else:
         tokenizer = Tokenizer(config.bpe, context=config.context_length, pad=config.pad)
     if tokenizer.vocab_size > config.vocab_size:

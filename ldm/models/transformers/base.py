@@ -5,10 +5,11 @@ Legend: B batch, C channels, H, W latent pixels.
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +29,14 @@ class Transformer(Network):
     """A denoising transformer over patches of latents.
 
     `latent_channels`: of the latents it takes, without cond "concat"; `known`: the key that `prepared` leaves in the
-    place of the text, `known_width` its numbers a token.
+    place of the text, `known_width` its numbers a token; `groups`: group of layers -> a pattern in their names, of
+    which the first that is found tells a layer's.
     """
 
     component = "transformer"
     latent_channels: int
     known: str
+    groups: ClassVar[Mapping[str, str]]
     recompute: bool = False
     known_times: Times | None = None
     """What `known_times` of `ldm.models.transformers.times` keeps while a picture is drawn."""
@@ -60,7 +63,8 @@ class Transformer(Network):
         """All linear layers and the patches' convolution."""
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
-                yield name, module, _group(name)
+                group = (g for g, pattern in self.groups.items() if re.search(pattern, name))
+                yield name, module, next(group, "other")
 
     def prepared_numbers(self, rows: int, tokens: int) -> int:
         return rows * tokens * self.known_width
@@ -164,26 +168,6 @@ class Transformer(Network):
         layers = [*zero, *(m.linear for m in self.modules() if isinstance(m, Modulation))]
         for layer in layers:
             _zero(*layer.parameters())
-
-
-def _group(name: str) -> str:
-    parts = name.split(".")
-    if any(part.startswith(("attn", "attention")) for part in parts):
-        return "attention"
-    if parts[0] in ("time_text_embed", "t_embedder") or any(p.startswith(("norm", "adaln", "adaLN")) for p in parts):
-        return "time"
-    if any(part.startswith(("ff", "feed_forward")) or part in ("proj_mlp", "mlp") for part in parts):
-        return "feed_forward"
-    ends = (
-        "proj_out",
-        "x_embedder",
-        "pos_embed",
-        "context_embedder",
-        "all_x_embedder",
-        "all_final_layer",
-        "cap_embedder",
-    )
-    return "projection" if parts[0] in ends else "other"
 
 
 def _zero(*tensors: Tensor | None) -> None:

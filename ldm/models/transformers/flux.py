@@ -108,6 +108,12 @@ class FluxTransformer(Transformer):
     """
 
     title = "FLUX transformer"
+    groups: ClassVar = {
+        "attention": r"\.attn\.",
+        "time": r"^time_text_embed|norm",
+        "feed_forward": r"\.ff|\.proj_mlp",
+        "projection": r"^(x_embedder|context_embedder|proj_out)",
+    }
     guidance_is_scale: ClassVar[bool] = True
 
     def __init__(self, config: FluxConfig) -> None:

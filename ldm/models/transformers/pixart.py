@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -138,8 +138,6 @@ class AdaSingle(nn.Module):
 class PixArtBlock(nn.Module):
     """Self-attention, cross-attention without a norm before it, feed-forward; a table is added to the modulation."""
 
-    title = "PixArt transformer"
-
     def __init__(self, config: PixArtConfig) -> None:
         super().__init__()
         width, heads, bias = config.width, config.num_attention_heads, config.attention_bias
@@ -170,6 +168,12 @@ class PixArtTransformer(Transformer):
     """
 
     title = "PixArt transformer"
+    groups: ClassVar = {
+        "attention": r"\.attn[12]\.",
+        "time": r"^adaln_single",
+        "feed_forward": r"\.ff\.",
+        "projection": r"^(pos_embed|proj_out)",
+    }
 
     def __init__(self, config: PixArtConfig) -> None:
         super().__init__()

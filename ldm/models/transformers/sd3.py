@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +75,12 @@ class SD3Transformer(Transformer):
     """
 
     title = "SD3 transformer"
+    groups: ClassVar = {
+        "attention": r"\.attn2?\.",
+        "time": r"^time_text_embed|norm",
+        "feed_forward": r"\.ff",
+        "projection": r"^(pos_embed|context_embedder|proj_out)",
+    }
 
     def __init__(self, config: SD3Config) -> None:
         super().__init__()

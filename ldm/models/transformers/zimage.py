@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -151,6 +151,12 @@ class ZImageTransformer(Transformer):
     """
 
     title = "Z-Image transformer"
+    groups: ClassVar = {
+        "attention": r"\.attention\.",
+        "time": r"^t_embedder|adaLN",
+        "feed_forward": r"\.feed_forward\.",
+        "projection": r"^(all_x_embedder|all_final_layer|cap_embedder)",
+    }
 
     def __init__(self, config: ZImageConfig) -> None:
         super().__init__()

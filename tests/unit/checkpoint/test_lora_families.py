@@ -308,13 +308,13 @@ def test_a_lora_of_another_family_is_told_in_one_line(tmp_path: Path) -> None:
             assert (f"its names are those of {told}, the model is {name}" in message) == (told != name), message
 
 
-def test_t5_is_refused_or_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_t5_is_refused_or_left_out_where_there_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     network = made("flux")
     file = {f"{KEY}.lora_up.weight": draw(96, 2), f"{KEY}.lora_down.weight": draw(2, D)}
     t5 = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
     file |= {f"{t5}.lora_up.weight": draw(8, 2), f"{t5}.lora_down.weight": draw(2, 8)}
     save_file(file, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match=r"2 of 4 tensors fit.*lora_te3.*LoRA on T5 is not read"):
+    with pytest.raises(ValueError, match=r"2 of 4 tensors fit.*lora_te3.*this model has no T5 that it fits"):
         read_lora(tmp_path / "x.safetensors", network, [])
     with caplog.at_level(logging.WARNING):
         found = read_adapter(tmp_path / "x.safetensors", network, [nn.Linear(1, 1)], lenient=True)  # type: ignore[list-item]

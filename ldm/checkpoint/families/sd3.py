@@ -1,11 +1,16 @@
-"""SD3 and SD3.5's transformer in its authors' names (joint_blocks ...), and its settings as their shapes tell them."""
+"""Files of SD3 and SD3.5: Stability's, ComfyUI's and kohya's names of its tensors and layers."""
 
 from __future__ import annotations
 
 import math
+import re
 
+from ldm.checkpoint.families.base import PICTURES, Files
+from ldm.checkpoint.lora_layers import Layer, Table, one, several, under
 from ldm.checkpoint.pairs import Pair, layer
+from ldm.checkpoint.schedulers import FLOW
 from ldm.checkpoint.weights import Source
+from ldm.models import others, presets
 from ldm.models.transformers.sd3 import SD3Config
 
 MARK = "joint_blocks.0.context_block.attn.qkv.weight"
@@ -55,7 +60,7 @@ def _block(config: SD3Config, i: int) -> list[Pair]:
     return out
 
 
-def settings(source: Source) -> SD3Config:
+def settings(source: Source, where: str) -> SD3Config:
     """What the shapes of a file in these names tell; its pictures are taken to be of 1024 pixels."""
     width, channels, patch, _ = source["x_embedder.proj.weight"].shape
     blocks = {int(k.split(".")[1]) for k in source if k.startswith("joint_blocks.")}
@@ -75,3 +80,78 @@ def settings(source: Source) -> SD3Config:
         dual_attention_layers=tuple(i for i in sorted(blocks) if f"joint_blocks.{i}.x_block.attn2.qkv.bias" in source),
         qk_norm=None if norm is None else "rms_norm",
     )
+
+
+_TOP = {
+    "x_embedder.proj": "pos_embed.proj",
+    "context_embedder": "context_embedder",
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+}
+_QKV = ("to_q", "to_k", "to_v")
+
+
+def layers(config: SD3Config) -> Table:
+    """Every layer with weights; the last block's text leaves after its attention, with a modulation of two parts."""
+    each, table = [config.width] * 3, under("", "", _TOP)
+    table["final_layer.adaLN_modulation.1"] = one("norm_out.linear", swapped=True)
+    for i in range(config.num_layers):
+        last, block, ours = i == config.num_layers - 1, f"joint_blocks.{i}.", f"transformer_blocks.{i}."
+        image: dict[str, str | Layer] = {
+            "attn.qkv": several("attn.", _QKV, each),
+            "attn.proj": "attn.to_out.0",
+            "attn.ln_q": "attn.norm_q",
+            "attn.ln_k": "attn.norm_k",
+            "adaLN_modulation.1": "norm1.linear",
+            "mlp.fc1": "ff.net.0.proj",
+            "mlp.fc2": "ff.net.2",
+        }
+        if i in config.dual_attention_layers:
+            image |= {
+                "attn2.qkv": several("attn2.", _QKV, each),
+                "attn2.proj": "attn2.to_out.0",
+                "attn2.ln_q": "attn2.norm_q",
+                "attn2.ln_k": "attn2.norm_k",
+            }
+        text: dict[str, str | Layer] = {
+            "attn.qkv": several("attn.add_", ("q_proj", "k_proj", "v_proj"), each),
+            "attn.ln_q": "attn.norm_added_q",
+            "attn.ln_k": "attn.norm_added_k",
+            "adaLN_modulation.1": one("norm1_context.linear", swapped=last),
+        }
+        if not last:
+            text |= {"attn.proj": "attn.to_add_out", "mlp.fc1": "ff_context.net.0.proj", "mlp.fc2": "ff_context.net.2"}
+        table |= under(f"{block}x_block.", ours, image) | under(f"{block}context_block.", ours, text)
+    return table
+
+
+def header(config: SD3Config) -> dict[str, str]:
+    """What kohya's scripts write into a file's header."""
+    kind = "3-medium" if config.qk_norm is None else "3-5-medium" if config.dual_attention_layers else "3-5-large"
+    return {"ss_network_module": "networks.lora_sd3", "ss_base_model_version": kind}
+
+
+FILES = Files(
+    title="Stable Diffusion 3",
+    config=SD3Config,
+    pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
+    network=("SD3Transformer2DModel",),
+    forms=others.transformer,
+    text=("clip", "clip", "t5"),
+    needed=1,
+    texts=lambda config, pipeline: presets.TEXTS["sd3"],
+    nothing=PICTURES,
+    mark=MARK,
+    pairs=pairs,
+    settings=settings,
+    encoders=("clip_l", "clip_g", "t5xxl"),
+    vae="first_stage_model.",
+    autoencoder=lambda config: "kl_f8_sd3",
+    scheduler=lambda config: {"_class_name": FLOW, "num_train_timesteps": 1000, "shift": 3.0},
+    layers=layers,
+    marks=re.compile(r"(^|_)joint_blocks_\d"),
+    header=header,
+)
