@@ -80,7 +80,9 @@ def text_parts(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("precision", ["int8", pytest.param("bf16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", FIRST)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "pixart" else pytest.mark.slow) for kind in KINDS]
+)
 def test_text_encoders_of_less_memory_in_every_verb(kind: str, precision: str, root: Path) -> None:
     """They draw, encode, tune and train; what is exported is the base's own."""
     chosen = ["--text-precision", precision]

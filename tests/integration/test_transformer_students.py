@@ -39,6 +39,15 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+def cases(*names: str, quick: set[str]) -> list[Any]:
+    """All families and methods; what is not quick is slow."""
+    return [
+        pytest.param(kind, name, marks=() if f"{kind}-{name}" in quick else pytest.mark.slow)
+        for kind in KINDS
+        for name in names
+    ]
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data of two pictures, and a folder of each family, of networks that are not too wild to be followed."""
@@ -121,8 +130,7 @@ def of_base(kind: str, root: Path, export: Path) -> Any:
     return pipe
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["lcm", "lora", "progressive"])
+@pytest.mark.parametrize(("kind", "name"), cases("lcm", "lora", "progressive", quick={"sd3-progressive", "flux-lora"}))
 def test_students_are_drawn_as_diffusers_draws_them(
     kind: str, name: str, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,8 +159,9 @@ def test_students_are_drawn_as_diffusers_draws_them(
     assert float((base - picture).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["lcm", "lora", "progressive", "dmd"])
+@pytest.mark.parametrize(
+    ("kind", "name"), cases("lcm", "lora", "progressive", "dmd", quick={"flux-progressive", "pixart-dmd", "sd3-lcm"})
+)
 def test_losses_fall(kind: str, name: str, root: Path) -> None:
     """Two dozen steps on one batch with one draw of noise.
 
