@@ -18,6 +18,7 @@ NAMES = {
     "ranks": "DeepSpeed against DDP on 2 ranks, the pause of a checkpoint, resuming on 1, 2 and 4 ranks",
     "unet": "the U-Net against diffusers' of the same shape: training and guided sampling",
     "transformers": "the transformers against diffusers': forward, training, guided sampling, peak memory",
+    "compiling": "cold starts of torch.compile: the whole network against its equal blocks once",
     "finetune": "LoRA and DreamBooth steps against diffusers + PEFT: time and peak memory",
     "encoding": "cached against online encoding, images per second",
     "data": "the data path against reading by hand and webdataset; cached samples, resume, the order at 1e9 samples",

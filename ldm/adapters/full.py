@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from ldm.adapters.base import freeze
 from ldm.adapters.sites import pooled_of
-from ldm.models.network import Network
+from ldm.models.network import Around, Network
 from ldm.models.text import TextEncoder, TextTower
-from ldm.types import Cond
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +22,13 @@ class FullConfig:
     text: bool = False
 
 
-class Together(nn.Module):
+class Together(Around):
     """The network and the text towers as one trained module; called as the network is."""
 
     def __init__(self, network: Network, text: Sequence[TextEncoder]) -> None:
-        super().__init__()
-        self._network = (network,)
+        super().__init__(network)
         self.add_module(network.component, network)
         self.text = nn.ModuleList(tower.model for tower in text)
-
-    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return self._network[0](x, t, cond)
 
 
 class FullAdapter:

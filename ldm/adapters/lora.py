@@ -19,9 +19,8 @@ from ldm.adapters.base import freeze
 from ldm.adapters.corrections import Corrections
 from ldm.adapters.low_rank import Lora, LowRank, row_norms
 from ldm.adapters.sites import Site, chosen, network_sites, pooled_of, text_sites, towers, usual_targets
-from ldm.models.network import Network
+from ldm.models.network import Around, Network
 from ldm.models.text import TextEncoder
-from ldm.types import Cond
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,16 +106,15 @@ class Low(nn.Module):
         return ratio * torch.add(out - bias, added, alpha=self.scale) + bias
 
 
-class LoraNet(nn.Module):
+class LoraNet(Around):
     """The corrections of all layers; called as the network is, which itself is corrected while attached.
 
     The network and the towers are not registered: only the corrections enter the engine.
     """
 
     def __init__(self, network: Network, sites: Sequence[Site], config: LoraConfig) -> None:
-        super().__init__()
+        super().__init__(network)
         self.layers = nn.ModuleDict({_key(site.name): Low(site, config) for site in sites})
-        self._network = (network,)
         self._on = True
         self._undo = [self._hook(site) for site in sites if not isinstance(site.module, nn.MultiheadAttention)]
         fused: dict[nn.MultiheadAttention, dict[str, str]] = {}
@@ -124,9 +122,6 @@ class LoraNet(nn.Module):
             if isinstance(site.module, nn.MultiheadAttention):
                 fused.setdefault(site.module, {})[site.name.rpartition(".")[2]] = _key(site.name)
         self._undo += [self._replace(attention, keys) for attention, keys in fused.items()]
-
-    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return self._network[0](x, t, cond)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from ldm.adapters.base import freeze
 from ldm.adapters.sites import towers
-from ldm.models.network import Network
+from ldm.models.network import Around, Network
 from ldm.models.text import TextEncoder
-from ldm.types import Cond
 
 T = TypeVar("T", bound=TextEncoder)
 
@@ -70,22 +69,18 @@ class Rows(nn.Module):
         return within(self.rows, self.bound)
 
 
-class TokenRows(nn.Module):
+class TokenRows(Around):
     """All new rows, by token and tower; called as the network is, which is frozen and not registered."""
 
     def __init__(self, network: Network, text: Sequence[TextEncoder], config: TokensConfig) -> None:
-        super().__init__()
+        super().__init__(network)
         self.tokens = nn.ModuleList()
-        self._network = (network,)
         encoders = reading(text)
         for new in config.tokens:
             rows = nn.ModuleList(Rows(start(one, new), bound_of(one, config)) for one in encoders)
             for one, own in zip(encoders, rows, strict=True):
                 one.add_token(new.token, new.vectors, own)
             self.tokens.append(rows)
-
-    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return self._network[0](x, t, cond)
 
 
 class TokensAdapter:

@@ -26,6 +26,7 @@ VERBS = {
     "evaluate": "measure models and pictures: FID-like distances, retrieval, CLIP score, PSNR",
     "show": "draw how noise is added to a picture, or a page about a run",
     "serve": "draw in a browser",
+    "doctor": "what this machine and environment give, what is wrong, and the command that mends it",
 }
 _OTHERS = {
     "txt2img": "sample", "generate": "sample", "draw": "sample", "infer": "sample", "inference": "sample",

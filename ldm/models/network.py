@@ -40,6 +40,8 @@ class Network(nn.Module, ABC):
     """Whether cond "guidance" is the guidance scale (FLUX.1), not the scale - 1 (arXiv 2210.03142)."""
     multiple: int = 1
     """Heights and widths in latent pixels are multiples of this."""
+    compiled_sizes: ClassVar[bool | None] = None
+    """torch.compile's `dynamic` for its blocks: None makes sizes variables once a second one is seen, True at once."""
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -73,7 +75,11 @@ class Network(nn.Module, ABC):
 
     @abstractmethod
     def blocks(self) -> Iterator[tuple[str, nn.Module]]:
-        """Names and modules in the order in which they run: the units of compiling and of moving between devices."""
+        """Names and modules in the order in which they run: the units of moving between devices."""
+
+    def compiled_blocks(self) -> Iterator[nn.Module]:
+        """The modules of which equal ones are compiled once (`models.compiling`)."""
+        yield from (block for _, block in self.blocks())
 
     @abstractmethod
     def enable_gradient_checkpointing(self, on: bool | Granularity = True) -> None:
@@ -131,6 +137,22 @@ class Network(nn.Module, ABC):
         if on and self.training and torch.is_grad_enabled():
             return cast("Tensor", checkpoint(step, *args, use_reentrant=False))
         return step(*args)
+
+
+class Around(nn.Module):
+    """What trains around a network that it holds without registering it; called as the network is."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self._network = (network,)
+
+    @property
+    def network(self) -> Network:
+        """The one inside."""
+        return self._network[0]
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return self._network[0](x, t, cond)
 
 
 def granularity(on: bool | Granularity) -> Granularity:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ldm.models import compiling
 from ldm.models.network import Network
 from ldm.types import Cond, Net
 
@@ -65,8 +66,21 @@ class Placement:
         )
 
 
-def compiled(network: Network, device: torch.device, mode: str | None) -> Net:
-    """The network compiled whole at its first call for each shape; `mode` None takes CUDA graphs on a GPU."""
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+"""Of torch.compile."""
+
+
+def compiled(network: Network, device: torch.device, mode: str | None) -> Net | None:
+    """The network compiled whole at its first call for each shape; `mode` None takes CUDA graphs on a GPU.
+
+    "blocks" compiles its blocks in place, and the network is called as before: None. Raises ValueError for other words.
+    """
+    if mode is not None and mode not in ("blocks", *MODES):
+        raise ValueError(f"compile: {mode!r} is not one of {['blocks', *MODES]}")
+    if mode == "blocks":
+        compiling.by_block(network)
+        return None
+    compiling.undo(network)
     graphs = "reduce-overhead" if device.type == "cuda" else "default"
     whole: Callable[..., Tensor] = torch.compile(network, fullgraph=True, mode=mode or graphs)
 

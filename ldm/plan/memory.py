@@ -165,6 +165,16 @@ def _states(sizes: Sizes, layout: Layout) -> Parts:
     return Parts(weights=weights, optimizer=optimizer, ema=4.0 * layout.copies * divided, host=host)
 
 
+def resting(sizes: Sizes, layout: Layout, frozen: float = 0) -> float:
+    """Bytes that a rank holds between steps; stage 3 keeps room for its share of gradients and for a bucket."""
+    layout = layout.effective()
+    held = replace(_states(sizes, layout), frozen=frozen).total
+    if layout.stage < 3:
+        return held
+    element = 2.0 if layout.half else 4.0
+    return held + element * (sizes.weights / layout.world + min(layout.bucket, sizes.weights) + sizes.small)
+
+
 def largest_micro_batch(
     sizes: Sizes, activations: Activations, layout: Layout, limit: float, frozen: float = 0, most: int = 4096
 ) -> int:

@@ -21,6 +21,7 @@ RATIOS = {
     "ranks": {"result": ["ZeRO 2 / DDP"]},
     "unet": {"training": ["ldm / diffusers"], "forward": ["ldm forward / diffusers forward"]},
     "transformers": {},
+    "compiling": {},  # with torch.compile switched off, as here, there is nothing to compare
     "finetune": {"lora": ["diffusers script / ldm"], "dreambooth": ["diffusers cached / ldm"]},
     "encoding": {"result": ["online input / cached input", "online step / cached step"]},
     "data": {"result": ["webdataset, 0 workers / loader, 0 workers", "by hand, 1 thread / loader, 0 workers"]},

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -97,13 +97,14 @@ class Transformer(Network):
             raise ValueError(f"gradient_checkpointing {on!r} is not one of ['block', 'none']")
         self.recompute = chosen == "block"
 
-    def _run(self, block: Callable[..., Any], *args: Any) -> Any:
-        return self.run_again(block, *args, on=self.recompute)
+    def _run(self, block: nn.Module, *args: Any) -> Any:
+        own = (a if not isinstance(a, Mapping) else tuple(a[m] for m in modulations(block)) for a in args)
+        return self.run_again(block, *own, on=self.recompute)
 
     def timed(self, times: Sequence[float], limit: int) -> Times | None:
         """Its modulations at these times in at most `limit` bytes; None without modulations of the time and text."""
         embedding = getattr(self, "time_text_embed", None)
-        layers = [module for module in self.modules() if isinstance(module, Modulation)]
+        layers = modulations(self)
         return Times(embedding, layers, times, limit) if isinstance(embedding, TimeTextEmbedding) else None
 
     def _vector(self, embedding: TimeTextEmbedding, t: Tensor, constant: Tensor) -> Vector:
@@ -156,7 +157,10 @@ class Transformer(Network):
         return next(self.parameters()).dtype
 
     def _start(self, zero: Iterable[nn.Module]) -> None:
-        """Xavier for Linears and patches, 0.02 for embeddings of vectors, zero for modulations and `zero` (DiT)."""
+        """Xavier for Linears and patches, 0.02 for embeddings of vectors, zero for modulations and `zero` (DiT).
+
+        Modulations are told their places.
+        """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
@@ -168,6 +172,14 @@ class Transformer(Network):
         layers = [*zero, *(m.linear for m in self.modules() if isinstance(m, Modulation))]
         for layer in layers:
             _zero(*layer.parameters())
+        for _, block in self.blocks():
+            for place, own in enumerate(modulations(block)):
+                own.place = place
+
+
+def modulations(module: nn.Module) -> list[Modulation]:
+    """Those inside, in the order of its modules."""
+    return [m for m in module.modules() if isinstance(m, Modulation)]
 
 
 def _zero(*tensors: Tensor | None) -> None:

@@ -18,8 +18,11 @@ from ldm.models.layers import Embedding, hooked, sinusoid
 from ldm.models.transformers.positions import Rotary, rotated
 from ldm.models.wide import Linear, gelu_linear
 
-Vector = Tensor | Mapping[nn.Module, Tensor]
-"""The activated conditioning vector (B, E), or what each modulation makes of it (B, parts x D)."""
+Vector = Tensor | Mapping[nn.Module, Tensor] | tuple[Tensor, ...]
+"""The activated conditioning vector (B, E), or what each modulation makes of it (B, parts x D).
+
+A block is given those of its own modulations, in their order: compiled code of it then serves all equal blocks.
+"""
 
 TIME = 256
 """Channels of the sinusoid of times and of guidance scales."""
@@ -70,9 +73,13 @@ class Modulation(nn.Module):
         super().__init__()
         self.parts = parts
         self.linear = Linear(width, parts * width)
+        self.place = 0  # among the modulations of its block
 
     def forward(self, vector: Vector) -> tuple[Tensor, ...]:
-        out = self.linear(vector) if isinstance(vector, Tensor) else vector[self]
+        if isinstance(vector, Tensor):
+            out = self.linear(vector)
+        else:
+            out = vector[self.place] if isinstance(vector, tuple) else vector[self]
         return out[:, None].chunk(self.parts, dim=-1)
 
 

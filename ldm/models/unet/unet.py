@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -140,6 +140,7 @@ class UNet(Network):
 
     title = "U-Net"
     component = "unet"
+    compiled_sizes: ClassVar[bool | None] = True  # equal blocks run at several levels
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -254,6 +255,10 @@ class UNet(Network):
         stages += [(f"up_blocks.{i}", stage) for i, stage in enumerate(self.up_blocks)]
         for prefix, stage in cast("list[tuple[str, Stage | Middle]]", stages):
             yield from ((f"{prefix}.{name}", module) for name, module in stage.layers())
+
+    def compiled_blocks(self) -> Iterator[nn.Module]:
+        """Transformer blocks: of SDXL's 70 there are two kinds, while most of its resnets are there once."""
+        yield from (block for layer in self.transformers() for block in layer.transformer_blocks)
 
     def attention_layers(self) -> Iterator[tuple[str, nn.Module, Looks]]:
         """ "...attn1" on the picture itself, "...attn2" on the text."""

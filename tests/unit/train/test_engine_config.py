@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.train.engine import EngineConfig, _deepspeed, deepspeed_config
+from ldm.train.engine import EngineConfig, _deepspeed, compile_blocks, deepspeed_config
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -102,3 +102,10 @@ def test_nothing_is_compiled_at_the_start() -> None:
 def test_bad_values_are_refused_by_name(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         EngineConfig(**options)
+
+
+def test_compiling_by_block_is_refused_where_it_cannot_be() -> None:
+    with pytest.raises(ValueError, match="compile: 'blocks' needs zero_stage 0, 1 or 2, got 3"):
+        EngineConfig(compile="blocks", zero_stage=3)
+    with pytest.raises(ValueError, match="compile: 'blocks' is for denoising networks, and Linear trains"):
+        compile_blocks(torch.nn.Linear(2, 2))

@@ -1,0 +1,171 @@
+"""Compiling by block: equal blocks once, the same answers, gradients, modulations of known times, and corrections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from ldm.adapters.lora import LoraAdapter, LoraConfig
+from ldm.models.compiling import by_block, repeated_blocks, undo
+from ldm.models.network import Network
+from ldm.models.presets import UNETS
+from ldm.models.transformers.sd3 import SD3Config, SD3Transformer
+from ldm.models.transformers.times import known_times
+from ldm.models.unet import UNet
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    if torch._dynamo.config.disable:
+        pytest.skip("TORCHDYNAMO_DISABLE is set")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def random(net: Network) -> Any:
+    torch.manual_seed(0)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.05)
+    return net
+
+
+def unet(layers: int = 2) -> UNet:
+    """Transformers at both of two levels."""
+    both = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2}
+    return random(UNet(replace(UNETS["tiny"], layers_per_block=layers, **both)))
+
+
+def sd3(layers: int = 4) -> SD3Transformer:
+    config = SD3Config(
+        sample_size=8, in_channels=4, out_channels=4, num_layers=layers, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=24, caption_projection_dim=32, pooled_projection_dim=16, pos_embed_max_size=8,
+    )  # fmt: skip
+    return random(SD3Transformer(config))
+
+
+def given(net: Network, rows: int = 2) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    torch.manual_seed(1)
+    text = torch.randn(rows, 7, 32 if isinstance(net, UNet) else 24)
+    cond = {"text": text} if isinstance(net, UNet) else {"text": text, "pooled": torch.randn(rows, 16)}
+    return torch.randn(rows, 4, 8, 8), torch.full((rows,), 500.0), cond
+
+
+def near(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def breaks() -> dict[str, int]:
+    return dict(torch._dynamo.utils.counters["graph_break"])
+
+
+@pytest.mark.parametrize(("layers", "kinds"), [(3, 1), (6, 1)])
+def test_a_transformer_is_compiled_once_whatever_its_depth(layers: int, kinds: int) -> None:
+    """All blocks but the last one, which has no text behind it, are equal."""
+    net, counter = sd3(layers).eval(), CompileCounterWithBackend("eager")
+    x, t, cond = given(net)
+    with torch.no_grad():
+        wanted = net(x, t, cond)
+        assert by_block(net, counter) == kinds
+        near(net(x, t, cond), wanted)
+        assert counter.frame_count == kinds
+        net(x, t + 1, cond)
+        assert counter.frame_count == kinds
+        assert len(list(repeated_blocks(net))) == layers - 1
+        undo(net)
+        assert torch.equal(net(x, t, cond), wanted)
+    assert breaks() == {}
+
+
+def test_known_times_are_used_in_compiled_blocks() -> None:
+    """The tables of all steps are read, by the same compiled code in every block."""
+    net, counter = sd3(4).eval(), CompileCounterWithBackend("eager")
+    x, t, cond = given(net)
+    with torch.no_grad():
+        wanted = [net(x, t + i, cond) for i in range(3)]
+        by_block(net, counter)
+        with known_times(net, [500.0, 501.0, 502.0]):
+            for i in range(3):
+                near(net(x, t + i, cond), wanted[i])
+            assert net.known_times is not None
+            assert net.known_times.made == 1
+            assert counter.frame_count == 1
+        near(net(x, t, cond), wanted[0])
+        assert counter.frame_count == 2, "once more for blocks that are given the vector itself"
+    assert breaks() == {}
+
+
+def test_a_unet_is_compiled_once_a_width() -> None:
+    """At both levels, with their own widths, and at another size: as many compilations as widths."""
+    net, counter = unet(2).eval(), CompileCounterWithBackend("eager")
+    x, t, cond = given(net)
+    with torch.no_grad():
+        wanted = net(x, t, cond)
+        assert by_block(net, counter) == 2
+        assert len(list(repeated_blocks(net))) == 11
+        near(net(x, t, cond), wanted)
+        assert counter.frame_count == 2
+        wide = torch.randn(3, 4, 16, 8)
+        given_wide = {"text": torch.randn(3, 7, 32)}
+        found = net(wide, t[:1].expand(3), given_wide)
+        assert counter.frame_count == 2
+        kv = net.prepared(cond)
+        near(net(x, t, kv), wanted)
+        assert counter.frame_count == 4, "once more for keys and values that are known"
+        undo(net)
+        near(net(wide, t[:1].expand(3), given_wide), found)
+    assert breaks() == {}
+
+
+@pytest.mark.parametrize(("name", "kinds", "blocks"), [("sd15", 3, 16), ("sdxl", 2, 70)])
+def test_kinds_of_published_networks(name: str, kinds: int, blocks: int) -> None:
+    with torch.device("meta"):
+        net = UNet(UNETS[name])
+    assert (by_block(net, "eager"), len(list(repeated_blocks(net)))) == (kinds, blocks)
+
+
+@pytest.mark.parametrize("again", ["none", "block"])
+@pytest.mark.parametrize("make", [unet, sd3])
+def test_gradients(make: Any, again: Any) -> None:
+    """Through AOT autograd, with and without recomputing, against the frugal functions of the plain blocks."""
+    net = make().train()
+    x, t, cond = given(net)
+    net.enable_gradient_checkpointing(again)
+    wanted = torch.autograd.grad(net(x, t, cond).square().mean(), list(net.parameters()), allow_unused=True)
+    by_block(net, "aot_eager")
+    found = torch.autograd.grad(net(x, t, cond).square().mean(), list(net.parameters()), allow_unused=True)
+    for a, b in zip(found, wanted, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert breaks() == {}
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("make", [unet, sd3])
+def test_corrections_train_in_compiled_blocks(make: Any, dora: bool) -> None:
+    """The base is frozen; gradients of every correction are those without compiling, and equal blocks share code."""
+    net, counter = make(4).train(), CompileCounterWithBackend("aot_eager")
+    trained = LoraAdapter(LoraConfig(rank=2, dora=dora)).attach(net, [])
+    torch.manual_seed(2)
+    for p in trained.parameters():
+        nn.init.normal_(p, std=0.1)
+    x, t, cond = given(net)
+    wanted = torch.autograd.grad(trained(x, t, cond).square().mean(), list(trained.parameters()))
+    kinds = by_block(trained.network, counter)
+    found = torch.autograd.grad(trained(x, t, cond).square().mean(), list(trained.parameters()))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    print("COUNT", counter.frame_count, kinds, len(list(repeated_blocks(net))), breaks())
+
+
+def test_a_network_without_equal_blocks_says_so() -> None:
+    with pytest.raises(ValueError, match="compile 'blocks': no two blocks of this SD3 transformer are equal"):
+        by_block(sd3(2), "eager")
