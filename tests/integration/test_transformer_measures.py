@@ -138,7 +138,8 @@ def test_zero_padding_trains_alike_from_a_cache_that_costs_what_texts_are_long(k
     for padding in ("zero", "unmodified"):
         for cache in (None, str(root / f"padding-{padding}-{kind}")):
             name = f"padded-{padding}-{kind}-{'online' if cache is None else 'cached'}"
-            path = config(root, kind, name, t5_padding=padding, cache=cache, samples={"prompts": []})
+            more = {"network": None, "start": str(root / kind), "samples": {"prompts": []}}
+            path = config(root, kind, name, t5_padding=padding, cache=cache, **more)
             code, said = quiet(["train", str(path), "train.steps=1"])
             assert code == 0, said
             found[padding, cache is None] = losses(root / name)

@@ -168,9 +168,8 @@ def test_losses_fall(kind: str, name: str, root: Path) -> None:
     Of DMD the critic's, on a student that waits: what the student follows is a direction, and no loss that falls. An
     epsilon teacher is matched by a student of v, the first round of its progressive distillation.
     """
-    changes: dict[str, Any] = {"progressive": {"method": {"until": 4}}, "dmd": {"method": {"alone": 1000}}}.get(
-        name, {}
-    )
+    methods = {"progressive": {"until": 4}, "dmd": {"alone": 1000}}
+    changes: dict[str, Any] = {"method": methods.get(name, {})}
     if name == "progressive" and kind == "pixart":
         changes = {"method": {"stage": "match"}, "prediction": "v"}
     path = written(root, kind, name, 24, **changes)
