@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).parent
-BESIDE = ("unit", "parity")
-"""Folders whose tests start no processes of their own: they run on two workers."""
+BESIDE = ("unit", "parity", "integration")
+"""Folders whose tests keep one core busy: they run on two workers."""
 FILES = ("test_lora_[tz]*.py", "test_text_*.py", "test_transformer_[efns]*.py")
 """Tests of names and files, whose arithmetic others have too; once is enough."""
 NO_TESTS = 5
@@ -56,8 +56,8 @@ def parts(in_ci: bool) -> list[Part]:
     beside = [f"{HERE.name}/{name}" for name in BESIDE]
     workers = ["-n", "2", "--dist", "loadfile"]
     made = [
-        Part(name="unit and parity", folders=beside, options=workers),
-        Part(name="processes, clusters, whole runs", folders=[p for p in rest if "__" not in p]),
+        Part(name="units, parity, whole runs", folders=beside, options=workers),
+        Part(name="several processes, clusters", folders=[p for p in rest if "__" not in p]),
     ]
     if in_ci:
         rooms = (

@@ -82,7 +82,8 @@ class _NormModulated(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
-        return torch.addcmul(shift, normed, 1 + scale), mean, rstd
+        # A GPU's autocast norms in float32, of which each layer that follows would keep a copy of its own.
+        return torch.addcmul(shift, normed, 1 + scale).to(x.dtype), mean, rstd
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -73,8 +73,7 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 def compiled(network: Network, device: torch.device, mode: str | None) -> Net | None:
     """The network compiled whole at its first call for each shape; `mode` None takes CUDA graphs on a GPU.
 
-    "blocks" compiles its blocks in place, and the network is called as before: None. Raises ValueError for another
-    word.
+    "blocks" compiles its blocks in place, and the network is called as before: None. Raises ValueError for other words.
     """
     if mode is not None and mode not in ("blocks", *MODES):
         raise ValueError(f"compile: {mode!r} is not one of {['blocks', *MODES]}")

@@ -141,8 +141,9 @@ class Planner:
         gpu = not cluster.hardware.host
         modules = {recompute: job.build(recompute) for recompute in recomputing}
         self.sizes = Sizes.of(next(iter(modules.values())))
+        alone = job.batch // (cluster.world * job.layout.accumulate) <= 1
         self.activations = {
-            recompute: Activations.count(module, job.inputs, precision=job.precision, gpu=gpu)
+            recompute: Activations.count(module, job.inputs, precision=job.precision, gpu=gpu, one=alone)
             for recompute, module in modules.items()
         }
         self.frozen_bytes = sum(f.bytes for f in job.frozen)
@@ -172,7 +173,7 @@ class Planner:
             chosen=chosen,
             wire=wire(
                 self.sizes.weights, layout.stage, layout.world,
-                element=2 if layout.half and layout.stage else 4,
+                element=2 if layout.half and layout.stage else 4, live=layout.live,
                 micro_steps=point.accumulate if point else layout.accumulate,
             ),
             point=point,
@@ -232,7 +233,7 @@ class Planner:
         step = step_time(
             activations=counted, micro=each // accumulate, accumulate=accumulate, weights=self.sizes.weights,
             stage=layout.stage, cluster=cluster, half=self._half, copies=layout.copies,
-            frozen_flops=self.frozen_flops, element=2 if layout.half and layout.stage else 4,
+            frozen_flops=self.frozen_flops, element=2 if layout.half and layout.stage else 4, live=layout.live,
         )  # fmt: skip
         drawn = job.drawn
         drawing = 0.0 if drawn is None else drawing_time(counted, drawn.flops, drawn.count, drawn.rows, cluster)
@@ -281,9 +282,14 @@ class Planner:
                 said.append(f"times are those of accumulate {point.accumulate} with {point.micro} images")
         below = next((f for f in fits if f.stage < 3 and f.fits and f.recompute == chosen.recompute), None)
         if chosen.stage == 3 and below is not None:
-            said.append(
-                f"zero_stage 3 is not worth it: stage {below.stage} fits, and sends 2 psi a step instead of 3 psi"
+            accumulate = point.accumulate if point else accumulate
+            least, most = (
+                wire(self.sizes.weights, stage, 2, micro_steps=accumulate, live=job.layout.live).total
+                / (2.0 * self.sizes.weights)
+                for stage in (below.stage, 3)
             )
+            more = f"sends {least:.3g} psi a step" + (f" instead of {most:.3g} psi" if most > least else ", no more")
+            said.append(f"zero_stage 3 is not worth it: stage {below.stage} fits, and {more}")
         if job.samples is not None:
             if job.samples < job.batch:
                 said.append(f"data: {job.samples} samples are fewer than one batch of {job.batch}")

@@ -51,11 +51,14 @@ class Wire:
         return self.hidden + self.exposed
 
 
-def wire(weights: int, stage: int, world: int, *, element: int = 4, micro_steps: int = 1) -> Wire:
-    """Collectives of a step: 2 psi elements, and 3 psi under stage 3 (a micro-step), times (N-1)/N.
+def wire(
+    weights: int, stage: int, world: int, *, element: int = 4, micro_steps: int = 1, live: int = 1_000_000_000
+) -> Wire:
+    """Collectives of a step: 2 psi elements, and 2 to 3 psi under stage 3 (a micro-step), times (N-1)/N.
 
     Stage 0 reduces and gathers gradients, 1 and 2 scatter them and gather the new weights when the optimizer is done,
-    3 gathers weights twice in every micro-step. Gradients of stage 2 and 3 are reduced in each micro-step.
+    3 gathers weights before the forward pass, and for the backward pass those beyond `live`, which stayed. Gradients of
+    stage 2 and 3 are reduced in each micro-step.
     """
     if world == 1:
         return Wire(hidden=0.0, exposed=0.0)
@@ -63,7 +66,8 @@ def wire(weights: int, stage: int, world: int, *, element: int = 4, micro_steps:
     if stage == 0:
         return Wire(hidden=2 * once, exposed=0.0)
     if stage == 3:
-        return Wire(hidden=3 * once * micro_steps, exposed=0.0)
+        again = max(0, weights - live) / weights if weights else 0.0
+        return Wire(hidden=(2 + again) * once * micro_steps, exposed=0.0)
     return Wire(hidden=once * (micro_steps if stage == 2 else 1), exposed=once)
 
 
@@ -135,6 +139,7 @@ def step_time(
     copies: int = 1,
     frozen_flops: float = 0.0,
     element: int = 4,
+    live: int = 1_000_000_000,
 ) -> Step:
     """One optimizer step of `accumulate` micro-batches of `micro` samples a rank."""
     share, chip = cluster.assumptions, cluster.hardware
@@ -146,7 +151,7 @@ def step_time(
     frozen = accumulate * micro * frozen_flops / rate * (forward / micro / slower if slower else 1.0)
     held = weights / cluster.world if stage else weights
     optimizer = held * (28 + 12 * copies) / (chip.bandwidth * GB * share.stream)  # bytes of Adam and of averages
-    sent = wire(weights, stage, cluster.world, element=element, micro_steps=accumulate)
+    sent = wire(weights, stage, cluster.world, element=element, micro_steps=accumulate, live=live)
     reducing = sent.hidden / cluster.link()
     room = (backward if stage < 2 else accumulate * backward) + (accumulate * forward if stage == 3 else 0.0)
     waiting = reducing - min(share.overlap * reducing, room)

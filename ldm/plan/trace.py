@@ -100,27 +100,39 @@ def _bytes(x: Tensor) -> int:
 
 
 class _Fused(torch.autograd.Function):
-    """Attention as a fused kernel: keeps its inputs, its output and a sum for each row, not the weights."""
+    """Attention as a fused kernel: keeps its inputs, its output and a sum for each row, not the weights.
+
+    A mask is kept as it is given, without a gradient; a boolean one in the type of the queries.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tracker: _Tracker) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tracker: _Tracker) -> Tensor:
         out = torch.empty_like(q)
         ctx.tracker, ctx.products = tracker, 2 * q.numel() * k.shape[-2]
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        added = [] if mask is None else [mask.to(q.dtype)]
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32), *added)
         tracker.ran(2 * ctx.products, sum(map(_bytes, (q, k, v, out))))
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        q, k, v, _, _ = ctx.saved_tensors
+        q, k, v, *_ = ctx.saved_tensors
         ctx.tracker.ran(5 * ctx.products, 2 * sum(map(_bytes, (q, k, v, grads[0]))))
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None
 
 
 _LOWER = {torch.conv2d, torch.conv1d, F.linear, torch.matmul, torch.bmm, torch.baddbmm, torch.addmm, Tensor.matmul}
 _LOWER |= {Tensor.__matmul__, F.scaled_dot_product_attention}
 _FLOAT = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax, F.mse_loss, Tensor.pow, torch.pow}
-_FLOAT |= {F.cross_entropy, F.cosine_similarity, torch.exp, Tensor.exp}
+_FLOAT |= {F.cross_entropy, F.cosine_similarity, torch.exp, Tensor.exp, torch.native_layer_norm}
+_WIDEST = {torch.addcmul, Tensor.addcmul}
+
+
+def _fusible(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **_: Any
+) -> bool:
+    """Whether a fused kernel takes it; others form the weights."""
+    return not dropout_p and (attn_mask is None or not attn_mask.requires_grad)
 
 
 class _Gpu(TorchFunctionMode):
@@ -138,8 +150,12 @@ class _Gpu(TorchFunctionMode):
             kwargs = {k: self._to(x, self._lower) for k, x in kwargs.items()}
         elif self._lower != torch.float32 and func in _FLOAT:
             args = [self._to(x, torch.float32) for x in args]
-        if func is F.scaled_dot_product_attention and len(args) == 3 and kwargs.get("attn_mask") is None:
-            return _Fused.apply(*args, self._tracker)
+        elif self._lower != torch.float32 and func in _WIDEST:
+            widest = max((x.dtype for x in args if isinstance(x, Tensor)), key=lambda dtype: dtype.itemsize)
+            args = [self._to(x, widest) for x in args]
+        if func is F.scaled_dot_product_attention and _fusible(*args, **kwargs):
+            mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+            return _Fused.apply(*args[:3], mask, self._tracker)
         return func(*args, **kwargs)
 
     def _to(self, x: Any, dtype: torch.dtype) -> Any:

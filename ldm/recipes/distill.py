@@ -315,7 +315,7 @@ def job(task: DistillTask, data: Data, train: TrainConfig, asked: planned.Asked)
     student_scheduler(task.method, base.process)
     base.process = sized_process(base, data)
     cached = task.cache is not None or data.cached
-    planned.check_cache(task.cache, cached, said)
+    planned.check_cache(task.cache, cached, said, base.text)
     task = replace(task, start=None)  # what the weights are does not change what they take
     if not isinstance(task.method, ProgressiveOptions):
         return _round_job(task, base, data, train, asked, said, cached)

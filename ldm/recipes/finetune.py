@@ -326,7 +326,7 @@ def adapted_job(
 
     cached = task.cache is not None or data.cached
     said += planned.attention(asked.gpu) if live else []
-    planned.check_cache(task.cache, cached, said)
+    planned.check_cache(task.cache, cached, said, base.text)
     whole = isinstance(config, FullConfig)
     kept = [] if whole else [Frozen(name=base.network.component, bytes=planned.weight(base.network))]
     return planned.loss_job(

@@ -17,7 +17,7 @@ from ldm.data.mixture import Data
 from ldm.models.fit import check_fit, given, tokens
 from ldm.models.fit import told as told_cond
 from ldm.models.network import Granularity, Network
-from ldm.models.text import TextEncoder, TextPrecision, TextTower, text_bytes
+from ldm.models.text import QwenConfig, T5Config, TextEncoder, TextPrecision, TextTower, text_bytes
 from ldm.models.transformers.base import Transformer
 from ldm.models.vae.autoencoder import Autoencoder
 from ldm.objectives import Objective
@@ -33,6 +33,7 @@ from ldm.types import Cond
 
 HOW_MANY = "--samples N tells how many there will be"
 NO_CACHE = "no cache: VAE and text tower run for every image of every step; set task.cache to encode once"
+FULL_LENGTH = "data: cached text is counted at full length, the most that it can be; captions take what they are long"
 TEXT = ("text", "pooled", "mask")
 """Keys of what text encoders give."""
 _MOMENTS = {"adamw8bit": 0.5, "lion": 1.0, "sgd": 1.0}
@@ -137,12 +138,15 @@ def pictures_in(*folders: Path) -> int | None:
         return None
 
 
-def check_cache(cache: Path | None, cached: bool, said: list[str]) -> None:
-    """Say what a cache that is not there, or none, costs."""
+def check_cache(cache: Path | None, cached: bool, said: list[str], text: Sequence[TextEncoder] = ()) -> None:
+    """Say what a cache that is not there, or none, costs, and what of `text` in it cannot be known before."""
     if not cached:
         said.append(NO_CACHE)
-    elif cache is not None and not (Path(cache) / "manifest.json").is_file():
-        said.append(f"task.cache: nothing in {str(cache)!r} yet: the run encodes everything first, once")
+    elif cache is not None:
+        if not (Path(cache) / "manifest.json").is_file():
+            said.append(f"task.cache: nothing in {str(cache)!r} yet: the run encodes everything first, once")
+        if any(isinstance(encoder.config, (T5Config, QwenConfig)) for encoder in text):
+            said.append(FULL_LENGTH)
 
 
 class Loss(nn.Module):

@@ -298,7 +298,7 @@ def job(task: TextToImageTask, data: Data, train: TrainConfig, asked: planned.As
     side = planned.check_size(pixels, vae.factor, "data.size")
     planned.check_patches(network, vae.factor, data)
     cached = task.cache is not None or data.cached
-    planned.check_cache(task.cache, cached, said)
+    planned.check_cache(task.cache, cached, said, towers)
 
     def inputs(batch: int) -> tuple[Any, ...]:
         x = torch.empty(batch, network.in_channels, side, side, device="meta")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ldm import dist
 from ldm.objectives import Objective
+from ldm.plan.throughput import wire as planned_wire
 from ldm.rng import Rng
 from ldm.train.ema import Ema, EmaConfig
 from ldm.train.engine import Engine, EngineConfig
@@ -164,6 +165,9 @@ def test_bytes_on_the_wire(story: Any) -> None:
     for stage in STAGES:
         sent = sum(found[0][stage]["sent"].values()) / (4 * WEIGHTS)
         assert sent == pytest.approx(3 if stage == LEAN else 2, rel=0.05), (world, stage, found[0][stage]["sent"])
+        lean = stage == LEAN
+        planned = planned_wire(WEIGHTS, 3 if lean else stage, world, live=0 if lean else EngineConfig().live)
+        assert planned.total / (4 * WEIGHTS) == pytest.approx(sent * (world - 1) / world, rel=0.05)
 
 
 def test_memory_is_the_formula(story: Any) -> None:

@@ -80,7 +80,9 @@ def text_parts(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("precision", ["int8", pytest.param("bf16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", FIRST)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "pixart" else pytest.mark.slow) for kind in KINDS]
+)
 def test_text_encoders_of_less_memory_in_every_verb(kind: str, precision: str, root: Path) -> None:
     """They draw, encode, tune and train; what is exported is the base's own."""
     chosen = ["--text-precision", precision]
@@ -136,7 +138,8 @@ def test_zero_padding_trains_alike_from_a_cache_that_costs_what_texts_are_long(k
     for padding in ("zero", "unmodified"):
         for cache in (None, str(root / f"padding-{padding}-{kind}")):
             name = f"padded-{padding}-{kind}-{'online' if cache is None else 'cached'}"
-            path = config(root, kind, name, t5_padding=padding, cache=cache, samples={"prompts": []})
+            more = {"network": None, "start": str(root / kind), "samples": {"prompts": []}}
+            path = config(root, kind, name, t5_padding=padding, cache=cache, **more)
             code, said = quiet(["train", str(path), "train.steps=1"])
             assert code == 0, said
             found[padding, cache is None] = losses(root / name)

@@ -49,7 +49,7 @@ def test_text_names_what_would_go_wrong(config: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr().out
     for warning in (
         "train.batch: 12 does not divide by 8 GPUs x accumulate 1; 16 does",
-        "zero_stage 3 is not worth it: stage 0 fits",
+        "zero_stage 3 is not worth it: stage 0 fits, and sends 2 psi a step, no more",
         "nothing in",
         "16 samples are few for 100,000 steps: each is seen 75,000 times",
     ):

@@ -18,10 +18,23 @@ RUNS = sorted(p for folder in ("train", "finetune", "distill") for p in (ROOT / 
 ROUNDS = {"progressive_emoji": 6}
 """Of 32, 16, 8, 4, 2 and 1 steps."""
 DRAWN = {"dreambooth": 100, "dreambooth_lora": 100, "sdxl_dreambooth_lora": 100}
-LARGE = ("sdxl_lora", "sdxl_dreambooth_lora", "sd35_medium_lora", "flux_dev_lora", "pixart_sigma_lora")
+LARGE = (
+    "sdxl_lora", "sdxl_dreambooth_lora", "sd35_medium_lora", "flux_dev_lora", "pixart_sigma_lora", "sdxl_full",
+    "sd35_medium_full", "flux_dev_full", "pixart_sigma_full", "sd35_medium", "flux", "pixart_sigma",
+)  # fmt: skip
 """Whose counting takes a minute."""
+WORLD = {"flux_dev_full": 8, "flux": 64, "sd35_medium": 16}
+"""GPUs of those that fit on no single one."""
 WEIGHTS = {
-    "text_to_image_sd2": 865_910_724,  # of the published U-Net of Stable Diffusion 2
+    # of the published networks
+    "text_to_image_sd2": 865_910_724,
+    "sdxl_full": 2_567_463_684,
+    "sd35_medium_full": 2_243_171_520,
+    "sd35_medium": 2_243_171_520,
+    "flux_dev_full": 11_901_408_320,
+    "flux": 11_891_178_560,
+    "pixart_sigma_full": 610_856_096,
+    "pixart_sigma": 610_856_096,
     "textual_inversion": 2 * 192,  # two vectors of the emoji tower's width
 }
 
@@ -42,7 +55,8 @@ def test_every_run_is_planned(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where there are no caches, runs and pictures
-    assert main(["plan", str(path), "--gpus-per-node", "1", "--price", "2", "--json"]) == 0
+    world = WORLD.get(path.stem, 1)
+    assert main(["plan", str(path), "--gpus-per-node", str(world), "--price", "2", "--json"]) == 0
     plan, written = json.loads(capsys.readouterr().out), read(path)
     assert all(math.isfinite(n) for n in numbers(plan))
     assert plan["steps"] == ROUNDS.get(path.stem, 1) * written["train"]["steps"]
@@ -54,14 +68,15 @@ def test_every_run_is_planned(
         assert plan["weights"] == sum(p.numel() for p in load_network("emoji").parameters())
     for fit in plan["fits"]:
         parts = fit["parts"]
-        states = 4 * plan["weights"] * (3 if path.stem not in ROUNDS else 2.9)  # weights and Adam's two moments
+        divided = 1 if fit["stage"] == 0 else world
+        states = 4 * plan["weights"] * (3 if path.stem not in ROUNDS else 2.9) / divided  # and Adam's two moments
         assert sum(v for k, v in parts.items() if k != "host") > states
         assert parts["activations"] + parts["gradients"] > 0
     point = plan["point"]
     assert point["images_per_second"] * sum(point["step"].values()) == pytest.approx(plan["batch"])
     assert point["days"] * 86400 == pytest.approx(plan["steps"] * sum(point["step"].values()) + point["drawing"])
     assert (point["drawing"] > 0) == (path.stem in DRAWN)
-    assert point["cost"] == pytest.approx(48 * point["days"])
+    assert point["cost"] == pytest.approx(48 * world * point["days"])
     data = written["data"].get("path")
     assert plan["samples"] == 2856 if data == "emoji" else plan["samples"] is None
     assert 0 < plan["flops_per_image"] < 1e15

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -146,22 +147,22 @@ def test_told_guidance_answers_as_before_until_it_learns(network: Network) -> No
 @pytest.mark.parametrize(
     ("config", "groups"),
     [
-        (transformers.SD3_TINY, {"transformer_blocks.0.attn2.to_q": "attention", "pos_embed.proj": "projection",
+        (presets.SD3_TINY, {"transformer_blocks.0.attn2.to_q": "attention", "pos_embed.proj": "projection",
                                  "transformer_blocks.1.norm1_context.linear": "time",
                                  "transformer_blocks.0.ff_context.net.2": "feed_forward"}),
-        (transformers.FLUX_TINY, {"single_transformer_blocks.0.attn.to_q": "attention", "x_embedder": "projection",
+        (presets.FLUX_TINY, {"single_transformer_blocks.0.attn.to_q": "attention", "x_embedder": "projection",
                                   "time_text_embed.guidance_embedder.linear_1": "time",
                                   "single_transformer_blocks.1.proj_mlp": "feed_forward"}),
-        (transformers.PIXART_TINY, {"transformer_blocks.0.attn1.to_out.0": "attention", "proj_out": "projection",
+        (presets.PIXART_TINY, {"transformer_blocks.0.attn1.to_out.0": "attention", "proj_out": "projection",
                                     "adaln_single.linear": "time", "transformer_blocks.0.ff.net.2": "feed_forward",
                                     "caption_projection.linear_1": "other"}),
-        (transformers.ZIMAGE_TINY, {"layers.0.attention.to_v": "attention", "cap_embedder.1": "projection",
+        (presets.ZIMAGE_TINY, {"layers.0.attention.to_v": "attention", "cap_embedder.1": "projection",
                                     "all_final_layer.2-1.adaLN_modulation.1": "time",
                                     "context_refiner.0.feed_forward.w3": "feed_forward"}),
     ],
     ids=lambda x: getattr(x, "kind", ""),
 )  # fmt: skip
-def test_the_groups_of_a_familys_layers(config: AnyNetwork, groups: dict[str, str]) -> None:
+def test_the_groups_of_a_familys_layers(config: Any, groups: dict[str, str]) -> None:
     with torch.device("meta"):
         found = {name: group for name, _, group in build(config).correctable()}
     assert {name: found[name] for name in groups} == groups

@@ -92,8 +92,10 @@ def test_the_flops_of_an_image_are_the_published_count(planners: dict[int, Plann
         assert traced == pytest.approx(3 * forward, rel=0.04)  # fused attention computes its products once more
 
 
-@pytest.mark.parametrize(("stage", "psi"), [(0, 2), (1, 2), (2, 2), (3, 3)])
-def test_bytes_on_the_wire(stage: int, psi: int) -> None:
-    """2 psi elements for stages 0 to 2 and 3 psi for stage 3, of which (N-1)/N leave a rank."""
-    assert wire(1_000_000, stage, 8).total == pytest.approx(psi * 4e6 * 7 / 8)
-    assert wire(1_000_000, stage, 1).total == 0
+@pytest.mark.parametrize(
+    ("stage", "live", "psi"), [(0, 0, 2), (1, 0, 2), (2, 0, 2), (3, 0, 3), (3, 250_000, 2.75), (3, 10**9, 2)]
+)
+def test_bytes_on_the_wire(stage: int, live: int, psi: float) -> None:
+    """2 psi elements, and one more where stage 3 gathers weights twice, of which (N-1)/N leave a rank."""
+    assert wire(1_000_000, stage, 8, live=live).total == pytest.approx(psi * 4e6 * 7 / 8)
+    assert wire(1_000_000, stage, 1, live=live).total == 0

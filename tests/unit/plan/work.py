@@ -78,18 +78,27 @@ def measured(shape: str, stage: int, micro: int, accumulate: int, recompute: boo
 def measured_task(path: str, micro: int) -> tuple[int, int]:
     """The same of a run's own objective, with all that its recipe keeps beside it, on a batch as a cache gives it."""
     from ldm.config.schema import load_run
-    from ldm.recipes import assemble, plan_job
-    from ldm.recipes.planned import Asked
+    from ldm.recipes import assemble, plan_job, planned_models
+    from ldm.recipes.planned import Asked, latents
+    from ldm.recipes.text_to_image import TextToImageTask
 
     run = load_run(path)
-    planned = plan_job(run.task, run.data, run.train, Asked(name=run.name, world=1, gpu=False)).inputs(micro)[0]
+    if isinstance(run.task, TextToImageTask):
+        planned = latents(planned_models.whole(run.task.vae, "task.vae", []), run.data, micro)
+    else:
+        planned = plan_job(run.task, run.data, run.train, Asked(name=run.name, world=1, gpu=False)).inputs(micro)[0]
 
     def make() -> tuple[Objective, Batch, Any]:
         assembly = assemble(run.task, run.data, run.train, 0, 0)
-        batch: Any = {k: torch.zeros_like(v, device="cpu") if isinstance(v, Tensor) else v for k, v in planned.items()}
+        batch: Any = {k: _filled(k, v) if isinstance(v, Tensor) else v for k, v in planned.items()}
         return assembly.objective.train(), batch, assembly
 
     return _measured(make, run.train.engine, micro, 1)
+
+
+def _filled(key: str, like: Tensor) -> Tensor:
+    """Zeros, and a mask that shows every token."""
+    return (torch.ones_like if key.startswith("mask") else torch.zeros_like)(like, device="cpu")
 
 
 def _measured(
