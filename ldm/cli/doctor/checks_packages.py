@@ -28,9 +28,7 @@ def needed(facts: dict[str, Any]) -> Iterator[Finding]:
     missing = [name for name in NEEDED if not have.get(name)]
     if missing:
         told = ", ".join(missing) if len(missing) < len(NEEDED) else "torch and every other package that ldm needs"
-        yield Finding(
-            "stops", "packages-missing", f"not installed: {told}", "pip install ldm   # in a clone: pip install -e ."
-        )
+        yield Finding("stops", "packages-missing", f"not installed: {told}", "pip install .   # in the clone of ldm")
     for name, wanted in NEEDED.items():
         version = have.get(name)
         if version and not fits(version, wanted):

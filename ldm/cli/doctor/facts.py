@@ -46,6 +46,7 @@ EXTRAS = {
     "gcsfs": ("gcs", "shards on Google Cloud Storage"),
     "simplejpeg": ("fast", "faster JPEG decoding"),
     "pyarrow": ("parquet", "captions in Parquet files"),
+    "beautifulsoup4": ("captions", "captions cleaned as diffusers cleans them"),
     "gradio": ("web", "drawing in a browser"),
     "scipy": ("eval", "distances between sets of pictures"),
 }
