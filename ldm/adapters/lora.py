@@ -143,10 +143,10 @@ class LoraNet(Around):
         return self.layers[key](x, out) if self._on else out
 
     def _hook(self, site: Site) -> Callable[[], None]:
-        key = _key(site.name)
+        low = self.layers[_key(site.name)]  # not its name, by which compiled code would differ from block to block
 
         def corrected(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-            return self.correct(key, args[0], out)
+            return low(args[0], out) if self._on else out
 
         return site.module.register_forward_hook(corrected).remove
 

@@ -33,6 +33,7 @@ _OTHERS = {
     "img2img": "edit", "inpaint": "edit", "fit": "train", "finetuning": "finetune", "dreambooth": "finetune",
     "lora": "finetune", "textual-inversion": "finetune", "eval": "evaluate", "test": "evaluate", "web": "serve",
     "ui": "serve", "gui": "serve", "prepare": "data", "encode": "data", "lcm": "distill",
+    "diagnose": "doctor", "env": "doctor", "check": "doctor", "info": "doctor",
 }  # fmt: skip
 _DISK = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO)
 

@@ -234,18 +234,8 @@ def _encode(args: argparse.Namespace) -> int:
 
     if args.vae is None and args.text is None:
         raise ValueError("nothing to encode: give --vae, --text or both")
-    config = EncodeConfig(
-        path=args.data,
-        splits=tuple(args.splits),
-        size=args.size or EncodeConfig.size,
-        buckets=args.buckets,
-        crop=args.crop,
-        flip=args.flip,
-        variants=args.variants,
-        template=args.template,
-        dtype=args.dtype,
-        batch=args.batch,
-    )
+    told = {k: vars(args)[k] for k in ("buckets", "crop", "flip", "variants", "template", "dtype", "batch")}
+    config = EncodeConfig(path=args.data, splits=tuple(args.splits), size=args.size or EncodeConfig.size, **told)
     dist.check(meeting=False)
     device = dist.device()
     keep_freed_memory(device.type)

@@ -35,20 +35,30 @@ def _vendor() -> str:
     return told.read_text(encoding="utf-8", errors="replace")[:4096] if told.is_file() else platform.processor()
 
 
-def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether x W^T is better asked of oneDNN than of PyTorch.
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether x W^T is better asked of oneDNN than of PyTorch, by itself or within a function of autograd.
 
-    Not under autocast, nor while something looks at PyTorch's operators: a compiler, counters, functions' transforms.
+    Not under autocast, nor under a compiler or functions' transforms. A counter of operators changes nothing: what is
+    kept for the backward pass of a block that is computed again must be the same with it and without.
     """
     if torch.compiler.is_compiling() or x.dtype != torch.float32 or weight.dtype != torch.float32:
         return False
-    return wins() and _plain(x) and weight.device.type == "cpu"
+    return wins() and _open(x) and weight.device.type == "cpu"
+
+
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN is asked for x W^T: it `fits`, and nothing counts PyTorch's operators."""
+    return fits(x, weight) and not torch._C._len_torch_dispatch_stack()
+
+
+def _open(x: Tensor) -> bool:
+    if x.device.type != "cpu" or not x.numel() or torch.is_autocast_enabled("cpu"):
+        return False
+    return peek_interpreter_stack() is None
 
 
 def _plain(x: Tensor) -> bool:
-    if x.device.type != "cpu" or not x.numel() or torch.is_autocast_enabled("cpu"):
-        return False
-    return not torch._C._len_torch_dispatch_stack() and peek_interpreter_stack() is None
+    return _open(x) and not torch._C._len_torch_dispatch_stack()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

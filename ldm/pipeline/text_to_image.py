@@ -28,7 +28,7 @@ from ldm.models.attention import sliced
 from ldm.models.families import Family, family_of
 from ldm.models.layers import unchanging
 from ldm.models.network import Network
-from ldm.models.text import T5Encoder, TextEncoder, TextPrecision, TextTower, check_text_precision
+from ldm.models.text import T5Encoder, T5Tokenizer, TextEncoder, TextPrecision, TextTower, check_text_precision
 from ldm.models.text.captions import clean
 from ldm.models.transformers.times import known_times
 from ldm.models.vae.latents import LatentCodec
@@ -140,7 +140,8 @@ class TextToImage:
 
         Raises ValueError for other families, and without the packages that this needs.
         """
-        told = [encoder.tokenizer for encoder in self.text if isinstance(encoder, T5Encoder) and encoder.config.lower]
+        found = [e.tokenizer for e in self.text if isinstance(e, T5Encoder) and e.config.lower]
+        told = [tokenizer for tokenizer in found if isinstance(tokenizer, T5Tokenizer)]
         if not told:
             raise ValueError(f"clean_captions: is PixArt's; the model is {self.family.title}")
         if on:

@@ -89,10 +89,14 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Activations:
-    """Peaks over the samples of a micro-batch, by two counts and the line through them."""
+    """Peaks over the samples of a micro-batch, by two counts and the line through them; of one sample, its own count.
+
+    A peak is the largest of several moments, each linear in the samples, so a line may lie too low below its counts.
+    """
 
     few: Trace
     more: Trace
+    one: Trace | None = None
 
     @staticmethod
     def count(
@@ -102,17 +106,22 @@ class Activations:
         precision: torch.dtype,
         gpu: bool,
         batch: int = 2,
+        one: bool = False,
     ) -> Activations:
-        """Trace `module` on the meta device at `batch` and twice that."""
-        few, more = (trace(module, inputs, b, precision=precision, gpu=gpu) for b in (batch, 2 * batch))
-        return Activations(few, more)
+        """Trace `module` on the meta device at `batch` and twice that, and with `one` of one sample."""
+        batches = [batch, 2 * batch, *([1] if one else [])]
+        return Activations(*(trace(module, inputs, b, precision=precision, gpu=gpu) for b in batches))
 
     def peak(self, batch: float) -> float:
         """Bytes of activations and temporaries at the fullest moment."""
+        if self.one is not None and batch <= 1:
+            return self.one.peak
         return self._line(batch, self.few.peak, self.more.peak)
 
     def kept(self, batch: float) -> float:
         """The same with all gradients of weights kept until the end of the backward pass."""
+        if self.one is not None and batch <= 1:
+            return self.one.peak_kept
         return max(self.peak(batch), self._line(batch, self.few.peak_kept, self.more.peak_kept))
 
     def _line(self, batch: float, low: float, high: float) -> float:

@@ -141,8 +141,9 @@ class Planner:
         gpu = not cluster.hardware.host
         modules = {recompute: job.build(recompute) for recompute in recomputing}
         self.sizes = Sizes.of(next(iter(modules.values())))
+        alone = job.batch // (cluster.world * job.layout.accumulate) <= 1
         self.activations = {
-            recompute: Activations.count(module, job.inputs, precision=job.precision, gpu=gpu)
+            recompute: Activations.count(module, job.inputs, precision=job.precision, gpu=gpu, one=alone)
             for recompute, module in modules.items()
         }
         self.frozen_bytes = sum(f.bytes for f in job.frozen)

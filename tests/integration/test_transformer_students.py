@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "dmd": {"kind": "dmd", "solver_steps": 10, "steps": [2], "every": 1, "w": [1.0, 1.0]},
     "progressive": {"kind": "progressive", "steps": 4, "until": 2, "w": [1.0, 1.0]},
 }
+
+
+def cases(*names: str, quick: set[str]) -> list[Any]:
+    """All families and methods; what is not quick is slow."""
+    return [
+        pytest.param(kind, name, marks=() if f"{kind}-{name}" in quick else pytest.mark.slow)
+        for kind in KINDS
+        for name in names
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +130,7 @@ def of_base(kind: str, root: Path, export: Path) -> Any:
     return pipe
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["lcm", "lora", "progressive"])
+@pytest.mark.parametrize(("kind", "name"), cases("lcm", "lora", "progressive", quick={"sd3-progressive", "flux-lora"}))
 def test_students_are_drawn_as_diffusers_draws_them(
     kind: str, name: str, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,12 +159,20 @@ def test_students_are_drawn_as_diffusers_draws_them(
     assert float((base - picture).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["lcm", "lora", "progressive", "dmd"])
+@pytest.mark.parametrize(
+    ("kind", "name"), cases("lcm", "lora", "progressive", "dmd", quick={"flux-progressive", "pixart-dmd", "sd3-lcm"})
+)
 def test_losses_fall(kind: str, name: str, root: Path) -> None:
-    """Two dozen steps on one batch with one draw of noise; of DMD both the critic's loss and the student's."""
-    method = {"until": 4} if name == "progressive" else {}
-    path = written(root, kind, name, 24, method=method)
+    """Two dozen steps on one batch with one draw of noise.
+
+    Of DMD the critic's, on a student that waits: what the student follows is a direction, and no loss that falls. An
+    epsilon teacher is matched by a student of v, the first round of its progressive distillation.
+    """
+    methods = {"progressive": {"until": 4}, "dmd": {"alone": 1000}}
+    changes: dict[str, Any] = {"method": methods.get(name, {})}
+    if name == "progressive" and kind == "pixart":
+        changes = {"method": {"stage": "match"}, "prediction": "v"}
+    path = written(root, kind, name, 24, **changes)
     config = load_run(str(path), [])
     assert isinstance(config.task, DistillTask)
     seed_torch(0)
@@ -170,8 +187,8 @@ def test_losses_fall(kind: str, name: str, root: Path) -> None:
         loss.backward()
         optimizer.step()
         objective.after_step(step + 1)
-        found.append([float(loss), *(float(metrics[k]) for k in ("critic", "direction") if k in metrics)])
-    first, last = torch.tensor(found[0]), torch.tensor(found[-4:]).mean(0)
-    print(f"{name} {kind}: {first.tolist()} -> {last.tolist()}")
-    assert torch.isfinite(torch.tensor(found)).all()
-    assert (last < 0.7 * first).all()
+        found.append(float(metrics["critic"] if name == "dmd" else loss))
+    first, last = found[0], sum(found[-4:]) / 4
+    print(f"{name} {kind}: {first:.4g} -> {last:.4g}")
+    assert all(map(math.isfinite, found))
+    assert last < 0.7 * first

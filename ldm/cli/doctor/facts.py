@@ -46,6 +46,7 @@ EXTRAS = {
     "gcsfs": ("gcs", "shards on Google Cloud Storage"),
     "simplejpeg": ("fast", "faster JPEG decoding"),
     "pyarrow": ("parquet", "captions in Parquet files"),
+    "beautifulsoup4": ("captions", "captions cleaned as diffusers cleans them"),
     "gradio": ("web", "drawing in a browser"),
     "scipy": ("eval", "distances between sets of pictures"),
 }
@@ -272,7 +273,7 @@ def _imports(names: list[str], first: Answer, limit: float) -> dict[str, Facts]:
     found: dict[str, Facts] = {}
     answer, left = first, list(names)
     while left:
-        said = dict(part.partition("\n")[::2] for part in answer.log.split(IMPORTING)[1:])
+        said = {name: rest for name, _, rest in (p.partition("\n") for p in answer.log.split(IMPORTING)[1:])}
         found |= {n: answer.values[n] | {"said": said.get(n, "")[-2000:]} for n in left if n in answer.values}
         left = [n for n in left if n not in found]
         if left:

@@ -21,7 +21,7 @@ from ldm.models.text.missing import MissingT5
 from ldm.models.text.precision import TextPrecision, check_text_precision, in_int8, text_bytes, text_dtype
 from ldm.models.text.pretrained import copy_tokenizer
 from ldm.models.text.qwen import QwenEncoder
-from ldm.models.text.t5 import T5Encoder
+from ldm.models.text.t5 import T5Encoder, T5Tokenizer
 from ldm.models.text.tokenizer import EMOJI_BPE, Overlong, Tokenizer, build_tokenizer
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "T5Config",
     "T5Encoder",
     "T5Padding",
+    "T5Tokenizer",
     "TextConfig",
     "TextEncoder",
     "TextPrecision",

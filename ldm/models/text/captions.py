@@ -103,5 +103,5 @@ def _packages() -> tuple[Any, Any]:
         from bs4 import BeautifulSoup
         from ftfy import fix_text
     except ImportError as error:
-        raise ValueError("cleaning captions needs beautifulsoup4 and ftfy: pip install beautifulsoup4 ftfy") from error
+        raise ValueError("cleaning captions needs beautifulsoup4 and ftfy: pip install 'ldm[captions]'") from error
     return BeautifulSoup, fix_text

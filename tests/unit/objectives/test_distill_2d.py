@@ -15,9 +15,11 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
 SHORT = {"consistency": 200, "progressive": 120, "trajectory": 200, "matching": 250, "matching, adversarial": 250}
 """Training steps; a few seconds each on a quiet core."""
 LONG = {"matching": 0.4, "matching, adversarial": 0.4}
-"""After four times as many. Matching, of whose steps half are the critic's, comes slower and no nearer than a fifth:
-over three seeds 0.22 to 0.31 of the teacher's own four steps after 1000, 0.15 to 0.21 after 2000, 0.19 to 0.21 after
-3000."""
+"""After four times as many. Matching, of whose steps half are the critic's, comes slower and no nearer than a fifth.
+
+Over three seeds 0.22 to 0.31 of the teacher's own four steps after 1000, 0.15 to 0.21 after 2000, 0.19 to 0.21 after
+3000.
+"""
 
 
 @pytest.fixture(scope="module")
