@@ -36,7 +36,10 @@ def test_forty_steps_there_and_back_cost_less_than_a_decibel(tmp_path: Path) -> 
 def test_two_hundred_and_fifty_steps_cost_less_than_a_decibel(
     captions: tuple[str, ...], worst: float, tmp_path: Path
 ) -> None:
-    """On the mean; without its caption one picture of the eight, a necktie, comes back as another (2.4 dB)."""
+    """On the mean; without its caption one picture of the eight, a necktie, comes back as another (2.4 dB).
+
+    `--refine 2` mends it: 0.01 dB at 100 steps.
+    """
     found = figures(tmp_path, "--count", "8", "--steps", "250", *captions)
     assert found["lost"]["mean"] < 1
     assert found["lost"]["worst"] < worst
