@@ -66,7 +66,7 @@ def padded(conds: Sequence[Cond]) -> list[Cond]:
 
 
 def trimmed(cond: Cond) -> Cond:
-    """Without the tokens at the end that the masks leave out for every row; one stays at least, and all without memory."""
+    """Without the tokens at the end that the masks leave out for every row, but for one; whole without memory."""
     out = dict(cond)
     for key in [
         k for k in cond if k.partition(".")[0] == "mask" and not cond[k].is_meta
