@@ -66,9 +66,11 @@ def padded(conds: Sequence[Cond]) -> list[Cond]:
 
 
 def trimmed(cond: Cond) -> Cond:
-    """Without the tokens at the end that the masks leave out for every row; one stays at least."""
+    """Without the tokens at the end that the masks leave out for every row, but for one; whole without memory."""
     out = dict(cond)
-    for key in [k for k in cond if k.partition(".")[0] == "mask"]:
+    for key in [
+        k for k in cond if k.partition(".")[0] == "mask" and not cond[k].is_meta
+    ]:  # a plan's masks hold nothing
         seen = cond[key].bool().any(0).nonzero()
         length = int(seen.max()) + 1 if len(seen) else 1
         out |= {k: v[:, :length] for k, v in cond.items() if is_sequence(k) and mask_of(k) == key}
