@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ldm.cli.doctor.facts import EXTRAS, NEEDED
-from ldm.cli.doctor.findings import Finding, at
+from ldm.cli.doctor.findings import Finding, Level, at
 from ldm.cli.doctor.versions import fits, local, numbers, partner
 
 PYTHON = (3, 10)
@@ -119,7 +119,8 @@ def deepspeed(facts: dict[str, Any]) -> Iterator[Finding]:
 
 def others(facts: dict[str, Any]) -> Iterator[Finding]:
     """Further packages that do not import; xformers and flash-attn are told of with the kernels."""
-    for name, level in (("open_clip", "stops"), ("transformers", "slows"), ("bitsandbytes", "slows")):
+    levels: dict[str, Level] = {"open_clip": "stops", "transformers": "slows", "bitsandbytes": "slows"}
+    for name, level in levels.items():
         found = at(facts, "imports", name)
         if found and not found.get("ok") and not _late(found) and at(facts, "torch", "state") == "ok":
             package = {"open_clip": "open_clip_torch"}.get(name, name)
