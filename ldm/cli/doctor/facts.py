@@ -273,9 +273,7 @@ def _imports(names: list[str], first: Answer, limit: float) -> dict[str, Facts]:
     found: dict[str, Facts] = {}
     answer, left = first, list(names)
     while left:
-        said: dict[str, str] = {}
-        for part in answer.log.split(IMPORTING)[1:]:
-            name, _, said[name] = part.partition("\n")
+        said = {name: rest for name, _, rest in (p.partition("\n") for p in answer.log.split(IMPORTING)[1:])}
         found |= {n: answer.values[n] | {"said": said.get(n, "")[-2000:]} for n in left if n in answer.values}
         left = [n for n in left if n not in found]
         if left:

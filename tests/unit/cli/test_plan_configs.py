@@ -23,7 +23,7 @@ LARGE = (
     "sd35_medium_full", "flux_dev_full", "pixart_sigma_full", "sd35_medium", "flux", "pixart_sigma",
 )  # fmt: skip
 """Whose counting takes a minute."""
-WORLD = {"flux_dev_full": 8, "flux": 64, "sd35_medium": 16}
+WORLD = {"flux_dev_full": 16, "flux": 64, "sd35_medium": 16}
 """GPUs of those that fit on no single one."""
 WEIGHTS = {
     # of the published networks

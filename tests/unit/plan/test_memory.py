@@ -97,7 +97,7 @@ def test_one_sample_is_counted_by_itself() -> None:
         def forward(self, x: Tensor) -> Tensor:
             for layer in self.layers:
                 x = checkpoint(layer, x, use_reentrant=False)
-            return checkpoint(lambda y: (y.repeat(1, 768).sigmoid() + 1).sum(1), x, use_reentrant=False)
+            return checkpoint(lambda y: (y.repeat(1, 512).sigmoid() + 1).sum(1), x, use_reentrant=False)
 
     with torch.device("meta"):
         heavy = Heavy()

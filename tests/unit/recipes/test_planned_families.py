@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ldm.checkpoint.convert import save_diffusers
+from ldm.cli.__main__ import main
 from ldm.config.load import encode
 from ldm.config.schema import load_run
 from ldm.models import networks
@@ -109,3 +110,28 @@ def test_planned_memory_is_that_of_a_real_run(
         )
         assert found == pytest.approx(real, rel=0.1)
         assert rest == pytest.approx(real_rest, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "said"),
+    [
+        ("lcm", "task.drop=0.1", ""),
+        ("train", "task.gradient_checkpointing=transformer", "'transformer' is not one of ['block', 'none']"),
+        ("lcm", "task.method.kind=tcd", "method.kind: 'tcd', but its sampler in diffusers knows no flow"),
+        (
+            "lcm",
+            "task.guidance_embedding=32",
+            "the SD3 transformer has no place for one; write null",
+        ),
+        ("lora", "data.size=34", "data.size: 34 is not a multiple of 4"),
+    ],
+)
+def test_a_plan_is_printed_or_refused_in_one_line(
+    root: Path, method: str, change: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["plan", str(config(root, "sd3", method, 1, False)), change, "--gpus-per-node", "1"])
+    out, err = capsys.readouterr()
+    assert code == (2 if said else 0), err
+    assert "trained weights" in out if not said else not out
+    assert said in err
+    assert err.count("\n") == (1 if said else 0), err
