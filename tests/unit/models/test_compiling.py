@@ -150,6 +150,7 @@ def test_gradients(make: Any, again: Any) -> None:
     assert breaks() == {}
 
 
+@pytest.mark.slow  # a minute: forward and backward of every corrected block are traced
 @pytest.mark.parametrize(
     ("make", "dora"),
     [(lambda: unet(1), False), (lambda: sd3(5), False), (lambda: sd3(3), True)],
