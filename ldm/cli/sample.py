@@ -158,7 +158,11 @@ def main(argv: list[str]) -> int:
     job = _job(args, recorded)
     settings = _settings(args, None)  # refuses before anything is loaded
     pipeline, settings, record = _loaded(args, settings)
-    if recorded.get("weights", record["weights"]) != record["weights"]:
+    differs = [key for key in ("precision", "text_precision") if recorded.get(key, record[key]) != record[key]]
+    if differs:  # then the weights are others too
+        told = ", ".join(f"{key} {recorded[key]}, now {record[key]}" for key in differs)
+        _say([f"{args.from_png}: drawn with {told}: the picture will be another"])
+    elif recorded.get("weights", record["weights"]) != record["weights"]:
         _say([f"{args.from_png}: drawn by a model of other weights than {args.model}: the picture will be another"])
     return _draw(_Drawing(job, pipeline, settings, record, args.out), args)
 

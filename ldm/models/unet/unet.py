@@ -208,7 +208,7 @@ class UNet(Network):
             x = torch.cat([x, cond["concat"].to(x.dtype)], dim=1)
         if x.shape[1] != self.config.in_channels:
             raise ValueError(f"the U-Net takes {self.config.in_channels} channels, got {x.shape[1]} (with concat)")
-        x = x.to(next(self.parameters()).dtype)
+        x = x.to(self._dtype)
         text = cond["text"].to(x.dtype) if "text" in cond else x.new_zeros(0)
         known = iter(cond["kv"].split(self._kv_widths, dim=-1) if "kv" in cond else [None] * len(self._kv_widths))
         time = nn.functional.silu(self.time(t, cond, len(x), x.dtype))
@@ -237,6 +237,7 @@ class UNet(Network):
         The values are those that the layers compute themselves; it may stand in for "text" wherever rows of a batch are
         joined or chosen.
         """
+        text = text.to(self._dtype)
         return torch.cat([layer.keys_values(text) for layer in self.transformers()], dim=-1)
 
     def prepared(self, cond: Cond) -> Cond:
@@ -329,6 +330,10 @@ class UNet(Network):
         self.recompute = chosen == "block"
         for layer in self.transformers():
             layer.recompute = chosen == "transformer"
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
 
     def _sinusoid(self, t: Tensor, width: int) -> Tensor:
         return sinusoid(t, width, cos_first=self.config.flip_sin_to_cos, shift=self.config.freq_shift)

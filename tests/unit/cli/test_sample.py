@@ -121,6 +121,10 @@ def test_another_model_than_the_pictures_own_is_said(model: Path, many: Path, tm
     assert "drawn by a model of other weights" in capsys.readouterr().err
     assert sample("--from-png", one, "--out", tmp_path / "b") == 0
     assert "other weights" not in capsys.readouterr().err
+    assert sample("--from-png", one, "--precision", "bf16", "--out", tmp_path / "c") == 0
+    said = capsys.readouterr().err
+    assert "drawn with precision fp32, now bf16: the picture will be another" in said
+    assert "other weights" not in said
 
 
 def test_what_is_interrupted_keeps_what_it_had(
