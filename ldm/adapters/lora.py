@@ -116,6 +116,7 @@ class LoraNet(Around):
         super().__init__(network)
         self.layers = nn.ModuleDict({_key(site.name): Low(site, config) for site in sites})
         self._on = True
+        self._hooked: dict[str, list[nn.Module]] = {}
         self._undo = [self._hook(site) for site in sites if not isinstance(site.module, nn.MultiheadAttention)]
         fused: dict[nn.MultiheadAttention, dict[str, str]] = {}
         for site in sites:
@@ -132,6 +133,21 @@ class LoraNet(Around):
         finally:
             self._on = before
 
+    @contextlib.contextmanager
+    def using(self, layers: nn.ModuleDict) -> Iterator[None]:
+        """Inside, other corrections of the same layers are taken: an average of these, say."""
+        before = self.layers
+        self._take(layers)
+        try:
+            yield
+        finally:
+            self._take(before)
+
+    def _take(self, layers: nn.ModuleDict) -> None:
+        self.layers = layers
+        for key, taken in self._hooked.items():
+            taken[0] = layers[key]
+
     def detach(self) -> None:
         """Leave the model as it was before."""
         for undo in self._undo:
@@ -143,10 +159,11 @@ class LoraNet(Around):
         return self.layers[key](x, out) if self._on else out
 
     def _hook(self, site: Site) -> Callable[[], None]:
-        low = self.layers[_key(site.name)]  # not its name, by which compiled code would differ from block to block
+        key = _key(site.name)
+        taken = self._hooked[key] = [self.layers[key]]  # not the key, by which compiled code would differ by block
 
         def corrected(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-            return low(args[0], out) if self._on else out
+            return taken[0](args[0], out) if self._on else out
 
         return site.module.register_forward_hook(corrected).remove
 

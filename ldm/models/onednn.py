@@ -8,8 +8,11 @@ not by a measurement, so that a machine's results stay the same bit by bit.
 from __future__ import annotations
 
 import functools
+import math
 import platform
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,30 +38,30 @@ def _vendor() -> str:
     return told.read_text(encoding="utf-8", errors="replace")[:4096] if told.is_file() else platform.processor()
 
 
-def fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether x W^T is better asked of oneDNN than of PyTorch, by itself or within a function of autograd.
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether x W^T is better asked of oneDNN than of PyTorch.
 
-    Not under autocast, nor under a compiler or functions' transforms. A counter of operators changes nothing: what is
-    kept for the backward pass of a block that is computed again must be the same with it and without.
+    Not under autocast, nor under a compiler or functions' transforms. A counter of operators changes nothing, as a step
+    must be the same with it and without: give it the `formulas`.
     """
     if torch.compiler.is_compiling() or x.dtype != torch.float32 or weight.dtype != torch.float32:
         return False
-    return wins() and _open(x) and weight.device.type == "cpu"
+    return wins() and _plain(x) and weight.device.type == "cpu"
 
 
-def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN is asked for x W^T: it `fits`, and nothing counts PyTorch's operators."""
-    return fits(x, weight) and not torch._C._len_torch_dispatch_stack()
+def formulas() -> dict[Any, Callable[..., int]]:
+    """Operations of what is asked here, as `FlopCounterMode(custom_mapping=...)` takes them: of shapes."""
+    return {torch.ops.mkldnn._linear_pointwise: _operations} if available() else {}
 
 
-def _open(x: Tensor) -> bool:
-    if x.device.type != "cpu" or not x.numel() or torch.is_autocast_enabled("cpu"):
-        return False
-    return peek_interpreter_stack() is None
+def _operations(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * weight[0]
 
 
 def _plain(x: Tensor) -> bool:
-    return _open(x) and not torch._C._len_torch_dispatch_stack()
+    if x.device.type != "cpu" or not x.numel() or torch.is_autocast_enabled("cpu"):
+        return False
+    return peek_interpreter_stack() is None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -42,11 +42,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         half = half_of(x)
-        if half is None and onednn.fits(x, self.weight):
+        if half is None and onednn.takes(x, self.weight):
             if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
                 return _Linear.apply(x, self.weight, self.bias, False)  # type: ignore[return-value]
-            if onednn.takes(x, self.weight):
-                return onednn.linear(x, self.weight, self.bias)
+            return onednn.linear(x, self.weight, self.bias)
         if half is None or (self.weight.dtype != torch.float32 and x.numel() < FEW * x.shape[-1]):
             return super().forward(x)
         x = x.to(half)

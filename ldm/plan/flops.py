@@ -10,6 +10,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm.models import onednn
+
 
 def count_flops(module: Callable[..., Any], *inputs: Any) -> int:
     """Operations of the matrix products, convolutions and attentions of `module(*inputs)`, 2 a multiply-add.
@@ -17,7 +19,7 @@ def count_flops(module: Callable[..., Any], *inputs: Any) -> int:
     Norms, activations and sums are left out: they are bound by memory. Build the module under `torch.device("meta")`
     and give it meta tensors, and nothing is computed or allocated; a training step is about three times the count.
     """
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=onednn.formulas())
     with torch.no_grad(), _attention_in_parts(), counter:
         module(*inputs)
     return counter.get_total_flops()

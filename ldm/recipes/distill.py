@@ -190,11 +190,8 @@ def _lora_student(task: DistillTask, config: LoraConfig, teacher: Network, proce
     twin = twin_of(net, teacher, config)
 
     def goal(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        own, net.layers = net.layers, twin
-        try:
+        with net.using(twin):
             return net(x, t, cond)
-        finally:
-            net.layers = own
 
     weights = {f"layers.{name}": p for name, p in twin.named_parameters()}
     return Student(net, teacher, own, _estimator(goal, teacher, process), Target(weights, decay), lora=adapter)

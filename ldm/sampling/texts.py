@@ -78,9 +78,9 @@ def trimmed(cond: Cond) -> Cond:
 
 
 def lengthened(value: Tensor, tokens: int) -> Tensor:
-    """(B, T, ...) with zeros after its tokens up to so many."""
+    """(B, T, ...) with zeros after its tokens up to so many; as it is where it has more."""
     missing = tokens - value.shape[1]
-    if missing == 0:
+    if missing <= 0:
         return value
     sides = [0, 0] * (value.dim() - 2) + [0, missing]
     if value.dtype == torch.bool:

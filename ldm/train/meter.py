@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from ldm import dist
+from ldm.models import onednn
 from ldm.train.log import memory
 from ldm.types import Batch
 
@@ -23,11 +24,12 @@ class _Counted(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
+        self._formulas = flop_registry | {k: shape_wrapper(v) for k, v in onednn.formulas().items()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
+        formula = self._formulas.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=out)
         return out
@@ -73,7 +75,7 @@ def peak(device: torch.device, dtype: torch.dtype) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         began = time.perf_counter()
-        torch.mm(a, a)
+        onednn.product(a, a)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = max(best, 2 * side**3 / (time.perf_counter() - began))

@@ -264,7 +264,7 @@ SD = "StableDiffusionPipeline"
     ("index", "words"),
     [
         ({"_class_name": "StableDiffusion3Pipeline", **PARTS}, r"has part\(s\) \['unet'\]; known are \['transformer'"),
-        ({"_class_name": "FluxFillPipeline"}, "FluxFillPipeline.*FLUX.1 Fill"),
+        ({"_class_name": "FluxControlPipeline"}, "FluxControlPipeline.*FLUX.1 conditioned by a picture"),
         ({"_class_name": "IFPipeline"}, "IFPipeline.*DeepFloyd"),
         ({"_class_name": "StableDiffusionUpscalePipeline", **PARTS}, "UpscalePipeline.*an upscaler"),
         ({"_class_name": "StableDiffusionInstructPix2PixPipeline", **PARTS}, "InstructPix2Pix.*instructions"),

@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.models import networks
+from ldm.models import networks, onednn
 from ldm.models.fit import told
 from ldm.models.presets import PRESETS, TEXTS
 from ldm.models.transformers import presets
@@ -54,7 +54,7 @@ def test_counts_are_torch_s_on_real_tensors(kind: str, recompute: bool) -> None:
     real = networks.build(config).train()
     for network in (planned, real):
         network.enable_gradient_checkpointing(recompute)
-    forward, step = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    forward, step = (FlopCounterMode(display=False, custom_mapping=onednn.formulas()) for _ in range(2))
     with sdpa_kernel(SDPBackend.MATH):
         with torch.no_grad(), forward:
             real(*inputs(config, 2, "cpu"))
