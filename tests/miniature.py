@@ -80,6 +80,15 @@ def picture(color: str, shape: str) -> bytes:
     return buffer.getvalue()
 
 
+def crosses(folder: Path) -> Path:
+    """Three pictures in a new folder, each with its caption beside it; the folder."""
+    folder.mkdir()
+    for color in ("red", "green", "blue"):
+        (folder / f"{color}.png").write_bytes(picture(color, "cross"))
+        (folder / f"{color}.txt").write_text(f"a {color} cross")
+    return folder
+
+
 def data(folder: Path) -> Path:
     """16 pictures in the split train, 8 of them again in heldout."""
     shards = []

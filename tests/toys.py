@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ldm.diffusion.prediction import Sample
 from ldm.diffusion.process import Process
 from ldm.diffusion.schedule import Discrete
+from ldm.objectives.base import Objective
 from ldm.objectives.teacher import Estimator, Teacher
 from ldm.rng import Rng, generator
 from ldm.types import Batch, Cond
@@ -73,6 +74,14 @@ TEACHER = Teacher(Estimator(exact, PROCESS), None)
 
 def batch(count: int, first: int = 0) -> tuple[Batch, Rng]:
     return {"weight": torch.ones(count)}, Rng(5, tuple(range(first, first + count)))
+
+
+def step(objective: Objective, gains: Tensor, count: int = 200) -> tuple[float, float]:
+    """The loss of a batch, and its largest slope by the gains."""
+    loss, _ = objective(*batch(count))
+    loss.backward()
+    assert gains.grad is not None
+    return loss.item(), float(gains.grad.abs().max())
 
 
 def ddim(x: Tensor, times: list[int], end: tuple[float, float]) -> Tensor:

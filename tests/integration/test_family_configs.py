@@ -36,10 +36,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data, and three captioned pictures."""
     folder = tmp_path_factory.mktemp("configs")
     miniature.data(folder / "data")
-    (folder / "pictures").mkdir()
-    for color in ("red", "green", "blue"):
-        (folder / "pictures" / f"{color}.png").write_bytes(miniature.picture(color, "cross"))
-        (folder / "pictures" / f"{color}.txt").write_text(f"a {color} cross")
+    miniature.crosses(folder / "pictures")
     return folder
 
 

@@ -34,10 +34,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data, three captioned pictures, and a folder of each family; FLUX.1's shift grows with the picture."""
     folder = tmp_path_factory.mktemp("transformers")
     miniature.data(folder / "data")
-    (folder / "subject").mkdir()
-    for color in ("red", "green", "blue"):
-        (folder / "subject" / f"{color}.png").write_bytes(miniature.picture(color, "cross"))
-        (folder / "subject" / f"{color}.txt").write_text(f"a {color} cross")
+    miniature.crosses(folder / "subject")
     for kind in KINDS:
         parts = make(kind, folder / "t5" / kind)
         scheduler = DYNAMIC if kind == "flux" else parts.scheduler

@@ -19,7 +19,7 @@ from ldm.rng import Rng
 from tests import families
 from tests.parity import test_diffusers_folder as unets
 
-PROMPTS, STEPS, SIZE = ["a red apple", "a green apple"], 8, (16, 24)
+PROMPTS, STEPS, SIZE = [f"a {colour} apple" for colour in ("red", "green", "blue", "dark", "pale", "grey")], 8, (16, 24)
 GUIDANCE = {"flux": 3.5, "sd1": 5.0, "sdxl": 5.0, "sd3": 5.0, "pixart": 4.5, "zimage": 3.0}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -34,7 +34,7 @@ def folder_of(kind: str, at: Path) -> Path:
 
 
 def noise_of(pipe: TextToImage) -> Tensor:
-    shape = (2, *pipe.latent_shape(SIZE))
+    shape = (len(PROMPTS), *pipe.latent_shape(SIZE))
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
@@ -42,7 +42,7 @@ def ours(folder: Path, kind: str, precision: str) -> Tensor:
     pipe = TextToImage.load(folder, precision=precision)
     sampler = "ddim" if kind in ("sd1", "sdxl") else pipe.habit[0]
     chosen = Settings(steps=STEPS, size=SIZE, sampler=sampler, guidance=GUIDANCE[kind], negative="")
-    return pipe.latents(PROMPTS, chosen, Rng(0, (0, 1)), x=noise_of(pipe))
+    return pipe.latents(PROMPTS, chosen, Rng(0, tuple(range(len(PROMPTS)))), x=noise_of(pipe))
 
 
 def theirs(folder: Path, kind: str, noise: Tensor, dtype: torch.dtype) -> Tensor:
@@ -84,7 +84,7 @@ def test_as_near_to_float32_as_diffusers(kind: str, precision: str, tmp_path: Pa
     print(kind, precision, apart(half, exact), apart(other, exact), apart(half, other))
     assert half.dtype == torch.float32
     assert half.isfinite().all()
-    assert 0 < apart(half, exact) < 1.5 * apart(other, exact)
+    assert 0 < apart(half, exact) < 1.15 * apart(other, exact)
     assert apart(half, other) < 2 * apart(other, exact)
 
 

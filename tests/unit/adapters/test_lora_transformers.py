@@ -42,17 +42,17 @@ def made(family: str, seed: int = 0) -> Network:
     network = NETS[family]()
     for p in network.parameters():
         nn.init.normal_(p, std=0.1) if p.ndim == 1 else nn.init.xavier_normal_(p)
-    return network
+    return network.double()
 
 
 def inputs(network: Network) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     g = torch.Generator().manual_seed(5)
-    cond = {"text": torch.randn(2, 5, 20, generator=g)}
+    cond = {"text": torch.randn(2, 5, 20, generator=g).double()}
     if "pooled" in network.needs:
-        cond["pooled"] = torch.randn(2, 12, generator=g)
+        cond["pooled"] = torch.randn(2, 12, generator=g).double()
     if "guidance" in network.needs:
         cond["guidance"] = torch.tensor([3.5, 1.0])
-    return torch.randn(2, 4, 8, 6, generator=g), torch.tensor([30.0, 700.0]), cond
+    return torch.randn(2, 4, 8, 6, generator=g).double(), torch.tensor([30.0, 700.0]), cond
 
 
 @pytest.fixture(params=NETS)
@@ -69,7 +69,7 @@ def test_outputs_and_gradients_are_those_of_peft(family: str, kind: str) -> None
     with torch.no_grad():
         plain = network(x, t, cond)
     adapter = LoraAdapter(config)
-    net = filled(adapter.attach(network, []))
+    net = filled(adapter.attach(network, [])).double()
     found = net(x, t, cond)
     found.square().mean().backward()
     assert (found - plain).abs().max() > 1e-3
@@ -82,10 +82,10 @@ def test_outputs_and_gradients_are_those_of_peft(family: str, kind: str) -> None
     for module in other.modules():  # which the patches' layer is asked for, and PEFT's does not pass on
         if isinstance(base := getattr(module, "base_layer", None), nn.Conv2d):
             module.out_channels = base.out_channels  # type: ignore[assignment]
-    set_peft(other, names)
+    set_peft(other.double(), names)
     wanted = other(x, t, cond)
     wanted.square().mean().backward()
-    assert torch.allclose(found, wanted, atol=1e-5, rtol=1e-5)
+    assert torch.allclose(found, wanted, atol=1e-9, rtol=1e-9)
     named = dict(net.named_parameters())
     for name in names:
         layer: Any = other.get_submodule(name)
@@ -104,15 +104,15 @@ def test_merged_as_trained_and_out_again_to_the_last_bit(family: str, kind: str)
     network, adapter = made(family), LoraAdapter(CONFIGS[kind])
     before = {k: v.clone() for k, v in network.state_dict().items()}
     x, t, cond = inputs(network)
-    net = filled(adapter.attach(network, []))
+    net = filled(adapter.attach(network, [])).double()
     with torch.no_grad():
         found = net(x, t, cond)
         net.detach()
         loras, lora = Loras(network, []), adapter.lora(weights(net))
         loras.add("a", lora)
-        assert torch.allclose(network(x, t, cond), found, atol=1e-5, rtol=1e-5)
+        assert torch.allclose(network(x, t, cond), found, atol=1e-9, rtol=1e-9)
         prepared = network(x, t, network.prepared(cond))
-        assert torch.allclose(prepared, found, atol=1e-5, rtol=1e-5)
+        assert torch.allclose(prepared, found, atol=1e-9, rtol=1e-9)
         loras.add("b", lora, -0.5)
         loras.remove("a", "b")
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
@@ -123,7 +123,7 @@ def test_checkpointing_gives_the_same_gradients(family: str) -> None:
     for recompute in (False, True):
         network = made(family)
         network.enable_gradient_checkpointing(recompute)
-        net = filled(LoraAdapter(LoraConfig()).attach(network, []))
+        net = filled(LoraAdapter(LoraConfig()).attach(network, [])).double()
         net(*inputs(network)).square().mean().backward()
         found.append({n: p.grad for n, p in net.named_parameters()})
     assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
