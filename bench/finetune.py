@@ -30,7 +30,8 @@ from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.pipeline import TextToImage
 from ldm.recipes.sources import text_encoder
 from ldm.rng import Rng
-from ldm.train.engine import Engine, EngineConfig
+from ldm.train.engine import Engine
+from ldm.train.engine_config import EngineConfig
 from ldm.train.optim import Optim
 
 RANK, SIDE = 4, 64

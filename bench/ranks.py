@@ -27,7 +27,8 @@ from ldm.rng import Rng
 from ldm.train import engine as engines
 from ldm.train import state
 from ldm.train.ema import EmaConfig
-from ldm.train.engine import Engine, EngineConfig
+from ldm.train.engine import Engine
+from ldm.train.engine_config import EngineConfig
 from ldm.train.trainer import CheckpointConfig, TrainConfig, Trainer
 
 

@@ -26,7 +26,8 @@ from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.rng import Rng
 from ldm.train.ema import EmaConfig
-from ldm.train.engine import Engine, EngineConfig
+from ldm.train.engine import Engine
+from ldm.train.engine_config import EngineConfig
 from ldm.train.log import Log, LogConfig
 from ldm.train.optim import Optim
 from ldm.train.trainer import TrainConfig, Trainer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ldm.train.ema import EmaConfig
-from ldm.train.engine import EngineConfig
+from ldm.train.engine_config import EngineConfig
 from ldm.train.guards import GuardConfig
 from ldm.train.log import LogConfig
 from ldm.train.optim import Optim

@@ -12,7 +12,8 @@ from ldm.models.discriminator import Discriminator, DiscriminatorConfig
 from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.objectives.autoencoder import AutoencoderLoss, AutoencoderObjective
 from ldm.rng import Rng
-from ldm.train.engine import Engine, EngineConfig
+from ldm.train.engine import Engine
+from ldm.train.engine_config import EngineConfig
 from ldm.train.optim import Optim
 from tests import ranks
 from tests.distributed.tiny import worst

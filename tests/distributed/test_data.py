@@ -15,7 +15,8 @@ from ldm.data.manifest import Manifest
 from ldm.data.mixture import Data, MixtureConfig, open_data
 from ldm.data.write import ShardWriter
 from ldm.rng import Rng
-from ldm.train.engine import Engine, EngineConfig
+from ldm.train.engine import Engine
+from ldm.train.engine_config import EngineConfig
 from ldm.train.optim import Optim
 from tests import ranks
 from tests.distributed import tiny

@@ -28,7 +28,8 @@ from ldm.recipes.distill import Student, make_objective, make_student, memory
 from ldm.recipes.distill_task import DistillTask, Method
 from ldm.rng import Rng
 from ldm.train import state
-from ldm.train.engine import Engine, EngineConfig
+from ldm.train.engine import Engine
+from ldm.train.engine_config import EngineConfig
 from ldm.train.optim import Optim
 from tests import ranks
 from tests.distributed import tiny

@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm.models.attention import attention, using
 from ldm.rng import Rng
-from ldm.train.engine import Engine, EngineConfig
+from ldm.train.engine import Engine
+from ldm.train.engine_config import EngineConfig
 from tests.distributed import tiny
 
 STEPS = 3

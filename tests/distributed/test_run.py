@@ -19,7 +19,7 @@ from ldm.train import state
 from ldm.train.chosen import choose
 from ldm.train.config import ValidateConfig
 from ldm.train.ema import EmaConfig
-from ldm.train.engine import EngineConfig
+from ldm.train.engine_config import EngineConfig
 from ldm.train.guards import GuardConfig
 from ldm.train.log import LogConfig
 from ldm.train.trainer import CheckpointConfig, TrainConfig, Trainer

@@ -16,7 +16,8 @@ from ldm.objectives import Objective
 from ldm.plan.throughput import wire as planned_wire
 from ldm.rng import Rng
 from ldm.train.ema import Ema, EmaConfig
-from ldm.train.engine import Engine, EngineConfig
+from ldm.train.engine import Engine
+from ldm.train.engine_config import EngineConfig
 from ldm.train.optim import Optim
 from ldm.types import Batch, Metrics
 from tests import ranks

@@ -13,7 +13,8 @@ from ldm import dist
 from ldm.rng import Rng
 from ldm.train import state
 from ldm.train.ema import Ema
-from ldm.train.engine import Engine, EngineConfig
+from ldm.train.engine import Engine
+from ldm.train.engine_config import EngineConfig
 from tests.distributed import tiny
 
 HALF = 3

@@ -19,7 +19,7 @@ from ldm.models.vae.autoencoder import Autoencoder
 from ldm.models.vae.latents import LatentCodec
 from ldm.precision import Measured
 from ldm.recipes.run import settled
-from ldm.train.engine import EngineConfig
+from ldm.train.engine_config import EngineConfig
 from ldm.train.trainer import TrainConfig
 from tests import ranks
 

@@ -42,7 +42,11 @@ def made(family: str, seed: int = 0) -> Network:
     network = NETS[family]()
     for p in network.parameters():
         nn.init.normal_(p, std=0.1) if p.ndim == 1 else nn.init.xavier_normal_(p)
-    return network.double()
+    return network
+
+
+def in_double(family: str, seed: int = 0) -> Network:
+    return made(family, seed).double()
 
 
 def inputs(network: Network) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -64,7 +68,7 @@ def family(request: pytest.FixtureRequest) -> str:
 def test_outputs_and_gradients_are_those_of_peft(family: str, kind: str) -> None:
     import peft
 
-    config, network = CONFIGS[kind], made(family)
+    config, network = CONFIGS[kind], in_double(family)
     x, t, cond = inputs(network)
     with torch.no_grad():
         plain = network(x, t, cond)
@@ -73,7 +77,7 @@ def test_outputs_and_gradients_are_those_of_peft(family: str, kind: str) -> None
     found = net(x, t, cond)
     found.square().mean().backward()
     assert (found - plain).abs().max() > 1e-3
-    lora, other = adapter.lora(weights(net)), made(family)
+    lora, other = adapter.lora(weights(net)), in_double(family)
     names = {n.removeprefix("transformer."): low for n, low in lora.items()}
     theirs = peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha or config.rank, use_dora=config.dora, target_modules=list(names)
@@ -101,7 +105,7 @@ def test_outputs_and_gradients_are_those_of_peft(family: str, kind: str) -> None
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_merged_as_trained_and_out_again_to_the_last_bit(family: str, kind: str) -> None:
-    network, adapter = made(family), LoraAdapter(CONFIGS[kind])
+    network, adapter = in_double(family), LoraAdapter(CONFIGS[kind])
     before = {k: v.clone() for k, v in network.state_dict().items()}
     x, t, cond = inputs(network)
     net = filled(adapter.attach(network, [])).double()
@@ -121,7 +125,7 @@ def test_merged_as_trained_and_out_again_to_the_last_bit(family: str, kind: str)
 def test_checkpointing_gives_the_same_gradients(family: str) -> None:
     found = []
     for recompute in (False, True):
-        network = made(family)
+        network = in_double(family)
         network.enable_gradient_checkpointing(recompute)
         net = filled(LoraAdapter(LoraConfig()).attach(network, [])).double()
         net(*inputs(network)).square().mean().backward()
@@ -130,7 +134,7 @@ def test_checkpointing_gives_the_same_gradients(family: str) -> None:
 
 
 def test_extraction_from_a_trained_network(family: str) -> None:
-    before, after = made(family), made(family)
+    before, after = in_double(family), in_double(family)
     net = filled(LoraAdapter(LoraConfig(rank=2)).attach(after, []))
     net.detach()
     lora = LoraAdapter(LoraConfig(rank=2)).lora(weights(net))
@@ -164,14 +168,14 @@ def test_what_is_corrected_where_nothing_is_said(family: str, wanted: set[str]) 
     if family == "sd3":  # without the second attentions of SD3.5 medium
         network: Network = SD3Transformer(replace(presets.SD3_TINY, dual_attention_layers=()))
     else:
-        network = made(family)
+        network = in_double(family)
     assert ends(LoraAdapter(LoraConfig()).attach(network, [])) == wanted
     named = LoraConfig(targets=usual_targets(network))
     assert ends(LoraAdapter(named).attach(network, [])) == wanted
 
 
 def test_every_layer_has_a_group_and_a_name(family: str) -> None:
-    network = made(family)
+    network = in_double(family)
     sites = network_sites(network)
     layers = [n for n, m in network.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     assert [s.name for s in sites] == [f"transformer.{n}" for n in layers]
@@ -189,18 +193,18 @@ class Other(nn.Module):
 
 
 def test_text_lora_is_on_the_clip_towers_alone() -> None:
-    flux, tower = made("flux"), TextTower(TEXT)
+    flux, tower = in_double("flux"), TextTower(TEXT)
     net = LoraAdapter(LoraConfig(text=True)).attach(flux, [tower, Other()])  # type: ignore[list-item]
     text = {n for n in weights(net) if "text_encoder" in n}
     layers = {n.partition("/layers/")[2].partition(".")[0] for n in text}
     assert layers == {f"{i}/self_attn/{n}_proj" for i in (0, 1) for n in ("q", "k", "v", "out")}
     with pytest.raises(ValueError, match=r"text: LoRA adapts CLIP towers alone, and the PixArt.* \['Other'\]"):
-        LoraAdapter(LoraConfig(text=True)).attach(made("pixart"), [Other()])  # type: ignore[list-item]
+        LoraAdapter(LoraConfig(text=True)).attach(in_double("pixart"), [Other()])  # type: ignore[list-item]
 
 
 def test_all_weights_of_networks_and_encoders() -> None:
     """FLUX.1 is given CLIP's pooled vector, so that its last block trains; all of T5 does."""
-    flux, tower, other = made("flux"), TextTower(replace(TEXT, output="penultimate")), Other()
+    flux, tower, other = in_double("flux"), TextTower(replace(TEXT, output="penultimate")), Other()
     whole = FullAdapter(FullConfig(text=True)).attach(flux, [tower, other])  # type: ignore[list-item]
     frozen = [n for n, p in whole.named_parameters() if not p.requires_grad]
     assert frozen == []

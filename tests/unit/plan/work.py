@@ -17,7 +17,8 @@ from ldm.models.unet import UNet, UNetConfig
 from ldm.objectives import Objective
 from ldm.rng import Rng
 from ldm.train.ema import Ema, EmaConfig
-from ldm.train.engine import Engine, EngineConfig
+from ldm.train.engine import Engine
+from ldm.train.engine_config import EngineConfig
 from ldm.train.optim import Optim
 from ldm.types import Batch, Metrics
 

@@ -18,7 +18,7 @@ from ldm.objectives import Objective
 from ldm.recipes import run as recipe
 from ldm.recipes.base import Assembly
 from ldm.rng import Rng
-from ldm.train.engine import EngineConfig
+from ldm.train.engine_config import EngineConfig
 from ldm.train.log import LogConfig
 from ldm.train.trainer import CheckpointConfig, TrainConfig, Trainer
 from ldm.types import Batch, Metrics

@@ -16,7 +16,7 @@ from ldm.rng import Rng
 from ldm.train import posthoc
 from ldm.train.chosen import choose
 from ldm.train.ema import WIDEST, Ema, EmaConfig, gamma_of, width_of
-from ldm.train.engine import EngineConfig
+from ldm.train.engine_config import EngineConfig
 from ldm.train.log import LogConfig
 from ldm.train.optim import Optim
 from ldm.train.posthoc import Profile, coefficients, overlap

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.train.engine import EngineConfig, _deepspeed, compile_blocks, deepspeed_config
+from ldm.train.engine import _deepspeed, compile_blocks
+from ldm.train.engine_config import EngineConfig, deepspeed_config
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -64,7 +65,8 @@ def refuse(*args, **kwargs):
 extension.load = extension.load_inline = extension._jit_compile = refuse
 import torch
 from ldm.objectives import Objective
-from ldm.train.engine import Engine, EngineConfig
+from ldm.train.engine import Engine
+from ldm.train.engine_config import EngineConfig
 from ldm.train.optim import Optim
 
 class Square(Objective):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ldm.objectives import Objective
 from ldm.rng import Rng
 from ldm.train.ema import EmaConfig
-from ldm.train.engine import EngineConfig
+from ldm.train.engine_config import EngineConfig
 from ldm.train.log import LogConfig
 from ldm.train.optim import Optim
 from ldm.train.trainer import AGAIN, CheckpointConfig, TrainConfig, Trainer
