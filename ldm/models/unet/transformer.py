@@ -79,9 +79,10 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """In training what comes out of the gate is not kept but computed again, if that takes a GPU no longer."""
         first, last = self.net[0], self.net[2]
-        plain = type(first) is GEGLU and type(last) is Linear and not hooked(first) and not hooked(last)
-        plain = plain and (x.device.type == "cpu" or not last.weight.requires_grad)
-        if not plain or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not (type(first) is GEGLU and type(last) is Linear) or hooked(first) or hooked(last):
+            return last(first(x))
+        pays = x.device.type == "cpu" or not last.weight.requires_grad
+        if not pays or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return last(first(x))
         return geglu_linear(first.proj(x), last.weight, last.bias)
 
