@@ -146,7 +146,8 @@ def test_a_row_that_crashes_hangs_or_breaks_the_card_is_a_row(monkeypatch: pytes
     def child(words: Any, log: Path) -> subprocess.Popen[bytes]:
         started.append(words)
         log.touch()
-        return subprocess.Popen([sys.executable, "-c", WORKER, *words[2:]])
+        argv = [sys.executable, "-c", WORKER, *words[2:]]
+        return subprocess.Popen(argv, start_new_session=True)
 
     monkeypatch.setattr(runner, "child", child)
     monkeypatch.setattr(runner, "LIMITS", dict.fromkeys(MODES, 2.0))
