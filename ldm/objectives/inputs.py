@@ -74,9 +74,9 @@ class LatentFeed:
         dropped = rng.uniform("drop") < self.drop
         if self._live:
             captions = ["" if gone else c for c, gone in zip(batch["caption"], dropped.tolist(), strict=True)]
-            out = _wide(self._encode_text(captions))
+            out = self._encoded(captions, device)
             if self._each:
-                out = self._emptied(out, _wide(self._encode_text([""])), rng, None, device)
+                out = self._emptied(out, self._encoded([""], device), rng, None, device)
         else:
             out = self._frozen(batch, rng, dropped, device)
         if all(name in batch for name in SIZES):
@@ -86,8 +86,12 @@ class LatentFeed:
     @torch.no_grad()
     def _frozen(self, batch: Batch, rng: Rng, dropped: Tensor, device: torch.device) -> Cond:
         cached = {k: v.to(device) for k, v in batch.items() if is_text(k) and isinstance(v, Tensor)}
-        cond = self._whole(cached) or _wide(self._encode_text(batch["caption"]))
+        cond = self._whole(cached) or self._encoded(batch["caption"], device)
         return self._emptied(cond, self._short, rng, dropped, device)
+
+    def _encoded(self, captions: Sequence[str], device: torch.device) -> Cond:
+        """What the text encoders give, wherever they are."""
+        return {k: v.to(device) for k, v in _wide(self._encode_text(captions)).items()}
 
     def _whole(self, cached: Cond) -> Cond:
         """Texts of families without masks as long as their encoders give them: caches leave zeros at the end out."""
