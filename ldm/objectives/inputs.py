@@ -63,9 +63,9 @@ class LatentFeed:
     def latents(self, batch: Batch, rng: Rng, device: torch.device) -> Tensor:
         """Scaled latents (B, Z, h, w), a draw from the posterior."""
         if "moments" in batch:
-            moments = batch["moments"].to(device)
+            moments = batch["moments"].to(device, non_blocking=True)
         else:
-            moments = self._codec.moments(batch["image"].to(device)).float()
+            moments = self._codec.moments(batch["image"].to(device, non_blocking=True)).float()
         noise = rng.normal("posterior", (moments.shape[1] // 2, *moments.shape[2:]))
         return self._codec.sample(moments, noise.to(moments))
 
@@ -85,7 +85,7 @@ class LatentFeed:
 
     @torch.no_grad()
     def _frozen(self, batch: Batch, rng: Rng, dropped: Tensor, device: torch.device) -> Cond:
-        cached = {k: v.to(device) for k, v in batch.items() if is_text(k) and isinstance(v, Tensor)}
+        cached = {k: v.to(device, non_blocking=True) for k, v in batch.items() if is_text(k) and isinstance(v, Tensor)}
         cond = self._whole(cached) or self._encoded(batch["caption"], device)
         return self._emptied(cond, self._short, rng, dropped, device)
 
