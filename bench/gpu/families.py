@@ -206,13 +206,17 @@ def call_theirs(family: Family, network: Any) -> Callable[[Tensor, Tensor, Cond]
 
 
 def _call_flux(network: Any) -> Callable[[Tensor, Tensor, Cond], Tensor]:
+    places: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}  # which their pipeline makes once, too
+
     def call(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         b, c, h, w = x.shape
         tokens = x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
-        out = network(
-            tokens, cond["text"], cond["pooled"], t / 1000, _places(h // 2, w // 2, x),
-            torch.zeros(cond["text"].shape[1], 3, device=x.device, dtype=x.dtype), cond["guidance"], return_dict=False,
-        )[0]  # fmt: skip
+        kind = (h, w, cond["text"].shape[1], x.dtype, x.device)
+        if kind not in places:
+            still = torch.zeros(cond["text"].shape[1], 3, device=x.device, dtype=x.dtype)
+            places[kind] = (_places(h // 2, w // 2, x), still)
+        told = (cond["text"], cond["pooled"], t / 1000, *places[kind], cond["guidance"])
+        out = network(tokens, *told, return_dict=False)[0]
         return out.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
 
     return call

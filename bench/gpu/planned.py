@@ -73,8 +73,8 @@ def of_training(family: Family, lora: bool, cluster: Cluster) -> dict[str, Any]:
 
 def of_drawing(family: Family, cluster: Cluster) -> dict[str, Any]:
     """Operations of a picture and seconds of a batch: forward passes alone, of both halves of guidance."""
-    network = network_of(family).requires_grad_(True)
     gpu = not cluster.hardware.host
+    network = network_of(family).to(HALF if gpu else torch.float32)
     counted = Activations.count(network, inputs(family), precision=HALF if gpu else torch.float32, gpu=gpu)
     each = 2 if family.guidance != 1 else 1
     forward = sum(o.flops for o in counted.few.ops if not o.backward) / counted.few.batch
