@@ -64,7 +64,7 @@ def theirs(family: Family, device: str, mode: str, layout: str) -> Draw:
     network = families.theirs(family, device, HALF).eval().requires_grad_(False)
     network.to(memory_format=_memory_format(layout))
     if mode == "blocks":
-        network.compile_repeated_blocks(fullgraph=True)
+        families.compile_blocks(network, fullgraph=True)
     elif mode == "whole":
         network.compile(mode="reduce-overhead" if device == "cuda" else "default", fullgraph=True)
     plain: Any = families.call_theirs(family, network)

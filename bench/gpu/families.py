@@ -205,6 +205,15 @@ def call_theirs(family: Family, network: Any) -> Callable[[Tensor, Tensor, Cond]
     return call
 
 
+def compile_blocks(network: Any, **how: Any) -> None:
+    """Their regional compilation; where their class names no blocks that repeat (SD3), of its transformer blocks."""
+    if type(network)._repeated_blocks:
+        network.compile_repeated_blocks(**how)
+        return
+    for block in network.transformer_blocks:
+        block.compile(**how)
+
+
 def _call_flux(network: Any) -> Callable[[Tensor, Tensor, Cond], Tensor]:
     places: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}  # which their pipeline makes once, too
 

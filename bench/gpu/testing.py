@@ -16,12 +16,16 @@ from bench.gpu.runner import ROOT, child, end
 
 _MISSING = re.compile(r"No module named '([\w.]+)'")
 _MARK = re.compile(r"mark\.gpu\b")
+_SLOW = re.compile(r"\balone\(|multiprocessing")
+"""Tests in processes of their own, which begin by importing everything."""
 
 
 def files() -> list[str]:
-    """Test files that have such tests."""
-    found = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [str(p.relative_to(ROOT)) for p in found if _MARK.search(p.read_text(encoding="utf-8"))]
+    """Test files that have such tests, slow ones last."""
+    texts = {p: p.read_text(encoding="utf-8") for p in sorted((ROOT / "tests").rglob("test_*.py"))}
+    devices = "import DEVICES"  # whose cases are marked
+    found = [p for p, text in texts.items() if _MARK.search(text) or devices in text]
+    return [str(p.relative_to(ROOT)) for p in sorted(found, key=lambda p: bool(_SLOW.search(texts[p])))]
 
 
 def outcome(line: dict[str, Any]) -> tuple[str, str]:

@@ -136,7 +136,7 @@ def theirs(family: Family, rows: int, device: str, mode: str, *, lora: bool, lay
                 p.data = p.data.float()
     network.train()
     if mode == "blocks":
-        network.compile_repeated_blocks()
+        families.compile_blocks(network)
     elif mode == "whole":
         network.compile()
     call = families.call_theirs(family, network)

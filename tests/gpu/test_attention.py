@@ -27,7 +27,7 @@ CLOSE: dict[torch.dtype, tuple[float, float]] = {
 WIDTHS = (40, 64, 80, 128, 160)
 """Of SD 1.5's heads 40, 80 and 160; of SD 2's, SDXL's and SD3's 64; of FLUX.1's 128."""
 ON_CPU = {"math", "flash"}
-NOT_HERE = ("No available kernel", "No valid execution plans", "No operator found", "not supported")
+NOT_HERE = ("No available kernel", "No execution plans", "No valid e", "No operator found", "not supported")
 """What is said where a card has no such kernel for these shapes."""
 
 

@@ -251,7 +251,10 @@ def test_outcomes_of_tests_are_told_apart() -> None:
     assert testing.outcome(gone) == ("skipped", "open_clip is not installed")
     assert testing.outcome({"outcome": "error", "why": "assert 1 == 2"}) == ("failed", "assert 1 == 2")
     assert testing.outcome({"outcome": "passed", "why": ""}) == ("passed", "")
-    assert "tests/distributed/test_gpu.py" in testing.files()
+    found = testing.files()
+    own = {f"tests/gpu/{p.name}" for p in (ROOT / "tests" / "gpu").glob("test_*.py")}
+    assert own | {"tests/distributed/test_gpu.py", "tests/unit/test_pipeline_speed.py"} <= set(found)
+    assert {"tests/gpu/test_engine.py", "tests/distributed/test_gpu.py"} <= set(found[-3:]), "slow ones last"
 
 
 def test_failing_tests_are_named_and_a_run_that_takes_too_long_is_ended(
