@@ -1,9 +1,8 @@
 """Cold starts of torch.compile: the whole network against its equal blocks once, at Stable Diffusion 1.5's shape.
 
 Each in a process of its own with an empty cache and compilers that run in turn, in processor seconds of the process and
-of the compilers that it started: the first call less what a later one takes; and of it what the compilers take to start,
-as a function of one line shows. Answers and gradients are compared with
-those of the network as it is.
+of the compilers that it started: the first call less what a later one takes; and of it what the compilers take to
+start, as a function of one line shows. Answers and gradients are compared with those of the network as it is.
 """
 
 from __future__ import annotations
@@ -101,12 +100,10 @@ def run(options: Options) -> dict[str, Any]:
         part = found["blocks"]["cold"] / max(found["whole"]["cold"], 1e-9)
         own = {way: row["cold"] - row["start"] for way, row in found.items()}
         alone = own["blocks"] / max(own["whole"], 1e-9)
-        print(
-            f"{what}: cold start in processor seconds, of it the compilers' own; graphs; relative difference; a later call"
-        )
+        print(f"{what}: cold start in processor seconds, of it the compilers' own; graphs; difference; a later call")
         for way, row in found.items():
-            told = f"{row['cold']:8.1f} {row['start']:8.1f}   {row['graphs']:3d}   {row['apart']:.1e}   {row['later']:8.2f}"
-            print(f"  {way:<8} {told}")
+            seconds = f"{row['cold']:8.1f} {row['start']:8.1f}"
+            print(f"  {way:<8} {seconds}   {row['graphs']:3d}   {row['apart']:.1e}   {row['later']:8.2f}")
         print(f"  blocks / whole: {part:.3f}; without the compilers' own start {alone:.3f}")
         result[what] = found | {"ratio": part, "ratio_of_networks": alone}
     return result
