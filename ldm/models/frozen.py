@@ -1,9 +1,9 @@
 """Weights that do not train, stored in bfloat16, 8 or 4 bits and made whole where they are used.
 
 What is stored so are the weights of linear layers, convolutions and embeddings, and the joint one of query, key and
-value of `nn.MultiheadAttention`; biases and norms stay as they are, SD3's table of positions becomes float16. int8: each output's row is
-8-bit integers times its scale, the largest absolute value over 127. nf4: 4-bit NormalFloat in blocks of 64 values
-(Dettmers 2023, arXiv 2305.14314), by bitsandbytes. Embeddings are in bfloat16 where others have 8 or 4 bits.
+value of `nn.MultiheadAttention`. Biases and norms stay, SD3's table of positions becomes float16. int8: each
+output's row is 8-bit integers times its scale, the largest absolute value over 127. nf4: 4-bit NormalFloat in blocks of
+64 values (Dettmers 2023, arXiv 2305.14314), by bitsandbytes. Embeddings have 8 bits where others have 4.
 
 A layer's weight is whole, in the type that is computed in, while the layer runs. Autograd keeps what is stored in its
 place, and makes the weight whole again in the backward pass.
@@ -146,8 +146,8 @@ def opened(module: nn.Module) -> Iterator[None]:
         return
     made: list[tuple[Stored, str]] = []
     known: dict[int, tuple[Stored, str]] = {}
-    layers = [m for m in module.modules() if isinstance(m, Stored) and not isinstance(m, nn.Embedding)]
-    for layer, name in [(layer, name) for layer in layers for name in layer._kinds if name not in layer._open]:
+    below = [m for m in module.modules() if isinstance(m, Stored) and not isinstance(m, nn.Embedding)]
+    for layer, name in [(m, name) for m in below for name in m._kinds if name not in m._open]:
         layer._open[name] = value = layer.whole(name, layer.computed(name))
         made.append((layer, name))
         if value is not layer._data(name):
