@@ -220,7 +220,8 @@ class Streaming:
 
     def bytes_of(self, block: _Block) -> Tensor:
         """Those of a block that is on the device."""
-        assert block.arriving is not None and block.here
+        assert block.here
+        assert block.arriving is not None
         return block.arriving.flat
 
     def stop(self) -> None:

@@ -57,7 +57,7 @@ class DreamboothTask(Finetuning):
 def build(task: DreamboothTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:
     """The subject's pictures and, with prior preservation, class pictures by the base model, each as shards."""
     sources = _sources(task, data)
-    pipeline = open_base(task)
+    pipeline = open_base(task, task.adapter, train)
     prepare(task.images, Path(sources[0].path), [task.instance_prompt], sources[0].size)
     if task.prior is not None:
         shards = Path(sources[1].path)

@@ -96,16 +96,25 @@ class FinetuneTask(Finetuning):
 
 def build(task: FinetuneTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:
     """The base model with its adapter on captioned pictures."""
-    pipeline = open_base(task)
+    pipeline = open_base(task, task.adapter, train)
     if task.images is not None:
         source = only_source(data)
         prepare(task.images, Path(source.path), None, source.size)
     return assembled(task, make_adapter(task.adapter), pipeline, data, train, seed, workers, task.images)
 
 
-def open_base(task: Finetuning) -> TextToImage:
-    """The base model with the loss's weighting and density."""
-    pipeline = TextToImage.load(task.base, device=dist.device(), text_precision=task.text_precision)
+def open_base(task: Finetuning, adapter: FullConfig | LoraConfig | TokensConfig, train: TrainConfig) -> TextToImage:
+    """The base model with the loss's weighting and density, of its blocks as many on the device as are asked for."""
+    blocks = train.engine.blocks_on_device
+    if blocks is not None and isinstance(adapter, FullConfig):
+        raise ValueError(
+            f"train.engine.blocks_on_device: {blocks} needs a network that stays frozen (task.adapter lora); with "
+            "adapter full its blocks train; write null"
+        )
+    device = dist.device() if blocks is None else "cpu"
+    pipeline = TextToImage.load(task.base, device=device, text_precision=task.text_precision)
+    if blocks is not None:
+        pipeline.stream(blocks, dist.device(), offload=False)
     pad_with(pipeline.text, task.t5_padding, "task.t5_padding")
     pipeline.process = trained_process(task, pipeline)
     return pipeline
