@@ -70,7 +70,7 @@ class Way(enum.Enum):
 
 @dataclass(eq=False)
 class _Weight:
-    """A parameter or buffer, where it is in its block's bytes, and its number of changes when it arrived."""
+    """A parameter or buffer, where it is in its block's bytes, and its number of changes when these were sent."""
 
     tensor: Tensor
     host: Tensor
@@ -214,7 +214,7 @@ class Streaming:
             self._leave(other)
         for one in wanted:
             if one.arriving is None:
-                one.arriving = self._by.fetch(one.host)
+                self._send(one)
             if one is block:
                 self._arrive(one)
 
@@ -253,9 +253,17 @@ class Streaming:
             tensor.data = weights[-1].away
         return _Block(index, name, module, weights, flat)
 
+    def _send(self, block: _Block) -> None:
+        block.arriving = self._by.fetch(block.host)
+        for weight in block.weights:
+            weight.version = weight.tensor._version
+
     def _arrive(self, block: _Block) -> None:
         if block.here:
             return
+        if any(weight.tensor._version != weight.version for weight in block.weights):  # changed on its way
+            self._leave(block)
+            self._send(block)
         assert block.arriving is not None
         self._by.wait(block.arriving)
         for weight in block.weights:
@@ -266,7 +274,6 @@ class Streaming:
                     "was away; stop streaming before (a pipeline's `to` does)"
                 )
             tensor.data = weight.on(block.arriving.flat)
-            weight.version = tensor._version
         block.here = True
 
     def _leave(self, block: _Block) -> None:

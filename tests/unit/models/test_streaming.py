@@ -192,15 +192,16 @@ def test_nothing_is_lost_of_what_is_away(network: Network, tmp_path: Path) -> No
 
 
 def test_what_is_written_into_weights_stays() -> None:
-    """Into a block that is on the device and into one that is away, as merging and loading do."""
-    network, other = made("sd3"), made("sd3")
-    streaming = stream(network, 1, "cpu")
+    """Into blocks that are on the device, away, and on their way, as merging and loading do."""
+    network, other = made("flux"), made("flux")
+    streaming = stream(network, 2, "cpu")
     called(network)
-    assert streaming.held != streaming.moving
+    assert len(streaming.held) == 2, "the last one, and the first one on its way"
+    assert len(streaming.moving) > 2
     with torch.no_grad():
         for one in (network, other):
             for name, _ in other.blocks():
-                weight = one.get_submodule(name).get_submodule("attn.to_q").get_parameter("weight")
+                weight = one.get_submodule(f"{name}.attn.to_q").get_parameter("weight")
                 weight.detach().mul_(1.5)
     wanted = called(other)
     for _ in range(2):
