@@ -15,7 +15,8 @@ from ldm.models.streaming import ALIGNED
 class Counted(Mover):
     """Copies on the CPU whose memory is followed until it is freed; what is away is not a number, as is all made of it.
 
-    With `hidden` False what is away can be read and written as usual. `now` and `most` count copies that are alive, also those that only autograd holds; `sizes` are of all fetched.
+    With `hidden` False it can be read and written as usual. `now` and `most` count copies that are alive, also those
+    that only autograd holds; `sizes` are of all fetched.
     """
 
     def __init__(self, hidden: bool = True) -> None:

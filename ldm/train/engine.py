@@ -78,7 +78,7 @@ def check_streamed(trained: nn.Module) -> None:
     """Raise ValueError unless what trains is around a network whose blocks come and go."""
     if not isinstance(trained, Around) or trained.network.streaming is None:
         raise ValueError(
-            "engine.blocks_on_device: is for networks that stay frozen (LoRA, DoRA, textual inversion); here "
+            "train.engine.blocks_on_device: is for networks that stay frozen (LoRA, DoRA, textual inversion); here "
             f"{type(trained).__name__} trains, whose weights must stay where the optimizer has them; write null"
         )
 
