@@ -22,7 +22,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from ldm.models.moving import Arriving, Mover, mover
-from ldm.models.network import RUN, Network, Run
+from ldm.models.network import Network
+from ldm.models.recomputing import RUN, Run
 
 ALIGNED = 256
 """Bytes; tensors of a block begin at multiples, as those that an allocator gives do: kernels choose by it."""
@@ -56,8 +57,8 @@ def stream(network: Network, count: int, device: str | torch.device, by: Mover |
     """
     check_count(count)
     stop(network)
-    network.streaming = Streaming(network, count, by or mover(torch.device(device)))
-    return network.streaming
+    made = network.streaming = Streaming(network, count, by or mover(torch.device(device)))
+    return made
 
 
 def stop(network: Network) -> None:

@@ -247,13 +247,8 @@ class TextToImage:
         """
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
-        try:
-            chosen = Settings(**settings)
-        except TypeError as error:
-            allowed = sorted(Settings.__dataclass_fields__)
-            raise ValueError(f"{sorted(set(settings) - set(allowed))}: unknown; allowed are {allowed}") from error
         repeated = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(count)]
-        return to_pil(self.sample(repeated, settings=chosen))
+        return to_pil(self.sample(repeated, settings=Settings.of(settings)))
 
     @torch.no_grad()
     def sample(
@@ -328,6 +323,11 @@ class TextToImage:
         """Pictures (B, 3, H, W) in [-1, 1], float32 on the CPU, of scaled latents; see `LatentCodec.draw`."""
         with self._place.used(self.codec.autoencoder), sliced(settings.queries):
             return self.codec.draw(latents, tile=settings.tile, slices=settings.slices).clamp(-1, 1).float().cpu()
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Scaled latents (B, Z, h, w), where the network runs, of pictures (B, 3, H, W) in [-1, 1]."""
+        with self._place.used(self.codec.autoencoder):
+            return self.codec.encode(images.to(self.device))
 
     def latents(
         self,

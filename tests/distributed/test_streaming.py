@@ -42,8 +42,7 @@ def trained(family: str, blocks: int | None, recompute: Any, stage: int, precisi
     for p in network.parameters():
         nn.init.normal_(p, std=0.1)
     network.requires_grad_(False)
-    if blocks is not None:
-        stream(network, blocks, "cpu", device)
+    streaming = None if blocks is None else stream(network, blocks, "cpu", device)
     torch.manual_seed(7)
     net = LoraAdapter(LoraConfig(rank=2)).attach(network, [])
     network.enable_gradient_checkpointing(recompute)
@@ -58,7 +57,7 @@ def trained(family: str, blocks: int | None, recompute: Any, stage: int, precisi
         assert engine.backward_step(loss)
         fetched.append(len(device.sizes) - before)
     weights = {name: value.clone() for name, value in engine.whole()}
-    moving = 0 if network.streaming is None else len(network.streaming.moving)
+    moving = 0 if streaming is None else len(streaming.moving)
     assert all(p.requires_grad for p in net.parameters())
     return {"losses": losses, "weights": weights, "most": device.most, "fetched": fetched[-1], "moving": moving}
 

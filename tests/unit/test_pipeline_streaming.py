@@ -193,7 +193,7 @@ def test_to_ends_it_and_other_networks_are_whole(emoji: TextToImage, few: TextTo
     assert torch.equal(draw(other, settings), wanted)
     draw(few, settings)
     few.stream(3, "cpu")
-    assert few.network.streaming is not None
+    assert isinstance(few.network.streaming, streaming.Streaming)
     assert few.network.streaming.count == 3
     assert torch.equal(draw(few, settings), wanted)
     assert few.to("cpu").network.streaming is None
