@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
+from ldm.models.keeping import keeping
 from ldm.models.moving import Arriving, Mover, mover
 from ldm.models.network import Network
 from ldm.models.recomputing import RUN, Run
@@ -142,7 +142,7 @@ class Call:
         if RUN.now == Run.FIRST:  # nothing inside is kept for the backward pass
             out = run(*args, **kwargs)
         else:
-            with saved_tensors_hooks(self._pack, self._unpack), _Casts(self) if self.inner is None else nullcontext():
+            with keeping(self._keep), _Casts(self) if self.inner is None else nullcontext():
                 out = run(*args, **kwargs)
         for value in out if isinstance(out, tuple) else (out,):
             if isinstance(value, Tensor) and value.requires_grad and not any(value is a for a in args):
@@ -173,15 +173,15 @@ class Call:
             return None
         return _Saved(value.data_ptr() - flat.data_ptr(), value.shape, value.stride(), value.dtype)
 
-    def _pack(self, value: Tensor) -> Tensor | _Saved:
-        if self._cast is not None and _same_memory(value, self._cast[0]):
+    def _keep(self, value: Tensor) -> Callable[[], Tensor] | None:
+        saved = self._saved(value)
+        if saved is None and self._cast is not None and _same_memory(value, self._cast[0]):
             view = value.dtype, value.shape, value.stride(), value.storage_offset()
-            return replace(self._cast[1], cast=view)
-        return self._saved(value) or value
+            saved = replace(self._cast[1], cast=view)
+        return None if saved is None else partial(self._again, saved)
 
-    def _unpack(self, saved: Tensor | _Saved) -> Tensor:
-        if isinstance(saved, Tensor):
-            return saved
+    def _again(self, saved: _Saved) -> Tensor:
+        """What was saved, fetched again where it has left."""
         self.streaming.need(self.block, Way.BACK)
         flat = self.streaming.bytes_of(self.block)
         found = flat[saved.offset : saved.offset + saved.bytes].view(saved.dtype).as_strided(saved.size, saved.stride)
