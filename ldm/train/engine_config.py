@@ -22,8 +22,9 @@ class EngineConfig:
     fp16's: 0 finds it by itself, beginning at 2^`loss_scale_power`. `compile` is the backend of torch.compile for the
     trained network: "inductor" is fast and takes minutes at the start; "blocks" is inductor for its blocks, equal ones
     once, and starts in a fraction of the time. `tf32`: a GPU's float32 products and
-    convolutions with 10-bit mantissas. `blocks_on_device`: so many blocks of a frozen network are on the device at
-    once, the others in the host's memory (`ldm.models.streaming`).
+    convolutions with 10-bit mantissas. `frozen`: what weights that do not train are stored in (`models.frozen`).
+    `blocks_on_device`: so many blocks of a frozen network are on the device at once, the others in the host's memory
+    (`models.streaming`).
 
     On one process there is nothing to divide: every stage computes as stage 0 does, which copies least; but offloading
     and fp16 are as configured.
@@ -69,6 +70,11 @@ class EngineConfig:
         if self.blocks_on_device is not None and self.compile not in ("off", "blocks"):
             raise ValueError(
                 f"blocks_on_device: needs compile 'off' or 'blocks', got {self.compile!r}, of the network whole"
+            )
+        if self.compile != "off" and self.frozen in ("int8", "nf4"):
+            raise ValueError(
+                f"compile: {self.compile!r} with frozen {self.frozen!r}: compiled code would keep weights whole from "
+                "forward to backward; write compile: off, or frozen: bf16"
             )
         if self.loss_scale < 0:
             raise ValueError(f"loss_scale must be at least 0 (0: found by itself), got {self.loss_scale}")

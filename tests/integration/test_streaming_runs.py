@@ -63,6 +63,19 @@ def test_a_run_is_the_same(kind: str, root: Path) -> None:
         assert (whole / path).read_bytes() == (streamed / path).read_bytes()
 
 
+@pytest.mark.parametrize("storage", ["bf16", "int8"])
+def test_a_run_over_stored_weights_is_the_same(storage: str, root: Path) -> None:
+    stored = ("--set", f"train.engine.frozen={storage}")
+    for name, few in (("whole", ()), ("few", ("--set", "train.engine.blocks_on_device=2"))):
+        code, said = tune(root, "flux", f"{storage}-{name}", *stored, *few)
+        assert code == 0, said
+    assert losses(root / f"{storage}-few") == losses(root / f"{storage}-whole")
+    exports = [
+        load_file(root / f"{storage}-{name}/export/pytorch_lora_weights.safetensors") for name in ("whole", "few")
+    ]
+    assert all(torch.equal(exports[1][name], value) for name, value in exports[0].items())
+
+
 def test_textual_inversion_goes_through_the_frozen_network(root: Path) -> None:
     for name, few in (("tokens-whole", ()), ("tokens-few", ("--set", "train.engine.blocks_on_device=1"))):
         code, said = tune(root, "sdxl", name, "--token", "<x>", *few, method="textual-inversion")
