@@ -9,17 +9,32 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ldm.models.recomputing import Twice
 from ldm.types import Cond
 
 Granularity = Literal["none", "transformer", "block"]
 Looks = Literal["own", "cross", "joint"]
 """What an attention layer relates: the picture to itself, the picture to the text, or both to both, text first."""
+
+
+class Fetches(Protocol):
+    """Brings a network's blocks to a device, and takes them away (`models.streaming`)."""
+
+    device: torch.device
+
+    def fetch(self, module: nn.Module) -> None:
+        """Bring the block that has the module."""
+        ...
+
+    def stop(self) -> None:
+        """Leave the network as it was."""
+        ...
 
 
 class Network(nn.Module, ABC):
@@ -42,6 +57,8 @@ class Network(nn.Module, ABC):
     """Heights and widths in latent pixels are multiples of this."""
     compiled_sizes: ClassVar[bool | None] = None
     """torch.compile's `dynamic` for its blocks: None makes sizes variables once a second one is seen, True at once."""
+    streaming: Fetches | None = None
+    """Where its blocks come and go (`models.streaming`)."""
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -135,8 +152,18 @@ class Network(nn.Module, ABC):
     def run_again(self, step: Any, *args: Any, on: bool) -> Tensor:
         """`step(*args)`, computed again in the backward pass where `on` and training."""
         if on and self.training and torch.is_grad_enabled():
-            return cast("Tensor", checkpoint(step, *args, use_reentrant=False))
+            told = step if self.streaming is None else Twice(step)
+            return cast("Tensor", checkpoint(told, *args, use_reentrant=False))
         return step(*args)
+
+    def fetch(self, module: nn.Module) -> None:
+        """To be called before a module inside of a block is used without a call of the block itself."""
+        if self.streaming is not None:
+            self.streaming.fetch(module)
+
+    def runs_on(self, weight: Tensor) -> torch.device:
+        """The device on which one of its weights is used."""
+        return weight.device if self.streaming is None else self.streaming.device
 
 
 class Around(nn.Module):
