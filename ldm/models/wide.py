@@ -43,25 +43,28 @@ class Linear(nn.Linear):
     """A linear layer by the quickest products: see above."""
 
     def forward(self, x: Tensor) -> Tensor:
-        half = half_of(x)
+        half, trains = half_of(x), self._trains(x)
         if half is None and onednn.takes(x, self.weight):
-            if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+            if trains:
                 return _Linear.apply(x, self.weight, self.bias, "")  # type: ignore[return-value]
             return onednn.linear(x, self.weight, self.bias)
-        half = half or self._cast(x)
+        half = half or (self._cast(x) if trains else None)
         if half is None or (self.weight.dtype != torch.float32 and x.numel() < FEW * x.shape[-1]):
             return super().forward(x)
         x = x.to(half)
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+        if trains:
             return _Linear.apply(x, self.weight, self.bias, "")  # type: ignore[return-value]
         return _product(x, self.weight, self.bias)
 
+    def _trains(self, x: Tensor) -> bool:
+        """Whether anything before the answer wants a gradient."""
+        own = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        return torch.is_grad_enabled() and (x.requires_grad or own)
+
     def _cast(self, x: Tensor) -> torch.dtype | None:
-        """The type that autocast gives float32 weights in training: its copies would be kept for the backward pass."""
-        if torch.compiler.is_compiling() or self.weight.dtype != torch.float32:
-            return None
-        trains = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        return autocast_dtype(x) if trains else None
+        """The type that autocast gives float32 weights: its copies of them would be kept for the backward pass."""
+        compiles = torch.compiler.is_compiling() or self.weight.dtype != torch.float32
+        return None if compiles else autocast_dtype(x)
 
 
 def quickened(model: nn.Module) -> nn.Module:

@@ -158,6 +158,16 @@ def test_convolutions_of_few_pixels_and_by_winograd(counted: list[tuple[int, ...
         torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("trained", ["weight", "bias"])
+def test_one_of_the_weights_trains_alone(counted: list[tuple[int, ...]], trained: str) -> None:
+    layer, x = Linear(20, 30).requires_grad_(False), torch.randn(6, 20)
+    one = layer.get_parameter(trained).requires_grad_()
+    (found,) = torch.autograd.grad(layer(x).square().sum(), [one])
+    assert counted
+    (wanted,) = torch.autograd.grad(F.linear(x, layer.weight, layer.bias).square().sum(), [one])
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_small_products_stay_with_torch(counted: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     """From 2^22 multiplications on, of one of the products where there are several."""
     monkeypatch.undo()
