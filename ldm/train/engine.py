@@ -141,7 +141,7 @@ class Engine:
             self._engine.optimizer.get_grad_norm_direct = _norm
         self._fragments = self._find_fragments()
         if config.quantized_weights:
-            self.push()  # small weights whole and exact from the start; the first forward would gather them in 8 bits
+            zeropp.gather_small_exactly(deepspeed, module)
         if config.compile == "blocks":
             compile_blocks(self.module.trained)
         elif config.compile != "off":

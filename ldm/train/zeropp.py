@@ -7,7 +7,8 @@ where everything else takes the mean; `Reduce` stands around them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,6 +74,30 @@ def check_sizes(module: nn.Module, world: int) -> None:
                 f"train.engine.quantized_weights: {name} has {p.numel():,} values, which {world} processes do not"
                 " divide into multiples of 8; use another number of processes, or false"
             )
+
+
+def gather_small_exactly(deepspeed: Any, module: nn.Module) -> None:
+    """Once the engine is made: parameters that are whole between steps are not quantised when they are gathered anew.
+
+    Their shards are often no multiples of 8 values, of which DeepSpeed cannot quantise even a whole bucket.
+    """
+    several = deepspeed.runtime.zero.partition_parameters.MultipleAllGatherHandles
+    for p in module.parameters():
+        p.all_gather_coalesced = partial(_gather, p.all_gather_coalesced, several)  # type: ignore[attr-defined]
+
+
+def _gather(
+    theirs: Callable[..., Any],
+    several: Callable[..., Any],
+    params: Iterable[Any],
+    safe_mode: bool = False,
+    quantize: bool = False,
+) -> Any:
+    params = list(params)
+    if not quantize:
+        return theirs(params, safe_mode=safe_mode)
+    parts = {False: [p for p in params if p.ds_persist], True: [p for p in params if not p.ds_persist]}
+    return several([theirs(part, safe_mode=safe_mode, quantize=large) for large, part in parts.items() if part])
 
 
 def _prepare_gradients(deepspeed: Any, quantizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -14,18 +15,20 @@ from torch import Tensor, nn
 from ldm import dist
 from ldm.objectives import Objective
 from ldm.rng import Rng
-from ldm.train import state
+from ldm.train import state, zeropp
 from ldm.train.ema import Ema, EmaConfig
 from ldm.train.engine import Engine
 from ldm.train.engine_config import EngineConfig
 from ldm.types import Batch, Metrics
 from tests import ranks
-from tests.distributed import tiny
+from tests.distributed import kernels, tiny
 from tests.distributed.test_volume import OPTIM, Wire
 
 BATCH, STEPS, HALF, CLIP, NODE, WORLD = 8, 5, 3, 0.05, 2, 4
 WIDTHS = (128, 101)
 """Of layers that stage 3 divides (above 10,000 weights), and of one whose weights 4 ranks do not divide evenly."""
+EVEN = (128, 144)
+"""Of layers whose weights 4 ranks divide into multiples of 8, and vectors not all."""
 PSI = sum(w * w for w in WIDTHS)
 EMA = EmaConfig(decay=0.6)
 
@@ -33,45 +36,54 @@ EMA = EmaConfig(decay=0.6)
 class Layers(Objective):
     """Layers of each width beside each other."""
 
-    def __init__(self, seed: int = 3) -> None:
+    def __init__(self, seed: int = 3, widths: tuple[int, ...] = WIDTHS) -> None:
         torch.manual_seed(seed)
-        super().__init__(nn.ModuleList(nn.Sequential(nn.Linear(w, w), nn.Tanh()) for w in WIDTHS))
+        super().__init__(nn.ModuleList(nn.Sequential(nn.Linear(w, w), nn.Tanh()) for w in widths))
 
     def forward(self, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
         parts = [layer(batch[f"x{i}"]) - batch[f"x{i}"].roll(1, 1) for i, layer in enumerate(self.trained)]
         return torch.cat(parts, 1).square().mean(), {}
 
 
-def rows(step: int, first: int, count: int) -> Batch:
+def rows(step: int, first: int, count: int, widths: tuple[int, ...] = WIDTHS) -> Batch:
     positions = [step * BATCH + first + i for i in range(count)]
-    drawn = {f"x{i}": Rng.of(4, positions).normal(f"x{i}", (w,)) for i, w in enumerate(WIDTHS)}
+    drawn = {f"x{i}": Rng.of(4, positions).normal(f"x{i}", (w,)) for i, w in enumerate(widths)}
     return {**drawn, "position": torch.tensor(positions)}
 
 
 class Training:
     """An engine with an average; `sent` are the bytes of the last step by call and size of group."""
 
-    def __init__(self, config: EngineConfig, accumulate: int = 1, seed: int = 3, wire: Wire | None = None) -> None:
-        self.objective, self.accumulate, self.wire = Layers(seed), accumulate, wire
+    def __init__(
+        self,
+        config: EngineConfig,
+        accumulate: int = 1,
+        seed: int = 3,
+        wire: Wire | None = None,
+        widths: tuple[int, ...] = WIDTHS,
+    ) -> None:
+        self.objective, self.accumulate, self.wire, self.widths = Layers(seed, widths), accumulate, wire, widths
         self.micro = BATCH // (dist.world_size() * accumulate)
         optimizer = OPTIM.build(self.objective.parameters())
         self.engine = Engine(self.objective, optimizer, config, micro_batch=self.micro, accumulate=accumulate)
         self.engine.set_lr(OPTIM.lr)
         self.ema = Ema(EMA, self.engine.masters)
         self.sent: dict[tuple[str, int], int] = {}
+        self.norms: list[float] = []
 
     def step(self, step: int) -> float:
         total = 0.0
         if self.wire is not None:
             self.wire.read()
         for i in range(self.accumulate):
-            batch = rows(step, (i * dist.world_size() + dist.rank()) * self.micro, self.micro)
+            batch = rows(step, (i * dist.world_size() + dist.rank()) * self.micro, self.micro, self.widths)
             loss, _ = self.engine.forward(batch, Rng.of(0, batch["position"]))
             self.engine.backward_step(loss)
             if self.wire is not None and i + 1 == self.accumulate:
                 self.sent = self.wire.read_sizes()
             total += float(loss.detach()) / self.accumulate
         self.ema.update(self.engine.masters, step + 1)
+        self.norms.append(self.engine.grad_norm)
         return float(dist.mean(torch.tensor(total)))
 
     @torch.no_grad()
@@ -247,4 +259,121 @@ def test_hpz_with_other_settings() -> None:
     )
     assert found["weights"] == (
         "train.engine.quantized_weights: DeepSpeed quantises on GPUs alone; false is allowed on the CPU"
+    )
+
+
+QUANTISED: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "weights": {"quantized_weights": True},
+    "gradients": {"quantized_gradients": True},
+    "all": {"quantized_weights": True, "quantized_gradients": True, "hpz": NODE},
+}
+
+
+def quantised() -> dict[str, Any]:
+    """Each way on 2 nodes of 2 with DeepSpeed's kernels in PyTorch."""
+    warnings.simplefilter("ignore")
+    os.environ["LOCAL_SIZE"] = str(NODE)  # where DeepSpeed's CPU backend reads how many ranks a node has
+    kernels.install()
+    wire, found = Wire(), {}
+    for name, settings in QUANTISED.items():
+        training = Training(config(**settings), wire=wire, widths=EVEN)
+        losses = [training.step(0)]
+        inner = training.engine.inner
+        first = training.whole([inner.state[m]["exp_avg"].clone() for m in training.engine.masters])
+        losses.append(training.step(1))
+        sent = training.sent
+        before = training.whole()
+        bad = rows(0, dist.rank() * 2, 2, EVEN)
+        bad["x0"] *= float("nan") if dist.rank() == 1 else 1.0
+        updated = training.engine.backward_step(training.engine.forward(bad, Rng.of(0, bad["position"]))[0])
+        kept = tiny.worst(training.whole(), before) == 0
+        again = training.step(2)  # gathers all again: the skipped step left nothing whole
+        found[name] = {"losses": [*losses, again], "first": first, "sent": sent, "norms": training.norms}
+        found[name] |= {"updated": updated, "kept": kept}
+    try:
+        Training(config(quantized_weights=True))
+    except ValueError as error:
+        found["uneven"] = str(error)
+    return found | {"reduced": reductions()}
+
+
+def reductions() -> dict[str, tuple[Tensor, Tensor]]:
+    """This rank's shard of gradients by `Reduce`, and of their mean."""
+    from deepspeed.runtime.comm import coalesced_collectives as theirs
+    from deepspeed.utils import groups
+
+    reduce = zeropp.Reduce(theirs.all_to_all_quant_reduce, theirs.reduce_scatter_coalesced, NODE, WORLD)
+    made = groups._get_local_all_to_all_group()
+    value = Rng.of(7, [dist.rank()]).normal("g", (128 * 128,))[0].view(128, 128)
+    given = {f"{size:g}": value * size for size in (1.0, 1e-12, 1e12)}
+    given |= {"vector": value.reshape(-1), "uneven": value[:126, :62], "zero": value * 0}
+    given["infinite"] = torch.where(value == value.max(), torch.inf, value) if dist.rank() == 2 else value
+    expected = {k: dist.mean(v).reshape(-1).chunk(WORLD)[dist.rank()] for k, v in given.items()}
+    found = reduce([v.clone().contiguous() for v in given.values()], made)
+    return {k: (g.reshape(-1), expected[k]) for k, g in zip(given, found, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def wired() -> list[dict[str, Any]]:
+    return ranks.run(quantised, WORLD)
+
+
+def off(found: Tensor, exact: Tensor) -> float:
+    return float((found - exact).norm() / exact.norm())
+
+
+def test_quantised_collectives_train_almost_alike(wired: Any) -> None:
+    """Losses within 0.05 % (weights in 8 bits) and 0.5 % (gradients in 4); a step's gradient within 1 % and 20 %."""
+    exact = wired[0]["exact"]
+    for name, loss, gradient in (("weights", 5e-4, 0.01), ("gradients", 5e-3, 0.2), ("all", 5e-3, 0.2)):
+        found = wired[0][name]
+        assert found["losses"] == pytest.approx(exact["losses"], rel=loss)
+        assert found["losses"][1:] != exact["losses"][1:]
+        assert found["norms"] == pytest.approx(exact["norms"], rel=0.02)  # also of a clipped step the whole scale
+        for n, value in exact["first"].items():
+            assert off(found["first"][n], value) < gradient, (name, n)
+
+
+def test_quantised_collectives_send_less(wired: Any) -> None:
+    """In units of 4 psi bytes (without vectors, and 32 bits of scale for each group of values)."""
+    psi, sent = 4 * sum(w * w for w in EVEN), {n: wired[0][n]["sent"] for n in QUANTISED}
+    vectors = 4 * sum(EVEN) / psi  # which are exact
+    gather, scatter, exchange = "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single"
+    assert sent["exact"][gather, WORLD] / psi == pytest.approx(2 + vectors, abs=1e-6)
+    assert sent["exact"][scatter, WORLD] / psi == pytest.approx(1 + vectors, abs=1e-6)
+    assert sent["weights"][gather, WORLD] / psi == pytest.approx(2 / 4 + vectors, abs=0.002)  # 8 bits of 32
+    assert sent["gradients"][gather, WORLD] == sent["exact"][gather, WORLD]
+    assert sent["gradients"][scatter, WORLD] / psi == pytest.approx(vectors, abs=1e-6)
+    within, between = 4 / 32, 4 / 32 / NODE  # 4 bits of all values, and of this rank's share of the node
+    groups = sum(zeropp.rows(w * w, WORLD) for w in EVEN) * 4 / psi
+    assert sent["gradients"][exchange, NODE] / psi == pytest.approx(
+        within + between + groups * (1 + 1 / NODE), abs=1e-6
+    )
+    assert sent["all"][gather, WORLD] / psi == pytest.approx(1 / 4 + vectors, abs=0.002)
+    assert sent["all"][gather, NODE] / psi == pytest.approx(1 / 4, abs=0.002)
+    assert sent["all"][exchange, NODE] == sent["gradients"][exchange, NODE]
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_updates_nothing(wired: Any) -> None:
+    for found in wired:
+        for name in QUANTISED:
+            assert not found[name]["updated"]
+            assert found[name]["kept"], name
+
+
+def test_reduced_gradients_are_the_mean_at_any_scale(wired: Any) -> None:
+    for found in wired:
+        reduced = found["reduced"]
+        for key in ("1", "1e-12", "1e+12"):
+            assert off(*reduced[key]) < 0.2, key
+        for key in ("vector", "uneven", "zero"):
+            assert torch.allclose(*reduced[key], rtol=1e-6, atol=1e-7), key
+        assert reduced["infinite"][0].isnan().all()
+
+
+def test_weights_that_cannot_be_quantised_are_named(wired: Any) -> None:
+    assert wired[0]["uneven"] == (
+        "train.engine.quantized_weights: trained.1.0.weight has 10,201 values, which 4 processes do not divide into"
+        " multiples of 8; use another number of processes, or false"
     )
