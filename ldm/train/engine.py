@@ -123,6 +123,7 @@ class Engine:
         deepspeed = _deepspeed()
         start()
         zeropp.check(config)
+        zeropp.tell(config)
         config = config.effective(dist.world_size())
         self.config, self.accumulate = config, accumulate
         self.dtype = config.dtype()

@@ -8,7 +8,7 @@ where everything else takes the mean; `Reduce` stands around them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ _LARGE = 10_000
 """Parameters up to this many elements are whole on every rank (`stage3_param_persistence_threshold`)."""
 _TOP = 2.0**10
 """To which gradients are scaled: a node's sum of them is far from 65504, the end of half precision."""
-_GROUPS = (1024, 512, 256, 128, 64)
-"""Values that share a scale, the most that fit."""
+_GROUPS = range(1024, 63, -8)
+"""How many values share a scale, the most that fit: loads of the kernels are of 8."""
 
 
 def gpus() -> bool:
@@ -31,21 +31,26 @@ def gpus() -> bool:
 
 
 def check(config: EngineConfig) -> None:
-    """Raise ValueError for what of ZeRO++ these processes cannot run; say what will have no effect."""
-    world, node, part = dist.world_size(), dist.local_world_size(), config.hpz_partition
+    """Raise ValueError for what of ZeRO++ these processes cannot run."""
+    world, part = dist.world_size(), config.hpz_partition
     if 1 < part < world and world % part:
         allowed = ", ".join(str(n) for n in range(1, world) if world % n == 0)
         raise ValueError(
             f"train.engine.hpz_partition: {part} does not divide {world} processes; allowed are {allowed}"
-            f" (1 is off), and a node has {node}"
+            f" (1 is off), and a node has {dist.local_world_size()}"
         )
-    if 1 < world <= part:
-        dist.say(f"train.engine.hpz_partition: {part} is off, as {world} processes are no more than one group")
-    elif part > 1 and node % part:
-        dist.say(f"train.engine.hpz_partition: groups of {part} span nodes, which have {node} processes each")
     for key in ("quantized_weights", "quantized_gradients"):
         if world > 1 and getattr(config, key) and not gpus():
             raise ValueError(f"train.engine.{key}: DeepSpeed quantises on GPUs alone; false is allowed on the CPU")
+
+
+def tell(config: EngineConfig) -> None:
+    """Say where hpZ has no effect here, or not the one that it is for."""
+    world, node, part = dist.world_size(), dist.local_world_size(), config.hpz_partition
+    if 1 < world <= part:
+        dist.say(f"train.engine.hpz_partition: {part} is off, as {world} processes are no more than one group")
+    elif 1 < part < world and node % part:
+        dist.say(f"train.engine.hpz_partition: groups of {part} span nodes, which have {node} processes each")
 
 
 def prepare(deepspeed: Any, module: nn.Module, config: EngineConfig) -> None:
@@ -146,6 +151,7 @@ class Reduce:
         return (total.float() / self._node / scale).to(tensor.dtype)
 
 
+@cache
 def rows(numel: int, world: int) -> int:
     """In how many groups the values of a gradient are quantised, each rank the same number; 0: not at all.
 

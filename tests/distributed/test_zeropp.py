@@ -41,7 +41,7 @@ class Layers(Objective):
         super().__init__(nn.ModuleList(nn.Sequential(nn.Linear(w, w), nn.Tanh()) for w in widths))
 
     def forward(self, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
-        parts = [layer(batch[f"x{i}"]) - batch[f"x{i}"].roll(1, 1) for i, layer in enumerate(self.trained)]
+        parts = [layer(batch[f"x{i}"]) - batch[f"x{i}"].roll(1, 1) for i, layer in enumerate(self.trained.children())]
         return torch.cat(parts, 1).square().mean(), {}
 
 
