@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from ldm import dist
 from ldm.objectives import Objective
+from ldm.plan.links import ZeroPP
+from ldm.plan.links import wire as planned_wire
 from ldm.rng import Rng
 from ldm.train import state, zeropp
 from ldm.train.ema import Ema, EmaConfig
@@ -70,6 +72,7 @@ class Training:
         self.ema = Ema(EMA, self.engine.masters)
         self.sent: dict[tuple[str, int], int] = {}
         self.norms: list[float] = []
+        self.second = 0
 
     def step(self, step: int) -> float:
         total = 0.0
@@ -78,6 +81,7 @@ class Training:
         for i in range(self.accumulate):
             batch = rows(step, (i * dist.world_size() + dist.rank()) * self.micro, self.micro, self.widths)
             loss, _ = self.engine.forward(batch, Rng.of(0, batch["position"]))
+            self.second = self.copies()
             self.engine.backward_step(loss)
             if self.wire is not None and i + 1 == self.accumulate:
                 self.sent = self.wire.read_sizes()
@@ -85,6 +89,11 @@ class Training:
         self.ema.update(self.engine.masters, step + 1)
         self.norms.append(self.engine.grad_norm)
         return float(dist.mean(torch.tensor(total)))
+
+    def copies(self) -> int:
+        """Bytes of hpZ's copies of divided weights."""
+        copies = [p.ds_secondary_tensor for p in self.objective.parameters() if not p.ds_persist]  # type: ignore
+        return sum(t.nbytes for t in copies if t is not None)
 
     @torch.no_grad()
     def loss(self, step: int) -> float:
@@ -145,6 +154,7 @@ def tell(folder: str) -> dict[str, Any]:
             "losses": losses,
             "sent": training.sent,
             "swap": (before, inside, repeated, after),
+            "copies": (training.second, training.copies()),
             "weights": training.whole(),
             "ema": training.whole(training.ema.shards),
         }
@@ -183,6 +193,20 @@ def test_only_the_first_gather_of_a_step_leaves_the_node(told: Any, name: str) -
     assert sent[gathered, WORLD] / (4 * PSI) == pytest.approx(1, abs=0.02)
     assert sent[gathered, NODE] / (4 * PSI) == pytest.approx(2 * accumulate - 1, abs=0.02)
     assert {k: v for k, v in sent.items() if k[0] != gathered} == {k: v for k, v in base.items() if k[0] != gathered}
+    planned = planned_wire(PSI, 3, WORLD, micro_steps=accumulate, live=0, zeropp=ZeroPP(part=NODE), node=NODE)
+    over_all = sent[gathered, WORLD] + sent["reduce_scatter_tensor", WORLD]
+    assert planned.hidden == pytest.approx(over_all * (WORLD - 1) / WORLD, rel=0.02)
+    assert planned.inside == pytest.approx(sent[gathered, NODE] * (NODE - 1) / NODE, rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "accumulate"), [("hpz", 1), ("hpz x 2", 2)])
+def test_the_copy_is_there_from_forward_to_step(told: Any, name: str, accumulate: int) -> None:
+    """A group's share of the weights, as planned; nothing between steps."""
+    in_forward, between_steps = told[0][name]["copies"]
+    planned, _ = ZeroPP(part=NODE).copy(PSI, WORLD, element=4, live=0, accumulate=accumulate)
+    assert in_forward == pytest.approx(planned, rel=1e-3)
+    assert between_steps == 0
+    assert told[0][name.replace("hpz", "stage 3")]["copies"] == (0, 0)
 
 
 @pytest.mark.parametrize("name", ["hpz", "hpz x 2"])
@@ -353,6 +377,12 @@ def test_quantised_collectives_send_less(wired: Any) -> None:
     assert sent["all"][gather, WORLD] / psi == pytest.approx(1 / 4 + vectors, abs=0.002)
     assert sent["all"][gather, NODE] / psi == pytest.approx(1 / 4, abs=0.002)
     assert sent["all"][exchange, NODE] == sent["gradients"][exchange, NODE]
+    for name, saved in (("weights", ZeroPP(weights=True)), ("all", ZeroPP(part=NODE, weights=True, gradients=True))):
+        planned = planned_wire(psi // 4, 3, WORLD, live=0, zeropp=saved, node=NODE)
+        counted = (WORLD - 1) / WORLD * (sent[name][gather, WORLD] + sent[name][scatter, WORLD])
+        assert planned.hidden == pytest.approx(counted - 1.5 * vectors * psi, rel=0.01)
+        exchanged = (sent[name].get((gather, NODE), 0) + sent[name].get((exchange, NODE), 0)) / NODE
+        assert planned.inside + planned.ports == pytest.approx(exchanged, rel=0.06)  # scales, of 128 values here
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_updates_nothing(wired: Any) -> None:
