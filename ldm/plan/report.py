@@ -291,11 +291,21 @@ class Planner:
         below = next((f for f in fits if f.stage < 3 and f.fits and f.recompute == chosen.recompute), None)
         if chosen.stage == 3 and below is not None:
             accumulate = point.accumulate if point else accumulate
+            ranks = max(2, world)
             least, most = (
-                wire(self.sizes.weights, stage, 2, micro_steps=accumulate, live=job.layout.live).total
-                / (2.0 * self.sizes.weights)
+                wire(
+                    self.sizes.weights,
+                    stage,
+                    ranks,
+                    micro_steps=accumulate,
+                    live=job.layout.live,
+                    zeropp=job.layout.zeropp,
+                    node=min(ranks, self.cluster.per_node),
+                ).total
+                / (4.0 * self.sizes.weights * (ranks - 1) / ranks)
                 for stage in (below.stage, 3)
             )
+            least, most = round(least, 6), round(most, 6)
             more = f"sends {least:.3g} psi a step" + (f" instead of {most:.3g} psi" if most > least else ", no more")
             said.append(f"zero_stage 3 is not worth it: stage {below.stage} fits, and {more}")
         if job.samples is not None:
