@@ -145,18 +145,22 @@ def deepspeed_config(config: EngineConfig, micro_batch: int, accumulate: int) ->
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "fp16": {
-            "enabled": config.precision == "fp16",
-            "auto_cast": False,
-            "loss_scale": float(config.loss_scale),
-            "initial_scale_power": config.loss_scale_power,
-            "loss_scale_window": 1000,
-            "hysteresis": 2,
-            "consecutive_hysteresis": False,
-            "min_loss_scale": 1,
-        },
+        "fp16": _fp16(config),
         "bf16": {"enabled": False},
         "torch_autocast": {"enabled": False},
         "flops_profiler": {"enabled": False},
         "comms_logger": {"enabled": False},
+    }
+
+
+def _fp16(config: EngineConfig) -> dict[str, Any]:
+    return {
+        "enabled": config.precision == "fp16",
+        "auto_cast": False,
+        "loss_scale": float(config.loss_scale),
+        "initial_scale_power": config.loss_scale_power,
+        "loss_scale_window": 1000,
+        "hysteresis": 2,
+        "consecutive_hysteresis": False,
+        "min_loss_scale": 1,
     }
