@@ -149,7 +149,7 @@ def _work(dtype: torch.dtype) -> Callable[[], object]:
     def step() -> object:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
             hidden = torch.nn.functional.conv2d(x, kernel, padding=1)
-            out = linear(hidden.flatten(2).transpose(1, 2))
+            out = linear(hidden.flatten(2).transpose(1, 2).contiguous())  # as a norm leaves them
             loss = out.float().square().mean()
         return torch.autograd.grad(loss, [x, kernel, linear.weight])
 
