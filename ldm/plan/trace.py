@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ldm.models.casts import planned
+
 
 @dataclass(frozen=True)
 class Op:
@@ -200,6 +202,7 @@ def trace(
     with ExitStack() as stack:
         stack.enter_context(tracker)
         device = stack.enter_context(_Gpu(tracker, precision)) if gpu else None
+        stack.enter_context(planned(precision if gpu else torch.float32))
         if not gpu:
             stack.enter_context(_plain())
         out = module(*given)

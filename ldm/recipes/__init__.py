@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from ldm.data.mixture import Data
+from ldm.models.frozen import check_storage
 from ldm.plan.report import Job
 from ldm.recipes import autoencoder, clip, distill, dreambooth, finetune, inversion, text_to_image
 from ldm.recipes.autoencoder import AutoencoderTask
@@ -33,7 +34,11 @@ RECIPES: dict[type[Task], ModuleType] = {
 
 
 def check_validation(task: Task, train: TrainConfig) -> None:
-    """Raise ValueError for `train.validate` with a task that validates in its own way."""
+    """Raise ValueError for `train.validate` with a task that validates in its own way, and where nothing is frozen."""
+    if train.engine.frozen != "fp32" and isinstance(task, (AutoencoderTask, ClipTask)):
+        raise ValueError(
+            f"train.engine.frozen: {train.engine.frozen!r}, but everything trains in the task {task.kind}; write fp32"
+        )
     if train.validate is not None and not isinstance(task, TextToImageTask):
         raise ValueError(f"train.validate: is for the task text_to_image; {task.kind} has none or its own")
 
@@ -45,8 +50,13 @@ def assemble(
     seed: int,
     workers: int,
 ) -> Assembly:
-    """Put a method together. Raises ValueError for `train.validate` with a task that validates in its own way."""
+    """Put a method together.
+
+    Raises ValueError for `train.validate` with a task that validates in its own way, for `train.engine.frozen` where
+    nothing is frozen, and without the package that it needs.
+    """
     check_validation(task, train)
+    check_storage(train.engine.frozen)
     assembly = RECIPES[type(task)].build(task, data, train, seed, workers)
     if train.validate is not None:
         batch = autoencoder.held_out(data, train.validate.split, train.validate.samples)
