@@ -142,8 +142,9 @@ def _work(dtype: torch.dtype) -> Callable[[], object]:
 
     x = values(_BATCH, _CHANNELS, _SIDE, _SIDE)
     kernel = values(_CHANNELS, _CHANNELS, 3, 3).contiguous(memory_format=memory).requires_grad_()
+    matrix = nn.Parameter(values(4 * _CHANNELS, _CHANNELS))
     linear = nn.utils.skip_init(Linear, _CHANNELS, 4 * _CHANNELS, bias=False)
-    linear.weight = nn.Parameter(values(4 * _CHANNELS, _CHANNELS))
+    linear.weight = matrix
     x.requires_grad_()
 
     def step() -> object:
@@ -151,6 +152,6 @@ def _work(dtype: torch.dtype) -> Callable[[], object]:
             hidden = torch.nn.functional.conv2d(x, kernel, padding=1)
             out = linear(hidden.flatten(2).transpose(1, 2).contiguous())  # as a norm leaves them
             loss = out.float().square().mean()
-        return torch.autograd.grad(loss, [x, kernel, linear.weight])
+        return torch.autograd.grad(loss, [x, kernel, matrix])
 
     return step
