@@ -14,6 +14,7 @@ import numpy as np
 
 from bench.timing import Options
 from ldm.plan.hardware import Assumptions, find
+from ldm.plan.links import ZeroPP
 from ldm.plan.scale import daly, goodput, largest_of_normals, wall_time, young
 from ldm.plan.throughput import Cluster, wire
 
@@ -139,7 +140,7 @@ def points(assumed: Assumptions) -> dict[str, Any]:
     return {
         name: {
             "gigabytes": {**{f"ZeRO-{s}": per_weight(s, 128) * psi / 1e9 for s in range(4)}}
-            | {"hybrid": per_weight(3, 8) * psi / 1e9, "ZeRO++": (per_weight(3, 128) + 2 / 8) * psi / 1e9},
+            | {"hybrid": per_weight(3, 8) * psi / 1e9, "ZeRO++": (per_weight(3, 128) + 4 / 8) * psi / 1e9},
             "seconds": link_seconds(psi, between),
             "seconds, one port": link_seconds(psi, slow),
         }
@@ -147,13 +148,15 @@ def points(assumed: Assumptions) -> dict[str, Any]:
     }
 
 
+ALL = ZeroPP(part=8, weights=True, gradients=True)
+
+
 def link_seconds(psi: float, between: Cluster) -> dict[str, float]:
     """What the links take in a step of one micro-batch, nothing of it hidden.
 
     Hybrid: stage 3 within a node, and each GPU's share of the gradients reduced between nodes, where the GPUs of a node
-    share its ports; it pays where the link within a node is 3 times as fast as that network. ZeRO++ (Wang et al. 2023,
-    arXiv 2306.10209): weights gathered in 8 bits and gradients reduced in 4 between nodes, against its half-precision
-    elements 0.5 + 0.25; the gather of the backward pass stays within the node.
+    share its ports; it pays where the link within a node is 3 times as fast as that network. ZeRO++ as `ldm.plan.links`
+    has it: weights in 8 bits of the 32, gradients in 4, and the gather of the backward pass within the node.
     """
     inside = replace(between, nodes=1).link()
     once, link = 4.0 * psi, between.link()
@@ -161,7 +164,7 @@ def link_seconds(psi: float, between: Cluster) -> dict[str, float]:
         "ZeRO-1, 2": 2 * once / link,
         "ZeRO-3": 3 * once / link,
         "hybrid": 3 * once / inside + 2 * once / link,
-        "ZeRO++": 0.75 * once / link + once / inside,
+        "ZeRO++": between.hiding(wire(int(psi), 3, between.world, live=0, zeropp=ALL, node=between.per_node)),
     }
 
 

@@ -70,7 +70,7 @@ def check(*, meeting: bool = True) -> None:
             raise ValueError(f"{name}: {value} is not in [0, {world - 1}], as WORLD_SIZE is {world}; {_LEFT_OVER}")
     if torch.cuda.is_available() and local >= torch.cuda.device_count():
         raise ValueError(f"LOCAL_RANK: {local}, but this machine has {torch.cuda.device_count()} GPUs; {_LEFT_OVER}")
-    if (beside := _env("LOCAL_WORLD_SIZE", world)) <= local:
+    if (beside := local_world_size()) <= local:
         raise ValueError(f"LOCAL_RANK: {local} is not below LOCAL_WORLD_SIZE, {beside}; {_LEFT_OVER}")
     if world == 1:
         return
@@ -96,6 +96,11 @@ def local_rank() -> int:
     return _env("LOCAL_RANK", 0)
 
 
+def local_world_size() -> int:
+    """How many processes this node has, all of them without a launcher that tells."""
+    return _env("LOCAL_WORLD_SIZE", world_size())
+
+
 def device() -> torch.device:
     """The device of this process: its GPU if there is one, otherwise the CPU."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
@@ -119,7 +124,7 @@ def group() -> Iterator[None]:
         torch.cuda.set_device(local_rank())
     elif "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // _env("LOCAL_WORLD_SIZE", world_size())))
+        torch.set_num_threads(max(1, cores // local_world_size()))
     join()
     try:
         yield

@@ -1,7 +1,8 @@
 """What networks compute in: fp32, bf16 or fp16; `auto` is asked of a GPU and measured on a CPU.
 
 Whether a CPU gains by bfloat16 depends on its instructions and on what the libraries make of them, so a convolution and
-a matrix product of the size of a small network's are timed, forward and backward, once a process.
+a matrix product of the size of a small network's, in the layer that networks have, are timed, forward and backward,
+once a process.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm import dist
+from ldm.models.wide import Linear
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VARIABLE = "LDM_AUTO_PRECISION"
@@ -140,13 +142,15 @@ def _work(dtype: torch.dtype) -> Callable[[], object]:
 
     x = values(_BATCH, _CHANNELS, _SIDE, _SIDE)
     kernel = values(_CHANNELS, _CHANNELS, 3, 3).contiguous(memory_format=memory).requires_grad_()
-    matrix = values(4 * _CHANNELS, _CHANNELS).requires_grad_()
+    matrix = nn.Parameter(values(4 * _CHANNELS, _CHANNELS))
+    linear = nn.utils.skip_init(Linear, _CHANNELS, 4 * _CHANNELS, bias=False)
+    linear.weight = matrix
     x.requires_grad_()
 
     def step() -> object:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
             hidden = torch.nn.functional.conv2d(x, kernel, padding=1)
-            out = torch.nn.functional.linear(hidden.flatten(2).transpose(1, 2), matrix)
+            out = linear(hidden.flatten(2).transpose(1, 2).contiguous())  # as a norm leaves them
             loss = out.float().square().mean()
         return torch.autograd.grad(loss, [x, kernel, matrix])
 

@@ -51,7 +51,9 @@ def main(argv: list[str]) -> int:
 
     from ldm.recipes import assemble
     from ldm.recipes.run import run
+    from ldm.train import zeropp
 
+    zeropp.check(config.train.engine)  # refuse before anything is built
     build = partial(assemble, config.task, config.data, config.train, config.seed, config.workers)
     if args.dry_run:
         engine.start()

@@ -7,12 +7,13 @@ before averages (Rajbhandari et al. 2020, arXiv 1910.02054, section 3, has the s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from ldm.plan.links import ZeroPP
 from ldm.plan.trace import Trace, trace
 
 STAGES = (0, 1, 2, 3)
@@ -39,6 +40,7 @@ class Layout:
     accumulate: int = 1
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    zeropp: ZeroPP = field(default_factory=ZeroPP)
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
@@ -150,7 +152,13 @@ def memory(sizes: Sizes, activations: Activations, micro: float, layout: Layout,
     else:
         largest = min(sizes.weights, sizes.largest)  # is reduced in a copy of its gradient
         gathered = 4.0 * min(sizes.weights, sizes.small + max(layout.live, sizes.largest + layout.bucket))
-        moments = [(peak, share, bucket + gathered + 4.0 * largest), (0.0, 2 * share, 4.0 * sizes.small)]
+        second = layout.zeropp.copy(
+            sizes.weights, layout.world, element=2 if layout.half else 4, live=layout.live, accumulate=layout.accumulate
+        )
+        moments = [
+            (peak, share, bucket + gathered + 4.0 * largest + second[0]),
+            (0.0, 2 * share, 4.0 * sizes.small + second[1]),
+        ]
     fullest = max(moments, key=sum)
     return Parts(
         weights=states.weights, optimizer=states.optimizer, ema=states.ema, host=states.host, frozen=frozen,

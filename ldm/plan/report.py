@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from ldm.plan.hardware import GB
+from ldm.plan.links import Wire, advice, wire
 from ldm.plan.memory import STAGES, Activations, Layout, Parts, Sizes, largest_micro_batch, memory
-from ldm.plan.throughput import Cluster, Step, Wire, drawing_time, step_time, wire
+from ldm.plan.throughput import Cluster, Step, drawing_time, step_time
 
 DAY = 86400.0
 
@@ -174,7 +175,8 @@ class Planner:
             wire=wire(
                 self.sizes.weights, layout.stage, layout.world,
                 element=2 if layout.half and layout.stage else 4, live=layout.live,
-                micro_steps=point.accumulate if point else layout.accumulate,
+                micro_steps=point.accumulate if point else layout.accumulate, zeropp=layout.zeropp,
+                node=self.cluster.per_node,
             ),
             point=point,
             sweep=self.sweep(),
@@ -234,6 +236,7 @@ class Planner:
             activations=counted, micro=each // accumulate, accumulate=accumulate, weights=self.sizes.weights,
             stage=layout.stage, cluster=cluster, half=self._half, copies=layout.copies,
             frozen_flops=self.frozen_flops, element=2 if layout.half and layout.stage else 4, live=layout.live,
+            zeropp=layout.zeropp,
         )  # fmt: skip
         drawn = job.drawn
         drawing = 0.0 if drawn is None else drawing_time(counted, drawn.flops, drawn.count, drawn.rows, cluster)
@@ -271,6 +274,11 @@ class Planner:
             said.append(
                 f"train.batch: {job.batch} is smaller than the number of GPUs, {world}: some have nothing to do"
             )
+        if chosen.stage == 3:
+            said += advice(
+                job.layout.zeropp, weights=self.sizes.weights, live=job.layout.live,
+                accumulate=point.accumulate if point else accumulate, world=world, node=self.cluster.per_node,
+            )  # fmt: skip
         if not chosen.fits:
             other = next((f for f in fits if f.fits), None)
             hint = ""
@@ -283,11 +291,21 @@ class Planner:
         below = next((f for f in fits if f.stage < 3 and f.fits and f.recompute == chosen.recompute), None)
         if chosen.stage == 3 and below is not None:
             accumulate = point.accumulate if point else accumulate
+            ranks = max(2, world)
             least, most = (
-                wire(self.sizes.weights, stage, 2, micro_steps=accumulate, live=job.layout.live).total
-                / (2.0 * self.sizes.weights)
+                wire(
+                    self.sizes.weights,
+                    stage,
+                    ranks,
+                    micro_steps=accumulate,
+                    live=job.layout.live,
+                    zeropp=job.layout.zeropp,
+                    node=min(ranks, self.cluster.per_node),
+                ).total
+                / (4.0 * self.sizes.weights * (ranks - 1) / ranks)
                 for stage in (below.stage, 3)
             )
+            least, most = round(least, 6), round(most, 6)
             more = f"sends {least:.3g} psi a step" + (f" instead of {most:.3g} psi" if most > least else ", no more")
             said.append(f"zero_stage 3 is not worth it: stage {below.stage} fits, and {more}")
         if job.samples is not None:
@@ -314,6 +332,8 @@ def text(plan: Plan) -> str:
     lines = [f"{plan.name} on {c.nodes} x {c.per_node} {h.name}", ""]
     frozen = plan.frozen_flops_per_image
     alone = ": one GPU sends nothing" if c.world == 1 else ""
+    if plan.wire.inside:
+        alone = f", {digits(plan.wire.inside / GB)} of them within its node"
     lines += [
         f"trained weights    {digits(plan.weights / 1e6, 1)} M",
         f"compute an image   {digits(plan.flops_per_image / 1e9, 1)} GFLOP forward and backward"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from ldm.plan.hardware import GB, Assumptions, Hardware
+from ldm.plan.links import Wire, ZeroPP, wire
 from ldm.plan.memory import Activations
 from ldm.plan.scale import largest_of_normals
 from ldm.plan.trace import Op
@@ -37,38 +38,11 @@ class Cluster:
         outside = self.hardware.outside if self.nodes > 1 else float("inf")
         return self.assumptions.link * min(inside, outside) * GB
 
-
-@dataclass(frozen=True, kw_only=True)
-class Wire:
-    """Bytes that a rank sends in a step: what can hide behind the backward pass, and what cannot."""
-
-    hidden: float
-    exposed: float
-
-    @property
-    def total(self) -> float:
-        """Both."""
-        return self.hidden + self.exposed
-
-
-def wire(
-    weights: int, stage: int, world: int, *, element: int = 4, micro_steps: int = 1, live: int = 1_000_000_000
-) -> Wire:
-    """Collectives of a step: 2 psi elements, and 2 to 3 psi under stage 3 (a micro-step), times (N-1)/N.
-
-    Stage 0 reduces and gathers gradients, 1 and 2 scatter them and gather the new weights when the optimizer is done,
-    3 gathers weights before the forward pass, and for the backward pass those beyond `live`, which stayed. Gradients of
-    stage 2 and 3 are reduced in each micro-step.
-    """
-    if world == 1:
-        return Wire(hidden=0.0, exposed=0.0)
-    once = weights * element * (world - 1) / world
-    if stage == 0:
-        return Wire(hidden=2 * once, exposed=0.0)
-    if stage == 3:
-        again = max(0, weights - live) / weights if weights else 0.0
-        return Wire(hidden=(2 + again) * once * micro_steps, exposed=0.0)
-    return Wire(hidden=once * (micro_steps if stage == 2 else 1), exposed=once)
+    def hiding(self, sent: Wire) -> float:
+        """Seconds of the collectives that can hide; the ranks of a node share its ports."""
+        share, chip = self.assumptions.link * GB, self.hardware
+        ports = self.per_node * sent.ports / (share * chip.outside)
+        return sent.hidden / self.link() + sent.inside / (share * chip.inside) + ports
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +114,7 @@ def step_time(
     frozen_flops: float = 0.0,
     element: int = 4,
     live: int = 1_000_000_000,
+    zeropp: ZeroPP | None = None,
 ) -> Step:
     """One optimizer step of `accumulate` micro-batches of `micro` samples a rank."""
     share, chip = cluster.assumptions, cluster.hardware
@@ -151,8 +126,11 @@ def step_time(
     frozen = accumulate * micro * frozen_flops / rate * (forward / micro / slower if slower else 1.0)
     held = weights / cluster.world if stage else weights
     optimizer = held * (28 + 12 * copies) / (chip.bandwidth * GB * share.stream)  # bytes of Adam and of averages
-    sent = wire(weights, stage, cluster.world, element=element, micro_steps=accumulate, live=live)
-    reducing = sent.hidden / cluster.link()
+    sent = wire(
+        weights, stage, cluster.world, element=element, micro_steps=accumulate, live=live, zeropp=zeropp,
+        node=cluster.per_node,
+    )  # fmt: skip
+    reducing = cluster.hiding(sent)
     room = (backward if stage < 2 else accumulate * backward) + (accumulate * forward if stage == 3 else 0.0)
     waiting = reducing - min(share.overlap * reducing, room)
     links = waiting + sent.exposed / cluster.link()

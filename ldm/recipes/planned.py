@@ -23,6 +23,7 @@ from ldm.models.vae.autoencoder import Autoencoder
 from ldm.objectives import Objective
 from ldm.pipeline import TextToImage
 from ldm.plan.flops import count_flops
+from ldm.plan.links import ZeroPP
 from ldm.plan.memory import Layout
 from ldm.plan.report import Frozen, Job
 from ldm.recipes.pictures import entries
@@ -64,6 +65,9 @@ def layout(train: TrainConfig, asked: Asked) -> Layout:
         accumulate=train.accumulate,
         offload_optimizer=engine.offload_optimizer,
         offload_parameters=engine.offload_parameters,
+        zeropp=ZeroPP(
+            part=engine.hpz_partition, weights=engine.quantized_weights, gradients=engine.quantized_gradients
+        ),
     )
 
 

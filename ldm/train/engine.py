@@ -25,6 +25,7 @@ from ldm.models import compiling
 from ldm.models.network import Around, Network
 from ldm.objectives.base import Objective
 from ldm.rng import Rng
+from ldm.train import zeropp
 from ldm.train.engine_config import EngineConfig, deepspeed_config
 from ldm.types import Batch, Metrics
 
@@ -132,6 +133,8 @@ class Engine:
             check_streamed(module.trained)
         deepspeed = _deepspeed()
         start()
+        zeropp.check(config)
+        zeropp.tell(config)
         config = config.effective(dist.world_size())
         self.config, self.accumulate = config, accumulate
         self.dtype = config.dtype()
@@ -139,6 +142,7 @@ class Engine:
         allocator.keep_freed_memory(self.device.type)
         if self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+        zeropp.prepare(deepspeed, module, config)
         settings = deepspeed_config(config, micro_batch, accumulate)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -148,6 +152,8 @@ class Engine:
         if config.zero_stage in (1, 2) and config.precision != "fp16":  # whose gradients are in half precision
             self._engine.optimizer.get_grad_norm_direct = _norm
         self._fragments = self._find_fragments()
+        if config.quantized_weights:
+            zeropp.gather_small_exactly(deepspeed, module)
         if config.compile == "blocks":
             compile_blocks(self.module.trained)
         elif config.compile != "off":
@@ -305,7 +311,7 @@ class Engine:
             for i in range(len(optimizer.fp32_partitioned_groups_flat)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(i)
             optimizer.checkpoint_event_epilogue()
-            optimizer.invalidate_secondary_tensor()
+            optimizer.invalidate_secondary_tensor()  # hpZ's copies, which the prologue took of the weights as they were
 
     @contextlib.contextmanager
     def applied(self, shards: list[Tensor]) -> Iterator[None]:

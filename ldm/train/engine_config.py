@@ -26,6 +26,11 @@ class EngineConfig:
     `blocks_on_device`: so many blocks of a frozen network are on the device at once, the others in the host's memory
     (`models.streaming`).
 
+    ZeRO++ (Wang et al. 2023, arXiv 2306.10209) divides stage 3 further (`ldm.train.zeropp`). hpZ: each `hpz_partition`
+    neighbouring ranks, a node's, keep a copy of the weights from the forward pass on: only a step's first gather leaves
+    the node. `quantized_weights`: weights are gathered in 8 bits, masters stay float32. `quantized_gradients`: those of
+    matrices are reduced in 4 bits. Both need GPUs, and compile kernels at the start.
+
     On one process there is nothing to divide: every stage computes as stage 0 does, which copies least; but offloading
     and fp16 are as configured.
     """
@@ -60,6 +65,15 @@ class EngineConfig:
             raise ValueError("offload_optimizer: needs zero_stage 1, 2 or 3, got 0")
         if self.offload_parameters and self.zero_stage != 3:
             raise ValueError(f"offload_parameters: needs zero_stage 3, got {self.zero_stage}")
+        if self.hpz_partition < 1:
+            raise ValueError(f"hpz_partition must be at least 1 rank (1 is off), got {self.hpz_partition}")
+        for key, on in (
+            ("hpz_partition", self.hpz_partition > 1),
+            ("quantized_weights", self.quantized_weights),
+            ("quantized_gradients", self.quantized_gradients),
+        ):
+            if on and self.zero_stage != 3:
+                raise ValueError(f"{key}: needs zero_stage 3, got {self.zero_stage}")
         if self.compile == "blocks" and self.zero_stage == 3:
             raise ValueError("compile: 'blocks' needs zero_stage 0, 1 or 2, got 3, which gathers weights inside blocks")
         check_count(self.blocks_on_device)
@@ -90,9 +104,16 @@ class EngineConfig:
         return compute_dtype(self.precision)
 
     def effective(self, world: int) -> EngineConfig:
-        """What is run on so many processes: on one, stage 0 wherever a stage would only add copies."""
+        """What is run on so many processes: on one, stage 0 wherever a stage would only add copies.
+
+        hpZ is off where one group holds them all, and whatever saves the wire is on one process.
+        """
+        config = self if 1 < self.hpz_partition < world else replace(self, hpz_partition=1)
+        if world > 1:
+            return config
+        config = replace(config, quantized_weights=False, quantized_gradients=False)
         needed = self.offload_optimizer or self.offload_parameters or self.precision == "fp16"
-        return self if world > 1 or needed else replace(self, zero_stage=0)
+        return config if needed else replace(config, zero_stage=0)
 
 
 def deepspeed_config(config: EngineConfig, micro_batch: int, accumulate: int) -> dict[str, Any]:
@@ -112,9 +133,10 @@ def deepspeed_config(config: EngineConfig, micro_batch: int, accumulate: int) ->
         "elastic_checkpoint": False,
         "load_from_fp32_weights": True,
         "sub_group_size": 1_000_000_000,
-        "zero_hpz_partition_size": 1,
-        "zero_quantized_weights": False,
-        "zero_quantized_gradients": False,
+        "zero_hpz_partition_size": config.hpz_partition,
+        "zero_quantized_weights": config.quantized_weights,
+        "zero_quantized_nontrainable_weights": False,
+        "zero_quantized_gradients": config.quantized_gradients,
         "offload_optimizer": {"device": "cpu" if config.offload_optimizer else "none", "pin_memory": pin},
     }
     if config.zero_stage == 3:
@@ -140,18 +162,22 @@ def deepspeed_config(config: EngineConfig, micro_batch: int, accumulate: int) ->
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "fp16": {
-            "enabled": config.precision == "fp16",
-            "auto_cast": False,
-            "loss_scale": float(config.loss_scale),
-            "initial_scale_power": config.loss_scale_power,
-            "loss_scale_window": 1000,
-            "hysteresis": 2,
-            "consecutive_hysteresis": False,
-            "min_loss_scale": 1,
-        },
+        "fp16": _fp16(config),
         "bf16": {"enabled": False},
         "torch_autocast": {"enabled": False},
         "flops_profiler": {"enabled": False},
         "comms_logger": {"enabled": False},
+    }
+
+
+def _fp16(config: EngineConfig) -> dict[str, Any]:
+    return {
+        "enabled": config.precision == "fp16",
+        "auto_cast": False,
+        "loss_scale": float(config.loss_scale),
+        "initial_scale_power": config.loss_scale_power,
+        "loss_scale_window": 1000,
+        "hysteresis": 2,
+        "consecutive_hysteresis": False,
+        "min_loss_scale": 1,
     }

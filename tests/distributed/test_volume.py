@@ -64,6 +64,7 @@ class Wire:
 
     def __init__(self) -> None:
         self.bytes: dict[str, int] = {}
+        self.sizes: dict[tuple[str, int], int] = {}
         self._inside = False
         for name, size in self.NAMES.items():
             setattr(torch.distributed, name, self._counted(name, getattr(torch.distributed, name), size))
@@ -73,6 +74,8 @@ class Wire:
             tensors = [*args, *(kwargs[k] for k in ORDER if k in kwargs)]
             if not self._inside:
                 self.bytes[name] = self.bytes.get(name, 0) + size(tensors)
+                key = name, torch.distributed.get_world_size(kwargs.get("group"))
+                self.sizes[key] = self.sizes.get(key, 0) + size(tensors)
             outer, self._inside = self._inside, True
             try:
                 return call(*args, **kwargs)
@@ -83,6 +86,13 @@ class Wire:
 
     def read(self) -> dict[str, int]:
         found, self.bytes = self.bytes, {}
+        self.sizes = {}
+        return found
+
+    def read_sizes(self) -> dict[tuple[str, int], int]:
+        """By the call and the number of ranks in its group."""
+        found = self.sizes
+        self.read()
         return found
 
 

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm import dist, precision
 from ldm.cli.data import _moments
 from ldm.config.load import dump
+from ldm.models import onednn, wide
 from ldm.models.presets import AUTOENCODERS
 from ldm.models.vae.autoencoder import Autoencoder
 from ldm.models.vae.latents import LatentCodec
+from ldm.models.wide import quickened
 from ldm.precision import Measured
 from ldm.recipes.run import settled
 from ldm.train.engine_config import EngineConfig
@@ -86,6 +92,41 @@ def test_the_measurement_is_short_and_leaves_no_trace() -> None:
     assert not torch.is_autocast_enabled("cpu")
     assert found.fp32 > 0
     assert found.bf16 > 0
+
+
+@pytest.mark.parametrize("amd", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_measured_is_the_product_that_networks_take(
+    dtype: torch.dtype, amd: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step's matrix products, by operator, are those of a network's linear layer, forward and backward: oneDNN's in
+    float32 on AMD's processors, PyTorch's on others.
+    """
+    if not onednn.available():
+        pytest.skip("needs a PyTorch with oneDNN")
+    monkeypatch.setattr(onednn, "wins", lambda: amd)
+    monkeypatch.setattr(wide, "emulates", lambda dtype: False)
+    with Products() as found:
+        precision._work(dtype)()
+    layer = nn.Linear(precision._CHANNELS, 4 * precision._CHANNELS, bias=False)
+    x = torch.ones(precision._BATCH, precision._SIDE**2, precision._CHANNELS, requires_grad=True)
+    with Products() as expected, torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32):
+        quickened(layer)(x).float().square().mean().backward()
+    assert found.names == expected.names
+    assert ("_linear_pointwise" in found.names) == (amd and dtype == torch.float32)
+
+
+class Products(TorchDispatchMode):
+    """How often each operator of matrix products is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.partition(".")[0]
+        self.names.update([name] if name in ("mm", "addmm", "bmm", "_linear_pointwise") else [])
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("slow", range(3, 15))

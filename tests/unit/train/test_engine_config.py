@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from ldm.train import zeropp
 from ldm.train.engine import _deepspeed, compile_blocks
 from ldm.train.engine_config import EngineConfig, deepspeed_config
 
@@ -55,6 +57,85 @@ def test_on_one_process_nothing_is_divided(stage: int) -> None:
     assert EngineConfig(zero_stage=stage, offload_optimizer=True).effective(1).zero_stage == stage
 
 
+def test_zeropp_is_written_and_is_off_where_it_has_nothing_to_do() -> None:
+    config = EngineConfig(zero_stage=3, hpz_partition=8, quantized_weights=True, quantized_gradients=True)
+    keys = ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients")
+    for world, written in ((16, (8, True, True)), (8, (1, True, True)), (1, (1, False, False))):
+        zero = deepspeed_config(config.effective(world), 2, 1)["zero_optimization"]
+        assert tuple(zero[key] for key in keys) == written, world
+        assert zero["zero_quantized_nontrainable_weights"] is False
+    off = deepspeed_config(EngineConfig(zero_stage=3), 2, 1)["zero_optimization"]
+    assert tuple(off[key] for key in keys) == (1, False, False)
+    assert replace(config, offload_parameters=True).effective(1) == EngineConfig(zero_stage=3, offload_parameters=True)
+
+
+@pytest.mark.parametrize(
+    ("world", "node", "options", "said"),
+    [
+        (
+            "8",
+            "4",
+            {"hpz_partition": 3},
+            "train.engine.hpz_partition: 3 does not divide 8 processes; allowed are 1, 2, 4",
+        ),
+        ("5", "5", {"hpz_partition": 2}, "2 does not divide 5 processes; allowed are 1 .1 is off., and a node has 5"),
+        ("2", "2", {"quantized_weights": True}, "train.engine.quantized_weights: DeepSpeed quantises on GPUs alone"),
+        (
+            "2",
+            "2",
+            {"quantized_gradients": True},
+            "quantized_gradients: DeepSpeed quantises on GPUs alone; false is allowed",
+        ),
+        ("8", "4", {"hpz_partition": 4}, None),
+        ("1", "1", {"hpz_partition": 4, "quantized_gradients": True}, None),
+    ],
+)
+def test_what_of_zeropp_cannot_run_is_refused(
+    monkeypatch: pytest.MonkeyPatch, world: str, node: str, options: dict[str, Any], said: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", node)
+    config = EngineConfig(zero_stage=3, **options)
+    if said is None:
+        zeropp.check(config)
+        return
+    with pytest.raises(ValueError, match=said):
+        zeropp.check(config)
+
+
+@pytest.mark.parametrize(
+    ("node", "part", "said"),
+    [
+        ("4", 4, ""),
+        ("4", 8, "hpz_partition: 8 is off, as 8 processes"),
+        ("2", 4, "groups of 4 span nodes, which have 2"),
+    ],
+)
+def test_where_hpz_does_little_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], node: str, part: int, said: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", node)
+    zeropp.tell(EngineConfig(zero_stage=3, hpz_partition=part))
+    told = capsys.readouterr().err
+    assert said in told if said else not told
+
+
+@pytest.mark.parametrize(
+    ("numel", "world", "rows"),
+    [(128 * 128, 4, 128), (10**6, 64, 0), (1 << 22, 16, 4096), (320 * 320 * 9, 16, 960), (320 * 320 * 9, 128, 1152)],
+)
+def test_groups_of_a_quantised_gradient(numel: int, world: int, rows: int) -> None:
+    """As many as each rank gets of, no larger than their number, of whole loads of 8 values."""
+    found = zeropp.rows(numel, world)
+    assert found == rows
+    if found:
+        assert found % world == numel % found == 0
+        assert numel // found % 8 == 0
+        assert numel // found <= found
+
+
 STARTS = """
 import sys
 import torch.utils.cpp_extension as extension
@@ -97,6 +178,10 @@ def test_nothing_is_compiled_at_the_start() -> None:
         ({"offload_optimizer": True, "zero_stage": 0}, "offload_optimizer: needs zero_stage 1, 2 or 3"),
         ({"live": -1}, "live must be at least 0"),
         ({"bucket": 0}, "bucket must be at least 1"),
+        ({"hpz_partition": 0, "zero_stage": 3}, "hpz_partition must be at least 1 rank .1 is off., got 0"),
+        ({"hpz_partition": 8}, "hpz_partition: needs zero_stage 3, got 1"),
+        ({"quantized_weights": True, "zero_stage": 2}, "quantized_weights: needs zero_stage 3, got 2"),
+        ({"quantized_gradients": True, "zero_stage": 0}, "quantized_gradients: needs zero_stage 3, got 0"),
         ({"loss_scale": -1.0}, "loss_scale must be at least 0"),
         ({"loss_scale_power": 64}, "loss_scale_power must be in"),
     ],
