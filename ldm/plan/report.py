@@ -11,6 +11,7 @@ from torch import nn
 
 from ldm.plan.hardware import GB
 from ldm.plan.memory import STAGES, Activations, Layout, Parts, Sizes, largest_micro_batch, memory
+from ldm.plan.streaming import Streamed
 from ldm.plan.throughput import Cluster, Step, Wire, drawing_time, step_time, wire
 
 DAY = 86400.0
@@ -42,7 +43,8 @@ class Job:
     `flops` are those of its forward pass for one image; None counts forward and backward as they are, for steps where
     the backward pass is not twice the forward (frozen weights, a teacher in the loss). `samples` of the data (None:
     unknown), each of `sample_bytes`. `drawn` comes before, `then` are rounds that follow, each a job of its own; with
-    them `round` names this one.
+    them `round` names this one. `streamed` are frozen blocks that come and go; what of them is on the device is among
+    `frozen`.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Job:
     drawn: Drawn | None = None
     round: str = ""
     then: tuple[Job, ...] = ()
+    streamed: Streamed | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +210,8 @@ class Planner:
         )  # fmt: skip
         counted = self.activations[recompute]
         parts = memory(self.sizes, counted, micro, layout, self.frozen_bytes)
+        if self.job.streamed is not None:
+            parts = replace(parts, host=parts.host + self.job.streamed.host)
         largest = largest_micro_batch(self.sizes, counted, layout, self.limit, self.frozen_bytes)
         return Fit(stage=stage, recompute=recompute, parts=parts, largest=largest, fits=parts.total <= self.limit)
 
@@ -234,6 +239,7 @@ class Planner:
             activations=counted, micro=each // accumulate, accumulate=accumulate, weights=self.sizes.weights,
             stage=layout.stage, cluster=cluster, half=self._half, copies=layout.copies,
             frozen_flops=self.frozen_flops, element=2 if layout.half and layout.stage else 4, live=layout.live,
+            streamed=job.streamed, offload=layout.offload_optimizer,
         )  # fmt: skip
         drawn = job.drawn
         drawing = 0.0 if drawn is None else drawing_time(counted, drawn.flops, drawn.count, drawn.rows, cluster)
@@ -353,6 +359,7 @@ def _time(plan: Plan) -> list[str]:
     parts = (
         f"compute {digits(s.compute)}, frozen {digits(s.frozen)}, optimizer {digits(s.optimizer)}, "
         f"links {digits(s.links)}, slowest rank {digits(s.stragglers)}, other {digits(s.other)}"
+        + (f", host's memory {digits(s.moving)}" if s.moving else "")
     )
     lines = [
         f"a step             {digits(s.total)} s of {plan.batch} images ({p.micro} a GPU x {p.accumulate}): {parts}",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from ldm.plan.hardware import GB, Assumptions, Hardware
 from ldm.plan.memory import Activations
 from ldm.plan.scale import largest_of_normals
+from ldm.plan.streaming import Streamed, waited
 from ldm.plan.trace import Op
 
 
@@ -73,7 +74,9 @@ def wire(
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Seconds of one optimizer step by part; what hides behind computing is not in `links`."""
+    """Seconds of one optimizer step by part; what hides behind computing is neither in `links` nor in `moving`, the
+    copies between the host's memory and the device.
+    """
 
     compute: float
     frozen: float
@@ -81,11 +84,12 @@ class Step:
     links: float
     stragglers: float
     other: float
+    moving: float = 0.0
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.compute + self.frozen + self.optimizer + self.links + self.stragglers + self.other
+        return sum(getattr(self, f.name) for f in fields(self))
 
 
 def kernels(ops: Sequence[tuple[Op, Op]], batch: float, few: int, more: int, cluster: Cluster, half: bool) -> float:
@@ -140,8 +144,13 @@ def step_time(
     frozen_flops: float = 0.0,
     element: int = 4,
     live: int = 1_000_000_000,
+    streamed: Streamed | None = None,
+    offload: bool = False,
 ) -> Step:
-    """One optimizer step of `accumulate` micro-batches of `micro` samples a rank."""
+    """One optimizer step of `accumulate` micro-batches of `micro` samples a rank.
+
+    `streamed`: frozen blocks that come and go; `offload`: the optimizer is in the host's memory.
+    """
     share, chip = cluster.assumptions, cluster.hardware
     forward, backward = compute(activations, micro, cluster, half)
     busy = accumulate * (forward + backward)
@@ -150,7 +159,12 @@ def step_time(
     slower = sum(o.flops for o in activations.more.ops if not o.backward) / activations.more.batch / rate
     frozen = accumulate * micro * frozen_flops / rate * (forward / micro / slower if slower else 1.0)
     held = weights / cluster.world if stage else weights
-    optimizer = held * (28 + 12 * copies) / (chip.bandwidth * GB * share.stream)  # bytes of Adam and of averages
+    slot = chip.pcie * GB * share.pcie
+    update = share.host * GB if offload else chip.bandwidth * GB * share.stream
+    optimizer = held * (28 + 12 * copies) / update  # bytes of Adam and of averages
+    moving = 2 * element * held / slot if offload else 0.0  # gradients there, weights back
+    if streamed is not None:
+        moving += accumulate * waited(streamed.moved(backward=True), slot, busy / accumulate, streamed.ahead)
     sent = wire(weights, stage, cluster.world, element=element, micro_steps=accumulate, live=live)
     reducing = sent.hidden / cluster.link()
     room = (backward if stage < 2 else accumulate * backward) + (accumulate * forward if stage == 3 else 0.0)
@@ -158,5 +172,6 @@ def step_time(
     links = waiting + sent.exposed / cluster.link()
     slowest = share.jitter * largest_of_normals(cluster.world) * (busy + frozen)
     return Step(
-        compute=busy, frozen=frozen, optimizer=optimizer, links=links, stragglers=slowest, other=share.step
+        compute=busy, frozen=frozen, optimizer=optimizer, links=links, stragglers=slowest, other=share.step,
+        moving=moving,
     )  # fmt: skip

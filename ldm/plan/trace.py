@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ldm.models import frozen
+
 
 @dataclass(frozen=True)
 class Op:
@@ -163,6 +165,8 @@ class _Gpu(TorchFunctionMode):
             return x
         if not (x.is_leaf and x.requires_grad and torch.is_grad_enabled()):  # a cast without a gradient serves no other
             return x.to(dtype)
+        if self._tracker.backward:  # what is computed again has an autocast of its own, which ends with it
+            return x.to(dtype)
         if id(x) not in self._cast:  # autocast casts a weight once a forward pass
             self._cast[id(x)] = x.to(dtype)
         return self._cast[id(x)]
@@ -198,6 +202,7 @@ def trace(
 
     hooks = [p.register_post_accumulate_grad_hook(hand_on) for p in trained]
     with ExitStack() as stack:
+        stack.enter_context(frozen.computing(precision if gpu else torch.float32))
         stack.enter_context(tracker)
         device = stack.enter_context(_Gpu(tracker, precision)) if gpu else None
         if not gpu:

@@ -1,0 +1,50 @@
+"""Networks that do not train in a plan: as the engine holds them, and what of them is on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from ldm.models.frozen import held_bytes, store, stored_bytes
+from ldm.models.network import Network
+from ldm.models.text import TextEncoder, TextPrecision, text_bytes
+from ldm.plan.report import Frozen
+from ldm.plan.streaming import Streamed, aligned
+from ldm.train.engine_config import EngineConfig
+
+
+def network(of: Network, engine: EngineConfig, name: str | None = None) -> tuple[Frozen, Streamed | None]:
+    """A network on the meta device, held as the engine holds what is frozen: it becomes so in place.
+
+    What of it is on the device at the fullest moment, and its blocks where they come and go.
+    """
+    store(of.requires_grad_(False), engine.frozen)
+    return placed(of, engine.blocks_on_device, name)
+
+
+def placed(of: Network, places: int | None, name: str | None = None) -> tuple[Frozen, Streamed | None]:
+    """The same of one whose weights are as they will be."""
+    total, name = float(held_bytes(of)), name or of.component
+    blocks = [list(_tensors(block)) for _, block in of.blocks()]
+    if places is None or places >= len(blocks):
+        return Frozen(name=name, bytes=total), None
+    streamed = Streamed.of([aligned(own) for own in blocks], places)
+    inside = sum(float(t.numel() * t.element_size()) for own in blocks for t in own)
+    return Frozen(name=name, bytes=total - inside + streamed.held), streamed
+
+
+def _tensors(block: nn.Module) -> Iterator[Tensor]:
+    yield from (t for t in (*block.parameters(), *block.buffers()) if t.numel())
+
+
+def weight(module: nn.Module, engine: EngineConfig) -> float:
+    """Bytes of another frozen part, such as an autoencoder; it stays as it is."""
+    return float(stored_bytes(module.requires_grad_(False), engine.frozen))
+
+
+def text(encoder: TextEncoder, engine: EngineConfig, precision: TextPrecision) -> float:
+    """Bytes of a text encoder: those of its own precision, where one is said."""
+    if precision != "fp32" or engine.frozen == "fp32":
+        return text_bytes(encoder, precision)
+    return weight(encoder, engine)
