@@ -19,6 +19,7 @@ from ldm.adapters.base import freeze
 from ldm.adapters.corrections import Corrections
 from ldm.adapters.low_rank import Lora, LowRank, row_norms
 from ldm.adapters.sites import Site, chosen, network_sites, pooled_of, text_sites, towers, usual_targets
+from ldm.models.frozen import opened
 from ldm.models.network import Around, Network
 from ldm.models.text import TextEncoder
 
@@ -174,7 +175,8 @@ class LoraNet(Around):
 
         def forward(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, None]:
             assert key is query or key.data_ptr() == query.data_ptr()
-            return self._attend(attention, keys, query, options.get("attn_mask")), None
+            with opened(attention):
+                return self._attend(attention, keys, query, options.get("attn_mask")), None
 
         attention.forward = forward  # type: ignore[method-assign]
         return lambda: attention.__dict__.pop("forward") and None

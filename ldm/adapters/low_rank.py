@@ -103,6 +103,11 @@ class Loras:
     def _check(self, name: str, lora: Corrections) -> None:
         if unknown := sorted(set(lora) - set(self._sites)):
             raise ValueError(f"LoRA {name!r}: {len(unknown)} layers are not in this model, such as {unknown[0]!r}")
+        if stored := sorted(site for site in lora if self._sites[site].stored):
+            raise ValueError(
+                f"LoRA {name!r}: nothing can be merged into {stored[0]}, whose weight is stored as train.engine.frozen "
+                "says; load the base model anew"
+            )
         for site, low in lora.items():
             shape = tuple(self._sites[site].read().shape)
             if low.shape != shape:

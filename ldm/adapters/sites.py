@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from torch import Tensor, nn
 
 from ldm.adapters.base import COMPONENTS
 from ldm.models.families import family_of
+from ldm.models.frozen import Stored
 from ldm.models.network import Network
 from ldm.models.text import T5Encoder, TextEncoder, TextTower
 
@@ -27,14 +29,15 @@ _TEXT = {
 class Site:
     """Rows `[start, stop)` of one layer's weight. `module` is the layer, or the attention that holds the rows.
 
+    `parameter` and `bias`: where its weight and its bias are below the module; they are looked up at every use.
     `transposed`: the weight is stored as (in, out).
     """
 
     name: str
     group: str
     module: nn.Module
-    weight: Tensor
-    bias: Tensor | None
+    parameter: str
+    bias: str | None
     start: int
     stop: int
     transposed: bool = False
@@ -46,12 +49,25 @@ class Site:
 
     def read(self) -> Tensor:
         """The layer's weight (out, in[, kh, kw]), without gradient; writing into it changes the model."""
-        weight = self.weight.detach()
+        weight = attrgetter(self.parameter)(self.module).detach()
         return (weight.T if self.transposed else weight)[self.start : self.stop]
+
+    @property
+    def stored(self) -> bool:
+        """Whether the weight is stored in fewer bits (`models.frozen`): writing into what `read` gives is lost."""
+        inner, _, name = self.parameter.rpartition(".")
+        layer = self.module.get_submodule(inner)
+        return isinstance(layer, Stored) and name not in layer._parameters
 
     def read_bias(self) -> Tensor | None:
         """The layer's bias (out,)."""
-        return None if self.bias is None else self.bias[self.start : self.stop]
+        return None if self.bias is None else attrgetter(self.bias)(self.module)[self.start : self.stop]
+
+
+def _layer(name: str, group: str, layer: nn.Linear | nn.Conv2d) -> Site:
+    """A whole linear layer or convolution."""
+    rows = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    return Site(name, group, layer, "weight", None if layer.bias is None else "bias", 0, rows)
 
 
 def network_sites(network: Network) -> list[Site]:
@@ -59,8 +75,7 @@ def network_sites(network: Network) -> list[Site]:
     found = []
     for name, module, group in network.correctable():
         assert isinstance(module, (nn.Linear, nn.Conv2d))
-        own, rows = f"{network.component}.{name}", module.weight.shape[0]
-        found.append(Site(own, group, module, module.weight, module.bias, 0, rows))
+        found.append(_layer(f"{network.component}.{name}", group, module))
     return found
 
 
@@ -96,14 +111,14 @@ def text_sites(text: Sequence[TextEncoder], *, pooled: Sequence[bool] | None = N
             assert isinstance(attention, nn.MultiheadAttention)
             for k, letter in enumerate("qkv"):
                 name, rows = f"{prefix}self_attn.{letter}_proj", (k * width, (k + 1) * width)
-                weight, bias = attention.in_proj_weight, attention.in_proj_bias
-                found.append(Site(name, "attention", attention, weight, bias, *rows))
-            out = attention.out_proj
-            found.append(Site(f"{prefix}self_attn.out_proj", "attention", attention, out.weight, out.bias, 0, width))
+                bias = None if attention.in_proj_bias is None else "in_proj_bias"
+                found.append(Site(name, "attention", attention, "in_proj_weight", bias, *rows))
+            name, parts = f"{prefix}self_attn.out_proj", ("out_proj.weight", "out_proj.bias")
+            found.append(Site(name, "attention", attention, parts[0], parts[1], 0, width))
             for native, (name, group) in _TEXT.items():
                 layer = block.get_submodule(native)
                 assert isinstance(layer, nn.Linear)
-                found.append(Site(prefix + name, group, layer, layer.weight, layer.bias, 0, layer.weight.shape[0]))
+                found.append(_layer(prefix + name, group, layer))
     return found
 
 
@@ -119,8 +134,7 @@ def t5_sites(text: Sequence[TextEncoder]) -> list[Site]:
         for name, module in encoder.model.named_modules():
             if isinstance(module, nn.Linear):
                 group = "attention" if "SelfAttention" in name else "feed_forward"
-                rows = module.weight.shape[0]
-                found.append(Site(f"{component}.{name}", group, module, module.weight, module.bias, 0, rows))
+                found.append(_layer(f"{component}.{name}", group, module))
     return found
 
 
@@ -133,16 +147,17 @@ def other_sites(network: Network, text: Sequence[TextEncoder]) -> dict[str, Site
     """What only others' files correct: norms, biases under NAME.bias, the towers' projections."""
     found = {}
 
-    def add(name: str, module: nn.Module, weight: Tensor | None, bias: Tensor | None) -> None:
-        for own, value, group in ((name, weight, "norm"), (f"{name}.bias", bias, "bias")):
-            if value is not None:
-                found[own] = Site(own, group, module, value, None, 0, len(value))
+    def add(name: str, module: nn.Module, *parameters: str) -> None:
+        for parameter in parameters:
+            if (value := getattr(module, parameter, None)) is not None:
+                own, group = (name, "norm") if parameter == "weight" else (f"{name}.bias", "bias")
+                found[own] = Site(own, group, module, parameter, None, 0, len(value))
 
     for name, module in network.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            add(f"{network.component}.{name}", module, None, module.bias)
+            add(f"{network.component}.{name}", module, "bias")
         elif isinstance(weight := getattr(module, "weight", None), nn.Parameter) and weight.ndim == 1:  # a norm
-            add(f"{network.component}.{name}", module, weight, getattr(module, "bias", None))
+            add(f"{network.component}.{name}", module, "weight", "bias")
     for site in text_sites(text):
         if site.bias is not None:
             own = f"{site.name}.bias"
@@ -150,12 +165,12 @@ def other_sites(network: Network, text: Sequence[TextEncoder]) -> dict[str, Site
     for component, tower in towers(text):
         for i, block in enumerate(tower.model.transformer.resblocks):
             for k, norm in enumerate((block.ln_1, block.ln_2), 1):
-                add(f"{component}.text_model.encoder.layers.{i}.layer_norm{k}", norm, norm.weight, norm.bias)  # type: ignore[arg-type]
-        final, projection = tower.model.ln_final, tower.model.text_projection
-        add(f"{component}.text_model.final_layer_norm", final, final.weight, final.bias)  # type: ignore[arg-type]
+                add(f"{component}.text_model.encoder.layers.{i}.layer_norm{k}", norm, "weight", "bias")
+        add(f"{component}.text_model.final_layer_norm", tower.model.ln_final, "weight", "bias")
+        projection = tower.model.text_projection
         if isinstance(projection, nn.Parameter):
             own = f"{component}.text_projection"
-            found[own] = Site(own, "projection", tower.model, projection, None, 0, projection.shape[1], True)
+            found[own] = Site(own, "projection", tower.model, "text_projection", None, 0, projection.shape[1], True)
     return found
 
 

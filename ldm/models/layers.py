@@ -113,7 +113,8 @@ class Conv3x3(nn.Conv2d):
 @contextlib.contextmanager
 def unchanging(network: nn.Module, calls: int) -> Iterator[None]:
     """Inside, the network is called so many times and its weights do not change: what helps there is made once."""
-    layers = [m for m in network.modules() if isinstance(m, Conv3x3)] if calls >= CALLS else []
+    found = [m for m in network.modules() if isinstance(m, Conv3x3)] if calls >= CALLS else []
+    layers = [m for m in found if "weight" in m._parameters]  # others are made whole anew at every call
     kept = Transforms()
     for layer in layers:
         layer.transforms = kept

@@ -13,6 +13,7 @@ from ldm.recipes.clip import ClipTask
 from ldm.recipes.distill import DistillTask
 from ldm.recipes.dreambooth import DreamboothTask
 from ldm.recipes.finetune import FinetuneTask
+from ldm.recipes.frozen_parts import check_frozen
 from ldm.recipes.inversion import InversionTask
 from ldm.recipes.planned import Asked
 from ldm.recipes.text_to_image import TextToImageTask
@@ -45,8 +46,13 @@ def assemble(
     seed: int,
     workers: int,
 ) -> Assembly:
-    """Put a method together. Raises ValueError for `train.validate` with a task that validates in its own way."""
+    """Put a method together.
+
+    Raises ValueError for `train.validate` with a task that validates in its own way, and for `train.engine.frozen`
+    where nothing is frozen.
+    """
     check_validation(task, train)
+    check_frozen(train.engine.frozen, task.kind, not isinstance(task, AutoencoderTask | ClipTask))
     assembly = RECIPES[type(task)].build(task, data, train, seed, workers)
     if train.validate is not None:
         batch = autoencoder.held_out(data, train.validate.split, train.validate.samples)

@@ -43,6 +43,7 @@ from ldm.plan.report import Frozen, Job
 from ldm.recipes import planned, planned_frozen, planned_models
 from ldm.recipes.base import Assembly
 from ldm.recipes.distill_task import DistillTask
+from ldm.recipes.frozen_parts import store_beside, store_network
 from ldm.recipes.rounds import rounds
 from ldm.recipes.sources import text_encoder, training_data
 from ldm.recipes.student_schedulers import path_grid, spacing, student_scheduler
@@ -84,6 +85,9 @@ def build(task: DistillTask, data: Data, train: TrainConfig, seed: int, workers:
     schedule = source.process.schedule
     source.process = sized_process(source, data)
     student = make_student(task, network, source.process)
+    storage, caches = train.engine.frozen, task.cache is not None or data.cached
+    store_network(source, storage, trains=False)
+    store_beside(storage, None, [] if caches else towers, task.text_precision)
     objective = make_objective(
         task, student, network, source.process, LatentFeed(codec, text_encoder(towers), task.drop)
     ).to(device)
@@ -91,6 +95,7 @@ def build(task: DistillTask, data: Data, train: TrainConfig, seed: int, workers:
     if task.cache is not None:
         data = with_caches(data, task.cache, lambda data, folder: cached(folder, data, codec, towers))
     expect = hashes(codec.autoencoder, towers) if data.cached else None
+    store_beside(storage, codec.autoencoder, towers if caches else [], task.text_precision)
     loader = training_data(data, train, seed, workers, expect=expect)
     scheduler = student_scheduler(task.method, replace(student.own.process, schedule=schedule), grid)
     drawing = replace(student.own.process, variance=source.process.variance)
@@ -105,8 +110,11 @@ def build(task: DistillTask, data: Data, train: TrainConfig, seed: int, workers:
             write_student_lora(folder, task.teacher, student.lora, own, network, scheduler)
         else:
             filled_in = filled(networks.build(student.network.config), own)
-            text = towers if task.text_precision == "fp32" else TextToImage.load(task.teacher).text
-            save_diffusers(folder, network=filled_in, autoencoder=codec.autoencoder, text=text, scheduler=scheduler)
+            as_loaded = task.text_precision == storage == "fp32"
+            whole = source if as_loaded else TextToImage.load(task.teacher)
+            save_diffusers(
+                folder, network=filled_in, autoencoder=whole.codec.autoencoder, text=whole.text, scheduler=scheduler
+            )
         facts = {"steps": train.steps, "batch": train.batch, "teacher": task.teacher, "method": task.method.kind}
         files.write_text(folder / "trained.json", json.dumps(facts))
 
@@ -283,9 +291,9 @@ def memory(student: Student, teacher: Network) -> dict[str, int]:
     "shared" is what teacher and student have in common.
     """
     trained = _storages(student.trained.parameters())
-    base = _storages(teacher.parameters())
+    base = _storages([*teacher.parameters(), *teacher.buffers()])
     target = _storages(student.target.tensors().values() if student.target else [])
-    below = _storages(student.network.parameters())
+    below = _storages([*student.network.parameters(), *student.network.buffers()])
     return {
         "trained": sum(trained.values()),
         "teacher": sum(v for k, v in base.items() if k not in below),

@@ -50,6 +50,7 @@ from ldm.pipeline import TextToImage
 from ldm.plan.report import Frozen, Job
 from ldm.recipes import planned, planned_frozen, planned_models
 from ldm.recipes.base import Assembly
+from ldm.recipes.frozen_parts import open_on, store_beside, store_network
 from ldm.recipes.page import write_page
 from ldm.recipes.pictures import prepare
 from ldm.recipes.sources import cache_hashes, scheduler_of, text_encoder, training_data
@@ -96,16 +97,16 @@ class FinetuneTask(Finetuning):
 
 def build(task: FinetuneTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:
     """The base model with its adapter on captioned pictures."""
-    pipeline = open_base(task)
+    pipeline = open_base(task, train)
     if task.images is not None:
         source = only_source(data)
         prepare(task.images, Path(source.path), None, source.size)
     return assembled(task, make_adapter(task.adapter), pipeline, data, train, seed, workers, task.images)
 
 
-def open_base(task: Finetuning) -> TextToImage:
-    """The base model with the loss's weighting and density."""
-    pipeline = TextToImage.load(task.base, device=dist.device(), text_precision=task.text_precision)
+def open_base(task: Finetuning, train: TrainConfig) -> TextToImage:
+    """The base model with the loss's weighting and density; `assembled` stores what does not train as configured."""
+    pipeline = open_on(task.base, train.engine.frozen, task.text_precision)
     pad_with(pipeline.text, task.t5_padding, "task.t5_padding")
     pipeline.process = trained_process(task, pipeline)
     return pipeline
@@ -156,6 +157,10 @@ def assembled(
     if task.cache is not None:
         data = with_caches(data, task.cache, lambda data, folder: _cached(folder, data, codec, towers, expect))
     loader = training_data(data, train, seed, workers, expect=expect if data.cached else None)
+    storage, whole = train.engine.frozen, isinstance(adapter, FullAdapter)
+    pipeline = store_network(pipeline, storage, trains=whole)
+    words, later = ([], []) if whole and live else (towers, []) if live or not data.cached else ([], towers)
+    store_beside(storage, codec.autoencoder, words, task.text_precision)
     preview, copies = _preview(adapter, pipeline)
     trained = adapter.attach(pipeline.network, towers)
     pipeline.network.enable_gradient_checkpointing(task.gradient_checkpointing)
@@ -165,6 +170,7 @@ def assembled(
         trained, pipeline.process, codec, encode_text, options, live=live, below=pipeline.network
     )
     objective.to(dist.device())
+    store_beside(storage, None, later, task.text_precision)  # the empty prompt is as the cache's captions are
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
         write_export(task.base, adapter, weights, folder)

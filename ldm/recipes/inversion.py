@@ -87,7 +87,7 @@ class InversionTask(Finetuning):
 def build(task: InversionTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:
     """Each concept's pictures as shards under its templates, and the new rows."""
     sources = concept_sources(task, data)
-    pipeline = open_base(task)
+    pipeline = open_base(task, train)
     for concept, source in zip(task.concepts, sources, strict=True):
         prepare(concept.images, Path(source.path), concept.captions, source.size)
     tokens = tuple(NewToken(token=c.token, vectors=c.vectors, initializer=c.initializer) for c in task.concepts)

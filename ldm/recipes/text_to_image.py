@@ -39,6 +39,7 @@ from ldm.plan.report import Job
 from ldm.progress import Bar
 from ldm.recipes import planned, planned_models
 from ldm.recipes.base import Assembly
+from ldm.recipes.frozen_parts import store_beside
 from ldm.recipes.sources import (
     cache_hashes,
     load_autoencoder,
@@ -255,19 +256,23 @@ def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, work
         network_key="task.network" if task.start is None else f"task.start's {network.title}",
     )  # fmt: skip
     encode_text = text_encoder(towers)
+    storage, caches = train.engine.frozen, task.cache is not None or data.cached
+    store_beside(storage, None, [] if caches else towers, task.text_precision)
     options = told_options(task.options, network)
     objective = DenoiseObjective(network, task.process, codec, encode_text, options).to(device)
     if task.cache is not None and not data.cached:
         data = with_caches(data, task.cache, lambda data, folder: cached(folder, data, codec, towers))
     expect = hashes(autoencoder, towers) if data.cached else None
+    store_beside(storage, autoencoder, towers if caches else [], task.text_precision)
     loader = training_data(data, train, seed, workers, expect=expect)
     pipeline = TextToImage(network, codec, towers, task.process)
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
         whole = filled(networks.build(network.config), weights)
         scheduler = scheduler_for(task.process, whole)
-        text = towers if task.text_precision == "fp32" else load_towers(task.text)
-        save_diffusers(folder, network=whole, autoencoder=autoencoder, text=text, scheduler=scheduler)
+        text = towers if task.text_precision == storage == "fp32" else load_towers(task.text)
+        vae = autoencoder if storage == "fp32" else load_autoencoder(task.vae)
+        save_diffusers(folder, network=whole, autoencoder=vae, text=text, scheduler=scheduler)
         files.write_text(folder / "trained.json", json.dumps({"steps": train.steps, "batch": train.batch}))
 
     return Assembly(objective, loader, [SampleHook(sized(task.samples, network, data), pipeline)], export)

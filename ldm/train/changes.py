@@ -44,6 +44,7 @@ RULES = (
     ("task.validat*", ""),
     ("task*", "another task"),
     ("train.optim.algorithm", "another optimizer"),
+    ("train.engine.frozen", "other frozen weights"),
 )
 """What a change of a key makes of the run, by the first pattern that fits; "" and keys of none may change."""
 WORDS = {"vae": "autoencoder", "text": "text tower", "base": "base model", "teacher": "teacher", "start": "start"}

@@ -21,7 +21,7 @@ class EngineConfig:
     fp16's: 0 finds it by itself, beginning at 2^`loss_scale_power`. `compile` is the backend of torch.compile for the
     trained network: "inductor" is fast and takes minutes at the start; "blocks" is inductor for its blocks, equal ones
     once, and starts in a fraction of the time. `tf32`: a GPU's float32 products and
-    convolutions with 10-bit mantissas.
+    convolutions with 10-bit mantissas. `frozen`: what weights that do not train are stored in (`models.frozen`).
 
     On one process there is nothing to divide: every stage computes as stage 0 does, which copies least; but offloading
     and fp16 are as configured.
@@ -59,6 +59,11 @@ class EngineConfig:
             raise ValueError(f"offload_parameters: needs zero_stage 3, got {self.zero_stage}")
         if self.compile == "blocks" and self.zero_stage == 3:
             raise ValueError("compile: 'blocks' needs zero_stage 0, 1 or 2, got 3, which gathers weights inside blocks")
+        if self.compile != "off" and self.frozen in ("int8", "nf4"):
+            raise ValueError(
+                f"compile: {self.compile!r} with frozen {self.frozen!r}: compiled code would keep weights whole from "
+                "forward to backward; write compile: off, or frozen: bf16"
+            )
         if self.loss_scale < 0:
             raise ValueError(f"loss_scale must be at least 0 (0: found by itself), got {self.loss_scale}")
         if not 0 <= self.loss_scale_power <= 32:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ldm.models.frozen import bitsandbytes
+
 BLOCK = 256
 """Values that share a scale in 8-bit state."""
 
@@ -92,13 +94,7 @@ class Lion(torch.optim.Optimizer):
 
 
 def _bitsandbytes() -> Any:
-    try:
-        import bitsandbytes  # pyright: ignore[reportMissingImports] (an extra)
-    except ImportError:
-        raise ValueError(
-            "train.optim.algorithm: 'adamw8bit' needs the package bitsandbytes: pip install 'ldm[bitsandbytes]'"
-        ) from None
-    return bitsandbytes
+    return bitsandbytes("train.optim.algorithm: 'adamw8bit'")
 
 
 def read_state(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Tensor]:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.models.frozen import rounded
+
 
 class Int8Linear(nn.Module):
     """A linear layer whose weight (O, I) is int8 times a scale for each row, its largest absolute value over 127.
@@ -41,13 +43,6 @@ class Int8Linear(nn.Module):
         x = x.float() if self.wide and x.dtype == torch.float16 else x
         weight = (self.weight * self.scale).to(x.dtype)
         return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
-
-
-def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(int8 (O, I), scale (O, 1) float32) of a weight (O, I)."""
-    whole = weight.float()
-    scale = whole.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
-    return (whole / scale).round().to(torch.int8), scale
 
 
 def stored(model: nn.Module, key: str, value: Tensor) -> Mapping[str, Tensor]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models import onednn
+from ldm.models.frozen import opened
 from ldm.models.attention import Control, attention, controlled
 from ldm.models.frugal import norm_modulated, rms_norm
 from ldm.models.layers import Embedding, hooked, sinusoid
@@ -111,9 +112,10 @@ class FeedForward(nn.Module):
             at_once = onednn.linear_gelu(x, first.proj.weight, first.proj.bias) if bare else None
             return last(torch.ops.aten.gelu_(first.proj(x), approximate="tanh") if at_once is None else at_once)
         hidden = first.proj(x)
-        if type(last) is not Linear or hooked(last):  # a correction of the layer, or ZeRO 3, which gathers its weights
+        if not isinstance(last, Linear) or hooked(last):  # a correction of it, or ZeRO 3, which gathers its weights
             return last(F.gelu(hidden, approximate="tanh"))
-        return gelu_linear(hidden, last.weight, last.bias)
+        with opened(last):
+            return gelu_linear(hidden, last.weight, last.bias)
 
 
 class Attention(nn.Module):
