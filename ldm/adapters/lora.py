@@ -62,13 +62,13 @@ class LoraConfig:
 class Low(nn.Module):
     """One layer's correction; starts as none, since `up` is zero. `forward(x, out)` corrects the layer's output."""
 
-    def __init__(self, site: Site, config: LoraConfig) -> None:
+    def __init__(self, site: Site, config: LoraConfig, network: Network) -> None:
         super().__init__()
-        weight, conv = site.read(), site.conv
+        weight, conv, device = site.read(), site.conv, network.runs_on(site.weight)
         out, ones = weight.shape[0], [1] * (weight.ndim - 2)
-        self.down = nn.Parameter(torch.empty(config.rank, *weight.shape[1:], device=weight.device))
-        self.up = nn.Parameter(torch.zeros(out, config.rank, *ones, device=weight.device))
-        self.magnitude = nn.Parameter(row_norms(weight.float())) if config.dora else None
+        self.down = nn.Parameter(torch.empty(config.rank, *weight.shape[1:], device=device))
+        self.up = nn.Parameter(torch.zeros(out, config.rank, *ones, device=device))
+        self.magnitude = nn.Parameter(row_norms(weight.to(device).float())) if config.dora else None
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
         self.scale, self.dropout = config.effective_alpha / config.rank, config.dropout
         self._site = site  # its weights are not this module's
@@ -115,7 +115,7 @@ class LoraNet(Around):
 
     def __init__(self, network: Network, sites: Sequence[Site], config: LoraConfig) -> None:
         super().__init__(network)
-        self.layers = nn.ModuleDict({_key(site.name): Low(site, config) for site in sites})
+        self.layers = nn.ModuleDict({_key(site.name): Low(site, config, network) for site in sites})
         self._on = True
         self._hooked: dict[str, list[nn.Module]] = {}
         self._undo = [self._hook(site) for site in sites if not isinstance(site.module, nn.MultiheadAttention)]

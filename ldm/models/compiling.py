@@ -10,9 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from ldm.models.network import Network
+from ldm.models.streaming import Call
 
 Backend = str | Callable[..., Any]
 _EACH = 8
@@ -31,14 +33,23 @@ def by_block(network: Network, backend: Backend = "inductor") -> int:
         raise ValueError(f"compile 'blocks': no two blocks of this {network.title} are equal; compile it whole")
     _make_room(_EACH * len(blocks))
     for block in blocks:
-        block.compile(backend=backend, dynamic=network.compiled_sizes)
+        _call_by(block, torch.compile(block._call_impl, backend=backend, dynamic=network.compiled_sizes))
     return len({kind(block) for block in blocks})
 
 
 def undo(network: Network) -> None:
     """The blocks as they were before `by_block`."""
     for block in network.compiled_blocks():
-        block._compiled_call_impl = None
+        _call_by(block, None)
+
+
+def _call_by(block: nn.Module, compiled: Callable[..., Any] | None) -> None:
+    """As `nn.Module.compile` does it; a block that comes and goes is fetched before, outside of what is compiled."""
+    call: Any = block._compiled_call_impl
+    if isinstance(call, Call):
+        call.inner = compiled
+    else:
+        block._compiled_call_impl = compiled  # type: ignore[assignment]
 
 
 def repeated_blocks(network: Network) -> Iterator[nn.Module]:

@@ -228,7 +228,7 @@ def _start_from(start: str, base: str, adapter: LoraAdapter, net: LoraNet, teach
 def twin_of(net: LoraNet, network: Network, config: LoraConfig) -> nn.ModuleDict:
     """Equal corrections of the same layers, with weights of their own and not in the engine."""
     sites = {site.name.replace(".", "/"): site for site in network_sites(network)}
-    twin = nn.ModuleDict({key: Low(sites[key], config) for key in net.layers})
+    twin = nn.ModuleDict({key: Low(sites[key], config, net.network) for key in net.layers})
     twin.load_state_dict(net.layers.state_dict(), strict=True)
     return twin.requires_grad_(False).eval()
 

@@ -105,7 +105,8 @@ class Transformer(Network):
         """Its modulations at these times in at most `limit` bytes; None without modulations of the time and text."""
         embedding = getattr(self, "time_text_embed", None)
         layers = modulations(self)
-        return Times(embedding, layers, times, limit) if isinstance(embedding, TimeTextEmbedding) else None
+        known = isinstance(embedding, TimeTextEmbedding)
+        return Times(embedding, layers, times, limit, self.fetch) if known else None
 
     def _vector(self, embedding: TimeTextEmbedding, t: Tensor, constant: Tensor) -> Vector:
         """What blocks are told of the time and of what `TimeTextEmbedding.constant` gave."""

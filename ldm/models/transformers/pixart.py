@@ -231,7 +231,10 @@ class PixArtTransformer(Transformer):
     def prepared(self, cond: Cond) -> Cond:
         """With "kv" (B, T, 2DL), every cross-attention's keys and values, and "vector" (B, D) of the picture's size."""
         text, vector = self._text(cond)
-        kv = [block.get_submodule("attn2").keys_values(text) for block in self.transformer_blocks]  # type: ignore[operator]
+        kv = []
+        for block in self.transformer_blocks:
+            self.fetch(block)
+            kv.append(block.get_submodule("attn2").keys_values(text))  # type: ignore[operator]
         out = self._rest(cond, "text", "resolution", "aspect_ratio") | {"kv": torch.cat(kv, dim=-1)}
         return out if vector is None else out | {"vector": vector}
 

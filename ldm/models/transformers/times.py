@@ -7,7 +7,7 @@ long as the memory takes to give them. Legend: K distinct rows of conditioning, 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,15 @@ class Times:
     """The times at which a network will be called, and its modulations there, made when the first is asked for."""
 
     def __init__(
-        self, embedding: TimeTextEmbedding, layers: Sequence[Modulation], times: Sequence[float], limit: int
+        self,
+        embedding: TimeTextEmbedding,
+        layers: Sequence[Modulation],
+        times: Sequence[float],
+        limit: int,
+        fetch: Callable[[nn.Module], None] = lambda _: None,
     ) -> None:
-        self._embedding, self._layers, self._limit = embedding, layers, limit
+        """`fetch` is called with each layer before it is used."""
+        self._embedding, self._layers, self._limit, self._fetch = embedding, layers, limit, fetch
         self._times = torch.tensor(list(times), dtype=torch.float32).tolist()
         self._kind: tuple[object, ...] = ()
         self._first = self._count = 0
@@ -70,7 +76,9 @@ class Times:
         self._tables.clear()  # before there are others
         t = torch.tensor(times, dtype=torch.float32, device=rows.device).repeat_interleave(len(rows))
         vectors = self._embedding(t, rows.repeat(len(times), 1))
-        self._tables.extend(layer.linear(vectors) for layer in self._layers)
+        for layer in self._layers:
+            self._fetch(layer)
+            self._tables.append(layer.linear(vectors))
         self._first, self._count, self._rows = first, len(times), rows
         self.made += 1
         return True

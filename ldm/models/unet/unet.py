@@ -187,7 +187,7 @@ class UNet(Network):
             for i in range(len(stage.resnets)):
                 kv = None if stage.attentions is None else next(known)
                 x = torch.cat([x, repeated(skips.pop(), len(x))], dim=1)
-                x = self._run(stage.step, i, x, repeated(time, len(x)), text, kv)
+                x = self._step(stage, i, x, repeated(time, len(x)), text, kv)
             if stage.upsamplers is not None:
                 h, w = skips[-1].shape[2:]
                 even = (h, w) == (2 * x.shape[2], 2 * x.shape[3])
@@ -217,14 +217,36 @@ class UNet(Network):
         for stage in cast("Iterable[Stage]", self.down_blocks):
             for i in range(len(stage.resnets)):
                 kv = None if stage.attentions is None else next(known)
-                x = self._run(stage.step, i, x, repeated(time, len(x)), text, kv)
+                x = self._step(stage, i, x, repeated(time, len(x)), text, kv)
                 skips.append(x)
             if stage.downsamplers is not None:
                 x = stage.downsamplers[0](x)
                 skips.append(x)
         kv = next(known) if len(self.mid_block.attentions) else None
-        x = self._run(self.mid_block, x, repeated(time, len(x)), text, kv)
+        x = self._across(x, repeated(time, len(x)), text, kv)
         return x, skips, time, text, known
+
+    def _step(self, stage: Stage, index: int, x: Tensor, time: Tensor, text: Tensor, kv: Tensor | None) -> Tensor:
+        if not self._one_by_one:
+            return self._run(stage.step, index, x, time, text, kv)
+        x = self._run(stage.resnets[index], x, time)
+        return x if stage.attentions is None else self._run(stage.attentions[index], x, text, kv)
+
+    def _across(self, x: Tensor, time: Tensor, text: Tensor, kv: Tensor | None) -> Tensor:
+        """The middle."""
+        if not self._one_by_one:
+            return self._run(self.mid_block, x, time, text, kv)
+        first, *rest = self.mid_block.resnets
+        x = self._run(first, x, time)
+        for attend, resnet in zip(self.mid_block.attentions, rest, strict=True):
+            x = self._run(attend, x, text, kv)
+            x = self._run(resnet, x, repeated(time, len(x)))
+        return x
+
+    @property
+    def _one_by_one(self) -> bool:
+        """Blocks that come and go are computed again each by itself, so that one alone is there for it."""
+        return self.recompute and self.streaming is not None
 
     def transformers(self) -> list[Transformer2D]:
         """In the order in which they run."""
@@ -238,7 +260,11 @@ class UNet(Network):
         joined or chosen.
         """
         text = text.to(self._dtype)
-        return torch.cat([layer.keys_values(text) for layer in self.transformers()], dim=-1)
+        found = []
+        for layer in self.transformers():
+            self.fetch(layer)
+            found.append(layer.keys_values(text))
+        return torch.cat(found, dim=-1)
 
     def prepared(self, cond: Cond) -> Cond:
         """With "kv", all keys and values of the cross-attentions, in place of "text"."""
