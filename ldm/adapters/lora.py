@@ -64,7 +64,8 @@ class Low(nn.Module):
 
     def __init__(self, site: Site, config: LoraConfig, network: Network) -> None:
         super().__init__()
-        weight, conv, device = site.read(), site.conv, network.runs_on(site.weight)
+        weight, conv = site.read(), site.conv
+        device = network.runs_on(weight)
         out, ones = weight.shape[0], [1] * (weight.ndim - 2)
         self.down = nn.Parameter(torch.empty(config.rank, *weight.shape[1:], device=device))
         self.up = nn.Parameter(torch.zeros(out, config.rank, *ones, device=device))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal, cast
 
 import torch
@@ -50,6 +50,19 @@ def bitsandbytes(key: str) -> Any:
     return package
 
 
+_planned = [torch.float32]
+
+
+@contextlib.contextmanager
+def computing(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, layers on the meta device compute in this type, as they would under autocast: for plans."""
+    _planned.append(dtype)
+    try:
+        yield
+    finally:
+        _planned.pop()
+
+
 def check_storage(storage: str) -> None:
     """Raise ValueError where this storage of weights needs a package that is missing."""
     if storage == "nf4":
@@ -62,6 +75,9 @@ def _packed(weight: Tensor, storage: Storage) -> tuple[Tensor, Tensor | None]:
         return weight.to(torch.bfloat16), None
     if storage == "int8":
         return rounded(weight)
+    if weight.is_meta:  # a plan's, which needs no package
+        count = weight.numel()
+        return weight.new_empty(-(-count // 2), dtype=torch.uint8), weight.new_empty(-(-count // BLOCK))
     functional = bitsandbytes("train.engine.frozen: 'nf4'").functional
     flat = weight.float().contiguous().flatten()
     data, state = functional.quantize_4bit(flat, blocksize=BLOCK, quant_type="nf4", compress_statistics=False)
@@ -74,6 +90,8 @@ def _whole(data: Tensor, scale: Tensor | None, storage: Storage, shape: torch.Si
         return data.to(dtype)
     if storage == "int8":
         return (data * scale).to(dtype)
+    if data.is_meta:
+        return data[:, None].expand(-1, 2).to(dtype).flatten()[: shape.numel()].view(shape)
     functional = bitsandbytes("train.engine.frozen: 'nf4'").functional
     count = shape.numel()  # as rows of a block, for which its kernel is quick whatever the weight's last axis
     rows = torch.Size((count // BLOCK, BLOCK) if count % BLOCK == 0 else (count,))
@@ -98,6 +116,8 @@ class Stored(nn.Module):
     def computed(self, name: str) -> torch.dtype:
         """What a layer computes in: autocast's type, float32 without."""
         kind = cast("Tensor", self._buffers[f"{name}_data"]).device.type
+        if kind == "meta":
+            return _planned[-1]
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
 
     def forward(self, *args: Any, **options: Any) -> Any:
@@ -141,10 +161,10 @@ def opened(module: nn.Module) -> Iterator[None]:
             layer._open[name] = value = layer.whole(name, layer.computed(name))
             made.append((layer, name))
             if value is not layer._buffers[f"{name}_data"]:
-                known[value.untyped_storage().data_ptr()] = layer, name
+                known[value.untyped_storage()._cdata] = layer, name
 
     def pack(saved: Tensor) -> Any:
-        found = known.get(saved.untyped_storage().data_ptr())
+        found = known.get(saved.untyped_storage()._cdata)
         if found is None:
             return saved.detach()  # not itself: an output that keeps itself is never freed
         return *found, saved.dtype, saved.size(), saved.stride(), saved.storage_offset()
@@ -208,7 +228,8 @@ def store(module: nn.Module, storage: Storage, device: str | torch.device | None
     of its blocks (the first and last layers, and what embeds times and texts) are in bfloat16 where others have 8 or 4
     bits. Weights that are used in two places are stored once. Raises ValueError without the package of nf4.
     """
-    check_storage(storage)
+    if any(not p.is_meta for p in module.parameters()):
+        check_storage(storage)
     done: dict[int, tuple[nn.Parameter, tuple[Tensor, Tensor | None]]] = {}
     for layer, name, how in _storages(module, storage):
         weight = layer.get_parameter(name)
@@ -257,7 +278,5 @@ def _bytes(shape: torch.Size, storage: Storage) -> int:
 
 def held_bytes(module: nn.Module) -> int:
     """Bytes that a module's weights and tables take, each storage once."""
-    held = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*module.parameters(), *module.buffers())
-    }
+    held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*module.parameters(), *module.buffers())}
     return sum(held.values())

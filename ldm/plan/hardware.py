@@ -44,14 +44,18 @@ _KNOWN = (
     replace(_A100, name="a100-40g", memory=40, bandwidth=1555),
     _H100,
     replace(_H100, name="h200", memory=141, bandwidth=4800),
-    Hardware(name="v100-32g", memory=32, matmul=125, matmul_fp32=15.7, bandwidth=900, inside=150, outside=12.5, pcie=16),
+    Hardware(
+        name="v100-32g", memory=32, matmul=125, matmul_fp32=15.7, bandwidth=900, inside=150, outside=12.5, pcie=16
+    ),
     Hardware(name="l40s", memory=48, matmul=362, matmul_fp32=183, bandwidth=864, inside=32, outside=25),
     Hardware(name="a10g", memory=24, matmul=70, matmul_fp32=35, bandwidth=600, inside=16, outside=12.5),
-    # Cards for desktops, by NVIDIA's architecture papers (GA102 2021, Ada 2023, Blackwell RTX 2025): tensor cores that add
-    # up in float32 reach twice the float32 rate in bf16, and that rate in TF32. Those of x8 have half a slot's lanes.
+    # Cards for desktops: tensor cores that add up in float32 reach twice the float32 rate in bf16, and it in TF32
+    # (NVIDIA's papers on GA102, Ada and Blackwell). Half of a slot's lanes are there on those of 16 GB/s.
     Hardware(name="rtx4060", memory=8, matmul=30.2, matmul_fp32=15.1, bandwidth=272, inside=8, outside=12.5, pcie=16),
     Hardware(name="rtx3060", memory=12, matmul=25.5, matmul_fp32=12.7, bandwidth=360, inside=16, outside=12.5),
-    Hardware(name="rtx4060ti", memory=16, matmul=44.1, matmul_fp32=22.1, bandwidth=288, inside=8, outside=12.5, pcie=16),
+    Hardware(
+        name="rtx4060ti", memory=16, matmul=44.1, matmul_fp32=22.1, bandwidth=288, inside=8, outside=12.5, pcie=16
+    ),
     Hardware(name="rtx3090", memory=24, matmul=71, matmul_fp32=35.6, bandwidth=936, inside=16, outside=12.5),
     Hardware(name="rtx4090", memory=24, matmul=165, matmul_fp32=83, bandwidth=1008, inside=16, outside=12.5),
     Hardware(name="rtx5090", memory=32, matmul=209, matmul_fp32=105, bandwidth=1792, inside=32, outside=12.5, pcie=64),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -44,7 +45,7 @@ class Streamed:
         stay = sum(self.blocks) - sum(moving)
         if not self.ahead:
             return stay + max(moving, default=0.0)
-        return stay + max((a + b for a, b in zip(moving, moving[1:], strict=False)), default=sum(moving))
+        return stay + max((a + b for a, b in pairwise(moving)), default=sum(moving))
 
     @property
     def host(self) -> float:
@@ -69,7 +70,7 @@ def aligned(tensors: Iterable[Tensor]) -> float:
 
 
 def waited(moved: float, rate: float, busy: float, ahead: bool) -> float:
-    """Seconds that computing waits for `moved` bytes at `rate` bytes a second: those beyond `busy`, if fetched ahead."""
+    """Seconds that computing waits for bytes at a rate: those beyond `busy`, where they are fetched ahead."""
     return max(0.0, moved / rate - (busy if ahead else 0.0))
 
 

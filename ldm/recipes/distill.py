@@ -353,7 +353,7 @@ def _round_job(
         kept.append(Frozen(name="target", bytes=4.0 * sum(t.numel() for t in student.target.tensors().values())))
     return planned.loss_job(
         asked, data, train, build, lambda batch: (planned.latents(base, data, batch),),
-        frozen=[*kept, *planned.beside(base, data, cached, False, task.text_precision, train.engine)],
+        frozen=[*kept, *planned.beside(base, data, cached, False, task.text_precision, train.engine.frozen)],
         recompute=how != "none", said=said, cached=cached, streamed=streamed,
     )  # fmt: skip
 

@@ -321,8 +321,8 @@ def adapted_job(
     live = make_adapter(config).trains_text
     check_text_precision(task.text_precision, [t.config for t in base.text], "task.text_precision", trains=live)
 
-    held, kept, streamed = planned.copied(base), list[Frozen](), None
-    if not isinstance(config, FullConfig):
+    held, kept, streamed, whole = planned.copied(base), list[Frozen](), None, isinstance(config, FullConfig)
+    if not whole:
         one, streamed = planned_frozen.network(held.network, train.engine)
         kept.append(one)
 
@@ -338,9 +338,10 @@ def adapted_job(
     cached = task.cache is not None or data.cached
     said += planned.attention(asked.gpu) if live else []
     planned.check_cache(task.cache, cached, said, base.text)
+    held_in = train.engine.frozen
     return planned.loss_job(
         asked, data, train, build, lambda batch: (planned.latents(base, data, batch),),
-        frozen=[*kept, *planned.beside(base, data, cached, live, task.text_precision, train.engine)],
+        frozen=[*kept, *planned.beside(base, data, cached, live, task.text_precision, held_in, whole and live)],
         recompute=how != "none", said=said, cached=cached, streamed=streamed,
         reads=("moments",) if live else ("moments", *planned.TEXT),
     )  # fmt: skip

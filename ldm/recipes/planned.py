@@ -16,6 +16,7 @@ from ldm.data.manifest import Manifest, resolve
 from ldm.data.mixture import Data
 from ldm.models.fit import check_fit, given, tokens
 from ldm.models.fit import told as told_cond
+from ldm.models.frozen import Storage
 from ldm.models.network import Granularity, Network
 from ldm.models.text import QwenConfig, T5Config, TextEncoder, TextPrecision, TextTower
 from ldm.models.transformers.base import Transformer
@@ -30,7 +31,6 @@ from ldm.recipes import planned_frozen
 from ldm.recipes.pictures import entries
 from ldm.recipes.planned_models import check_size
 from ldm.rng import Rng
-from ldm.train.engine_config import EngineConfig
 from ldm.train.trainer import TrainConfig
 from ldm.types import Cond
 
@@ -77,14 +77,19 @@ def precision(train: TrainConfig, gpu: bool) -> torch.dtype:
 
 
 def frozen(
-    vae: Autoencoder, towers: Sequence[TextEncoder], pixels: int, cached: bool, text: TextPrecision, engine: EngineConfig
-) -> list[Frozen]:
-    """The networks that stay on the GPU beside the trained one; they run for each image where nothing is cached."""
+    vae: Autoencoder, towers: Sequence[TextEncoder], pixels: int, cached: bool, text: TextPrecision, storage: Storage,
+    trains: bool = False,
+) -> list[Frozen]:  # fmt: skip
+    """The networks that stay on the GPU beside the trained one; they run for each image where nothing is cached.
+
+    `trains`: the text encoders themselves do, beside copies that stay as they are.
+    """
+    said = "fp32" if trains else storage
     flops = 0 if cached else count_flops(vae.encode, torch.empty(1, 3, pixels, pixels, device="meta"))
-    found = [Frozen(name="vae", bytes=planned_frozen.weight(vae, engine), flops=float(flops))]
+    found = [Frozen(name="vae", bytes=planned_frozen.autoencoder(vae, storage), flops=float(flops))]
     for i, tower in enumerate(towers):
         flops = 0 if cached else _text_flops(tower)
-        found.append(Frozen(name=f"text {i + 1}", bytes=planned_frozen.text(tower, engine, text), flops=float(flops)))
+        found.append(Frozen(name=f"text {i + 1}", bytes=planned_frozen.text(tower, said, text), flops=float(flops)))
     return found
 
 
@@ -254,10 +259,16 @@ def latents(model: TextToImage, data: Data, batch: int) -> dict[str, Any]:
 
 
 def beside(
-    model: TextToImage, data: Data, cached: bool, live: bool, text: TextPrecision, engine: EngineConfig
+    model: TextToImage,
+    data: Data,
+    cached: bool,
+    live: bool,
+    text: TextPrecision,
+    storage: Storage,
+    trains: bool = False,
 ) -> list[Frozen]:
     """VAE and text towers. Towers that train have copies for the sample pictures, or are frozen below corrections."""
-    found = frozen(model.codec.autoencoder, model.text, side(data), cached, text, engine)
+    found = frozen(model.codec.autoencoder, model.text, side(data), cached, text, storage, trains)
     return [replace(f, flops=0.0) if live and f.name != "vae" else f for f in found]
 
 

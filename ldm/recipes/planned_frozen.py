@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from ldm.models.frozen import held_bytes, store, stored_bytes
+from ldm.models.frozen import Storage, held_bytes, store, stored_bytes
 from ldm.models.network import Network
 from ldm.models.text import TextEncoder, TextPrecision, text_bytes
+from ldm.models.vae.autoencoder import Autoencoder
 from ldm.plan.report import Frozen
 from ldm.plan.streaming import Streamed, aligned
 from ldm.train.engine_config import EngineConfig
@@ -38,13 +39,13 @@ def _tensors(block: nn.Module) -> Iterator[Tensor]:
     yield from (t for t in (*block.parameters(), *block.buffers()) if t.numel())
 
 
-def weight(module: nn.Module, engine: EngineConfig) -> float:
-    """Bytes of another frozen part, such as an autoencoder; it stays as it is."""
-    return float(stored_bytes(module.requires_grad_(False), engine.frozen))
+def autoencoder(vae: Autoencoder, storage: Storage) -> float:
+    """Bytes of an autoencoder, which has bfloat16 at the least (`frozen_parts.store_beside`)."""
+    return float(stored_bytes(vae.requires_grad_(False), "fp32" if storage == "fp32" else "bf16"))
 
 
-def text(encoder: TextEncoder, engine: EngineConfig, precision: TextPrecision) -> float:
+def text(encoder: TextEncoder, storage: Storage, precision: TextPrecision) -> float:
     """Bytes of a text encoder: those of its own precision, where one is said."""
-    if precision != "fp32" or engine.frozen == "fp32":
+    if precision != "fp32" or storage == "fp32":
         return text_bytes(encoder, precision)
-    return weight(encoder, engine)
+    return float(stored_bytes(encoder.requires_grad_(False), storage))
