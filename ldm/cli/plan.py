@@ -9,8 +9,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ldm.cli.options import Parser
+
+if TYPE_CHECKING:
+    from ldm.data.mixture import Data
+    from ldm.plan.throughput import Cluster
+    from ldm.recipes import Task
+    from ldm.train.trainer import TrainConfig
 
 MOST = 10**12
 """Of anything that is counted."""
@@ -22,11 +29,15 @@ def parser() -> Parser:
         prog="ldm plan",
         description="Memory, throughput, time and cost of a run, and what would go wrong, without a GPU.",
     )
-    p.add_argument("config", help="a YAML file, such as configs/train/text_to_image_emoji.yaml")
+    p.add_argument("config", nargs="?", help="a YAML file, such as configs/train/text_to_image_emoji.yaml")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.batch=2048")
     p.add_argument("--nodes", type=int, default=1)
-    p.add_argument("--gpus-per-node", type=int, default=8)
-    p.add_argument("--gpu", default="a100-80g", help="a100-80g, a100-40g, h100, h200, v100-32g, l40s, ...")
+    p.add_argument("--gpus-per-node", type=int, help="(8; 1 with --card)")
+    p.add_argument("--gpu", help="a100-80g (the default), a100-40g, h100, h200, v100-32g, l40s, rtx4090, rtx3060, ...")
+    p.add_argument(
+        "--card", type=float, metavar="GB",
+        help="which settings make it fit into a card of 8, 12, 16, 24, ... GB: what to add, GB and minutes",
+    )  # fmt: skip
     p.add_argument("--price", type=float, help="of one GPU for an hour, in any currency")
     p.add_argument("--inside", type=float, metavar="GB/s", help="link of a GPU within its node, one way")
     p.add_argument("--outside", type=float, metavar="GB/s", help="network of a node, one way, all ports together")
@@ -42,17 +53,24 @@ def main(argv: list[str]) -> int:
     _check(args)
 
     from ldm.config.schema import load_run
-    from ldm.plan.hardware import find
+    from ldm.plan.hardware import find, of_memory
     from ldm.plan.report import text
     from ldm.plan.rounds import plan as planned
     from ldm.plan.throughput import Cluster
     from ldm.recipes import plan_job
     from ldm.recipes.planned import Asked, told
 
-    hardware = find(args.gpu)
+    if args.config is None:
+        raise ValueError("no config given; such as: ldm plan configs/finetune/sd15_lora.yaml --card 12")
+    hardware = find(args.gpu or "a100-80g")
+    if args.card is not None:
+        hardware = of_memory(args.card) if args.gpu is None else replace(hardware, memory=args.card)
     links = {k: v for k, v in (("inside", args.inside), ("outside", args.outside)) if v is not None}
-    cluster = Cluster(nodes=args.nodes, per_node=args.gpus_per_node, hardware=replace(hardware, **links))
+    each = args.gpus_per_node or (8 if args.card is None else 1)
+    cluster = Cluster(nodes=args.nodes, per_node=each, hardware=replace(hardware, **links))
     config = load_run(args.config, args.overrides)
+    if args.card is not None:
+        return _fitted(args, cluster, config.name)
     with _in_words(args.config):
         asked = Asked(name=config.name, world=cluster.world, gpu=not hardware.host)
         job = plan_job(config.task, config.data, config.train, asked)
@@ -69,13 +87,29 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _fitted(args: argparse.Namespace, cluster: Cluster, name: str) -> int:
+    """Say which settings make the run fit; 1 where none do."""
+    from ldm.config.schema import load_run
+    from ldm.plan.cards import text
+    from ldm.recipes.planned_cards import Needs
+
+    def load(words: tuple[str, ...]) -> tuple[Task, Data, TrainConfig]:
+        run = load_run(args.config, [*args.overrides, *words])
+        return run.task, run.data, run.train
+
+    with _in_words(args.config):
+        answer = Needs(load, name, cluster).answer()
+    print(json.dumps(answer.record(), indent=1, allow_nan=False) if args.json else text(answer))
+    return 0 if answer.way is not None else 1
+
+
 def _check(args: argparse.Namespace) -> None:
     """Refuse numbers that nothing can be planned with, by the option's name, before anything is counted."""
     for name in ("nodes", "gpus_per_node", "samples"):
         value, option = getattr(args, name), "--" + name.replace("_", "-")
         if value is not None and not 1 <= value <= MOST:
             raise ValueError(f"{option} must be at {'least 1' if value < 1 else f'most {MOST:,}'}, got {value}")
-    for name in ("inside", "outside", "price"):
+    for name in ("inside", "outside", "price", "card"):
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and (value > 0 or (name == "price" and value == 0))):
             raise ValueError(f"--{name} must be {'at least' if name == 'price' else 'above'} 0, got {value:g}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm.plan.counted import Counted
 from ldm.plan.hardware import GB
 from ldm.plan.memory import STAGES, Activations, Layout, Parts, Sizes, largest_micro_batch, memory
 from ldm.plan.streaming import Streamed
@@ -43,8 +44,8 @@ class Job:
     `flops` are those of its forward pass for one image; None counts forward and backward as they are, for steps where
     the backward pass is not twice the forward (frozen weights, a teacher in the loss). `samples` of the data (None:
     unknown), each of `sample_bytes`. `drawn` comes before, `then` are rounds that follow, each a job of its own; with
-    them `round` names this one. `streamed` are frozen blocks that come and go; what of them is on the device is among
-    `frozen`.
+    them `round` names this one. `streamed`: the network that stays as it is below what trains, whose blocks may come
+    and go.
     """
 
     name: str
@@ -138,20 +139,33 @@ class Planner:
     """Counts a job once, without and with recomputation (or one of them alone), and answers for any cluster."""
 
     def __init__(
-        self, job: Job, cluster: Cluster, price: float | None = None, recomputing: Sequence[bool] = (False, True)
+        self,
+        job: Job,
+        cluster: Cluster,
+        price: float | None = None,
+        recomputing: Sequence[bool] = (False, True),
+        counted: Counted | None = None,
     ) -> None:
+        """`counted`: of a job that takes the same steps, in place of counting this one's."""
         self.job, self.cluster, self.price = job, cluster, price
-        gpu = not cluster.hardware.host
-        modules = {recompute: job.build(recompute) for recompute in recomputing}
-        self.sizes = Sizes.of(next(iter(modules.values())))
         alone = job.batch // (cluster.world * job.layout.accumulate) <= 1
-        self.activations = {
-            recompute: Activations.count(module, job.inputs, precision=job.precision, gpu=gpu, one=alone)
-            for recompute, module in modules.items()
-        }
-        self.frozen_bytes = sum(f.bytes for f in job.frozen)
+        gpu = not cluster.hardware.host
+        if counted is None:
+            counted = Counted(job.build, job.inputs, job.precision, gpu=gpu, recomputing=recomputing, one=alone)
+        self._counted = counted
+        self.frozen_bytes = sum(f.bytes for f in job.frozen) + (job.streamed.held if job.streamed is not None else 0.0)
         self.frozen_flops = sum(f.flops for f in job.frozen)
         self.limit = cluster.hardware.memory * GB * cluster.assumptions.usable
+
+    @property
+    def sizes(self) -> Sizes:
+        """Numbers of trained weights."""
+        return self._counted.sizes
+
+    @property
+    def activations(self) -> dict[bool, Activations]:
+        """Counts by whether blocks are computed again."""
+        return self._counted.activations
 
     def plan(self) -> Plan:
         """Everything for the cluster that was asked for."""

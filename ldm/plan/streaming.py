@@ -2,47 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 from torch import Tensor
 
+from ldm.models.frozen import held_bytes
+from ldm.models.network import Network
 from ldm.models.streaming import ALIGNED, resident
 
 
 @dataclass(frozen=True, kw_only=True)
 class Streamed:
-    """Bytes of a network's blocks in their order, `places` of them on the device at once, the one that runs included.
+    """A frozen network: `total` bytes of it, and those of its blocks in their order, each tensor begun at a multiple of
+    256. `places` of them are on the device at once, the one that runs included; None: all, and nothing moves.
 
-    `resident` never leave; the others take turns in what is left: two places, where the next is fetched while one
-    runs, or the only one.
+    Some never leave (`models.streaming.resident`); the others take turns in what is left: two places, where the next is
+    fetched while one runs, or the only one.
     """
 
+    name: str
+    total: float
     blocks: tuple[float, ...]
-    places: int
-    resident: frozenset[int] = frozenset()
+    exact: float
+    places: int | None = None
 
     @staticmethod
-    def of(blocks: Sequence[float], places: int) -> Streamed:
-        """As `ldm.models.streaming` divides them."""
-        return Streamed(blocks=tuple(blocks), places=places, resident=frozenset(resident(len(blocks), places)))
+    def of(network: Network, places: int | None, name: str | None = None) -> Streamed:
+        """A network on the meta device, whose weights are as they will be."""
+        blocks = [[t for t in (*block.parameters(), *block.buffers()) if t.numel()] for _, block in network.blocks()]
+        return Streamed(
+            name=name or network.component, total=float(held_bytes(network)), places=places,
+            blocks=tuple(sum(map(_aligned, own)) for own in blocks),
+            exact=sum(float(t.numel() * t.element_size()) for own in blocks for t in own),
+        )  # fmt: skip
 
     @property
     def moving(self) -> tuple[float, ...]:
         """Bytes of the blocks that take turns; of none where all stay."""
-        return tuple(b for i, b in enumerate(self.blocks) if i not in self.resident)
+        stay = set(resident(len(self.blocks), len(self.blocks) if self.places is None else self.places))
+        return tuple(b for i, b in enumerate(self.blocks) if i not in stay)
 
     @property
     def ahead(self) -> bool:
         """Whether the next block is fetched while one runs."""
-        return self.places > 1
+        return self.places != 1
 
     @property
     def held(self) -> float:
-        """Bytes of blocks on the device at the fullest moment."""
+        """Bytes on the device at the fullest moment."""
         moving = self.moving
-        stay = sum(self.blocks) - sum(moving)
+        if not moving:
+            return self.total
+        stay = self.total - self.exact + sum(self.blocks) - sum(moving)
         if not self.ahead:
             return stay + max(moving, default=0.0)
         return stay + max((a + b for a, b in pairwise(moving)), default=sum(moving))
@@ -64,9 +77,8 @@ class Streamed:
         return sum(moving[there:]) + sum(moving[: len(moving) - there])
 
 
-def aligned(tensors: Iterable[Tensor]) -> float:
-    """Bytes of tensors that lie one after the other, each begun at a multiple of 256."""
-    return float(sum(-(-t.numel() * t.element_size() // ALIGNED) * ALIGNED for t in tensors))
+def _aligned(t: Tensor) -> float:
+    return float(-(-t.numel() * t.element_size() // ALIGNED) * ALIGNED)
 
 
 def waited(moved: float, rate: float, busy: float, ahead: bool) -> float:

@@ -40,7 +40,8 @@ from ldm.objectives.teacher import Estimator, Target, Teacher
 from ldm.objectives.trajectory import TrajectoryObjective, TrajectoryOptions
 from ldm.pipeline import TextToImage
 from ldm.plan.report import Frozen, Job
-from ldm.recipes import planned, planned_frozen, planned_models
+from ldm.plan.streaming import Streamed
+from ldm.recipes import planned, planned_models
 from ldm.recipes.base import Assembly
 from ldm.recipes.distill_task import DistillTask
 from ldm.recipes.frozen_parts import store_beside, store_network
@@ -347,8 +348,7 @@ def _round_job(
         return planned.Loss(make_objective(task, student, teacher, base.process, feed))
 
     student, teacher = made(False)
-    one, streamed = planned_frozen.placed(teacher, train.engine.blocks_on_device, "teacher")
-    kept = [one]
+    streamed, kept = Streamed.of(teacher, train.engine.blocks_on_device, "teacher"), list[Frozen]()
     if student.target is not None:
         kept.append(Frozen(name="target", bytes=4.0 * sum(t.numel() for t in student.target.tensors().values())))
     return planned.loss_job(

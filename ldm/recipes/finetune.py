@@ -47,7 +47,7 @@ from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.objectives.inputs import EncodeText
 from ldm.pipeline import TextToImage
-from ldm.plan.report import Frozen, Job
+from ldm.plan.report import Job
 from ldm.recipes import planned, planned_frozen, planned_models
 from ldm.recipes.base import Assembly
 from ldm.recipes.frozen_parts import open_on, store_beside, store_network
@@ -321,10 +321,8 @@ def adapted_job(
     live = make_adapter(config).trains_text
     check_text_precision(task.text_precision, [t.config for t in base.text], "task.text_precision", trains=live)
 
-    held, kept, streamed, whole = planned.copied(base), list[Frozen](), None, isinstance(config, FullConfig)
-    if not whole:
-        one, streamed = planned_frozen.network(held.network, train.engine)
-        kept.append(one)
+    held, whole = planned.copied(base), isinstance(config, FullConfig)
+    streamed = None if whole else planned_frozen.network(held.network, train.engine)
 
     def build(recompute: bool) -> nn.Module:
         model, adapter = planned.copied(held), make_adapter(config)
@@ -341,7 +339,7 @@ def adapted_job(
     held_in = train.engine.frozen
     return planned.loss_job(
         asked, data, train, build, lambda batch: (planned.latents(base, data, batch),),
-        frozen=[*kept, *planned.beside(base, data, cached, live, task.text_precision, held_in, whole and live)],
+        frozen=planned.beside(base, data, cached, live, task.text_precision, held_in, whole and live),
         recompute=how != "none", said=said, cached=cached, streamed=streamed,
         reads=("moments",) if live else ("moments", *planned.TEXT),
     )  # fmt: skip

@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from torch import Tensor, nn
-
-from ldm.models.frozen import Storage, held_bytes, store, stored_bytes
+from ldm.models.frozen import Storage, store, stored_bytes
 from ldm.models.network import Network
 from ldm.models.text import TextEncoder, TextPrecision, text_bytes
 from ldm.models.vae.autoencoder import Autoencoder
-from ldm.plan.report import Frozen
-from ldm.plan.streaming import Streamed, aligned
+from ldm.plan.streaming import Streamed
 from ldm.train.engine_config import EngineConfig
 
 
-def network(of: Network, engine: EngineConfig, name: str | None = None) -> tuple[Frozen, Streamed | None]:
-    """A network on the meta device, held as the engine holds what is frozen: it becomes so in place.
-
-    What of it is on the device at the fullest moment, and its blocks where they come and go.
-    """
+def network(of: Network, engine: EngineConfig) -> Streamed:
+    """A network on the meta device, held as the engine holds what is frozen: it becomes so in place."""
     store(of.requires_grad_(False), engine.frozen)
-    return placed(of, engine.blocks_on_device, name)
-
-
-def placed(of: Network, places: int | None, name: str | None = None) -> tuple[Frozen, Streamed | None]:
-    """The same of one whose weights are as they will be."""
-    total, name = float(held_bytes(of)), name or of.component
-    blocks = [list(_tensors(block)) for _, block in of.blocks()]
-    if places is None or places >= len(blocks):
-        return Frozen(name=name, bytes=total), None
-    streamed = Streamed.of([aligned(own) for own in blocks], places)
-    inside = sum(float(t.numel() * t.element_size()) for own in blocks for t in own)
-    return Frozen(name=name, bytes=total - inside + streamed.held), streamed
-
-
-def _tensors(block: nn.Module) -> Iterator[Tensor]:
-    yield from (t for t in (*block.parameters(), *block.buffers()) if t.numel())
+    return Streamed.of(of, engine.blocks_on_device)
 
 
 def autoencoder(vae: Autoencoder, storage: Storage) -> float:
