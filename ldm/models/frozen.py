@@ -1,7 +1,7 @@
 """Weights that do not train, stored in bfloat16, 8 or 4 bits and made whole where they are used.
 
 What is stored so are the weights of linear layers, convolutions and embeddings, and the joint one of query, key and
-value of `nn.MultiheadAttention`; biases, norms and tables of positions stay as they are. int8: each output's row is
+value of `nn.MultiheadAttention`; biases and norms stay as they are, SD3's table of positions becomes float16. int8: each output's row is
 8-bit integers times its scale, the largest absolute value over 127. nf4: 4-bit NormalFloat in blocks of 64 values
 (Dettmers 2023, arXiv 2305.14314), by bitsandbytes. Embeddings are in bfloat16 where others have 8 or 4 bits.
 
@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.network import Network
@@ -26,6 +25,7 @@ from ldm.models.network import Network
 Storage = Literal["fp32", "bf16", "int8", "nf4"]
 BLOCK = 64
 """Values of nf4 that share a scale."""
+TABLE = "pos_embed"
 
 
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,6 +67,14 @@ def check_storage(storage: str) -> None:
     """Raise ValueError where this storage of weights needs a package that is missing."""
     if storage == "nf4":
         bitsandbytes("train.engine.frozen: 'nf4'")
+
+
+def of_autoencoder(storage: Storage) -> Storage:
+    """What an autoencoder is stored in beside others: 8 bits at the least.
+
+    With 4 its latents are wrong by an eighth of their spread; with 8 they are as near as bfloat16 computes them.
+    """
+    return "int8" if storage == "nf4" else storage
 
 
 def _packed(weight: Tensor, storage: Storage) -> tuple[Tensor, Tensor | None]:
@@ -111,18 +119,22 @@ class Stored(nn.Module):
     def whole(self, name: str, dtype: torch.dtype) -> Tensor:
         """A weight in a type, without gradient; what is stored itself where it is of this type."""
         storage, shape = self._kinds[name]
-        return _whole(self._buffers[f"{name}_data"], self._buffers.get(f"{name}_scale"), storage, shape, dtype)  # type: ignore[arg-type]
+        return _whole(self._data(name), self._buffers.get(f"{name}_scale"), storage, shape, dtype)
+
+    def _data(self, name: str) -> Tensor:
+        return cast("Tensor", self._buffers[f"{name}_data"])
 
     def computed(self, name: str) -> torch.dtype:
         """What a layer computes in: autocast's type, float32 without."""
-        kind = cast("Tensor", self._buffers[f"{name}_data"]).device.type
+        kind = self._data(name).device.type
         if kind == "meta":
             return _planned[-1]
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
 
     def forward(self, *args: Any, **options: Any) -> Any:
         if isinstance(self, nn.Embedding):
-            return F.embedding(args[0], cast("Tensor", self._buffers["weight_data"])).float()
+            rows, scale = self._data("weight")[args[0]], self._buffers.get("weight_scale")
+            return rows.float() if scale is None else rows * scale[args[0]]
         with opened(self):
             return super().forward(*args, **options)
 
@@ -154,14 +166,12 @@ def opened(module: nn.Module) -> Iterator[None]:
         return
     made: list[tuple[Stored, str]] = []
     known: dict[int, tuple[Stored, str]] = {}
-    for layer in module.modules():
-        for name in layer._kinds if isinstance(layer, Stored) and not isinstance(layer, nn.Embedding) else ():
-            if name in layer._open:
-                continue
-            layer._open[name] = value = layer.whole(name, layer.computed(name))
-            made.append((layer, name))
-            if value is not layer._buffers[f"{name}_data"]:
-                known[value.untyped_storage()._cdata] = layer, name
+    layers = [m for m in module.modules() if isinstance(m, Stored) and not isinstance(m, nn.Embedding)]
+    for layer, name in [(layer, name) for layer in layers for name in layer._kinds if name not in layer._open]:
+        layer._open[name] = value = layer.whole(name, layer.computed(name))
+        made.append((layer, name))
+        if value is not layer._data(name):
+            known[value.untyped_storage()._cdata] = layer, name
 
     def pack(saved: Tensor) -> Any:
         found = known.get(saved.untyped_storage()._cdata)
@@ -216,8 +226,9 @@ def _storages(module: nn.Module, storage: Storage) -> Iterator[tuple[nn.Module, 
     if isinstance(module, Network):
         inside = {id(layer) for _, block in module.blocks() for layer in block.modules()}
     for layer in list(module.modules()) if storage != "fp32" else []:
-        few = not isinstance(layer, nn.Embedding) and (inside is None or id(layer) in inside)
-        yield from ((layer, name, storage if few else "bf16") for name in _names(layer))
+        how: Storage = "int8" if isinstance(layer, nn.Embedding) and storage == "nf4" else storage
+        for name in _names(layer):
+            yield layer, name, how if inside is None or id(layer) in inside else "bf16"
 
 
 @torch.no_grad()
@@ -238,6 +249,8 @@ def store(module: nn.Module, storage: Storage, device: str | torch.device | None
             done[id(weight)] = weight, _packed(value if device is None else value.to(device), how)
         data, scale = done[id(weight)][1]
         _replace(layer, name, how, weight.shape, data, scale)
+    for layer, table in _tables(module, storage):
+        layer._buffers[TABLE] = table.half()
     if device is not None:
         module.to(device)
 
@@ -253,6 +266,13 @@ def _replace(
     layer.__class__ = _class(type(layer), (name,))
 
 
+def _tables(module: nn.Module, storage: Storage) -> list[tuple[nn.Module, Tensor]]:
+    """Modules with SD3's table of positions, a tenth of its weights; it has float16 in the published files."""
+    if storage == "fp32":
+        return []
+    return [(m, table) for m in module.modules() if (table := m._buffers.get(TABLE)) is not None]
+
+
 def stored_bytes(module: nn.Module, storage: Storage) -> int:
     """Bytes of all of a module's weights once `store` went over it, without doing so: of one on the meta device too."""
     total = 0
@@ -262,6 +282,9 @@ def stored_bytes(module: nn.Module, storage: Storage) -> int:
         if id(weight) not in seen:
             seen[id(weight)] = weight
             total += _bytes(weight.shape, how)
+    for _, table in _tables(module, storage):
+        seen[id(table)] = table
+        total += 2 * table.numel()
     for value in (*module.parameters(), *module.buffers()):
         if id(value) not in seen:
             seen[id(value)] = value

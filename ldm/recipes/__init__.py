@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from ldm.data.mixture import Data
+from ldm.models.frozen import check_storage
 from ldm.plan.report import Job
 from ldm.recipes import autoencoder, clip, distill, dreambooth, finetune, inversion, text_to_image
 from ldm.recipes.autoencoder import AutoencoderTask
@@ -13,7 +14,6 @@ from ldm.recipes.clip import ClipTask
 from ldm.recipes.distill import DistillTask
 from ldm.recipes.dreambooth import DreamboothTask
 from ldm.recipes.finetune import FinetuneTask
-from ldm.recipes.frozen_parts import check_frozen
 from ldm.recipes.inversion import InversionTask
 from ldm.recipes.planned import Asked
 from ldm.recipes.text_to_image import TextToImageTask
@@ -34,7 +34,11 @@ RECIPES: dict[type[Task], ModuleType] = {
 
 
 def check_validation(task: Task, train: TrainConfig) -> None:
-    """Raise ValueError for `train.validate` with a task that validates in its own way."""
+    """Raise ValueError for `train.validate` with a task that validates in its own way, and where nothing is frozen."""
+    if train.engine.frozen != "fp32" and isinstance(task, (AutoencoderTask, ClipTask)):
+        raise ValueError(
+            f"train.engine.frozen: {train.engine.frozen!r}, but everything trains in the task {task.kind}; write fp32"
+        )
     if train.validate is not None and not isinstance(task, TextToImageTask):
         raise ValueError(f"train.validate: is for the task text_to_image; {task.kind} has none or its own")
 
@@ -48,11 +52,11 @@ def assemble(
 ) -> Assembly:
     """Put a method together.
 
-    Raises ValueError for `train.validate` with a task that validates in its own way, and for `train.engine.frozen`
-    where nothing is frozen.
+    Raises ValueError for `train.validate` with a task that validates in its own way, for `train.engine.frozen` where
+    nothing is frozen, and without the package that it needs.
     """
     check_validation(task, train)
-    check_frozen(train.engine.frozen, task.kind, not isinstance(task, AutoencoderTask | ClipTask))
+    check_storage(train.engine.frozen)
     assembly = RECIPES[type(task)].build(task, data, train, seed, workers)
     if train.validate is not None:
         batch = autoencoder.held_out(data, train.validate.split, train.validate.samples)

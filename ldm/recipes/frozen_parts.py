@@ -5,18 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ldm import dist
-from ldm.models.frozen import Storage, check_storage, store
-from ldm.models.network import Network
+from ldm.models.frozen import Storage, of_autoencoder, store
 from ldm.models.text import TextEncoder, TextPrecision
 from ldm.models.vae.autoencoder import Autoencoder
 from ldm.pipeline import TextToImage
-
-
-def check_frozen(storage: Storage, kind: str, frozen: bool) -> None:
-    """Raise ValueError where a kind of task has no frozen parts, and for a package that is missing."""
-    if storage != "fp32" and not frozen:
-        raise ValueError(f"train.engine.frozen: {storage!r}, but everything trains in the task {kind}; write fp32")
-    check_storage(storage)
 
 
 def open_on(source: str, storage: Storage, precision: TextPrecision) -> TextToImage:
@@ -40,10 +32,8 @@ def store_network(pipeline: TextToImage, storage: Storage, *, trains: bool) -> T
 def store_beside(
     storage: Storage, autoencoder: Autoencoder | None, text: Sequence[TextEncoder], precision: TextPrecision
 ) -> None:
-    """Store an autoencoder, in bfloat16 at the least, and text encoders that have no precision of their own."""
-    if storage == "fp32":
-        return
+    """Store an autoencoder, and text encoders that have no precision of their own."""
     if autoencoder is not None:
-        store(autoencoder, "bf16")
+        store(autoencoder, of_autoencoder(storage))
     for encoder in text if precision == "fp32" else ():
         store(encoder, storage)

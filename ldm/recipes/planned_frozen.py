@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ldm.models.frozen import Storage, store, stored_bytes
+from ldm.models.frozen import Storage, of_autoencoder, store, stored_bytes
 from ldm.models.network import Network
 from ldm.models.text import TextEncoder, TextPrecision, text_bytes
 from ldm.models.vae.autoencoder import Autoencoder
@@ -17,8 +17,8 @@ def network(of: Network, engine: EngineConfig) -> Streamed:
 
 
 def autoencoder(vae: Autoencoder, storage: Storage) -> float:
-    """Bytes of an autoencoder, which has bfloat16 at the least (`frozen_parts.store_beside`)."""
-    return float(stored_bytes(vae.requires_grad_(False), "fp32" if storage == "fp32" else "bf16"))
+    """Bytes of an autoencoder."""
+    return float(stored_bytes(vae.requires_grad_(False), of_autoencoder(storage)))
 
 
 def text(encoder: TextEncoder, storage: Storage, precision: TextPrecision) -> float:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models import onednn
-from ldm.models.frozen import opened
 from ldm.models.attention import Control, attention, controlled
+from ldm.models.frozen import opened
 from ldm.models.frugal import norm_modulated, rms_norm
 from ldm.models.layers import Embedding, hooked, sinusoid
 from ldm.models.transformers.positions import Rotary, rotated
