@@ -32,7 +32,7 @@ def parser() -> Parser:
     p.add_argument("config", nargs="?", help="a YAML file, such as configs/train/text_to_image_emoji.yaml")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.batch=2048")
     p.add_argument("--nodes", type=int, default=1)
-    p.add_argument("--gpus-per-node", type=int, help="(8; 1 with --card)")
+    p.add_argument("--gpus-per-node", type=int, help="(8; 1 with --card or --sample)")
     p.add_argument("--gpu", help="a100-80g (the default), a100-40g, h100, h200, v100-32g, l40s, rtx4090, rtx3060, ...")
     p.add_argument(
         "--card", type=float, metavar="GB",
@@ -42,9 +42,22 @@ def parser() -> Parser:
     p.add_argument("--inside", type=float, metavar="GB/s", help="link of a GPU within its node, one way")
     p.add_argument("--outside", type=float, metavar="GB/s", help="network of a node, one way, all ports together")
     p.add_argument("--samples", type=int, help="of the data, where it is not here")
+    _add_drawing(p)
     p.add_argument("--json", action="store_true", help="as JSON")
     p.add_argument("--page", type=Path, metavar="OUT.html", help="also write a page with figures")
     return p
+
+
+def _add_drawing(p: Parser) -> None:
+    """What is drawn, with the options of `ldm sample`."""
+    p.add_argument("--sample", metavar="MODEL", help="plan drawing with a model or a family (sdxl) in place of a run")
+    p.add_argument("--size", type=int, help="with --sample: side in pixels (the family's)")
+    p.add_argument("--count", type=int, default=1, help="with --sample: pictures at once")
+    p.add_argument("--precision", default="fp32", help="with --sample: fp32, bf16 or fp16")
+    p.add_argument("--text-precision", help="with --sample: fp32, bf16, fp16 or int8")
+    p.add_argument("--offload", action="store_true", help="with --sample: parts are on the card while they are used")
+    p.add_argument("--vae-slices", action="store_true", help="with --sample: decode one picture at a time")
+    p.add_argument("--blocks-on-device", type=int, metavar="N", help="with --sample: so many blocks of the network")
 
 
 def main(argv: list[str]) -> int:
@@ -60,14 +73,16 @@ def main(argv: list[str]) -> int:
     from ldm.recipes import plan_job
     from ldm.recipes.planned import Asked, told
 
-    if args.config is None:
+    if args.config is None and args.sample is None:
         raise ValueError("no config given; such as: ldm plan configs/finetune/sd15_lora.yaml --card 12")
     hardware = find(args.gpu or "a100-80g")
     if args.card is not None:
         hardware = of_memory(args.card) if args.gpu is None else replace(hardware, memory=args.card)
     links = {k: v for k, v in (("inside", args.inside), ("outside", args.outside)) if v is not None}
-    each = args.gpus_per_node or (8 if args.card is None else 1)
+    each = args.gpus_per_node or (8 if args.card is None and args.sample is None else 1)
     cluster = Cluster(nodes=args.nodes, per_node=each, hardware=replace(hardware, **links))
+    if args.sample is not None:
+        return _drawn(args, cluster)
     config = load_run(args.config, args.overrides)
     if args.card is not None:
         return _fitted(args, cluster, config.name)
@@ -99,6 +114,24 @@ def _fitted(args: argparse.Namespace, cluster: Cluster, name: str) -> int:
 
     with _in_words(args.config):
         answer = Needs(load, name, cluster).answer()
+    print(json.dumps(answer.record(), indent=1, allow_nan=False) if args.json else text(answer))
+    return 0 if answer.way is not None else 1
+
+
+def _drawn(args: argparse.Namespace, cluster: Cluster) -> int:
+    """Say what drawing takes, and with --card the options with which it fits; 1 where it does not."""
+    from ldm.plan.cards import text
+    from ldm.recipes.planned_drawing import How, Model
+
+    if args.config is not None:
+        raise ValueError(f"--sample: plans drawing with {args.sample!r}; give no config beside it, got {args.config!r}")
+    how = How(
+        precision=args.precision, text_precision=args.text_precision, size=args.size, count=args.count,
+        slices=args.vae_slices, offload=args.offload, places=args.blocks_on_device,
+    )  # fmt: skip
+    with _in_words(f"--sample {args.sample}"):
+        model = Model(args.sample)
+        answer = model.answer(how, cluster) if args.card is not None else model.alone(how, cluster)
     print(json.dumps(answer.record(), indent=1, allow_nan=False) if args.json else text(answer))
     return 0 if answer.way is not None else 1
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ldm.plan.hardware import GB
 from ldm.plan.report import digits
+from ldm.plan.throughput import Cluster
 
 LEVEL = 1.02
 """Two answers whose times differ by less are as quick as each other."""
@@ -15,25 +16,26 @@ LEVEL = 1.02
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One or more `key=value` that take less memory together. `lossy`: weights are rounded to 8 or 4 bits."""
+    """One or more `key=value` that take less memory together. `lossy`: weights are rounded to 8 or 4 bits.
+
+    A later one of the same `kind` takes an earlier one's place.
+    """
 
     words: tuple[str, ...]
+    kind: str
     lossy: bool = False
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """What is set; a later setting of the same keys takes an earlier one's place."""
-        return tuple(word.partition("=")[0] for word in self.words)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tried:
     """What some settings need. `parts`: bytes by part, `host` among them; `minutes` of a thousand steps, None where it
-    does not fit. Of what was not counted to its end, "at least" is the only part.
+    does not fit. Of what was not counted to its end, "at least" is the only part. `picture`: seconds of one that is
+    drawn.
     """
 
     parts: dict[str, float]
     minutes: float | None
+    picture: float | None = None
 
     @property
     def total(self) -> float:
@@ -111,7 +113,7 @@ class Search:
         if self.fits(taken):
             return taken, True
         for setting in settings:
-            taken = [*(s for s in taken if s.keys != setting.keys), setting]
+            taken = [*(s for s in taken if s.kind != setting.kind), setting]
             if self.fits(taken):
                 break
         else:
@@ -145,6 +147,13 @@ def _slows(way: Way) -> bool:
 
 def _minutes(way: Way) -> float:
     return float("inf") if way.needs.minutes is None else way.needs.minutes
+
+
+def card_of(cluster: Cluster) -> str:
+    """What is planned, in words."""
+    memory, name = cluster.hardware.memory, cluster.hardware.name
+    many = "a card" if cluster.world == 1 else f"{cluster.world} cards"
+    return f"{many} of {memory:g} GB, as fast as {name}"
 
 
 def text(answer: Answer) -> str:
@@ -181,5 +190,6 @@ def _said(needs: Tried) -> str:
     parts = ", ".join(f"{k} {digits(v / GB, 2)}" for k, v in needs.parts.items() if v and k != "host")
     host = needs.parts.get("host", 0.0)
     took = "" if needs.minutes is None else f"; {digits(needs.minutes, 1)} minutes a thousand steps"
+    took += "" if needs.picture is None else f", {digits(needs.picture, 1)} seconds a picture"
     beside = f", and {digits(host / GB, 2)} GB of the host's memory" if host else ""
     return f"{digits(needs.total / GB, 2)} GB ({parts}){beside}{took}"

@@ -183,6 +183,14 @@ def _plain() -> Iterator[None]:
         yield
 
 
+def without_gradients(call: Callable[[], Any], batch: int, *, precision: torch.dtype, gpu: bool) -> Trace:
+    """Run `call()` on meta tensors, as `trace` does; what it answers lives to the end."""
+    tracker = _Tracker()
+    with torch.no_grad(), tracker, _Gpu(tracker, precision) if gpu else _plain():
+        call()
+    return Trace(batch=batch, ops=tuple(tracker.ops), peak=tracker.peak, peak_kept=tracker.peak, gradients=0)
+
+
 def trace(
     module: nn.Module, inputs: Callable[[int], tuple[Any, ...]], batch: int, *, precision: torch.dtype, gpu: bool
 ) -> Trace:

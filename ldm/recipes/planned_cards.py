@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 
 from ldm.data.mixture import Data
 from ldm.models.network import granularity
-from ldm.plan.cards import Answer, Search, Setting, Tried, find
+from ldm.plan.cards import Answer, Search, Setting, Tried, card_of, find
 from ldm.plan.counted import Counted
 from ldm.plan.memory import Activations, Parts, memory
 from ldm.plan.report import Job, Planner
@@ -80,34 +80,32 @@ class Needs:
         found = []
         frozen = bool(job.frozen) or job.streamed is not None
         if frozen and engine.frozen == "fp32":
-            found.append(Setting(words=("train.engine.frozen=bf16",)))
+            found.append(Setting(kind="frozen", words=("train.engine.frozen=bf16",)))
         if train.optim.algorithm == "adamw":
-            found.append(Setting(words=("train.optim.algorithm=adamw8bit",)))
+            found.append(Setting(kind="optimizer", words=("train.optim.algorithm=adamw8bit",)))
         if train.batch // (world * train.accumulate) > 1:
-            found.append(Setting(words=(f"train.accumulate={train.batch // world}",)))
+            found.append(Setting(kind="accumulate", words=(f"train.accumulate={train.batch // world}",)))
         if _computes_again(task) is False:
-            found.append(Setting(words=("task.gradient_checkpointing=block",)))
+            found.append(Setting(kind="recompute", words=("task.gradient_checkpointing=block",)))
         if frozen and engine.compile == "off":
             kinds = ("int8", "nf4") if engine.frozen in ("fp32", "bf16") else ("nf4",) * (engine.frozen == "int8")
-            found += [Setting(words=(f"train.engine.frozen={kind}",), lossy=True) for kind in kinds]
+            found += [Setting(kind="frozen", words=(f"train.engine.frozen={kind}",), lossy=True) for kind in kinds]
         if job.streamed is not None and engine.zero_stage < 3 and engine.compile in ("off", "blocks"):
             places = engine.blocks_on_device or len(job.streamed.blocks)
-            found += [Setting(words=(f"train.engine.blocks_on_device={n}",)) for n in halving(places)]
+            found += [Setting(kind="blocks", words=(f"train.engine.blocks_on_device={n}",)) for n in halving(places)]
         if job.streamed is None and not engine.offload_optimizer:
             stage = () if engine.zero_stage else ("train.engine.zero_stage=1",)
-            found.append(Setting(words=(*stage, "train.engine.offload_optimizer=true")))
+            found.append(Setting(kind="offload", words=(*stage, "train.engine.offload_optimizer=true")))
         return found
 
     def answer(self) -> Answer:
         """The settings with which the run fits this card."""
         planner = self.planner()
-        hardware, count = self.cluster.hardware, self.cluster.world
         search = Search(self.of, self.least, planner.limit)
         way, closest, other = find(search, self.settings())
         before = search.needs(()) if search.fits(()) else Tried(parts={"at least": self.least(())}, minutes=None)
-        card = f"a card of {hardware.memory:g} GB, as fast as {hardware.name}"
         return Answer(
-            name=self._name, card=card if count == 1 else f"{count} cards of {hardware.memory:g} GB",
+            name=self._name, card=card_of(self.cluster),
             limit=planner.limit, before=before, way=way, closest=closest, other=other, warnings=planner.job.warnings,
         )  # fmt: skip
 
