@@ -97,7 +97,7 @@ def kernels(ops: Sequence[tuple[Op, Op]], batch: float, few: int, more: int, clu
     chip, share = cluster.hardware, cluster.assumptions
     rate = (chip.matmul if half else chip.matmul_fp32) * 1e12 * share.matmul
     moved = chip.bandwidth * GB * share.memory
-    at = (batch - few) / (more - few)
+    at = (batch - few) / (more - few) if more != few else 0.0
     total = 0.0
     for low, high in ops:
         flops = low.flops + at * (high.flops - low.flops)
@@ -109,6 +109,8 @@ def kernels(ops: Sequence[tuple[Op, Op]], batch: float, few: int, more: int, clu
 def compute(activations: Activations, batch: float, cluster: Cluster, half: bool) -> tuple[float, float]:
     """(forward, backward) seconds of one micro-batch."""
     few, more = activations.few, activations.more
+    if few.batch == more.batch:  # one count, to which all is proportional
+        few = replace(more, batch=0, ops=tuple(replace(o, flops=0.0, bytes=0.0) for o in more.ops))
     at = few.batch / more.batch
     # A layer may compute in another way at a larger batch (a LoRA does): then all is taken as proportional to it.
     alike = len(few.ops) == len(more.ops)

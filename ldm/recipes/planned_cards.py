@@ -47,10 +47,12 @@ class Needs:
         gpu = not self.cluster.hardware.host
         asked = Asked(name=self._name, world=self.cluster.world, gpu=gpu)
         key = tuple(sorted(word for word in words if word.partition("=")[0] not in _DIVIDES))
+        alone = train.batch <= self.cluster.world * train.accumulate
+        key = (*key, str(alone))
         if key not in self._jobs:
             job = plan_job(task, data, train, asked)
             again = (job.recompute,)
-            counted = Counted(job.build, job.inputs, job.precision, gpu=gpu, recomputing=again, one=True)
+            counted = Counted(job.build, job.inputs, job.precision, gpu=gpu, recomputing=again, alone=alone)
             self._jobs[key] = job, counted
         job, counted = self._jobs[key]
         places = train.engine.blocks_on_device
