@@ -45,6 +45,8 @@ class How:
             if value is not None and value < 1:
                 option = {"places": "blocks-on-device"}.get(name, name)
                 raise ValueError(f"--{option} must be at least 1, got {value}")
+        if self.offload and self.places is not None:
+            raise ValueError("--offload moves the network whole and --blocks-on-device by its blocks: give one of both")
 
 
 class Model:
@@ -58,6 +60,8 @@ class Model:
 
     def of(self, how: How, cluster: Cluster) -> Tried:
         """What drawing takes on one device of a cluster."""
+        if how.text_precision is not None:
+            check_text_precision(how.text_precision, [one.config for one in self._base.text], "--text-precision")
         return needs(self._drawing(how, cluster), cluster, apart=how.offload, places=how.places)
 
     def least(self, how: How, cluster: Cluster) -> float:
@@ -179,6 +183,8 @@ def _with(how: How, words: tuple[str, ...]) -> How:
         key = {"--precision": "precision", "--text-precision": "text_precision", "--vae-slices": "slices",
                "--offload": "offload", "--blocks-on-device": "places"}[name]  # fmt: skip
         changes[key] = True if not value else int(value) if key == "places" else value
+    if "places" in changes:
+        changes["offload"] = False
     return replace(how, **changes)
 
 

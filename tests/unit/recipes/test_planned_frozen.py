@@ -77,7 +77,7 @@ def config(root: Path, storage: str, recompute: bool) -> Path:
     ("storage", "recompute"),
     [
         pytest.param(storage, again, marks=[pytest.mark.slow] * ((storage, again) != ("int8", False)))
-        for storage in ("bf16", "int8", "nf4")
+        for storage in STORAGES
         for again in (False, True)
     ],
 )
