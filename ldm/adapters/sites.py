@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
+import torch
 from torch import Tensor, nn
 
 from ldm.adapters.base import COMPONENTS
@@ -48,16 +49,25 @@ class Site:
         return self.module if isinstance(self.module, nn.Conv2d) else None
 
     def read(self) -> Tensor:
-        """The layer's weight (out, in[, kh, kw]), without gradient; writing into it changes the model."""
-        weight = attrgetter(self.parameter)(self.module).detach()
+        """The layer's weight (out, in[, kh, kw]), without gradient; writing into it changes the model.
+
+        Of a weight that is `stored` it is a copy in float32.
+        """
+        layer, name = self._holder
+        weight = layer.whole(name, torch.float32) if isinstance(layer, Stored) and self.stored else getattr(layer, name)
+        weight = weight.detach()
         return (weight.T if self.transposed else weight)[self.start : self.stop]
 
     @property
     def stored(self) -> bool:
         """Whether the weight is stored in fewer bits (`models.frozen`): writing into what `read` gives is lost."""
-        inner, _, name = self.parameter.rpartition(".")
-        layer = self.module.get_submodule(inner)
+        layer, name = self._holder
         return isinstance(layer, Stored) and name not in layer._parameters
+
+    @property
+    def _holder(self) -> tuple[nn.Module, str]:
+        inner, _, name = self.parameter.rpartition(".")
+        return self.module.get_submodule(inner), name
 
     def read_bias(self) -> Tensor | None:
         """The layer's bias (out,)."""

@@ -1,9 +1,9 @@
 """Weights that do not train, stored in bfloat16, 8 or 4 bits and made whole where they are used.
 
 What is stored so are the weights of linear layers, convolutions and embeddings, and the joint one of query, key and
-value of `nn.MultiheadAttention`; biases and norms stay as they are, SD3's table of positions becomes float16. int8: each output's row is
-8-bit integers times its scale, the largest absolute value over 127. nf4: 4-bit NormalFloat in blocks of 64 values
-(Dettmers 2023, arXiv 2305.14314), by bitsandbytes. Embeddings are in bfloat16 where others have 8 or 4 bits.
+value of `nn.MultiheadAttention`. Biases and norms stay, SD3's table of positions becomes float16. int8: each
+output's row is 8-bit integers times its scale, the largest absolute value over 127. nf4: 4-bit NormalFloat in blocks of
+64 values (Dettmers 2023, arXiv 2305.14314), by bitsandbytes. Embeddings have 8 bits where others have 4.
 
 A layer's weight is whole, in the type that is computed in, while the layer runs. Autograd keeps what is stored in its
 place, and makes the weight whole again in the backward pass.
@@ -28,6 +28,19 @@ BLOCK = 64
 TABLE = "pos_embed"
 
 
+_planned = [torch.float32]
+
+
+@contextlib.contextmanager
+def computing(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, layers on the meta device compute in this type, as they would under autocast: for plans."""
+    _planned.append(dtype)
+    try:
+        yield
+    finally:
+        _planned.pop()
+
+
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight (O, ...) as int8 of the same shape, and its rows' scales (O, 1, ...) in float32."""
     whole = weight.float()
@@ -48,19 +61,6 @@ def bitsandbytes(key: str) -> Any:
     finally:
         noise.setLevel(level)
     return package
-
-
-_planned = [torch.float32]
-
-
-@contextlib.contextmanager
-def computing(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, layers on the meta device compute in this type, as they would under autocast: for plans."""
-    _planned.append(dtype)
-    try:
-        yield
-    finally:
-        _planned.pop()
 
 
 def check_storage(storage: str) -> None:
@@ -166,32 +166,47 @@ def opened(module: nn.Module) -> Iterator[None]:
         return
     made: list[tuple[Stored, str]] = []
     known: dict[int, tuple[Stored, str]] = {}
-    layers = [m for m in module.modules() if isinstance(m, Stored) and not isinstance(m, nn.Embedding)]
-    for layer, name in [(layer, name) for layer in layers for name in layer._kinds if name not in layer._open]:
+    below = [m for m in module.modules() if isinstance(m, Stored) and not isinstance(m, nn.Embedding)]
+    for layer, name in [(m, name) for m in below for name in m._kinds if name not in m._open]:
         layer._open[name] = value = layer.whole(name, layer.computed(name))
         made.append((layer, name))
         if value is not layer._data(name):
             known[value.untyped_storage()._cdata] = layer, name
 
-    def pack(saved: Tensor) -> Any:
-        found = known.get(saved.untyped_storage()._cdata)
-        if found is None:
-            return saved.detach()  # not itself: an output that keeps itself is never freed
-        return *found, saved.dtype, saved.size(), saved.stride(), saved.storage_offset()
-
-    def unpack(kept: Any) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        layer, name, dtype, *view = kept
-        return layer.whole(name, dtype).as_strided(*view)
-
     hooked = bool(known) and torch.is_grad_enabled()
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack) if hooked else contextlib.nullcontext():
+        with _kept_as_stored(known) if hooked else contextlib.nullcontext():
             yield
     finally:
         for layer, name in made:
             del layer._open[name]
+
+
+def _kept_as_stored(known: dict[int, tuple[Stored, str]]) -> contextlib.AbstractContextManager[Any]:
+    """Inside, autograd keeps layer and name in the place of these weights, by their storages; others as it did before.
+
+    What hooks are there already, of gradient checkpointing that keeps nothing, are asked for the others.
+    """
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)  # as torch.utils.checkpoint asks for them
+    kept, back = outer or (
+        Tensor.detach,
+        lambda tensor: tensor,
+    )  # not itself: an output that keeps itself is never freed
+
+    def pack(saved: Tensor) -> tuple[Any, ...]:
+        found = known.get(saved.untyped_storage()._cdata)
+        if found is None:
+            return None, kept(saved)
+        return found, saved.dtype, saved.size(), saved.stride(), saved.storage_offset()
+
+    def unpack(packed: tuple[Any, ...]) -> Tensor:
+        found, first, *view = packed
+        if found is None:
+            return back(first)
+        layer, name = found
+        return layer.whole(name, first).as_strided(*view)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def _weight(name: str) -> property:

@@ -188,6 +188,29 @@ def test_no_weight_stays_whole_between_forward_and_backward(
     assert torch.equal(first, gradient())
 
 
+@pytest.mark.parametrize("storage", ["bf16", "int8"])
+def test_recomputing_keeps_as_little_as_over_whole_weights(storage: Any) -> None:
+    """Bytes that the forward allocates and leaves to the backward, as the allocator counts them."""
+    torch.manual_seed(0)
+    unet = UNet(presets.UNETS["tiny"]).requires_grad_(False).train()
+    cond = {"text": torch.randn(2, 3, 32)}
+    left: dict[tuple[bool, bool], int] = {}
+    for stored in (False, True):
+        if stored:
+            store(unet, storage)
+        for again in (False, True):
+            unet.enable_gradient_checkpointing(again)
+            x = torch.randn(2, 4, 8, 8, requires_grad=True)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as told:
+                out = unet(x, torch.tensor([3, 700]), cond)
+            left[stored, again] = sum(event.self_cpu_memory_usage for event in told.key_averages())
+            assert out.requires_grad
+            del out
+    assert left[False, True] < 0.5 * left[False, False]
+    assert left[True, True] <= 1.1 * left[False, True]
+    assert left[True, False] <= 1.1 * left[False, False]
+
+
 def test_a_block_that_reads_a_layer_s_weight_sees_it_whole() -> None:
     """The feed-forward layers of transformers compute gelu again in the backward pass, by the second one's weight."""
     from ldm.models.transformers.blocks import FeedForward
