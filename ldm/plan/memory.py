@@ -168,13 +168,13 @@ def _states(sizes: Sizes, layout: Layout) -> Parts:
     weight = 2.0 if layout.half and layout.stage else 4.0
     weights = weight * (n / layout.world if layout.stage == 3 else n)
     masters = 4.0 * divided if layout.stage else 0.0  # at stage 0 the weights are the masters
-    optimizer, ema = masters + 4.0 * layout.moments * divided, 4.0 * layout.copies * divided
+    optimizer = masters + 4.0 * layout.moments * divided
     host = 0.0
-    if layout.offload_optimizer:  # averages are where the masters are
-        host, optimizer, ema = optimizer + ema, 0.0, 0.0
+    if layout.offload_optimizer:
+        host, optimizer = optimizer, 0.0
     if layout.offload_parameters:
         host, weights = host + weights, 0.0
-    return Parts(weights=weights, optimizer=optimizer, ema=ema, host=host)
+    return Parts(weights=weights, optimizer=optimizer, ema=4.0 * layout.copies * divided, host=host)
 
 
 def resting(sizes: Sizes, layout: Layout, frozen: float = 0) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ldm.models.fit import tokens, told
-from ldm.models.text import TextEncoder, TextPrecision, TextTower, in_int8, text_bytes, text_dtype
+from ldm.models.text import TextEncoder, TextPrecision, TextTower, check_text_precision, in_int8, text_bytes, text_dtype
 from ldm.pipeline.conditioning import PREPARED_BYTES
 from ldm.plan.cards import Answer, Search, Setting, Tried, Way, card_of, find
 from ldm.plan.drawing import Drawing, needs
