@@ -92,12 +92,19 @@ def test_one_sample_is_counted_by_itself() -> None:
     class Heavy(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = nn.ModuleList(nn.Linear(512, 512, bias=False) for _ in range(10))
+            self.layers = nn.ModuleList(nn.Linear(512, 512, bias=False) for _ in range(8))
 
         def forward(self, x: Tensor) -> Tensor:
             for layer in self.layers:
                 x = checkpoint(layer, x, use_reentrant=False)
-            return checkpoint(lambda y: (y.repeat(1, 512).sigmoid() + 1).sum(1), x, use_reentrant=False)
+            return checkpoint(self.wide, x, use_reentrant=False)  # type: ignore[return-value]
+
+        @staticmethod
+        def wide(y: Tensor) -> Tensor:
+            y = y.repeat(1, 512)
+            for _ in range(6):
+                y = y.sigmoid()
+            return (y + 1).sum(1)
 
     with torch.device("meta"):
         heavy = Heavy()
@@ -107,7 +114,7 @@ def test_one_sample_is_counted_by_itself() -> None:
         return Activations.count(heavy, inputs, precision=torch.bfloat16, gpu=True, **options)
 
     line, exact = counted(), counted(one=True)
-    assert exact.peak(1) > 2 * 10 * 512 * 512
+    assert exact.peak(1) > 2 * 8 * 512 * 512
     assert exact.peak(1) > 1.05 * line.peak(1)
     assert exact.peak(2) == line.peak(2)
     assert exact.kept(1) >= exact.peak(1)
