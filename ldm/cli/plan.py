@@ -83,6 +83,7 @@ def main(argv: list[str]) -> int:
     cluster = Cluster(nodes=args.nodes, per_node=each, hardware=replace(hardware, **links))
     if args.sample is not None:
         return _drawn(args, cluster)
+    assert args.config is not None
     config = load_run(args.config, args.overrides)
     if args.card is not None:
         return _fitted(args, cluster, config.name)
