@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
-from ldm.models.streaming import resident
+from ldm.models.streaming import resident, stream
 from ldm.models.unet import UNet
 from ldm.plan.streaming import Streamed, halving, waited
+from tests.counting import Counted
+from tests.unit.models.test_network import NETS, inputs
 from tests.unit.plan.work import WIDE
 
 W = 1024.0
@@ -61,3 +65,26 @@ def test_what_is_fetched_ahead_hides_behind_computing() -> None:
 def test_half_as_many_each_time_down_to_one() -> None:
     assert list(halving(57)) == [29, 15, 8, 4, 2, 1]
     assert list(halving(1)) == []
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "unet"])
+@pytest.mark.parametrize("places", [1, 2, 3])
+def test_bytes_are_those_that_a_counting_device_is_sent(name: str, places: int) -> None:
+    """In a second call, and in a second forward and backward pass."""
+    network = NETS[name]().eval().requires_grad_(False)
+    places = min(places, len(list(network.blocks())) - 1)
+    planned = Streamed.of(copy.deepcopy(network).to("meta"), places)
+    x, t, cond = inputs(network)
+    counted = Counted()
+    stream(network, places, "cpu", counted)
+    with torch.no_grad():
+        network(x, t, cond)
+        before = sum(counted.sizes)
+        network(x, t, cond)
+    assert sum(counted.sizes) - before == planned.moved(backward=False)
+    stay = planned.held - (planned.total - planned.exact + sum(planned.blocks) - sum(planned.moving))
+    assert counted.bytes_most <= max(stay, planned.moving[0] + planned.moving[-1])  # the first follows the last
+    for _ in range(2):
+        before = sum(counted.sizes)
+        network(x.clone().requires_grad_(), t, cond).square().sum().backward()
+    assert sum(counted.sizes) - before == planned.moved(backward=True)
