@@ -10,7 +10,16 @@ from typing import Any
 import torch
 
 from ldm.models.fit import tokens, told
-from ldm.models.text import TextEncoder, TextPrecision, TextTower, check_text_precision, in_int8, text_bytes, text_dtype
+from ldm.models.text import (
+    QwenConfig,
+    TextEncoder,
+    TextPrecision,
+    TextTower,
+    check_text_precision,
+    in_int8,
+    text_bytes,
+    text_dtype,
+)
 from ldm.pipeline.conditioning import PREPARED_BYTES
 from ldm.plan.cards import Answer, Search, Setting, Tried, Way, card_of, find
 from ldm.plan.drawing import Drawing, needs
@@ -202,5 +211,7 @@ def _encoded(encoder: TextEncoder, precision: TextPrecision, gpu: bool) -> Trace
         ids = torch.zeros(1, count, dtype=torch.int64, device="meta")
         return without_gradients(lambda: own.model(ids), 1, precision=torch.float32, gpu=gpu)
     states = torch.empty(1, count, encoder.table.embedding_dim, device="meta", dtype=text_dtype(precision))
-    call = lambda: own.model(inputs_embeds=states).last_hidden_state  # noqa: E731
+    # Qwen3 would look into a mask of tokens, where there are no numbers; a whole one it takes as it is.
+    seen = {"attention_mask": states.new_empty(1, 1, count, count)} if isinstance(own.config, QwenConfig) else {}
+    call = lambda: own.model(inputs_embeds=states, **seen).last_hidden_state  # noqa: E731
     return without_gradients(call, 1, precision=torch.float32, gpu=gpu)
