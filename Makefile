@@ -1,4 +1,4 @@
-# make demo | test | checks | newest | bench | chaos | clean.  PYTHON=python3.12 picks the interpreter, PIP_ARGS adds options to pip.
+# make demo | test | checks | newest | bench | gpu | chaos | clean.  PYTHON=python3.12 picks the interpreter, PIP_ARGS adds options to pip.
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
@@ -13,13 +13,14 @@ INSTALLED := $(VENV)/.installed
 TEST_INSTALLED := $(VENV)/.installed-$(EXTRA)
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -q $(addprefix -c ,$(CONSTRAINTS)) $(PIP_ARGS)
 
-.PHONY: help demo test checks newest constraints bench chaos clean
+.PHONY: help demo test checks newest constraints bench gpu chaos clean
 help:
 	@echo "make demo    train a small text-to-image model, sample it and write a gallery page"
 	@echo "make test    style, types, import contracts and tests"
 	@echo "make checks  the first three of these"
 	@echo "make newest  the same tests with the newest versions that pyproject.toml allows, in an environment of their own"
 	@echo "make bench   side-by-side measurements against named peers"
+	@echo "make gpu     tests and measurements on this machine's GPU, in ten minutes; installs nothing"
 	@echo "make chaos   kill trainings, fill disks and pull cables: the long form of what make test does (with root: a cluster)"
 	@echo "make clean   remove caches and build products (runs/ and $(VENV)/ stay)"
 
@@ -73,6 +74,10 @@ constraints:
 
 bench: $(TEST_INSTALLED)
 	$(BIN)/python -m bench
+
+# Runs in $(VENV)/ where there is one; VENV= PYTHON=python3 takes the packages of the machine. Installs nothing.
+gpu:
+	$(or $(if $(VENV),$(wildcard $(VENV)/bin/python)),$(PYTHON)) -m bench.gpu $(GPU_ARGS)
 
 # What is left out of `make test` because it takes minutes. The kills run first; runs/chaos.json has their table.
 chaos: export OMP_NUM_THREADS ?= 1

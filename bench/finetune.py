@@ -2,13 +2,17 @@
 
 "diffusers script" encodes pictures and captions at every step, as its training scripts do; "diffusers cached" is given
 latents and text states, as ours is after its cache is made. Peak memory is of a process that runs nothing else, above
-what it held before its first step; the same process counts how often steps call a text tower. Also how far the weights
-with the exported file merged into them are from the LoRA that trained.
+what it held before its first step (of a small model most is what the libraries make for each shape, and gaps in the
+heap), and that of its tensors alone, as torch's profiler counts them; the same process counts how often steps call a
+text tower. `python -m bench.finetune --shape sd15 ...` measures a network of SD 1.5's size with random weights and
+latents of 32 x 32. Also how far the weights with the exported file merged into them are from the LoRA that trained.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -25,7 +29,9 @@ from bench.timing import Options, interleaved, ratio, report
 from ldm.adapters.full import FullAdapter, FullConfig
 from ldm.adapters.lora import LoraAdapter, LoraConfig
 from ldm.checkpoint import lora_files
+from ldm.models.presets import UNETS
 from ldm.models.shipped import locate
+from ldm.models.unet import UNet
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.pipeline import TextToImage
 from ldm.recipes.sources import text_encoder
@@ -51,12 +57,15 @@ def pictures(batch: int) -> tuple[Tensor, list[str], Tensor]:
     return images, [CAPTIONS[0]] * (batch - half) + [CAPTIONS[1]] * half, torch.ones(batch)
 
 
-def ours(kind: str, batch: int, precision: str) -> Step:
+def ours(kind: str, batch: int, precision: str, shape: str = "emoji") -> Step:
     """The engine's step on cached moments and text."""
     pipeline = TextToImage.load("emoji")
     images, captions, weight = pictures(batch)
-    encode = text_encoder(pipeline.text)
-    fixed = {"moments": pipeline.codec.moments(images).detach(), **encode(captions), "weight": weight, "key": captions}
+    encode, moments = text_encoder(pipeline.text), pipeline.codec.moments(images).detach()
+    if shape == "sd15":
+        pipeline.network, moments = UNet(UNETS["sd15"]), torch.randn(batch, 8, 32, 32)
+        encode = lambda texts: {"text": torch.randn(len(texts), 77, 768)}  # noqa: E731
+    fixed = {"moments": moments, **encode(captions), "weight": weight, "key": captions}
     adapter = LoraAdapter(LoraConfig(rank=RANK)) if kind == "lora" else FullAdapter(FullConfig())
     trained = adapter.attach(pipeline.network, pipeline.text)
     objective = DenoiseObjective(trained, pipeline.process, pipeline.codec, encode, DenoiseOptions(drop=0.0))
@@ -75,14 +84,14 @@ def ours(kind: str, batch: int, precision: str) -> Step:
     return step
 
 
-def theirs(kind: str, batch: int, precision: str, cached: bool) -> Step:
+def theirs(kind: str, batch: int, precision: str, cached: bool, shape: str = "emoji") -> Step:
     """diffusers' U-Net, scheduler and towers with PEFT; the lines of its scripts' loop without their logging."""
     import diffusers
     from peft import LoraConfig as PeftConfig
 
     pipe: Any = diffusers.StableDiffusionPipeline.from_pretrained(locate("emoji"), torch_dtype=torch.float32)
     noising = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
-    unet = pipe.unet
+    unet = pipe.unet if shape == "emoji" else diffusers.UNet2DConditionModel(cross_attention_dim=768)
     for module in (unet, pipe.vae, pipe.text_encoder):
         module.requires_grad_(False)
     if kind == "lora":
@@ -107,7 +116,7 @@ def theirs(kind: str, batch: int, precision: str, cached: bool) -> Step:
         ).input_ids  # fmt: skip
         return pipe.text_encoder(ids)[0]
 
-    kept = (latents(), text())
+    kept = (latents(), text()) if shape == "emoji" else (torch.randn(batch, 4, 32, 32), torch.randn(batch, 77, 768))
     half = EngineConfig(precision=cast("Any", precision)).dtype() == torch.bfloat16
 
     def step() -> float:
@@ -134,15 +143,16 @@ def their_loss(out: Tensor, target: Tensor, *, preserved: bool) -> Tensor:
     return F.mse_loss(a.float(), c.float()) + 1.0 * F.mse_loss(b.float(), d.float())
 
 
-CASES: dict[str, Callable[[str, int, str], Step]] = {
+CASES: dict[str, Callable[..., Step]] = {
     "ldm": ours,
-    "diffusers script": lambda kind, batch, precision: theirs(kind, batch, precision, cached=False),
-    "diffusers cached": lambda kind, batch, precision: theirs(kind, batch, precision, cached=True),
+    "diffusers script": functools.partial(theirs, cached=False),
+    "diffusers cached": functools.partial(theirs, cached=True),
 }
+SHAPES = ("emoji", "sd15")
 
 
 def alone(case: str, kind: str, batch: int, options: Options) -> dict[str, float]:
-    """`mib` that steps need above what the process held before, and their `text_calls`, in a process of its own."""
+    """`mib` that steps need above what the process held before, `tensors_mib` of it, and their `text_calls`."""
     arguments = ["--case", case, "--kind", kind, "--batch", str(batch), "--precision", options.precision]
     command = [sys.executable, "-m", "bench.finetune", *arguments, "--threads", str(options.threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -155,6 +165,15 @@ def memory(name: str) -> float:
     """MiB of a line of /proc/self/status."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(name + ":"))
+
+
+def tensors_peak(step: Step) -> float:
+    """MiB of tensors that a step makes, at the fullest moment."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(held, default=0) / 2**20
 
 
 def merged_difference() -> float:
@@ -192,8 +211,13 @@ def run(options: Options) -> dict[str, Any]:
         share = mib["ldm"] / mib["diffusers script"]
         told = ", ".join(f"{n} {v:.0f}" for n, v in mib.items())
         print(f"  peak memory of steps, MiB: {told}; ldm / diffusers script {share:.3f}")
+        tensors = {name: found["tensors_mib"] for name, found in own.items()}
+        part = tensors["ldm"] / tensors["diffusers script"]
+        told = ", ".join(f"{n} {v:.1f}" for n, v in tensors.items())
+        print(f"  of tensors alone, in a step, MiB: {told}; ldm / diffusers script {part:.3f}")
         print(f"  calls of the text tower in {ALONE} steps: " + ", ".join(f"{n} {v}" for n, v in calls.items()))
         result |= {"peak_mib": mib, "peak_share": share, "text_calls": calls}
+        result |= {"tensors_mib": tensors, "tensors_share": part}
         result["speedup"] = ratio(seconds, "diffusers script", "ldm").median
         results[kind] = result
     results["merged_difference"] = merged_difference()
@@ -209,9 +233,10 @@ def main() -> None:
     p.add_argument("--batch", type=int, required=True)
     p.add_argument("--precision", default="auto")
     p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--shape", choices=SHAPES, default="emoji")
     args = p.parse_args()
     torch.set_num_threads(args.threads)
-    step = CASES[args.case](args.kind, args.batch, args.precision)
+    step = CASES[args.case](args.kind, args.batch, args.precision, shape=args.shape)
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts anew
     calls = 0
@@ -223,7 +248,8 @@ def main() -> None:
     torch.nn.modules.module.register_module_forward_hook(count)
     for _ in range(ALONE):
         step()
-    print(json.dumps({"mib": memory("VmHWM") - before, "text_calls": calls}))
+    told = {"mib": memory("VmHWM") - before, "text_calls": calls}  # before the profiler, which holds much itself
+    print(json.dumps(told | {"tensors_mib": tensors_peak(step)}))
 
 
 if __name__ == "__main__":

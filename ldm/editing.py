@@ -82,7 +82,7 @@ class Canvas:
 
     def latents(self, pipe: TextToImage) -> Tensor:
         """(1, Z, h, w) of the padded picture."""
-        return pipe.codec.encode(_pixels(self.padded).to(pipe.device))
+        return pipe.encode(_pixels(self.padded))
 
     def cut(self, pictures: Sequence[Image.Image]) -> list[Image.Image]:
         """Pictures of the padded size without what was added."""
@@ -210,7 +210,7 @@ def inpaint(
     # a latent pixel changes if any of its picture pixels does
     latent_mask = F.max_pool2d(wide, pipe.codec.factor).to(known)
     times = None if strength == 1 else _last_times(pipe, known, settings, strength)
-    rest = None if kind is None else pipe.codec.encode((_pixels(canvas.padded) * (1 - wide)).to(pipe.device))
+    rest = None if kind is None else pipe.encode(_pixels(canvas.padded) * (1 - wide))
 
     def draw(rows: int, rng: Rng, step: StepProgress | None) -> Tensor:
         x = rng.normal("start", known.shape[1:]).to(known)

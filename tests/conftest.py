@@ -27,10 +27,10 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     has_slurm = os.geteuid() == 0 and all(map(shutil.which, ("slurmctld", "slurmd", "munged", "ip")))
-    for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+    for item in items:  # by their marks: keywords have the names of folders too
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-        if "slurm" in item.keywords and not has_slurm:
+        if item.get_closest_marker("slurm") and not has_slurm:
             item.add_marker(pytest.mark.skip(reason="no SLURM daemons, or not root"))
 
 

@@ -65,8 +65,7 @@ class Low(nn.Module):
     def __init__(self, site: Site, config: LoraConfig, network: Network) -> None:
         super().__init__()
         weight, conv = site.read(), site.conv
-        device = network.runs_on(weight)
-        out, ones = weight.shape[0], [1] * (weight.ndim - 2)
+        out, ones, device = weight.shape[0], [1] * (weight.ndim - 2), network.runs_on(weight)
         self.down = nn.Parameter(torch.empty(config.rank, *weight.shape[1:], device=device))
         self.up = nn.Parameter(torch.zeros(out, config.rank, *ones, device=device))
         self.magnitude = nn.Parameter(row_norms(weight.to(device).float())) if config.dora else None

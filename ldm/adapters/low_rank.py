@@ -65,6 +65,7 @@ class Loras:
     """
 
     def __init__(self, network: Network, text: Sequence[TextEncoder]) -> None:
+        self._network = network
         self._sites = all_sites(network, text) | other_sites(network, text)
         self._loaded: dict[str, tuple[Corrections, float]] = {}
         self._before: dict[str, Tensor] = {}
@@ -121,11 +122,13 @@ class Loras:
         for name in sorted(names):
             site = self._sites[name]
             before = self._before.setdefault(name, site.read().clone())
+            own = name.startswith(f"{self._network.component}.")
+            device = self._network.runs_on(before) if own else before.device
             here = [(lora[name], weight) for lora, weight in self._loaded.values() if name in lora]
             if here:
-                total = before.double()
+                total = base = before.to(device).double()
                 for low, weight in here:
-                    total = total + weight * low.to(before.device).delta(before)
+                    total = total + weight * low.to(device).delta(base)
                 site.read().copy_(total)
             else:
                 site.read().copy_(before)

@@ -40,6 +40,10 @@ def _common() -> Parser:
     )
     common.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="the network's")
     common.add_argument("--text-precision", choices=TEXT_PRECISIONS, help=TEXT_PRECISION_HELP + " (as --precision)")
+    common.add_argument(
+        "--blocks-on-device", type=int, metavar="N",
+        help="less GPU memory: keep N blocks of the network there at once, and fetch the others before they run",
+    )  # fmt: skip
     common.add_argument("--device", default=None, help="cpu, cuda, ...; default: a GPU if there is one")
     common.add_argument("--out", type=Path, default=Path("edited"), help="folder for the pictures")
     return common
@@ -117,6 +121,7 @@ def main(argv: list[str]) -> int:
         precision=args.precision,
         lenient=args.lenient,
         text_precision=args.text_precision,
+        blocks_on_device=args.blocks_on_device,
     )
     settings = _of_family(args, pipe, settings)
     album = Album(args.out)

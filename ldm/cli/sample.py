@@ -138,6 +138,11 @@ def _add_prompts_and_memory(p: Parser) -> None:
         help="less GPU memory: keep the parts of the model in the CPU's memory until each is used",
     )
     p.add_argument(
+        "--blocks-on-device", type=int, metavar="N",
+        help="less GPU memory: keep N blocks of the network on the device at once, and fetch the others from the CPU's "
+        "memory before they run; text encoders and autoencoder are there only while they are used",
+    )  # fmt: skip
+    p.add_argument(
         "--compile", action="store_true", help="compile the network first with torch.compile (minutes on a CPU)"
     )
     p.add_argument(
@@ -184,6 +189,8 @@ def _job(args: argparse.Namespace, recorded: Mapping[str, Any]) -> _Job:
         raise ValueError('no prompt given; such as: ldm sample "a red apple"')
     if args.count is not None and args.count < 1:
         raise ValueError(f"--count: must be at least 1, got {args.count}")
+    if args.offload and args.blocks_on_device is not None:
+        raise ValueError("--offload moves the network whole and --blocks-on-device by its blocks: give one of both")
     if args.size is not None and len(args.size) > 2:
         raise ValueError(f"--size: expected one or two numbers, got {args.size}")
     if "index" in recorded and args.count is None and args.index is None and len(prompts) == 1:
@@ -244,7 +251,7 @@ def _loaded(args: argparse.Namespace, settings: Settings) -> tuple[TextToImage, 
     device = args.device or dist.device()
     pipeline = TextToImage.load(
         usable(args.model, "--model"), device=device, precision=args.precision, lenient=args.lenient, text=args.text,
-        vae=args.vae, text_precision=args.text_precision,
+        vae=args.vae, text_precision=args.text_precision, blocks_on_device=args.blocks_on_device,
     )  # fmt: skip
     settings = _settings(args, pipeline.student, pipeline.habit)
     args.sampler, args.steps, args.guidance = settings.sampler, settings.steps, settings.guidance
@@ -254,7 +261,7 @@ def _loaded(args: argparse.Namespace, settings: Settings) -> tuple[TextToImage, 
     if args.offload:
         pipeline.offload(device)
     if args.compile:
-        pipeline.compile()
+        pipeline.compile(None if args.blocks_on_device is None else "blocks")
     record = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in _NOT_SETTINGS}
     record |= {
         "size": list(pipeline.size(settings.size)), "precision": _PRECISIONS[str(pipeline.dtype)],
@@ -403,7 +410,7 @@ def _guide(pipeline: TextToImage, clip: str, scale: float) -> Guide | None:
     return clip_guide(pipeline, model.to(pipeline.device), config, scale)
 
 
-_NOT_SETTINGS = ("prompts", "from_file", "from_png", "index", "out", "list_samplers")
+_NOT_SETTINGS = ("prompts", "from_file", "from_png", "index", "out", "list_samplers", "blocks_on_device")
 _TOLD = ("version", "prompt", "prompts", "index", "row", "rows", "weights", "device")
 """What pictures say beside the options."""
 _PRECISIONS = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}

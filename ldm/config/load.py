@@ -10,15 +10,15 @@ import dataclasses
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
-
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ldm.config.decoding import FORMS, Decoder, Forms, WrongValue
 from ldm.config.earlier import today, today_key
 from ldm.config.written import Place, Tree, parse_file, parse_value
 from ldm.words import expanded, near
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 T = TypeVar("T")
 
@@ -29,6 +29,9 @@ def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     Plain data may come instead of a file. Keys by earlier names are read as today's, and told in `earlier`. Raises
     ValueError for a missing file, YAML that does not parse, or an override that is not `key=value`.
     """
+    from omegaconf import OmegaConf  # here: networks have configs, and need no YAML
+    from omegaconf.errors import OmegaConfBaseException
+
     if isinstance(source, Mapping):
         data, earlier = today(dict(source))
         path, tree, places = Path("config"), OmegaConf.create(data), {}
@@ -60,6 +63,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _read_file(path: Path, depth: int) -> tuple[DictConfig, dict[str, Place], list[str]]:
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     if not path.is_file():
         raise ValueError(f"config {str(path)!r}: {_why_not(path)}")
     if depth > 2:
@@ -154,4 +160,6 @@ def encode(value: Any) -> Any:
 
 def dump(value: Any) -> str:
     """The config as YAML."""
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_yaml(OmegaConf.create(encode(value)))

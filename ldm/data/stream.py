@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
 import psutil
+import torch
 from torch import Tensor
 
 from ldm.data.order import Ints, slots
@@ -118,14 +119,20 @@ class Stream(ABC, Generic[Config]):
         if self._workers == 0:
             yield from map(make, numbers)
             return
+        make_ahead = (lambda micro: pinned(make(micro))) if torch.cuda.is_available() else make
         with ThreadPoolExecutor(self._workers, "ldm-data") as pool:
-            yield from _ahead(pool, self._workers * 2, numbers, make)
+            yield from _ahead(pool, self._workers * 2, numbers, make_ahead)
 
     def _slots(self, micro_step: int) -> Ints:
         """This rank's places in the global batch."""
         return slots(
             self.global_batch, rank=self._rank, world=self._world, accumulate=self._accumulate, micro_step=micro_step
         )
+
+
+def pinned(batch: Batch) -> Batch:
+    """With its tensors in memory from which a GPU copies while it computes; copied by the thread that calls it."""
+    return {key: value.pin_memory() if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 def _ahead(

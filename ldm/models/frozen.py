@@ -187,7 +187,8 @@ def _kept_as_stored(known: dict[int, tuple[Stored, str]]) -> contextlib.Abstract
 
     What hooks are there already, of gradient checkpointing that keeps nothing, are asked for the others.
     """
-    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)  # as torch.utils.checkpoint asks for them
+    torch_own: Any = torch._C
+    outer = torch_own._autograd._top_saved_tensors_default_hooks(False)  # as torch.utils.checkpoint asks for them
     kept, back = outer or (
         Tensor.detach,
         lambda tensor: tensor,

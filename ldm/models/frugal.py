@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.models.casts import autocast_dtype
+
 
 def norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
     """SiLU(GroupNorm(x)) of x (B, C, ...), computed in the weight's type, given in the type of x.
@@ -18,6 +20,17 @@ def norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) 
     Keeps x and the statistics; autograd would keep the normalised x too.
     """
     return _NormSiLU.apply(x, weight, bias, groups, eps)[0]  # type: ignore[index]
+
+
+def norm_silu_conv(
+    x: Tensor, norm: tuple[Tensor, Tensor], groups: int, eps: float, weight: Tensor, bias: Tensor
+) -> Tensor:
+    """conv(SiLU(GroupNorm(x))) of x (B, C, H, W) for a 3x3 convolution padded by 1, in autocast's type if it is on.
+
+    Keeps x and the statistics; autograd would keep the convolution's input too, which only the gradient of its weights
+    needs: where these train it is computed again.
+    """
+    return _NormSiLUConv.apply(x, *norm, groups, eps, weight, bias, autocast_dtype(x) or x.dtype)[0]  # type: ignore[index]
 
 
 def norm_modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -53,24 +66,87 @@ class _NormSiLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        grad, needed = grads[0].to(weight.dtype), list(ctx.needs_input_grad[:3])
+        grad, needed = grads[0], list(ctx.needs_input_grad[:3])
         if torch.is_grad_enabled():  # gradients of gradients: leave it to autograd
             inputs = [v for v, n in zip((x, weight, bias), needed, strict=True) if n]
-            out = F.silu(F.group_norm(x.to(weight.dtype), ctx.groups, weight, bias, ctx.eps))
-            found = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
+            out = F.silu(F.group_norm(_wide(x, weight), ctx.groups, weight, bias, ctx.eps))
+            found = iter(torch.autograd.grad(out, inputs, grad.to(out.dtype), create_graph=True))
             return (*(next(found) if n else None for n in needed), None, None)
         out = _norm(x, weight, bias, ctx.groups, ctx.eps)[0]
-        grad = torch.ops.aten.silu_backward(grad, out)
-        wide = x.to(weight.dtype)
-        layout = torch.contiguous_format if x.device.type == "cpu" or wide.is_contiguous() else torch.channels_last
-        found = torch.ops.aten.native_group_norm_backward(
-            grad.contiguous(memory_format=layout), wide, mean, rstd, weight, *_sizes(x), ctx.groups, needed
-        )
-        return (found[0].to(x.dtype) if needed[0] else None, *found[1:], None, None)
+        return (*_norm_silu_backward(grad, out, x, weight, mean, rstd, ctx.groups, needed), None, None)
+
+
+class _NormSiLUConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, scale: Tensor, shift: Tensor, groups: int, eps: float, weight: Tensor, bias: Tensor, to: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out, mean, rstd = _norm(x, scale, shift, groups, eps)
+        given = F.silu(out, inplace=True).to(x.dtype)
+        return F.conv2d(given.to(to), weight.to(to), bias.to(to), padding=1), mean, rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, scale, shift, ctx.groups, ctx.eps, weight, bias, ctx.to = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(x, scale, shift, weight, bias, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, shift, weight, bias, mean, rstd = ctx.saved_tensors
+        needed, to = ctx.needs_input_grad, ctx.to
+        if torch.is_grad_enabled():  # gradients of gradients: leave it to autograd
+            places = (0, 1, 2, 5, 6)
+            inputs = [v for v, i in zip((x, scale, shift, weight, bias), places, strict=True) if needed[i]]
+            given = F.silu(F.group_norm(_wide(x, scale), ctx.groups, scale, shift, ctx.eps)).to(x.dtype)
+            out = F.conv2d(given.to(to), weight.to(to), bias.to(to), padding=1)
+            found = iter(torch.autograd.grad(out, inputs, grads[0].to(to), create_graph=True))
+            return tuple(next(found) if i in places and needed[i] else None for i in range(8))
+        out = _norm(x, scale, shift, ctx.groups, ctx.eps)[0]
+        grad, asked = grads[0].to(to), [needed[5], needed[6]]
+        of_weight = of_bias = None
+        if any(asked):  # apart from the input's gradient, so that less is held at once
+            given = F.silu(out).to(x.dtype).to(to)
+            _, of_weight, of_bias = _convolution_backward(grad, given, weight.to(to), [False, *asked])
+            del given
+        of_norm: tuple[Tensor | None, ...] = (None, None, None)
+        if any(needed[:3]):
+            grad = _convolution_backward(grad, x.to(to), weight.to(to), [True, False, False])[0]  # x for its shape
+            grad = grad.to(x.dtype).to(out.dtype)
+            of_norm = _norm_silu_backward(grad, out, x, scale, mean, rstd, ctx.groups, list(needed[:3]))
+        of_weight = None if of_weight is None else of_weight.to(weight.dtype)
+        return (*of_norm, None, None, of_weight, None if of_bias is None else of_bias.to(bias.dtype), None)
+
+
+def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
+    """Gradients of the input, the weights and the bias of a 3x3 convolution padded by 1."""
+    ones = (1, 1)
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, [len(weight)], ones, ones, ones, False, (0, 0), 1, wanted
+    )
+
+
+def _norm_silu_backward(
+    grad: Tensor, out: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, groups: int, needed: list[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x and of the norm's weight and bias, for out = GroupNorm(x) and the gradient of SiLU(out)."""
+    grad = torch.ops.aten.silu_backward(grad.to(out.dtype), out)
+    wide = _wide(x, weight)
+    layout = torch.contiguous_format if x.device.type == "cpu" or wide.is_contiguous() else torch.channels_last
+    found = torch.ops.aten.native_group_norm_backward(
+        grad.contiguous(memory_format=layout), wide, mean, rstd, weight, *_sizes(x), groups, needed
+    )
+    return (found[0].to(x.dtype) if needed[0] else None, *found[1:])
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.native_group_norm(x.to(weight.dtype), weight, bias, *_sizes(x), groups, eps)
+    return torch.native_group_norm(_wide(x, weight), weight, bias, *_sizes(x), groups, eps)
+
+
+def _wide(x: Tensor, weight: Tensor) -> Tensor:
+    """x in the type of the norm's weights; the CPU's norm takes half precision beside float32 weights as it is."""
+    mixed = x.device.type == "cpu" and weight.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
+    return x if mixed else x.to(weight.dtype)
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:
@@ -134,11 +210,22 @@ class _RMSNorm(torch.autograd.Function):
         return None if of_x is None else of_x.to(x.dtype), of_weight, None
 
 
+def gated(both: Tensor) -> Tensor:
+    """a * gelu(b) of both halves, as it is computed."""
+    value, gate = both.chunk(2, dim=-1)
+    return F.gelu(gate).mul_(value)
+
+
+def gated_backward(grad: Tensor, both: Tensor) -> Tensor:
+    """The gradient of both halves."""
+    value, gate = both.chunk(2, dim=-1)
+    return torch.cat([grad * F.gelu(gate), torch.ops.aten.gelu_backward(grad * value, gate)], dim=-1)
+
+
 class _GEGLU(torch.autograd.Function):
     @staticmethod
     def forward(both: Tensor) -> Tensor:
-        value, gate = both.chunk(2, dim=-1)
-        return F.gelu(gate).mul_(value)
+        return gated(both)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -146,6 +233,4 @@ class _GEGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        value, gate = ctx.saved_tensors[0].chunk(2, dim=-1)
-        grad = grads[0]
-        return torch.cat([grad * F.gelu(gate), torch.ops.aten.gelu_backward(grad * value, gate)], dim=-1)
+        return gated_backward(grads[0], ctx.saved_tensors[0])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldm.models import onednn, winograd
 from ldm.models.attention import attention
-from ldm.models.frugal import norm_silu
+from ldm.models.frugal import norm_silu, norm_silu_conv
 from ldm.models.wide import Linear
 from ldm.models.winograd import Transforms
 
@@ -57,11 +57,17 @@ class NormSiLU(GroupNorm):
             return norm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
         return F.silu(super().forward(x), inplace=not torch.is_grad_enabled())
 
+    def before(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        """conv(SiLU(GroupNorm(x))); in training only x is kept for the backward pass, where nothing else is asked."""
+        if not self._kept_small(x) or hooked(self) or not _read_alone(conv, x):
+            return conv(self(x))
+        assert conv.bias is not None
+        x = x.contiguous() if x.device.type == "cpu" else x
+        return norm_silu_conv(x, (self.weight, self.bias), self.num_groups, self.eps, conv.weight, conv.bias)
+
     def _kept_small(self, x: Tensor) -> bool:
-        """Not when compiled (the compiler chooses what to keep), nor where the CPU computes in half precision."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return False
-        return x.dtype == self.weight.dtype or x.device.type != "cpu"
+        """Not when compiled: the compiler chooses what to keep."""
+        return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class Conv3x3(nn.Conv2d):
@@ -88,14 +94,13 @@ class Conv3x3(nn.Conv2d):
                 weights = self.transforms.of(self.weight)
                 if weights is not None:
                     return winograd.convolve(x, weights, self.bias)
-            if self._few_pixels(x):
+            if self.few_pixels(x):
                 return self._product(x)
         return super().forward(x)
 
-    def _few_pixels(self, x: Tensor) -> bool:
-        if self.kernel_size != (3, 3) or self.padding != (1, 1) or self.stride != (1, 1) or self.bias is None:
-            return False
-        return self.in_channels >= 256 and 4 * x.shape[0] * x.shape[2] * x.shape[3] <= self.in_channels
+    def few_pixels(self, x: Tensor) -> bool:
+        """Whether the weights outweigh the pixels so far that one product is quicker on CPUs."""
+        return _usual(self) and self.in_channels >= 256 and 4 * x[:, 0].numel() <= self.in_channels
 
     def _product(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
@@ -108,6 +113,24 @@ class Conv3x3(nn.Conv2d):
         else:
             out = onednn.product(weight, columns).add_(bias)
         return out.view(-1, b, h, w).transpose(0, 1)
+
+
+def _read_alone(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether a 3x3 convolution of x is torch's and nobody listens to the layer, so that its weights say all.
+
+    Where its weights train on a GPU its input is kept: to compute it again would take 4 % of a step (`ldm plan`).
+    """
+    if type(conv) not in (Conv3x3, nn.Conv2d) or hooked(conv) or not _usual(conv):
+        return False
+    if x.device.type != "cpu" and conv.weight.requires_grad:
+        return False
+    return not (isinstance(conv, Conv3x3) and plain_cpu(x) and conv.few_pixels(x))
+
+
+def _usual(conv: nn.Conv2d) -> bool:
+    """3x3, padded by 1 with zeros, with a bias."""
+    sizes = conv.kernel_size == (3, 3) and conv.padding == (1, 1) and conv.stride == conv.dilation == (1, 1)
+    return sizes and conv.groups == 1 and conv.padding_mode == "zeros" and conv.bias is not None
 
 
 @contextlib.contextmanager
@@ -154,15 +177,17 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """`time` (B, E) is already activated: SiLU is applied once for all blocks."""
-        h = self.conv1(self.norm1(x))
-        if time is None:
-            h = self.norm2(h)
-        elif self.scale_shift:
-            scale, shift = self.time_emb_proj(time)[:, :, None, None].chunk(2, dim=1)
-            h = F.silu(self.norm2(h) * (1 + scale) + shift)
+        h = self.norm1.before(self.conv1, x)
+        if time is not None and not self.scale_shift:
+            h = h + self.time_emb_proj(time)[:, :, None, None]
+        if isinstance(self.norm2, NormSiLU) and not self.dropout:
+            h = self.norm2.before(self.conv2, h)
         else:
-            h = self.norm2(h + self.time_emb_proj(time)[:, :, None, None])
-        h = self.conv2(F.dropout(h, self.dropout, self.training) if self.dropout else h)
+            h = self.norm2(h)
+            if time is not None and self.scale_shift:
+                scale, shift = self.time_emb_proj(time)[:, :, None, None].chunk(2, dim=1)
+                h = F.silu(h * (1 + scale) + shift)
+            h = self.conv2(F.dropout(h, self.dropout, self.training) if self.dropout else h)
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 

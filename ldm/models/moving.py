@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+PAGE = 4096
+"""Bytes of a page of memory, or a multiple of it."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,17 @@ def mover(device: torch.device) -> Mover:
 
 
 def _pinned(count: int) -> Tensor:
-    """Pinned memory of this size; torch's own allocator rounds sizes up to powers of two, up to twice the memory."""
-    array = torch.empty(count, dtype=torch.uint8).numpy()
+    """Pinned memory of this size; torch's own allocator rounds sizes up to powers of two, up to twice the memory.
+
+    It has its pages alone, as they are pinned whole.
+    """
+    pages = -(-count // PAGE) * PAGE
+    array = torch.empty(pages + PAGE, dtype=torch.uint8).numpy()
     memory = torch.from_numpy(array)
+    memory = memory[-memory.data_ptr() % PAGE :][:count]
     runtime: Any = torch.cuda.cudart()
-    if int(runtime.cudaHostRegister(memory.data_ptr(), count, 0)) != 0:
-        log.warning("host memory of %d bytes could not be pinned in place: it is copied to pinned memory", count)
+    if int(runtime.cudaHostRegister(memory.data_ptr(), pages, 0)) != 0:
+        log.warning("%d bytes of the host's memory could not be pinned where they are; torch pins more for them", count)
         return torch.empty(count, dtype=torch.uint8, pin_memory=True)
     # The tensors made of it hold the array: it goes, and this is called, after the last of them.
     weakref.finalize(array, _unpin, memory.data_ptr()).atexit = False

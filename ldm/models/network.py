@@ -6,54 +6,35 @@ Legend: B batch, C channels, H, W latent pixels, T tokens.
 from __future__ import annotations
 
 import copy
-import enum
 import math
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ldm.models.recomputing import Twice
 from ldm.types import Cond
-
-if TYPE_CHECKING:
-    from ldm.models.streaming import Streaming
 
 Granularity = Literal["none", "transformer", "block"]
 Looks = Literal["own", "cross", "joint"]
 """What an attention layer relates: the picture to itself, the picture to the text, or both to both, text first."""
 
 
-class Run(enum.Enum):
-    """Which run of code it is that is computed again in the backward pass: PLAIN where it is not."""
+class Fetches(Protocol):
+    """Brings a network's blocks to a device, and takes them away (`models.streaming`)."""
 
-    PLAIN = 0
-    FIRST = 1
-    AGAIN = 2
+    device: torch.device
 
+    def fetch(self, module: nn.Module) -> None:
+        """Bring the block that has the module."""
+        ...
 
-class _Running(threading.local):
-    now = Run.PLAIN
-
-
-RUN = _Running()
-
-
-class _Twice:
-    """A step that tells, by `RUN`, whether it runs for the first time or again."""
-
-    def __init__(self, step: Callable[..., Tensor]) -> None:
-        self._step, self._next = step, Run.FIRST
-
-    def __call__(self, *args: Any) -> Tensor:
-        before, RUN.now, self._next = RUN.now, self._next, Run.AGAIN
-        try:
-            return self._step(*args)
-        finally:
-            RUN.now = before
+    def stop(self) -> None:
+        """Leave the network as it was."""
+        ...
 
 
 class Network(nn.Module, ABC):
@@ -76,7 +57,7 @@ class Network(nn.Module, ABC):
     """Heights and widths in latent pixels are multiples of this."""
     compiled_sizes: ClassVar[bool | None] = None
     """torch.compile's `dynamic` for its blocks: None makes sizes variables once a second one is seen, True at once."""
-    streaming: Streaming | None = None
+    streaming: Fetches | None = None
     """Where its blocks come and go (`models.streaming`)."""
 
     @abstractmethod
@@ -171,7 +152,7 @@ class Network(nn.Module, ABC):
     def run_again(self, step: Any, *args: Any, on: bool) -> Tensor:
         """`step(*args)`, computed again in the backward pass where `on` and training."""
         if on and self.training and torch.is_grad_enabled():
-            told = step if self.streaming is None else _Twice(step)
+            told = step if self.streaming is None else Twice(step)
             return cast("Tensor", checkpoint(told, *args, use_reentrant=False))
         return step(*args)
 

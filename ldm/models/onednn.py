@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack  # type: ignore[import-not-found]
 
+LEAST = 1 << 22
+"""Multiplications of a product below which the library stays PyTorch's: each shape's program takes 0.6 MB to keep."""
+
 
 @functools.cache
 def wins() -> bool:
@@ -46,7 +49,13 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or x.dtype != torch.float32 or weight.dtype != torch.float32:
         return False
-    return wins() and _plain(x) and weight.device.type == "cpu"
+    return wins() and _plain(x) and weight.device.type == "cpu" and _multiplications(x, weight) >= LEAST
+
+
+def _multiplications(x: Tensor, weight: Tensor) -> int:
+    """Of one of the products of x (..., K) with N rows or columns of K weights, or of (P, M, K) with (P, K, N)."""
+    each = weight.numel() // x.shape[-1]
+    return x.numel() * each // (len(x) ** 2 if weight.ndim == 3 else 1)
 
 
 def formulas() -> dict[Any, Callable[..., int]]:

@@ -10,18 +10,26 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 
+from ldm.models.keeping import keeping
 from ldm.models.moving import Arriving, Mover, mover
-from ldm.models.network import RUN, Network, Run
+from ldm.models.network import Network
+from ldm.models.recomputing import RUN, Run
 
 ALIGNED = 256
 """Bytes; tensors of a block begin at multiples, as those that an allocator gives do: kernels choose by it."""
+
+PRODUCTS = (F.linear, F.conv2d)
+"""What autocast casts weights for, each the second of the arguments."""
 
 
 def resident(blocks: int, count: int) -> list[int]:
@@ -49,8 +57,8 @@ def stream(network: Network, count: int, device: str | torch.device, by: Mover |
     """
     check_count(count)
     stop(network)
-    network.streaming = Streaming(network, count, by or mover(torch.device(device)))
-    return network.streaming
+    made = network.streaming = Streaming(network, count, by or mover(torch.device(device)))
+    return made
 
 
 def stop(network: Network) -> None:
@@ -70,7 +78,7 @@ class Way(enum.Enum):
 
 @dataclass(eq=False)
 class _Weight:
-    """A parameter or buffer, where it is in its block's bytes, and its number of changes when it arrived."""
+    """A parameter or buffer, where it is in its block's bytes, and its number of changes when these were sent."""
 
     tensor: Tensor
     host: Tensor
@@ -98,12 +106,16 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Saved:
-    """What autograd keeps of a weight for the backward pass instead of its memory."""
+    """What autograd keeps of a weight for the backward pass instead of its memory.
+
+    `cast`: it keeps this view, (type, shape, steps, first), of the weight in another type.
+    """
 
     offset: int
     size: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
+    cast: tuple[torch.dtype, torch.Size, tuple[int, ...], int] | None = None
 
     @property
     def bytes(self) -> int:
@@ -118,7 +130,8 @@ class Call:
 
     streaming: Streaming
     block: _Block
-    inner: Callable[..., Any] | None = field(default=None)
+    inner: Callable[..., Any] | None = None
+    _cast: tuple[Tensor, _Saved] | None = field(default=None, init=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run, block = self.inner or self.block.module._call_impl, self.block
@@ -129,7 +142,7 @@ class Call:
         if RUN.now == Run.FIRST:  # nothing inside is kept for the backward pass
             out = run(*args, **kwargs)
         else:
-            with saved_tensors_hooks(self._pack, self._unpack):
+            with keeping(self._keep), _Casts(self) if self.inner is None else nullcontext():
                 out = run(*args, **kwargs)
         for value in out if isinstance(out, tuple) else (out,):
             if isinstance(value, Tensor) and value.requires_grad and not any(value is a for a in args):
@@ -140,20 +153,54 @@ class Call:
         """The backward pass comes to the block."""
         self.streaming.need(self.block, Way.BACK)
 
-    def _pack(self, value: Tensor) -> Tensor | _Saved:
+    def product(self, run: Callable[..., Any], x: Any, weight: Any, *rest: Any, **options: Any) -> Any:
+        """A product under autocast, which casts the block's weight: what autograd keeps of the cast is the weight."""
+        saved = self._saved(weight) if isinstance(weight, Tensor) and weight.dtype == torch.float32 else None
+        kind = self.streaming.device.type
+        if saved is None or not torch.is_autocast_enabled(kind):
+            return run(x, weight, *rest, **options)
+        cast = weight.to(torch.get_autocast_dtype(kind))
+        self._cast = cast, saved
+        try:
+            return run(x, cast, *rest, **options)
+        finally:
+            self._cast = None  # its memory may be another tensor's from now on
+
+    def _saved(self, value: Tensor) -> _Saved | None:
+        """Where in the block's bytes a tensor is; None for others."""
         flat = self.streaming.bytes_of(self.block)
-        if type(value) not in (Tensor, nn.Parameter) or value.device != flat.device:
-            return value
-        if value.untyped_storage().data_ptr() != flat.untyped_storage().data_ptr():
-            return value
+        if type(value) not in (Tensor, nn.Parameter) or not _same_memory(value, flat):
+            return None
         return _Saved(value.data_ptr() - flat.data_ptr(), value.shape, value.stride(), value.dtype)
 
-    def _unpack(self, saved: Tensor | _Saved) -> Tensor:
-        if isinstance(saved, Tensor):
-            return saved
+    def _keep(self, value: Tensor) -> Callable[[], Tensor] | None:
+        saved = self._saved(value)
+        if saved is None and self._cast is not None and _same_memory(value, self._cast[0]):
+            view = value.dtype, value.shape, value.stride(), value.storage_offset()
+            saved = replace(self._cast[1], cast=view)
+        return None if saved is None else partial(self._again, saved)
+
+    def _again(self, saved: _Saved) -> Tensor:
+        """What was saved, fetched again where it has left."""
         self.streaming.need(self.block, Way.BACK)
         flat = self.streaming.bytes_of(self.block)
-        return flat[saved.offset : saved.offset + saved.bytes].view(saved.dtype).as_strided(saved.size, saved.stride)
+        found = flat[saved.offset : saved.offset + saved.bytes].view(saved.dtype).as_strided(saved.size, saved.stride)
+        if saved.cast is None:
+            return found
+        dtype, size, stride, first = saved.cast
+        return found.to(dtype).as_strided(size, stride, first)
+
+
+class _Casts(TorchFunctionMode):
+    """Inside, products go through a block's `Call.product`."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self._call = call
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        run = partial(self._call.product, func) if func in PRODUCTS and len(args) > 1 else func
+        return run(*args, **(kwargs or {}))
 
 
 class Streaming:
@@ -214,13 +261,14 @@ class Streaming:
             self._leave(other)
         for one in wanted:
             if one.arriving is None:
-                one.arriving = self._by.fetch(one.host)
+                self._send(one)
             if one is block:
                 self._arrive(one)
 
     def bytes_of(self, block: _Block) -> Tensor:
         """Those of a block that is on the device."""
-        assert block.arriving is not None and block.here
+        assert block.here
+        assert block.arriving is not None
         return block.arriving.flat
 
     def stop(self) -> None:
@@ -252,9 +300,17 @@ class Streaming:
             tensor.data = weights[-1].away
         return _Block(index, name, module, weights, flat)
 
+    def _send(self, block: _Block) -> None:
+        block.arriving = self._by.fetch(block.host)
+        for weight in block.weights:
+            weight.version = weight.tensor._version
+
     def _arrive(self, block: _Block) -> None:
         if block.here:
             return
+        if any(weight.tensor._version != weight.version for weight in block.weights):  # changed on its way
+            self._leave(block)
+            self._send(block)
         assert block.arriving is not None
         self._by.wait(block.arriving)
         for weight in block.weights:
@@ -265,7 +321,6 @@ class Streaming:
                     "was away; stop streaming before (a pipeline's `to` does)"
                 )
             tensor.data = weight.on(block.arriving.flat)
-            weight.version = tensor._version
         block.here = True
 
     def _leave(self, block: _Block) -> None:
@@ -309,6 +364,10 @@ def _place_rest(network: Network, moving: set[int], device: torch.device) -> Non
     for tensor in [*network.parameters(), *network.buffers()]:
         if id(tensor) not in moving:
             tensor.data = tensor.data.to(device)
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _view(flat: Tensor, offset: int, like: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models import onednn
+from ldm.models.casts import autocast_dtype
+from ldm.models.frugal import gated, gated_backward
 
 FEW = 8
 """Fewer rows do not pay for widening a matrix of weights (measured on AVX2: docs/log.md)."""
@@ -44,14 +46,22 @@ class Linear(nn.Linear):
         half = half_of(x)
         if half is None and onednn.takes(x, self.weight):
             if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-                return _Linear.apply(x, self.weight, self.bias, False)  # type: ignore[return-value]
+                return _Linear.apply(x, self.weight, self.bias, "")  # type: ignore[return-value]
             return onednn.linear(x, self.weight, self.bias)
+        half = half or self._cast(x)
         if half is None or (self.weight.dtype != torch.float32 and x.numel() < FEW * x.shape[-1]):
             return super().forward(x)
         x = x.to(half)
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-            return _Linear.apply(x, self.weight, self.bias, False)  # type: ignore[return-value]
+            return _Linear.apply(x, self.weight, self.bias, "")  # type: ignore[return-value]
         return _product(x, self.weight, self.bias)
+
+    def _cast(self, x: Tensor) -> torch.dtype | None:
+        """The type that autocast gives float32 weights in training: its copies would be kept for the backward pass."""
+        if torch.compiler.is_compiling() or self.weight.dtype != torch.float32:
+            return None
+        trains = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        return autocast_dtype(x) if trains else None
 
 
 def quickened(model: nn.Module) -> nn.Module:
@@ -67,7 +77,24 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     Computes in the type of x.
     """
-    return _Linear.apply(x, weight, bias, True)  # type: ignore[return-value]
+    return _Linear.apply(x, weight, bias, "gelu")  # type: ignore[return-value]
+
+
+def geglu_linear(both: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(a * gelu(b)) W^T + b for both halves a, b of (..., 2K); keeps `both` alone. Computes in its type."""
+    return _Linear.apply(both, weight, bias, "geglu")  # type: ignore[return-value]
+
+
+def _activated(x: Tensor, activation: str) -> Tensor:
+    if activation == "geglu":
+        return gated(x)
+    return F.gelu(x, approximate="tanh") if activation else x
+
+
+def _activated_backward(grad: Tensor, x: Tensor, activation: str) -> Tensor:
+    if activation == "geglu":
+        return gated_backward(grad, x)
+    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh") if activation else grad
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -90,29 +117,29 @@ def _adds_in(x: Tensor) -> torch.dtype:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-        return _product(F.gelu(x, approximate="tanh") if gelu else x, weight, bias)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        return _product(_activated(x, activation), weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, ctx.gelu = inputs
-        ctx.save_for_backward(x, weight, bias)
+        x, weight, bias, ctx.activation = inputs
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        needed = ctx.activation or ctx.needs_input_grad[1]  # for a frozen layer the weights are enough
+        ctx.save_for_backward(x if needed else None, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         of_x = of_weight = of_bias = None
-        with _own_precision(x):
-            to = _adds_in(x)
-            grad = grads[0].to(to)
-            grad = grad.reshape(-1, grad.shape[-1])
+        with _own_precision(grads[0]):
+            to = _adds_in(grads[0])
+            grad = grads[0].to(to).reshape(-1, grads[0].shape[-1])
             if ctx.needs_input_grad[1]:
-                given = (F.gelu(x, approximate="tanh") if ctx.gelu else x).reshape(-1, x.shape[-1]).to(to)
-                of_weight = onednn.product(grad.T, given).to(weight.dtype)
+                given = _activated(x, ctx.activation)
+                of_weight = onednn.product(grad.T, given.reshape(-1, given.shape[-1]).to(to)).to(weight.dtype)
             if bias is not None and ctx.needs_input_grad[2]:
                 of_bias = grad.sum(0).to(bias.dtype)
             if ctx.needs_input_grad[0]:
-                of_x = onednn.product(grad, weight.to(to)).view(x.shape).to(x.dtype)
-                if ctx.gelu:
-                    of_x = torch.ops.aten.gelu_backward(of_x, x, approximate="tanh")
+                of_x = onednn.product(grad, weight.to(to)).view(*ctx.shape[:-1], weight.shape[1]).to(ctx.dtype)
+                of_x = _activated_backward(of_x, x, ctx.activation)
         return of_x, of_weight, of_bias, None

@@ -63,9 +63,9 @@ class LatentFeed:
     def latents(self, batch: Batch, rng: Rng, device: torch.device) -> Tensor:
         """Scaled latents (B, Z, h, w), a draw from the posterior."""
         if "moments" in batch:
-            moments = batch["moments"].to(device)
+            moments = batch["moments"].to(device, non_blocking=True)
         else:
-            moments = self._codec.moments(batch["image"].to(device)).float()
+            moments = self._codec.moments(batch["image"].to(device, non_blocking=True)).float()
         noise = rng.normal("posterior", (moments.shape[1] // 2, *moments.shape[2:]))
         return self._codec.sample(moments, noise.to(moments))
 
@@ -74,9 +74,9 @@ class LatentFeed:
         dropped = rng.uniform("drop") < self.drop
         if self._live:
             captions = ["" if gone else c for c, gone in zip(batch["caption"], dropped.tolist(), strict=True)]
-            out = _wide(self._encode_text(captions))
+            out = self._encoded(captions, device)
             if self._each:
-                out = self._emptied(out, _wide(self._encode_text([""])), rng, None, device)
+                out = self._emptied(out, self._encoded([""], device), rng, None, device)
         else:
             out = self._frozen(batch, rng, dropped, device)
         if all(name in batch for name in SIZES):
@@ -85,9 +85,13 @@ class LatentFeed:
 
     @torch.no_grad()
     def _frozen(self, batch: Batch, rng: Rng, dropped: Tensor, device: torch.device) -> Cond:
-        cached = {k: v.to(device) for k, v in batch.items() if is_text(k) and isinstance(v, Tensor)}
-        cond = self._whole(cached) or _wide(self._encode_text(batch["caption"]))
+        cached = {k: v.to(device, non_blocking=True) for k, v in batch.items() if is_text(k) and isinstance(v, Tensor)}
+        cond = self._whole(cached) or self._encoded(batch["caption"], device)
         return self._emptied(cond, self._short, rng, dropped, device)
+
+    def _encoded(self, captions: Sequence[str], device: torch.device) -> Cond:
+        """What the text encoders give, wherever they are."""
+        return {k: v.to(device) for k, v in _wide(self._encode_text(captions)).items()}
 
     def _whole(self, cached: Cond) -> Cond:
         """Texts of families without masks as long as their encoders give them: caches leave zeros at the end out."""

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.models.network import Network
-from ldm.models.text import MissingT5, TextEncoder, encode_texts
+from ldm.models.text import MissingT5, T5Encoder, T5Tokenizer, TextEncoder, encode_texts
+from ldm.models.text.captions import clean
 from ldm.models.text.prompts import count_chunks, cut_off, encode_prompts, notes
 from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline.memory import Placement
@@ -97,6 +98,21 @@ class Conditioning:
         lines = notes(every, weighted=settings.weights, long=settings.long)
         cuts = [] if settings.long else cut_off(self.text, every, weighted=settings.weights)
         return lines + [f"prompt of {c.tokens} tokens is longer than {c.limit}; left out: {c.cut!r}" for c in cuts]
+
+
+def clean_captions(text: Sequence[TextEncoder], title: str, on: bool) -> None:
+    """Clean prompts as PixArt's pipelines do, or do not; `title` is the family's, for the message.
+
+    Raises ValueError where no encoder knows of it, and without the packages that this needs.
+    """
+    found = [e.tokenizer for e in text if isinstance(e, T5Encoder) and e.config.lower]
+    told = [tokenizer for tokenizer in found if isinstance(tokenizer, T5Tokenizer)]
+    if not told:
+        raise ValueError(f"clean_captions: is PixArt's; the model is {title}")
+    if on:
+        clean("")  # says what is missing before anything is drawn
+    for tokenizer in told:
+        tokenizer.clean = on
 
 
 def painter(network: Network, codec: LatentCodec) -> Literal["mask", "fill"] | None:

@@ -1,4 +1,7 @@
-"""Where the parts of a pipeline are: all on one device, or in the CPU's memory but for the one that is used."""
+"""Where the parts of a pipeline are: all on one device, or in the CPU's memory but for the one that is used.
+
+Of the network also some blocks alone may be on the device (`models.streaming`).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ldm.models import compiling
+from ldm.models import compiling, streaming
 from ldm.models.network import Network
 from ldm.types import Cond, Net
 
@@ -26,6 +29,7 @@ class Placement:
     def move(self, device: str | torch.device, network: Network, others: Sequence[nn.Module]) -> None:
         """All parts to a device; in half precision the network's convolutions take channels_last."""
         self._device, self._offload = torch.device(device), False
+        streaming.stop(network)
         for module in (network, *others):
             module.to(device)
         network.to(memory_format=torch.contiguous_format if self.dtype == torch.float32 else torch.channels_last)
@@ -38,20 +42,32 @@ class Placement:
         if not self._offload:
             log.info("offload to the cpu: nothing to do, the model runs there")
 
+    def stream(
+        self, count: int, device: str | torch.device, network: Network, others: Sequence[nn.Module], *, offload: bool
+    ) -> None:
+        """`count` of the network's blocks on the device at once; the others offloaded, or all on the device."""
+        streaming.check_count(count)
+        self.offload(device, network, others)
+        streaming.stream(network, count, self._device)
+        for module in () if offload else others:
+            module.to(self._device)
+        self._offload = self._offload and offload
+
     @contextmanager
     def used(self, *parts: nn.Module) -> Iterator[None]:
         """The parts on the device inside, where they are offloaded."""
-        for part in parts if self._offload else ():
+        moved = [part for part in parts if self._offload and not _streamed(part)]
+        for part in moved:
             part.to(self._device)
         try:
             yield
         finally:
-            for part in parts if self._offload else ():
+            for part in moved:
                 part.to("cpu")
 
     def device_of(self, network: Network) -> torch.device:
         """Where the network runs."""
-        return self._device if self._offload else next(network.parameters()).device
+        return self._device if self._offload or _streamed(network) else next(network.parameters()).device
 
     @property
     def target(self) -> torch.device:
@@ -64,6 +80,10 @@ class Placement:
         return torch.autocast(
             self.device_of(network).type, dtype=self.dtype, enabled=not own and self.dtype != torch.float32
         )
+
+
+def _streamed(part: nn.Module) -> bool:
+    return isinstance(part, Network) and part.streaming is not None
 
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -80,6 +100,8 @@ def compiled(network: Network, device: torch.device, mode: str | None) -> Net | 
     if mode == "blocks":
         compiling.by_block(network)
         return None
+    if network.streaming is not None:
+        raise ValueError(f"compile: {mode!r} compiles the network whole, whose blocks come and go; use 'blocks'")
     compiling.undo(network)
     graphs = "reduce-overhead" if device.type == "cuda" else "default"
     whole: Callable[..., Tensor] = torch.compile(network, fullgraph=True, mode=mode or graphs)

@@ -28,11 +28,11 @@ from ldm.models.attention import sliced
 from ldm.models.families import Family, family_of
 from ldm.models.layers import unchanging
 from ldm.models.network import Network
-from ldm.models.text import T5Encoder, T5Tokenizer, TextEncoder, TextPrecision, TextTower, check_text_precision
-from ldm.models.text.captions import clean
+from ldm.models.streaming import check_count
+from ldm.models.text import TextEncoder, TextPrecision, TextTower, check_text_precision
 from ldm.models.transformers.times import known_times
 from ldm.models.vae.latents import LatentCodec
-from ldm.pipeline.conditioning import Conditioning, inpainting, painter, warn
+from ldm.pipeline.conditioning import Conditioning, clean_captions, inpainting, painter, warn
 from ldm.pipeline.loading import load_parts
 from ldm.pipeline.memory import Placement, compiled
 from ldm.pipeline.steps import OwnSteps, guided, skipped, visited
@@ -90,14 +90,17 @@ class TextToImage:
         text: str | Path | None = None,
         vae: str | Path | None = None,
         text_precision: TextPrecision | None = None,
+        blocks_on_device: int | None = None,
     ) -> TextToImage:
         """From a shipped model's name (emoji), a run folder, a diffusers folder, a single file or a hub id.
 
         `precision` auto, fp32, bf16 or fp16 is of the network's and the text encoders' weights and products; statistics
         of norms, softmax, the sampler and the autoencoder stay in float32. `text_precision`: fp32, bf16, fp16 or int8,
         of the text encoders alone. `lenient` leaves unknown tensors out and names them. `text` and `vae`: folders that
-        hold what a transformer's single file lacks. Raises ValueError when it is none of these.
+        hold what a transformer's single file lacks. `blocks_on_device` is of `stream`, None for all. Raises ValueError
+        when it is none of these.
         """
+        check_count(blocks_on_device)
         if text_precision is not None:
             check_text_precision(text_precision)
         precision = chosen(precision, device)
@@ -108,7 +111,7 @@ class TextToImage:
             end=found.end, precision=precision,
         )  # fmt: skip
         pipeline.student, pipeline.own, pipeline._family = found.student, found.own, found.family
-        pipeline.to(device)
+        pipeline.to(device) if blocks_on_device is None else pipeline.stream(blocks_on_device, device)
         for path in found.loras:
             pipeline.load_lora(path)
         for path in found.embeddings:
@@ -140,14 +143,7 @@ class TextToImage:
 
         Raises ValueError for other families, and without the packages that this needs.
         """
-        found = [e.tokenizer for e in self.text if isinstance(e, T5Encoder) and e.config.lower]
-        told = [tokenizer for tokenizer in found if isinstance(tokenizer, T5Tokenizer)]
-        if not told:
-            raise ValueError(f"clean_captions: is PixArt's; the model is {self.family.title}")
-        if on:
-            clean("")  # says what is missing before anything is drawn
-        for tokenizer in told:
-            tokenizer.clean = on
+        clean_captions(self.text, self.family.title, on)
 
     @property
     def unet(self) -> Network:
@@ -168,6 +164,16 @@ class TextToImage:
     def offload(self, device: str | torch.device) -> TextToImage:
         """Keep all parts in the CPU's memory, and move each to `device` only while `sample` uses it; returns itself."""
         self._place.offload(device, self.network, self._others)
+        return self
+
+    def stream(self, blocks: int, device: str | torch.device, *, offload: bool = True) -> TextToImage:
+        """Keep so many of the network's blocks on `device` at once, and fetch others before they run; returns itself.
+
+        With `offload` text encoders and autoencoder are there only while they are used. `to` ends it. Pictures are the
+        same bit by bit. Raises ValueError for a number below 1.
+        """
+        self._compiled = None
+        self._place.stream(blocks, device, self.network, self._others, offload=offload)
         return self
 
     @property
@@ -241,13 +247,8 @@ class TextToImage:
         """
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
-        try:
-            chosen = Settings(**settings)
-        except TypeError as error:
-            allowed = sorted(Settings.__dataclass_fields__)
-            raise ValueError(f"{sorted(set(settings) - set(allowed))}: unknown; allowed are {allowed}") from error
         repeated = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(count)]
-        return to_pil(self.sample(repeated, settings=chosen))
+        return to_pil(self.sample(repeated, settings=Settings.of(settings)))
 
     @torch.no_grad()
     def sample(
@@ -322,6 +323,11 @@ class TextToImage:
         """Pictures (B, 3, H, W) in [-1, 1], float32 on the CPU, of scaled latents; see `LatentCodec.draw`."""
         with self._place.used(self.codec.autoencoder), sliced(settings.queries):
             return self.codec.draw(latents, tile=settings.tile, slices=settings.slices).clamp(-1, 1).float().cpu()
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Scaled latents (B, Z, h, w), where the network runs, of pictures (B, 3, H, W) in [-1, 1]."""
+        with self._place.used(self.codec.autoencoder):
+            return self.codec.encode(images.to(self.device))
 
     def latents(
         self,

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ldm.models import frozen
+from ldm.models.casts import planned
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,7 @@ def trace(
         stack.enter_context(frozen.computing(precision if gpu else torch.float32))
         stack.enter_context(tracker)
         device = stack.enter_context(_Gpu(tracker, precision)) if gpu else None
+        stack.enter_context(planned(precision if gpu else torch.float32))
         if not gpu:
             stack.enter_context(_plain())
         out = module(*given)

@@ -58,13 +58,14 @@ class DreamboothTask(Finetuning):
 def build(task: DreamboothTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:
     """The subject's pictures and, with prior preservation, class pictures by the base model, each as shards."""
     sources = _sources(task, data)
-    pipeline = open_base(task, train)
+    pipeline = open_base(task, task.adapter, train)
     prepare(task.images, Path(sources[0].path), [task.instance_prompt], sources[0].size)
     if task.prior is not None:
         shards = Path(sources[1].path)
         folder = task.prior.folder or shards.parent / "class_pictures"
         base = f"{task.base} {weights_hash(pipeline.network, *pipeline.text)}"
-        pipeline.to(dist.device())  # they are drawn by the base as it is
+        if pipeline.network.streaming is None:
+            pipeline.to(dist.device())  # they are drawn by the base as it is
         class_pictures.make(task.prior, task.class_prompt, folder, base, pipeline)
         prepare(folder, shards, [task.class_prompt], sources[1].size)
     return assembled(task, make_adapter(task.adapter), pipeline, data, train, seed, workers, task.images)

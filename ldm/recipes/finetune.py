@@ -97,16 +97,22 @@ class FinetuneTask(Finetuning):
 
 def build(task: FinetuneTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:
     """The base model with its adapter on captioned pictures."""
-    pipeline = open_base(task, train)
+    pipeline = open_base(task, task.adapter, train)
     if task.images is not None:
         source = only_source(data)
         prepare(task.images, Path(source.path), None, source.size)
     return assembled(task, make_adapter(task.adapter), pipeline, data, train, seed, workers, task.images)
 
 
-def open_base(task: Finetuning, train: TrainConfig) -> TextToImage:
+def open_base(task: Finetuning, adapter: FullConfig | LoraConfig | TokensConfig, train: TrainConfig) -> TextToImage:
     """The base model with the loss's weighting and density; `assembled` stores what does not train as configured."""
-    pipeline = open_on(task.base, train.engine.frozen, task.text_precision)
+    blocks = train.engine.blocks_on_device
+    if blocks is not None and isinstance(adapter, FullConfig):
+        raise ValueError(
+            f"train.engine.blocks_on_device: {blocks} needs a network that stays frozen (task.adapter lora); with "
+            "adapter full its blocks train; write null"
+        )
+    pipeline = open_on(task.base, train.engine.frozen, task.text_precision, blocks)
     pad_with(pipeline.text, task.t5_padding, "task.t5_padding")
     pipeline.process = trained_process(task, pipeline)
     return pipeline
@@ -158,7 +164,7 @@ def assembled(
         data = with_caches(data, task.cache, lambda data, folder: _cached(folder, data, codec, towers, expect))
     loader = training_data(data, train, seed, workers, expect=expect if data.cached else None)
     storage, whole = train.engine.frozen, isinstance(adapter, FullAdapter)
-    pipeline = store_network(pipeline, storage, trains=whole)
+    pipeline = store_network(pipeline, storage, trains=whole, blocks=train.engine.blocks_on_device)
     words, later = ([], []) if whole and live else (towers, []) if live or not data.cached else ([], towers)
     store_beside(storage, codec.autoencoder, words, task.text_precision)
     preview, copies = _preview(adapter, pipeline)

@@ -87,12 +87,12 @@ class InversionTask(Finetuning):
 def build(task: InversionTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:
     """Each concept's pictures as shards under its templates, and the new rows."""
     sources = concept_sources(task, data)
-    pipeline = open_base(task, train)
+    tokens = tuple(NewToken(token=c.token, vectors=c.vectors, initializer=c.initializer) for c in task.concepts)
+    config = TokensConfig(tokens=tokens, max_norm=task.max_norm)
+    pipeline = open_base(task, config, train)
     for concept, source in zip(task.concepts, sources, strict=True):
         prepare(concept.images, Path(source.path), concept.captions, source.size)
-    tokens = tuple(NewToken(token=c.token, vectors=c.vectors, initializer=c.initializer) for c in task.concepts)
-    adapter = TokensAdapter(TokensConfig(tokens=tokens, max_norm=task.max_norm))
-    return assembled(task, adapter, pipeline, data, train, seed, workers, task.concepts[0].images)
+    return assembled(task, TokensAdapter(config), pipeline, data, train, seed, workers, task.concepts[0].images)
 
 
 def concept_sources(task: InversionTask, data: Data) -> list[DataConfig]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ldm.sampling.guidance import check_guide
 from ldm.sampling.registry import lookup
@@ -49,6 +50,15 @@ class Settings:
     skip_layers: tuple[int, ...] = ()
     skip_scale: float = 2.8
     skip_interval: tuple[float, float] = (0.01, 0.2)
+
+    @staticmethod
+    def of(given: Mapping[str, Any]) -> Settings:
+        """From keywords. Raises ValueError for one that there is not."""
+        try:
+            return Settings(**given)
+        except TypeError as error:
+            allowed = sorted(Settings.__dataclass_fields__)
+            raise ValueError(f"{sorted(set(given) - set(allowed))}: unknown; allowed are {allowed}") from error
 
     def __post_init__(self) -> None:
         lookup(self.sampler)

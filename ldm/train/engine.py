@@ -74,6 +74,15 @@ def compile_blocks(trained: nn.Module, backend: compiling.Backend = "inductor") 
     return compiling.by_block(network, backend)
 
 
+def check_streamed(trained: nn.Module) -> None:
+    """Raise ValueError unless what trains is around a network whose blocks come and go."""
+    if not isinstance(trained, Around) or trained.network.streaming is None:
+        raise ValueError(
+            "train.engine.blocks_on_device: is for networks that stay frozen (LoRA, DoRA, textual inversion); here "
+            f"{type(trained).__name__} trains, whose weights must stay where the optimizer has them; write null"
+        )
+
+
 def _attention(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """On the CPU the plain attention kernel: the backward of the fused one is several times slower (docs/log.md)."""
     if device.type != "cpu":
@@ -119,6 +128,8 @@ class Engine:
         micro_batch: int,
         accumulate: int,
     ) -> None:
+        if config.blocks_on_device is not None:
+            check_streamed(module.trained)
         deepspeed = _deepspeed()
         start()
         config = config.effective(dist.world_size())

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from ldm.models.streaming import check_count
 from ldm.precision import compute_dtype
 
 
@@ -22,6 +23,8 @@ class EngineConfig:
     trained network: "inductor" is fast and takes minutes at the start; "blocks" is inductor for its blocks, equal ones
     once, and starts in a fraction of the time. `tf32`: a GPU's float32 products and
     convolutions with 10-bit mantissas. `frozen`: what weights that do not train are stored in (`models.frozen`).
+    `blocks_on_device`: so many blocks of a frozen network are on the device at once, the others in the host's memory
+    (`models.streaming`).
 
     On one process there is nothing to divide: every stage computes as stage 0 does, which copies least; but offloading
     and fp16 are as configured.
@@ -59,6 +62,15 @@ class EngineConfig:
             raise ValueError(f"offload_parameters: needs zero_stage 3, got {self.zero_stage}")
         if self.compile == "blocks" and self.zero_stage == 3:
             raise ValueError("compile: 'blocks' needs zero_stage 0, 1 or 2, got 3, which gathers weights inside blocks")
+        check_count(self.blocks_on_device)
+        if self.blocks_on_device is not None and self.zero_stage == 3:
+            raise ValueError(
+                "blocks_on_device: needs zero_stage 0, 1 or 2, got 3, which moves weights itself; write null"
+            )
+        if self.blocks_on_device is not None and self.compile not in ("off", "blocks"):
+            raise ValueError(
+                f"blocks_on_device: needs compile 'off' or 'blocks', got {self.compile!r}, of the network whole"
+            )
         if self.compile != "off" and self.frozen in ("int8", "nf4"):
             raise ValueError(
                 f"compile: {self.compile!r} with frozen {self.frozen!r}: compiled code would keep weights whole from "

@@ -49,6 +49,7 @@ def oracle() -> tiny.Plain:
 
 
 def told(**config: Any) -> dict[str, Any]:
+    pytest.importorskip("deepspeed")
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(story, (config,))
 

@@ -38,8 +38,8 @@ class Layers(Objective):
         super().__init__(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH)))
 
     def forward(self, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
-        out = self.trained(batch["x"].to(next(self.trained.parameters()).dtype))
-        return ((out.float() - 1).square().mean(1) * batch["weight"]).mean(), {}
+        out = self.trained(batch["x"].to(next(self.trained.parameters())))
+        return ((out.float() - 1).square().mean(1) * batch["weight"].to(out.device)).mean(), {}
 
 
 class Rows:
@@ -59,8 +59,8 @@ class Rows:
             start += 1
 
 
-def trained(stage: int, folder: str, steps: int) -> dict[str, Any]:
-    """A run of the trainer: what it averaged step by step, its log, and the scale it ends with."""
+def half(stage: int) -> EngineConfig:
+    """Its config on a CPU, which is told that it may."""
     import deepspeed.accelerator
 
     accelerator = deepspeed.accelerator.get_accelerator()
@@ -68,18 +68,27 @@ def trained(stage: int, folder: str, steps: int) -> dict[str, Any]:
     torch.cuda.is_available = lambda: True  # for the config's own check
     engine = EngineConfig(zero_stage=stage, precision="fp16", clip=0.0, loss_scale_power=POWER)
     torch.cuda.is_available = lambda: False
+    return engine
+
+
+def trained(stage: int, folder: str, steps: int, device: str = "cpu") -> dict[str, Any]:
+    """A run of the trainer: what it averaged step by step, its log, and the scale it ends with."""
+    if device == "cpu":
+        engine = half(stage)
+    else:
+        engine = EngineConfig(zero_stage=stage, precision="fp16", clip=0.0, loss_scale_power=POWER)
     config = TrainConfig(
         steps=steps, batch=BATCH, optim=Optim(lr=1e-2), engine=engine, ema=EmaConfig(decay=0.5, warmup=False),
         checkpoint=CheckpointConfig(every=3, keep=1), log=LogConfig(every=1, tensorboard=False),
     )  # fmt: skip
     rows: Any = Rows()
-    run = Trainer(config, Layers(), rows, Path(folder), seed=0, settings="")
+    run = Trainer(config, Layers().to(device), rows, Path(folder), seed=0, settings="")
     seen: list[tuple[bool, list[Tensor], list[Tensor]]] = []
     step = run.engine.backward_step
 
     def watched(loss: Tensor) -> bool:
         stepped = step(loss)
-        seen.append((stepped, [m.clone() for m in run.engine.masters], [e.clone() for e in run.ema.shards]))
+        seen.append((stepped, *([v.cpu().clone() for v in held] for held in (run.engine.masters, run.ema.shards))))
         return stepped
 
     run.engine.backward_step = watched
@@ -87,7 +96,10 @@ def trained(stage: int, folder: str, steps: int) -> dict[str, Any]:
     return {
         "stepped": [s for s, _, _ in seen],
         "masters": [torch.cat([t.flatten() for t in m]) for _, m, _ in seen],
-        "averages": [*(torch.cat([t.flatten() for t in e]) for _, _, e in seen), torch.cat(run.ema.shards)],
+        "averages": [
+            *(torch.cat([t.flatten() for t in e]) for _, _, e in seen),
+            torch.cat([e.cpu() for e in run.ema.shards]),
+        ],
         "scale": run.engine.scale()["loss_scale"],
         "skipped": run.skipped,
         "dtypes": sorted({str(m.dtype) for m in run.engine.masters}),

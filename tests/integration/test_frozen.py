@@ -128,8 +128,8 @@ def test_every_stage_on_one_and_two_ranks_and_resumed(frozen: str, project: Path
         assert {t.dtype for t in tensors} <= {torch.float32}
         assert sum(t.numel() for t in tensors) < count / 4  # corrections and their moments
     merged_into_the_base_as_it_is(base, halves)
-    changed = config(project, f"{frozen}-halves", "fp32", 3, task) | {"name": f"{frozen}-halves"}
-    changed["train"] = changed["train"] | {"steps": 5}
+    changed = config(project, f"{frozen}-halves", "fp32", 3, task)
+    changed["train"]["steps"] = 5
     with pytest.raises(ValueError, match=rf"other frozen weights \(train.engine.frozen '?{frozen}'? → '?fp32"):
         train(changed)
 
@@ -193,9 +193,9 @@ def test_what_cannot_be_is_said_in_a_line(project: Path) -> None:
 
 
 # --- the loss on the embedded emoji -----------------------------------------------------------------------------------
-STEPS, LAST = 100, 20
+STEPS, LAST = 60, 20
 MARGIN = {"bf16": 0.02, "int8": 0.02, "nf4": 0.05}
-"""Of the loss over float32, the mean of the last 20 of 100 steps. Measured: +0.004, +0.005 and -0.042."""
+"""Of the loss over float32, 0.695, the mean of the last 20 of 60 steps. Measured: +0.0003, +0.0004 and -0.003."""
 
 
 def inverted_emoji(root: Path) -> Path:
@@ -210,8 +210,9 @@ def inverted_emoji(root: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_lora_reaches_the_loss_of_one_over_float32(tmp_path: Path) -> None:
-    """The same seed, pictures and noise on the shipped model, whose loss begins at four times what is reached."""
+    """The same seed, pictures and noise on the shipped model, whose loss begins at more than thrice what is reached."""
     pytest.importorskip("bitsandbytes")
     images, losses = inverted_emoji(tmp_path), {}
     for frozen in ("fp32", *MARGIN):

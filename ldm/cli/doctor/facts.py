@@ -40,7 +40,7 @@ NEEDED = {
 EXTRAS = {
     "xformers": ("xformers", "another attention kernel on NVIDIA GPUs"),
     "transformers": ("transformers", "the text encoders of SD3, FLUX.1, PixArt, Z-Image (T5, Qwen3)"),
-    "bitsandbytes": ("bitsandbytes", "AdamW with 8-bit state"),
+    "bitsandbytes": ("bitsandbytes", "AdamW with 8-bit state, frozen weights of 4 bits"),
     "wandb": ("wandb", "logs at Weights & Biases"),
     "s3fs": ("remote", "shards on S3 or behind HTTP"),
     "gcsfs": ("gcs", "shards on Google Cloud Storage"),

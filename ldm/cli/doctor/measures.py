@@ -95,12 +95,12 @@ def _compute() -> None:
         products[device] = {}
         for name, dtype, narrow in _kinds(torch, device):
             torch.backends.cuda.matmul.allow_tf32 = narrow
-            products[device][name] = _guarded(lambda device=device, dtype=dtype: _product(torch, device, dtype))
+            products[device][name] = _guarded(lambda device=device, dtype=dtype: product(torch, device, dtype))
             say("matrix_product_gflop_per_s", products)
-        memory[device] = _guarded(lambda device=device: _copies(torch, device, device))
+        memory[device] = _guarded(lambda device=device: copies(torch, device, device))
         say("memory_gb_per_s", memory)
     for device in devices[1:]:
-        memory[f"cpu -> {device}"] = _guarded(lambda device=device: _copies(torch, "cpu", device))
+        memory[f"cpu -> {device}"] = _guarded(lambda device=device: copies(torch, "cpu", device))
         say("memory_gb_per_s", memory)
 
 
@@ -118,7 +118,7 @@ def _kinds(torch: Any, device: str) -> list[tuple[str, Any, bool]]:
     return [("fp32", torch.float32, False), *tf32, *half]
 
 
-def _product(torch: Any, device: str, dtype: Any) -> float:
+def product(torch: Any, device: str, dtype: Any) -> float:
     """GFLOP/s of square products, whose side grows until one takes a tenth of the time."""
     side = 256 if device == "cpu" else 4096
     while True:
@@ -130,7 +130,7 @@ def _product(torch: Any, device: str, dtype: Any) -> float:
         side *= 2
 
 
-def _copies(torch: Any, source: str, target: str) -> float:
+def copies(torch: Any, source: str, target: str) -> float:
     """GB/s: bytes read and written within a memory, or sent from one to another."""
     size = (64 << 20) if source == target == "cpu" else (256 << 20)
     a = torch.zeros(size, dtype=torch.uint8, device=source)

@@ -192,7 +192,7 @@ class UNet(Network):
                 h, w = skips[-1].shape[2:]
                 even = (h, w) == (2 * x.shape[2], 2 * x.shape[3])
                 x = stage.upsamplers[0](x, None if even else (h, w))
-        return repeated(self.conv_out(self.conv_norm_out(x)), rows)
+        return repeated(self.conv_norm_out.before(self.conv_out, x), rows)
 
     def middle(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """What `forward` has in its middle, (B, C, h, w): features for a classifier; the second half does not run."""

@@ -134,7 +134,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for block in [*self.down_blocks, self.mid_block]:
             x = _run(block, x, self.recompute and self.training)
-        return self.conv_out(self.conv_norm_out(x))
+        return self.conv_norm_out.before(self.conv_out, x)
 
 
 class Decoder(nn.Module):
@@ -157,7 +157,7 @@ class Decoder(nn.Module):
         x = self.conv_in(x)
         for block in [self.mid_block, *self.up_blocks]:
             x = _run(block, x, self.recompute and self.training)
-        return self.conv_out(self.conv_norm_out(x))
+        return self.conv_norm_out.before(self.conv_out, x)
 
 
 class Autoencoder(nn.Module):

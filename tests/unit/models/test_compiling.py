@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from ldm.adapters.lora import LoraAdapter, LoraConfig
 from ldm.models.compiling import by_block, repeated_blocks, undo
+from ldm.models.frozen import store
 from ldm.models.network import Network
 from ldm.models.presets import UNETS
 from ldm.models.transformers.sd3 import SD3Config, SD3Transformer
@@ -179,3 +180,23 @@ def test_corrections_train_in_compiled_blocks(make: Any, dora: bool) -> None:
 def test_a_network_without_equal_blocks_says_so() -> None:
     with pytest.raises(ValueError, match="compile 'blocks': no two blocks of this SD3 transformer are equal"):
         by_block(sd3(2), "eager")
+
+
+def test_frozen_weights_in_bfloat16_go_with_compiled_blocks() -> None:
+    """In bfloat16 they are what is computed with; answers and gradients as without compiling."""
+    net = unet(1).requires_grad_(False).train()
+    store(net, "bf16")
+    x, t, cond = given(net)
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            assert by_block(net, "aot_eager") == 2  # widths
+        own = x.clone().requires_grad_(True)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = net(own, t, cond)
+        out.float().square().mean().backward()
+        assert own.grad is not None
+        found.append((out.detach().float(), own.grad))
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() < 0.02 * a.norm()
+    assert breaks() == {}

@@ -35,6 +35,14 @@ def needs(storage: str) -> None:
         pytest.importorskip("bitsandbytes")
 
 
+def weight_of(layer: Any) -> Tensor:
+    return layer.weight
+
+
+def grad_of(value: Any) -> Tensor:
+    return value.grad
+
+
 def layers() -> list[nn.Module]:
     """Of shapes whose last axis is odd, and whose weights do not fill their last block of 64."""
     return [nn.Linear(37, 24), nn.Linear(64, 32, bias=False), nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(16, 12, 1)]
@@ -85,7 +93,7 @@ def test_gradients_pass_as_through_the_whole_weights_in_float64(storage: Any, ha
             layer.bias.requires_grad_(True)
         twin = copy.deepcopy(layer).double()
         store(layer, storage)
-        twin.get_parameter("weight").copy_(layer.weight)
+        twin.get_parameter("weight").copy_(weight_of(layer))
         x = given(layer).requires_grad_(True)
         wide = x.detach().double().requires_grad_(True)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -99,7 +107,7 @@ def test_gradients_pass_as_through_the_whole_weights_in_float64(storage: Any, ha
         torch.testing.assert_close(out.double(), twin(wide), rtol=0, atol=atol)
         torch.testing.assert_close(x.grad.double(), wide.grad, rtol=0, atol=atol)
         if layer.bias is not None:
-            torch.testing.assert_close(layer.bias.grad.double(), twin.bias.grad, rtol=0, atol=2 * atol)
+            torch.testing.assert_close(grad_of(layer.bias).double(), grad_of(twin.bias), rtol=0, atol=2 * atol)
 
 
 def attention_of(x: Tensor, w: Tensor, b: Tensor, out: Tensor, heads: int) -> Tensor:
@@ -215,8 +223,8 @@ def test_a_block_that_reads_a_layer_s_weight_sees_it_whole() -> None:
     """The feed-forward layers of transformers compute gelu again in the backward pass, by the second one's weight."""
     from ldm.models.transformers.blocks import FeedForward
 
-    block = FeedForward(8).requires_grad_(False)
-    plain = copy.deepcopy(block)
+    block: Any = FeedForward(8).requires_grad_(False)
+    plain: Any = copy.deepcopy(block)
     store(block, "int8")
     for i in (0, 2):
         layer, other = (m.net[i].proj if i == 0 else m.net[i] for m in (block, plain))
@@ -235,7 +243,7 @@ def test_a_block_that_reads_a_layer_s_weight_sees_it_whole() -> None:
 @pytest.mark.parametrize("storage", STORAGES)
 def test_moving_keeps_the_stored_types_and_state_dicts_hold_whole_weights(storage: Any) -> None:
     needs(storage)
-    net = nn.Sequential(nn.Conv2d(4, 64, 3), nn.GroupNorm(8, 64)).requires_grad_(False)
+    net: Any = nn.Sequential(nn.Conv2d(4, 64, 3), nn.GroupNorm(8, 64)).requires_grad_(False)
     names = set(net.state_dict())
     store(net, storage)
     before = {name: value.dtype for name, value in net[0].named_buffers()}

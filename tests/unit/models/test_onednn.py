@@ -27,6 +27,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         return own(x, weight, bias)
 
     monkeypatch.setattr(onednn, "wins", lambda: True)
+    monkeypatch.setattr(onednn, "LEAST", 0)
     monkeypatch.setattr(onednn, "linear", linear)
     return asked
 
@@ -155,3 +156,17 @@ def test_convolutions_of_few_pixels_and_by_winograd(counted: list[tuple[int, ...
         assert len(counted) == products
         counted.clear()
         torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_small_products_stay_with_torch(counted: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 2^22 multiplications on, of one of the products where there are several."""
+    monkeypatch.undo()
+    monkeypatch.setattr(onednn, "wins", lambda: True)
+    for x, weight, taken in (
+        ((64, 256), (256, 256), True),
+        ((63, 256), (256, 256), False),
+        ((2, 32, 256), (256, 256), True),
+        ((4, 64, 256), (4, 256, 256), True),
+        ((4, 63, 256), (4, 256, 256), False),
+    ):
+        assert onednn.takes(torch.zeros(x), torch.zeros(weight)) is taken, (x, weight)

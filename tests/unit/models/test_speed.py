@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.frugal import geglu, norm_silu
+from ldm.models.frugal import geglu, norm_silu, norm_silu_conv
 from ldm.models.layers import Conv3x3, NormSiLU
 from ldm.models.presets import UNETS
 from ldm.models.unet import UNet
+from ldm.models.unet.transformer import FeedForward
+from ldm.models.wide import Linear, geglu_linear
 
 
 def kept(call: Callable[[], Tensor]) -> int:
@@ -75,10 +77,97 @@ def test_a_norm_keeps_its_input_alone() -> None:
     assert kept(lambda: F.silu(F.group_norm(x, 4, layer.weight, layer.bias))) > 2 * size
 
 
+def plain_convolution(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(plain_norm(x, scale, shift), weight, bias, padding=1)
+
+
+def test_norm_silu_and_convolution_have_their_gradients_and_second_gradients() -> None:
+    def ours(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return norm_silu_conv(x, (scale, shift), 2, 1e-5, weight, bias)
+
+    inputs = random(1, 4, 3, 2), random(4), random(4), random(3, 4, 3, 3), random(3)
+    torch.testing.assert_close(ours(*inputs), plain_convolution(*inputs), rtol=0, atol=1e-13)
+    assert torch.autograd.gradcheck(ours, inputs)
+    assert torch.autograd.gradgradcheck(ours, inputs)
+    for trained in (0, 1, 3, 4):  # the others frozen
+        given = [v if i == trained else v.detach() for i, v in enumerate(inputs)]
+        pair = [torch.autograd.grad(f(*given).square().sum(), given[trained])[0] for f in (ours, plain_convolution)]
+        torch.testing.assert_close(*pair, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_norm_before_a_convolution_keeps_its_input_alone(trained: bool, half: bool) -> None:
+    """Bit for bit what torch's own three operations give, in float32 and under autocast, for half of the memory."""
+    torch.manual_seed(0)
+    norm, conv = NormSiLU(4, 64), Conv3x3.of(64, 32)
+    nn.init.normal_(norm.weight)
+    for p in (*norm.parameters(), *conv.parameters()):
+        p.requires_grad_(trained)
+    x = torch.randn(2, 64, 16, 16, dtype=torch.bfloat16 if half else torch.float32, requires_grad=True)
+    leaves = [x, *(p for p in (*norm.parameters(), *conv.parameters()) if trained)]
+
+    def plainly() -> Tensor:
+        return F.conv2d(F.silu(F.group_norm(x, 4, norm.weight, norm.bias, norm.eps)), conv.weight, conv.bias, padding=1)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        out, wanted = norm.before(conv, x), plainly()
+        own = x.nbytes + sum(p.nbytes for p in (*norm.parameters(), *conv.parameters()))
+        assert kept(lambda: norm.before(conv, x)) < own + 0.1 * x.nbytes
+        assert kept(plainly) > 2 * x.nbytes
+    assert out.dtype == wanted.dtype == x.dtype
+    assert torch.equal(out, wanted)
+    weight = torch.randn_like(out)
+    for a, b in zip(*(torch.autograd.grad((f * weight).sum(), leaves) for f in (out, wanted)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_corrections_beside_a_norm_before_a_convolution_are_seen() -> None:
+    norm, conv = NormSiLU(4, 64), Conv3x3.of(64, 32)
+    x = torch.randn(2, 64, 8, 8, requires_grad=True)
+    plain = norm.before(conv, x)
+    for module in (norm, conv):
+        handle = module.register_forward_hook(lambda _, args, out: 2 * out)
+        assert (norm.before(conv, x) - plain).norm() > 0.1 * plain.norm()
+        handle.remove()
+
+
+def test_a_gate_before_a_product_is_not_kept() -> None:
+    layer, x = FeedForward(64), torch.randn(2, 32, 64, requires_grad=True)
+    weights = sum(p.nbytes for p in layer.parameters())
+    assert kept(lambda: layer(x)) - weights < 9.1 * x.nbytes, "x and both halves"
+    assert kept(lambda: layer.net[2](layer.net[0](x))) - weights > 12.5 * x.nbytes
+    inputs = random(2, 3, 10), random(4, 5), random(4)
+    exact = (inputs[0][..., :5] * F.gelu(inputs[0][..., 5:])) @ inputs[1].T + inputs[2]
+    torch.testing.assert_close(geglu_linear(*inputs), exact, rtol=0, atol=1e-14)
+    assert torch.autograd.gradcheck(geglu_linear, inputs)
+    assert torch.autograd.gradgradcheck(geglu_linear, inputs)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_no_copies_of_weights_are_kept_under_autocast(trained: bool) -> None:
+    """Bit for bit what autocast gives, which keeps its half-precision copies to the backward pass."""
+    torch.manual_seed(0)
+    layer, x = Linear(96, 80), torch.randn(4, 96, dtype=torch.bfloat16, requires_grad=True)
+    layer.requires_grad_(trained)
+    bias = layer.bias
+    with torch.autocast("cpu", torch.bfloat16):
+        out, wanted = layer(x), F.linear(x, layer.weight, bias)
+        copy = layer.weight.numel() * 2
+        own = x.nbytes * trained + layer.weight.nbytes + bias.nbytes
+        assert kept(lambda: layer(x)) <= own
+    with torch.autocast("cpu", torch.bfloat16):  # as the casts are kept until autocast is left
+        assert kept(lambda: F.linear(x, layer.weight, bias)) >= copy
+    assert torch.equal(out, wanted)
+    leaves, weight = [x, *(p for p in layer.parameters() if trained)], torch.randn_like(out)
+    for a, b in zip(*(torch.autograd.grad((f * weight).sum(), leaves) for f in (out, wanted)), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize(("batch", "side"), [(1, 4), (2, 5), (1, 8)])
 def test_a_convolution_with_few_pixels_is_a_product(batch: int, side: int) -> None:
     layer, x = Conv3x3.of(256, 24), torch.randn(batch, 256, side, side + 1)[..., :side].requires_grad_()
-    assert layer._few_pixels(x)
+    assert layer.few_pixels(x)
     weight = torch.randn(batch, 24, side, side)
     exact = F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)  # type: ignore[union-attr]
     out = layer(x)
@@ -92,10 +181,10 @@ def test_a_convolution_with_few_pixels_is_a_product(batch: int, side: int) -> No
 
 def test_a_convolution_with_many_pixels_stays_one() -> None:
     layer = Conv3x3.of(256, 8)
-    assert not layer._few_pixels(torch.empty(1, 256, 8, 9))
+    assert not layer.few_pixels(torch.empty(1, 256, 8, 9))
     wide, x = Conv3x3.of(256, 8).double(), torch.randn(1, 256, 4, 4, dtype=torch.float64)
     assert torch.equal(wide(x), F.conv2d(x, wide.weight, wide.bias, padding=1))
-    assert not Conv3x3.of(128, 8)._few_pixels(torch.empty(1, 128, 2, 2))
+    assert not Conv3x3.of(128, 8).few_pixels(torch.empty(1, 128, 2, 2))
 
 
 def tiny(**changes: object) -> tuple[UNet, Tensor, Tensor, Tensor]:

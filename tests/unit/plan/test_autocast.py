@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldm.models import networks
 from ldm.models.attention import using
+from ldm.models.casts import planned
 from ldm.models.fit import told
 from ldm.models.presets import PRESETS, TEXTS
 from ldm.models.transformers import zimage
@@ -86,8 +87,8 @@ def test_what_is_kept_is_what_the_dispatcher_keeps(name: str, monkeypatch: pytes
     cond = told(network, TEXTS[SMALL[name][0]], BATCH)
     x, t = torch.empty(BATCH, network.in_channels, SIDE, SIDE, device="meta"), torch.empty(BATCH, device="meta")
     tracker = _Tracker()
-    with using("meta", "sdpa"), tracker, _Gpu(tracker, torch.bfloat16):
-        planned = kept(network, lambda: network(x, t, cond))
+    with using("meta", "sdpa"), planned(torch.bfloat16), tracker, _Gpu(tracker, torch.bfloat16):
+        counted = kept(network, lambda: network(x, t, cond))
     monkeypatch.setattr(zimage, "_known", lambda numbers: False)  # there are none to read
     monkeypatch.setattr(F, "scaled_dot_product_attention", fused)
     with FakeTensorMode(), using("cuda", "sdpa"):
@@ -96,5 +97,5 @@ def test_what_is_kept_is_what_the_dispatcher_keeps(name: str, monkeypatch: pytes
             given = [torch.empty(v.shape, dtype=v.dtype) for v in (x, t, *cond.values())]
         with gpu_autocast():
             real = kept(there, lambda: there(given[0], given[1], dict(zip(cond, given[2:], strict=True))))
-    print(f"{name}: {planned / 1e6:.1f} MB for {real / 1e6:.1f}")
-    assert planned == pytest.approx(real, rel=1e-3)
+    print(f"{name}: {counted / 1e6:.1f} MB for {real / 1e6:.1f}")
+    assert counted == pytest.approx(real, rel=1e-3)
