@@ -23,6 +23,7 @@ NAMES = {
     "encoding": "cached against online encoding, images per second",
     "data": "the data path against reading by hand and webdataset; cached samples, resume, the order at 1e9 samples",
     "cli": "how long `ldm --help` takes",
+    "memory": "the table of docs/memory.md: cards, families, settings with which they fit (measures nothing)",
     "scale": "a simulated cluster: step time, stragglers and failures beside their closed forms (measures nothing)",
 }
 

@@ -104,7 +104,7 @@ class Parser(options.Parser):
         finally:
             for action in words:
                 action.nargs, action.choices = required[action.dest]
-                action.required = True
+                action.required = action.nargs != "?"
         given = [w for a in words if (w := getattr(found, a.dest)) is not None] + list(found.overrides or ())
         plain = [w for w in given if not is_override(w)]
         found.overrides = [w for w in given if is_override(w)]
@@ -116,8 +116,10 @@ class Parser(options.Parser):
             except argparse.ArgumentError as error:
                 self.error(str(error))
             setattr(found, action.dest, word)
-        if len(plain) < len(words):
-            missing = words[len(plain)]
+        for action in words[len(plain) :]:  # an override may stand in its place
+            setattr(found, action.dest, None)
+        missing = next((a for a in words[len(plain) :] if a.required), None)
+        if missing is not None:
             self.error(f"{str(missing.metavar or missing.dest).upper()} is missing: {missing.help}")
         return found
 

@@ -20,25 +20,13 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from ldm.models.casts import autocast_dtype
 from ldm.models.network import Network
 
 Storage = Literal["fp32", "bf16", "int8", "nf4"]
 BLOCK = 64
 """Values of nf4 that share a scale."""
 TABLE = "pos_embed"
-
-
-_planned = [torch.float32]
-
-
-@contextlib.contextmanager
-def computing(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, layers on the meta device compute in this type, as they would under autocast: for plans."""
-    _planned.append(dtype)
-    try:
-        yield
-    finally:
-        _planned.pop()
 
 
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,10 +114,7 @@ class Stored(nn.Module):
 
     def computed(self, name: str) -> torch.dtype:
         """What a layer computes in: autocast's type, float32 without."""
-        kind = self._data(name).device.type
-        if kind == "meta":
-            return _planned[-1]
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        return autocast_dtype(self._data(name)) or torch.float32
 
     def forward(self, *args: Any, **options: Any) -> Any:
         if isinstance(self, nn.Embedding):

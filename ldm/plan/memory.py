@@ -94,6 +94,7 @@ class Activations:
     """Peaks over the samples of a micro-batch, by two counts and the line through them; of one sample, its own count.
 
     A peak is the largest of several moments, each linear in the samples, so a line may lie too low below its counts.
+    Of one count alone (`few` is `more`) all is proportional.
     """
 
     few: Trace
@@ -127,6 +128,8 @@ class Activations:
         return max(self.peak(batch), self._line(batch, self.few.peak_kept, self.more.peak_kept))
 
     def _line(self, batch: float, low: float, high: float) -> float:
+        if self.more.batch == self.few.batch:
+            return low * batch / self.few.batch
         slope = (high - low) / (self.more.batch - self.few.batch)
         return max(0.0, low + slope * (batch - self.few.batch))
 

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm.plan.counted import Counted
 from ldm.plan.hardware import GB
 from ldm.plan.links import Wire, advice, wire
 from ldm.plan.memory import STAGES, Activations, Layout, Parts, Sizes, largest_micro_batch, memory
+from ldm.plan.streaming import Streamed
 from ldm.plan.throughput import Cluster, Step, drawing_time, step_time
 
 DAY = 86400.0
@@ -43,7 +45,8 @@ class Job:
     `flops` are those of its forward pass for one image; None counts forward and backward as they are, for steps where
     the backward pass is not twice the forward (frozen weights, a teacher in the loss). `samples` of the data (None:
     unknown), each of `sample_bytes`. `drawn` comes before, `then` are rounds that follow, each a job of its own; with
-    them `round` names this one.
+    them `round` names this one. `streamed`: the network that stays as it is below what trains, whose blocks may come
+    and go.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Job:
     drawn: Drawn | None = None
     round: str = ""
     then: tuple[Job, ...] = ()
+    streamed: Streamed | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,20 +140,33 @@ class Planner:
     """Counts a job once, without and with recomputation (or one of them alone), and answers for any cluster."""
 
     def __init__(
-        self, job: Job, cluster: Cluster, price: float | None = None, recomputing: Sequence[bool] = (False, True)
+        self,
+        job: Job,
+        cluster: Cluster,
+        price: float | None = None,
+        recomputing: Sequence[bool] = (False, True),
+        counted: Counted | None = None,
     ) -> None:
+        """`counted`: of a job that takes the same steps, in place of counting this one's."""
         self.job, self.cluster, self.price = job, cluster, price
-        gpu = not cluster.hardware.host
-        modules = {recompute: job.build(recompute) for recompute in recomputing}
-        self.sizes = Sizes.of(next(iter(modules.values())))
         alone = job.batch // (cluster.world * job.layout.accumulate) <= 1
-        self.activations = {
-            recompute: Activations.count(module, job.inputs, precision=job.precision, gpu=gpu, one=alone)
-            for recompute, module in modules.items()
-        }
-        self.frozen_bytes = sum(f.bytes for f in job.frozen)
+        gpu = not cluster.hardware.host
+        if counted is None:
+            counted = Counted(job.build, job.inputs, job.precision, gpu=gpu, recomputing=recomputing, one=alone)
+        self._counted = counted
+        self.frozen_bytes = sum(f.bytes for f in job.frozen) + (job.streamed.held if job.streamed is not None else 0.0)
         self.frozen_flops = sum(f.flops for f in job.frozen)
         self.limit = cluster.hardware.memory * GB * cluster.assumptions.usable
+
+    @property
+    def sizes(self) -> Sizes:
+        """Numbers of trained weights."""
+        return self._counted.sizes
+
+    @property
+    def activations(self) -> dict[bool, Activations]:
+        """Counts by whether blocks are computed again."""
+        return self._counted.activations
 
     def plan(self) -> Plan:
         """Everything for the cluster that was asked for."""
@@ -209,6 +226,8 @@ class Planner:
         )  # fmt: skip
         counted = self.activations[recompute]
         parts = memory(self.sizes, counted, micro, layout, self.frozen_bytes)
+        if self.job.streamed is not None:
+            parts = replace(parts, host=parts.host + self.job.streamed.host)
         largest = largest_micro_batch(self.sizes, counted, layout, self.limit, self.frozen_bytes)
         return Fit(stage=stage, recompute=recompute, parts=parts, largest=largest, fits=parts.total <= self.limit)
 
@@ -236,7 +255,7 @@ class Planner:
             activations=counted, micro=each // accumulate, accumulate=accumulate, weights=self.sizes.weights,
             stage=layout.stage, cluster=cluster, half=self._half, copies=layout.copies,
             frozen_flops=self.frozen_flops, element=2 if layout.half and layout.stage else 4, live=layout.live,
-            zeropp=layout.zeropp,
+            zeropp=layout.zeropp, streamed=job.streamed, offload=layout.offload_optimizer,
         )  # fmt: skip
         drawn = job.drawn
         drawing = 0.0 if drawn is None else drawing_time(counted, drawn.flops, drawn.count, drawn.rows, cluster)
@@ -373,6 +392,7 @@ def _time(plan: Plan) -> list[str]:
     parts = (
         f"compute {digits(s.compute)}, frozen {digits(s.frozen)}, optimizer {digits(s.optimizer)}, "
         f"links {digits(s.links)}, slowest rank {digits(s.stragglers)}, other {digits(s.other)}"
+        + (f", host's memory {digits(s.moving)}" if s.moving else "")
     )
     lines = [
         f"a step             {digits(s.total)} s of {plan.batch} images ({p.micro} a GPU x {p.accumulate}): {parts}",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from ldm.plan.hardware import GB, Assumptions, Hardware
 from ldm.plan.links import Wire, ZeroPP, wire
 from ldm.plan.memory import Activations
 from ldm.plan.scale import largest_of_normals
+from ldm.plan.streaming import Streamed, waited
 from ldm.plan.trace import Op
 
 
@@ -47,7 +48,9 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Seconds of one optimizer step by part; what hides behind computing is not in `links`."""
+    """Seconds of one optimizer step by part; what hides behind computing is neither in `links` nor in `moving`, the
+    copies between the host's memory and the device.
+    """
 
     compute: float
     frozen: float
@@ -55,11 +58,12 @@ class Step:
     links: float
     stragglers: float
     other: float
+    moving: float = 0.0
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.compute + self.frozen + self.optimizer + self.links + self.stragglers + self.other
+        return sum(getattr(self, f.name) for f in fields(self))
 
 
 def kernels(ops: Sequence[tuple[Op, Op]], batch: float, few: int, more: int, cluster: Cluster, half: bool) -> float:
@@ -67,7 +71,7 @@ def kernels(ops: Sequence[tuple[Op, Op]], batch: float, few: int, more: int, clu
     chip, share = cluster.hardware, cluster.assumptions
     rate = (chip.matmul if half else chip.matmul_fp32) * 1e12 * share.matmul
     moved = chip.bandwidth * GB * share.memory
-    at = (batch - few) / (more - few)
+    at = (batch - few) / (more - few) if more != few else 0.0
     total = 0.0
     for low, high in ops:
         flops = low.flops + at * (high.flops - low.flops)
@@ -79,6 +83,8 @@ def kernels(ops: Sequence[tuple[Op, Op]], batch: float, few: int, more: int, clu
 def compute(activations: Activations, batch: float, cluster: Cluster, half: bool) -> tuple[float, float]:
     """(forward, backward) seconds of one micro-batch."""
     few, more = activations.few, activations.more
+    if few.batch == more.batch:  # one count, to which all is proportional
+        few = replace(more, batch=0, ops=tuple(replace(o, flops=0.0, bytes=0.0) for o in more.ops))
     at = few.batch / more.batch
     # A layer may compute in another way at a larger batch (a LoRA does): then all is taken as proportional to it.
     alike = len(few.ops) == len(more.ops)
@@ -115,8 +121,13 @@ def step_time(
     element: int = 4,
     live: int = 1_000_000_000,
     zeropp: ZeroPP | None = None,
+    streamed: Streamed | None = None,
+    offload: bool = False,
 ) -> Step:
-    """One optimizer step of `accumulate` micro-batches of `micro` samples a rank."""
+    """One optimizer step of `accumulate` micro-batches of `micro` samples a rank.
+
+    `streamed`: frozen blocks that come and go; `offload`: the optimizer is in the host's memory.
+    """
     share, chip = cluster.assumptions, cluster.hardware
     forward, backward = compute(activations, micro, cluster, half)
     busy = accumulate * (forward + backward)
@@ -125,7 +136,12 @@ def step_time(
     slower = sum(o.flops for o in activations.more.ops if not o.backward) / activations.more.batch / rate
     frozen = accumulate * micro * frozen_flops / rate * (forward / micro / slower if slower else 1.0)
     held = weights / cluster.world if stage else weights
-    optimizer = held * (28 + 12 * copies) / (chip.bandwidth * GB * share.stream)  # bytes of Adam and of averages
+    slot = chip.pcie * GB * share.pcie
+    update = share.host * GB if offload else chip.bandwidth * GB * share.stream
+    optimizer = held * (28 + 12 * copies) / update  # bytes of Adam and of averages
+    moving = 2 * element * held / slot if offload else 0.0  # gradients there, weights back
+    if streamed is not None:
+        moving += accumulate * waited(streamed.moved(backward=True), slot, busy / accumulate, streamed.ahead)
     sent = wire(
         weights, stage, cluster.world, element=element, micro_steps=accumulate, live=live, zeropp=zeropp,
         node=cluster.per_node,
@@ -136,5 +152,6 @@ def step_time(
     links = waiting + sent.exposed / cluster.link()
     slowest = share.jitter * largest_of_normals(cluster.world) * (busy + frozen)
     return Step(
-        compute=busy, frozen=frozen, optimizer=optimizer, links=links, stragglers=slowest, other=share.step
+        compute=busy, frozen=frozen, optimizer=optimizer, links=links, stragglers=slowest, other=share.step,
+        moving=moving,
     )  # fmt: skip

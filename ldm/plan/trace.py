@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ldm.models import frozen
 from ldm.models.casts import planned
 
 
@@ -165,6 +166,8 @@ class _Gpu(TorchFunctionMode):
             return x
         if not (x.is_leaf and x.requires_grad and torch.is_grad_enabled()):  # a cast without a gradient serves no other
             return x.to(dtype)
+        if self._tracker.backward:  # what is computed again has an autocast of its own, which ends with it
+            return x.to(dtype)
         if id(x) not in self._cast:  # autocast casts a weight once a forward pass
             self._cast[id(x)] = x.to(dtype)
         return self._cast[id(x)]
@@ -179,6 +182,14 @@ def _plain() -> Iterator[None]:
     """What the CPU engine does: attention as products."""
     with sdpa_kernel(SDPBackend.MATH):
         yield
+
+
+def without_gradients(call: Callable[[], Any], batch: int, *, precision: torch.dtype, gpu: bool) -> Trace:
+    """Run `call()` on meta tensors, as `trace` does; what it answers lives to the end."""
+    tracker = _Tracker()
+    with torch.no_grad(), tracker, _Gpu(tracker, precision) if gpu else _plain():
+        call()
+    return Trace(batch=batch, ops=tuple(tracker.ops), peak=tracker.peak, peak_kept=tracker.peak, gradients=0)
 
 
 def trace(

@@ -26,6 +26,7 @@ from ldm.diffusion.process import Process
 from ldm.models import networks
 from ldm.models.discriminator import MiddleHead, PatchHead
 from ldm.models.families import family_of
+from ldm.models.frozen import store
 from ldm.models.network import Network, granularity
 from ldm.models.shipped import SHIPPED, locate
 from ldm.models.text import pad_with
@@ -39,6 +40,7 @@ from ldm.objectives.teacher import Estimator, Target, Teacher
 from ldm.objectives.trajectory import TrajectoryObjective, TrajectoryOptions
 from ldm.pipeline import TextToImage
 from ldm.plan.report import Frozen, Job
+from ldm.plan.streaming import Streamed
 from ldm.recipes import planned, planned_models
 from ldm.recipes.base import Assembly
 from ldm.recipes.distill_task import DistillTask
@@ -336,21 +338,23 @@ def _round_job(
     def made(recompute: bool) -> tuple[Student, Network]:
         teacher = copy.deepcopy(base.network)
         chosen = replace(task, gradient_checkpointing=planned.again(how, recompute))
-        return make_student(chosen, teacher, base.process), teacher
+        student = make_student(chosen, teacher, base.process)
+        store(teacher, train.engine.frozen)
+        return student, teacher
 
     def build(recompute: bool) -> nn.Module:
         student, teacher = made(recompute)
         feed = LatentFeed(base.codec, planned.states(base), task.drop)
         return planned.Loss(make_objective(task, student, teacher, base.process, feed))
 
-    student, _ = made(False)
-    kept = [Frozen(name="teacher", bytes=planned.weight(base.network))]
+    student, teacher = made(False)
+    streamed, kept = Streamed.of(teacher, train.engine.blocks_on_device, "teacher"), list[Frozen]()
     if student.target is not None:
         kept.append(Frozen(name="target", bytes=4.0 * sum(t.numel() for t in student.target.tensors().values())))
     return planned.loss_job(
         asked, data, train, build, lambda batch: (planned.latents(base, data, batch),),
-        frozen=[*kept, *planned.beside(base, data, cached, False, task.text_precision)], recompute=how != "none",
-        said=said, cached=cached,
+        frozen=[*kept, *planned.beside(base, data, cached, False, task.text_precision, train.engine.frozen)],
+        recompute=how != "none", said=said, cached=cached, streamed=streamed,
     )  # fmt: skip
 
 

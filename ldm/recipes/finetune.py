@@ -47,8 +47,8 @@ from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.objectives.inputs import EncodeText
 from ldm.pipeline import TextToImage
-from ldm.plan.report import Frozen, Job
-from ldm.recipes import planned, planned_models
+from ldm.plan.report import Job
+from ldm.recipes import planned, planned_frozen, planned_models
 from ldm.recipes.base import Assembly
 from ldm.recipes.frozen_parts import open_on, store_beside, store_network
 from ldm.recipes.page import write_page
@@ -327,8 +327,11 @@ def adapted_job(
     live = make_adapter(config).trains_text
     check_text_precision(task.text_precision, [t.config for t in base.text], "task.text_precision", trains=live)
 
+    held, whole = planned.copied(base), isinstance(config, FullConfig)
+    streamed = None if whole else planned_frozen.network(held.network, train.engine)
+
     def build(recompute: bool) -> nn.Module:
-        model, adapter = planned.copied(base), make_adapter(config)
+        model, adapter = planned.copied(held), make_adapter(config)
         trained = adapter.attach(model.network, model.text)
         model.network.enable_gradient_checkpointing(planned.again(how, recompute))
         encode = _live(model.text) if live else planned.states(base)
@@ -339,11 +342,10 @@ def adapted_job(
     cached = task.cache is not None or data.cached
     said += planned.attention(asked.gpu) if live else []
     planned.check_cache(task.cache, cached, said, base.text)
-    whole = isinstance(config, FullConfig)
-    kept = [] if whole else [Frozen(name=base.network.component, bytes=planned.weight(base.network))]
+    held_in = train.engine.frozen
     return planned.loss_job(
         asked, data, train, build, lambda batch: (planned.latents(base, data, batch),),
-        frozen=[*kept, *planned.beside(base, data, cached, live, task.text_precision)],
-        recompute=how != "none", said=said, cached=cached,
+        frozen=planned.beside(base, data, cached, live, task.text_precision, held_in, whole and live),
+        recompute=how != "none", said=said, cached=cached, streamed=streamed,
         reads=("moments",) if live else ("moments", *planned.TEXT),
     )  # fmt: skip

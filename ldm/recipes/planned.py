@@ -16,8 +16,9 @@ from ldm.data.manifest import Manifest, resolve
 from ldm.data.mixture import Data
 from ldm.models.fit import check_fit, given, tokens
 from ldm.models.fit import told as told_cond
+from ldm.models.frozen import Storage
 from ldm.models.network import Granularity, Network
-from ldm.models.text import QwenConfig, T5Config, TextEncoder, TextPrecision, TextTower, text_bytes
+from ldm.models.text import QwenConfig, T5Config, TextEncoder, TextPrecision, TextTower
 from ldm.models.transformers.base import Transformer
 from ldm.models.vae.autoencoder import Autoencoder
 from ldm.objectives import Objective
@@ -26,6 +27,8 @@ from ldm.plan.flops import count_flops
 from ldm.plan.links import ZeroPP
 from ldm.plan.memory import Layout
 from ldm.plan.report import Frozen, Job
+from ldm.plan.streaming import Streamed
+from ldm.recipes import planned_frozen
 from ldm.recipes.pictures import entries
 from ldm.recipes.planned_models import check_size
 from ldm.rng import Rng
@@ -78,14 +81,19 @@ def precision(train: TrainConfig, gpu: bool) -> torch.dtype:
 
 
 def frozen(
-    vae: Autoencoder, towers: Sequence[TextEncoder], pixels: int, cached: bool, text: TextPrecision = "fp32"
-) -> list[Frozen]:
-    """The networks that stay on the GPU beside the trained one; they run for each image where nothing is cached."""
+    vae: Autoencoder, towers: Sequence[TextEncoder], pixels: int, cached: bool, text: TextPrecision, storage: Storage,
+    trains: bool = False,
+) -> list[Frozen]:  # fmt: skip
+    """The networks that stay on the GPU beside the trained one; they run for each image where nothing is cached.
+
+    `trains`: the text encoders themselves do, beside copies that stay as they are.
+    """
+    said = "fp32" if trains else storage
     flops = 0 if cached else count_flops(vae.encode, torch.empty(1, 3, pixels, pixels, device="meta"))
-    found = [Frozen(name="vae", bytes=weight(vae), flops=float(flops))]
+    found = [Frozen(name="vae", bytes=planned_frozen.autoencoder(vae, storage), flops=float(flops))]
     for i, tower in enumerate(towers):
         flops = 0 if cached else _text_flops(tower)
-        found.append(Frozen(name=f"text {i + 1}", bytes=text_bytes(tower, text), flops=float(flops)))
+        found.append(Frozen(name=f"text {i + 1}", bytes=planned_frozen.text(tower, said, text), flops=float(flops)))
     return found
 
 
@@ -98,11 +106,6 @@ def _text_flops(encoder: TextEncoder) -> float:
         return float(count_flops(encoder.model, torch.zeros(1, count, dtype=torch.int64, device="meta")))
     states = torch.empty(1, count, encoder.table.embedding_dim, device="meta")
     return float(count_flops(lambda x: encoder.model(inputs_embeds=x).last_hidden_state, states))
-
-
-def weight(module: nn.Module) -> float:
-    """Bytes of a module's weights."""
-    return 4.0 * sum(p.numel() for p in module.parameters())
 
 
 def side(data: Data) -> int:
@@ -176,6 +179,7 @@ def loss_job(
     said: list[str],
     cached: bool = False,
     reads: Sequence[str] = ("moments", *TEXT),
+    streamed: Streamed | None = None,
 ) -> Job:
     """A job whose step is counted from its loss. `reads`: what of a batch is stored in a cache."""
     batch = inputs(1)[0]
@@ -184,7 +188,7 @@ def loss_job(
     return Job(
         name=asked.name, build=build, inputs=inputs, flops=None, batch=train.batch, steps=train.steps,
         layout=layout(train, asked), recompute=recompute, precision=precision(train, asked.gpu),
-        frozen=tuple(frozen), samples=samples, sample_bytes=size, warnings=tuple(said),
+        frozen=tuple(frozen), samples=samples, sample_bytes=size, warnings=tuple(said), streamed=streamed,
     )  # fmt: skip
 
 
@@ -258,9 +262,17 @@ def latents(model: TextToImage, data: Data, batch: int) -> dict[str, Any]:
     return found
 
 
-def beside(model: TextToImage, data: Data, cached: bool, live: bool, text: TextPrecision = "fp32") -> list[Frozen]:
+def beside(
+    model: TextToImage,
+    data: Data,
+    cached: bool,
+    live: bool,
+    text: TextPrecision,
+    storage: Storage,
+    trains: bool = False,
+) -> list[Frozen]:
     """VAE and text towers. Towers that train have copies for the sample pictures, or are frozen below corrections."""
-    found = frozen(model.codec.autoencoder, model.text, side(data), cached, text)
+    found = frozen(model.codec.autoencoder, model.text, side(data), cached, text, storage, trains)
     return [replace(f, flops=0.0) if live and f.name != "vae" else f for f in found]
 
 

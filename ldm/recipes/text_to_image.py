@@ -315,6 +315,6 @@ def job(task: TextToImageTask, data: Data, train: TrainConfig, asked: planned.As
         name=asked.name, build=build, inputs=inputs, flops=float(count_flops(network, *inputs(1))),
         batch=train.batch, steps=train.steps, layout=planned.layout(train, asked), recompute=how != "none",
         precision=planned.precision(train, asked.gpu),
-        frozen=tuple(planned.frozen(vae, towers, pixels, cached, task.text_precision)),
+        frozen=tuple(planned.frozen(vae, towers, pixels, cached, task.text_precision, train.engine.frozen)),
         samples=samples, sample_bytes=size, warnings=tuple(said),
     )  # fmt: skip

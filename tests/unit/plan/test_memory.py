@@ -97,7 +97,14 @@ def test_one_sample_is_counted_by_itself() -> None:
         def forward(self, x: Tensor) -> Tensor:
             for layer in self.layers:
                 x = checkpoint(layer, x, use_reentrant=False)
-            return checkpoint(lambda y: (y.repeat(1, 512).sigmoid() + 1).sum(1), x, use_reentrant=False)
+            return checkpoint(self.wide, x, use_reentrant=False)  # type: ignore[return-value]
+
+        @staticmethod
+        def wide(y: Tensor) -> Tensor:
+            y = y.repeat(1, 512)
+            for _ in range(6):
+                y = y.sigmoid()
+            return (y + 1).sum(1)
 
     with torch.device("meta"):
         heavy = Heavy()
@@ -190,3 +197,31 @@ def test_a_weight_that_was_cast_without_a_gradient_has_one_later() -> None:
         network = Twice()
     found = trace(network, lambda b: (torch.empty(b, 8, device="meta"),), 2, precision=torch.bfloat16, gpu=True)
     assert found.gradients == 4 * (8 * 8 + 8)
+
+
+class Again(nn.Module):
+    """Square layers, each computed again in the backward pass."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False)  # type: ignore[assignment]
+        return x
+
+
+def test_casts_of_what_is_computed_again_end_with_it() -> None:
+    """A GPU's autocast keeps a bfloat16 copy of each trained weight to the end of the forward pass, and in the backward
+    pass of one layer at a time: beside all gradients then, of float32, there are two of one layer."""
+    layers, width = 6, 1024
+    weight = width * width
+    with torch.device("meta"):
+        network = Again(layers, width)
+    inputs = lambda b: (torch.empty(b, width, device="meta"),)  # noqa: E731
+    found = trace(network, inputs, 1, precision=torch.bfloat16, gpu=True)
+    small = 0.02 * weight
+    assert found.peak == pytest.approx(2 * layers * weight, abs=2 * small)
+    # The last layer's gradient in bfloat16 and in float32, its weight's copy, and all the others' gradients.
+    assert 4 * layers * weight < found.peak_kept < 4 * layers * weight + 4 * weight + small
