@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,9 @@ def test_a_disk_that_turns_read_only(make: Any, tmp_path: Path) -> None:
         trainer.checkpoints = disk / "checkpoints"
 
         def freeze(_: Any) -> None:
+            until = time.monotonic() + 60  # the checkpoint of step 3 is written in the background
+            while files.newest(disk / "checkpoints") is None and time.monotonic() < until:
+                time.sleep(0.01)
             subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
 
         with pytest.raises(SaveFailed, match="Read-only file system"):
