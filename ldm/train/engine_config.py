@@ -108,12 +108,12 @@ class EngineConfig:
 
         hpZ is off where one group holds them all, and whatever saves the wire is on one process.
         """
-        config = self if 1 < self.hpz_partition < world else replace(self, hpz_partition=1)
-        if world > 1:
-            return config
-        config = replace(config, quantized_weights=False, quantized_gradients=False)
-        needed = self.offload_optimizer or self.offload_parameters or self.precision == "fp16"
-        return config if needed else replace(config, zero_stage=0)
+        changes: dict[str, Any] = {"hpz_partition": 1} if self.hpz_partition >= max(world, 2) else {}
+        if world == 1:
+            changes |= {key: False for key in ("quantized_weights", "quantized_gradients") if getattr(self, key)}
+            if not (self.offload_optimizer or self.offload_parameters or self.precision == "fp16"):
+                changes["zero_stage"] = 0
+        return replace(self, **changes) if changes else self
 
 
 def deepspeed_config(config: EngineConfig, micro_batch: int, accumulate: int) -> dict[str, Any]:
