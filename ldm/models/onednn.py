@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack  # type: ignore[import-not-found]
 
-LEAST = 1 << 22
+LEAST = 1 << 23
 """Multiplications of a product below which the library stays PyTorch's: each shape's program takes 0.6 MB to keep."""
 
 

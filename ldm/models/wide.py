@@ -103,8 +103,9 @@ def _activated_backward(grad: Tensor, x: Tensor, activation: str) -> Tensor:
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b in the type of x, added up in float32 where its products would be emulated."""
     with _own_precision(x):
-        to = _adds_in(x)
-        wide, weight, bias = x.to(to), weight.to(to), None if bias is None else bias.to(to)
+        to = _adds_in(x, x.numel() * len(weight))
+        wide, weight = x.to(to), _computed(weight, x.dtype, to)
+        bias = None if bias is None else _computed(bias, x.dtype, to)
         product = onednn.linear if onednn.takes(wide, weight) else F.linear
         return product(wide, weight, bias).to(x.dtype)
 
@@ -114,8 +115,19 @@ def _own_precision(x: Tensor) -> AbstractContextManager[Any]:
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
-def _adds_in(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.device.type == "cpu" and emulates(x.dtype) else x.dtype
+def _adds_in(x: Tensor, multiplications: int) -> torch.dtype:
+    """What products of x are computed in: on CPUs float32 where half precision is emulated, and where they are small.
+
+    A product in half precision is a program of oneDNN's for each shape, which takes about 0.9 MB to keep.
+    """
+    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
+        return x.dtype
+    return torch.float32 if multiplications < onednn.LEAST or emulates(x.dtype) else x.dtype
+
+
+def _computed(weight: Tensor, dtype: torch.dtype, to: torch.dtype) -> Tensor:
+    """A weight in the type of a product; rounded to the type that was asked for, unless that is emulated."""
+    return weight.to(to) if to == dtype or emulates(dtype) else weight.to(dtype).to(to)
 
 
 class _Linear(torch.autograd.Function):
@@ -135,7 +147,7 @@ class _Linear(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         of_x = of_weight = of_bias = None
         with _own_precision(grads[0]):
-            to = _adds_in(grads[0])
+            to = _adds_in(grads[0], grads[0].numel() * weight.shape[1])
             grad = grads[0].to(to).reshape(-1, grads[0].shape[-1])
             if ctx.needs_input_grad[1]:
                 given = _activated(x, ctx.activation)
@@ -143,6 +155,7 @@ class _Linear(torch.autograd.Function):
             if bias is not None and ctx.needs_input_grad[2]:
                 of_bias = grad.sum(0).to(bias.dtype)
             if ctx.needs_input_grad[0]:
-                of_x = onednn.product(grad, weight.to(to)).view(*ctx.shape[:-1], weight.shape[1]).to(ctx.dtype)
+                whole = _computed(weight, grads[0].dtype, to)
+                of_x = onednn.product(grad, whole).view(*ctx.shape[:-1], weight.shape[1]).to(ctx.dtype)
                 of_x = _activated_backward(of_x, x, ctx.activation)
         return of_x, of_weight, of_bias, None

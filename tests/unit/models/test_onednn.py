@@ -169,14 +169,14 @@ def test_one_of_the_weights_trains_alone(counted: list[tuple[int, ...]], trained
 
 
 def test_small_products_stay_with_torch(counted: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """From 2^22 multiplications on, of one of the products where there are several."""
+    """From 2^23 multiplications on, of one of the products where there are several."""
     monkeypatch.undo()
     monkeypatch.setattr(onednn, "wins", lambda: True)
     for x, weight, taken in (
-        ((64, 256), (256, 256), True),
-        ((63, 256), (256, 256), False),
-        ((2, 32, 256), (256, 256), True),
-        ((4, 64, 256), (4, 256, 256), True),
-        ((4, 63, 256), (4, 256, 256), False),
+        ((128, 256), (256, 256), True),
+        ((127, 256), (256, 256), False),
+        ((2, 64, 256), (256, 256), True),
+        ((4, 128, 256), (4, 256, 256), True),
+        ((4, 127, 256), (4, 256, 256), False),
     ):
         assert onednn.takes(torch.zeros(x), torch.zeros(weight)) is taken, (x, weight)

@@ -148,7 +148,7 @@ def test_a_gate_before_a_product_is_not_kept() -> None:
 def test_no_copies_of_weights_are_kept_under_autocast(trained: bool) -> None:
     """Bit for bit what autocast gives, which keeps its half-precision copies to the backward pass."""
     torch.manual_seed(0)
-    layer, x = Linear(96, 80), torch.randn(4, 96, dtype=torch.bfloat16, requires_grad=True)
+    layer, x = Linear(256, 160), torch.randn(256, 256, dtype=torch.bfloat16, requires_grad=True)
     layer.requires_grad_(trained)
     bias = layer.bias
     with torch.autocast("cpu", torch.bfloat16):
@@ -162,6 +162,29 @@ def test_no_copies_of_weights_are_kept_under_autocast(trained: bool) -> None:
     leaves, weight = [x, *(p for p in layer.parameters() if trained)], torch.randn_like(out)
     for a, b in zip(*(torch.autograd.grad((f * weight).sum(), leaves) for f in (out, wanted)), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rows", [64, 512])
+def test_small_products_under_autocast_are_float32s(rows: int) -> None:
+    """Of the same rounded numbers; large ones are autocast's own, bit for bit."""
+    torch.manual_seed(0)
+    layer, x = Linear(256, 96), torch.randn(rows, 256, requires_grad=True)
+    exact = nn.Linear(256, 96).double()
+    exact.load_state_dict({k: v.bfloat16() for k, v in layer.state_dict().items()})
+    half, wide = x.detach().bfloat16().requires_grad_(), x.detach().bfloat16().double().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out, theirs = layer(half), F.linear(half, layer.weight, layer.bias)
+    assert out.dtype == torch.bfloat16
+    off, usual = ((v.double() - exact(wide)).norm() for v in (out, theirs))
+    assert off <= 1.01 * usual
+    assert rows == 64 or torch.equal(out, theirs)
+    weight = torch.randn_like(out)
+    found, wanted = (
+        torch.autograd.grad((f * weight).sum(), leaves)
+        for f, leaves in ((out, (half, *layer.parameters())), (exact(wide), (wide, *exact.parameters())))
+    )
+    for a, b in zip(found, wanted, strict=True):
+        assert (a - b).norm() < 0.005 * b.norm()
 
 
 @pytest.mark.parametrize(("batch", "side"), [(1, 4), (2, 5), (1, 8)])
