@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.models import wide
 from ldm.models.frugal import geglu, norm_silu, norm_silu_conv
 from ldm.models.layers import Conv3x3, NormSiLU
 from ldm.models.presets import UNETS
@@ -145,8 +146,9 @@ def test_a_gate_before_a_product_is_not_kept() -> None:
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_no_copies_of_weights_are_kept_under_autocast(trained: bool) -> None:
+def test_no_copies_of_weights_are_kept_under_autocast(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit what autocast gives, which keeps its half-precision copies to the backward pass."""
+    monkeypatch.setattr(wide, "emulates", lambda dtype: False)  # as on a CPU with such products
     torch.manual_seed(0)
     layer, x = Linear(256, 160), torch.randn(256, 256, dtype=torch.bfloat16, requires_grad=True)
     layer.requires_grad_(trained)
@@ -165,23 +167,24 @@ def test_no_copies_of_weights_are_kept_under_autocast(trained: bool) -> None:
 
 
 @pytest.mark.parametrize("rows", [64, 512])
-def test_small_products_under_autocast_are_float32s(rows: int) -> None:
+def test_small_products_under_autocast_are_float32s(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the same rounded numbers; large ones are autocast's own, bit for bit."""
+    monkeypatch.setattr(wide, "emulates", lambda dtype: False)  # as on a CPU with such products
     torch.manual_seed(0)
     layer, x = Linear(256, 96), torch.randn(rows, 256, requires_grad=True)
     exact = nn.Linear(256, 96).double()
     exact.load_state_dict({k: v.bfloat16() for k, v in layer.state_dict().items()})
-    half, wide = x.detach().bfloat16().requires_grad_(), x.detach().bfloat16().double().requires_grad_()
+    half, double = x.detach().bfloat16().requires_grad_(), x.detach().bfloat16().double().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         out, theirs = layer(half), F.linear(half, layer.weight, layer.bias)
     assert out.dtype == torch.bfloat16
-    off, usual = ((v.double() - exact(wide)).norm() for v in (out, theirs))
+    off, usual = ((v.double() - exact(double)).norm() for v in (out, theirs))
     assert off <= 1.01 * usual
     assert rows == 64 or torch.equal(out, theirs)
     weight = torch.randn_like(out)
     found, wanted = (
         torch.autograd.grad((f * weight).sum(), leaves)
-        for f, leaves in ((out, (half, *layer.parameters())), (exact(wide), (wide, *exact.parameters())))
+        for f, leaves in ((out, (half, *layer.parameters())), (exact(double), (double, *exact.parameters())))
     )
     for a, b in zip(found, wanted, strict=True):
         assert (a - b).norm() < 0.005 * b.norm()
