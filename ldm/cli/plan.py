@@ -75,11 +75,13 @@ def main(argv: list[str]) -> int:
 
     if args.config is None and args.sample is None:
         raise ValueError("no config given; such as: ldm plan configs/finetune/sd15_lora.yaml --card 12")
-    hardware = find(args.gpu or "a100-80g")
+    hardware = find("a100-80g" if args.gpu is None else args.gpu)
     if args.card is not None:
         hardware = of_memory(args.card) if args.gpu is None else replace(hardware, memory=args.card)
     links = {k: v for k, v in (("inside", args.inside), ("outside", args.outside)) if v is not None}
-    each = args.gpus_per_node or (8 if args.card is None and args.sample is None else 1)
+    each = args.gpus_per_node
+    if each is None:
+        each = 8 if args.card is None and args.sample is None else 1
     cluster = Cluster(nodes=args.nodes, per_node=each, hardware=replace(hardware, **links))
     if args.sample is not None:
         return _drawn(args, cluster)

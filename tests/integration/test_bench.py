@@ -27,6 +27,7 @@ RATIOS = {
     "data": {"result": ["webdataset, 0 workers / loader, 0 workers", "by hand, 1 thread / loader, 0 workers"]},
     "cli": {"result": ["ldm --help / python"]},
     "scale": {},  # simulates, measures nothing
+    "memory": {},  # plans, measures nothing
 }
 
 
