@@ -1,4 +1,4 @@
-"""DreamBooth, LoRA, pivotal tuning and textual inversion on held-out subjects: a table with spreads, and a picture each.
+"""DreamBooth, LoRA, pivotal tuning and textual inversion on held-out subjects: a table with spreads, and pictures.
 
     python examples/compare_finetuning.py --out runs/finetuning      (again: goes on where it stopped)
     python examples/compare_finetuning.py --only "DreamBooth LoRA, rank 4" --subjects dodo --seeds 0
