@@ -32,7 +32,7 @@ from ldm.diffusion.density import (
     UniformTimes,
 )
 from ldm.diffusion.process import Process
-from ldm.diffusion.weighting import P2, SNR, VLB, X0, CosMapWeight, MinSNR, SigmaSqrt, Uniform
+from ldm.diffusion.weighting import P2, SNR, VLB, X0, CosMapWeight, Debiased, MinSNR, SigmaSqrt, SoftMinSNR, Uniform
 from ldm.models.network import Granularity, granularity
 from ldm.models.text import (
     T5Padding,
@@ -78,7 +78,9 @@ class Finetuning:
     base: str = "emoji"
     text_precision: TextPrecision = "fp32"
     t5_padding: T5Padding = "unmodified"
-    weighting: Uniform | MinSNR | SNR | P2 | VLB | X0 | SigmaSqrt | CosMapWeight = field(default_factory=Uniform)
+    weighting: Uniform | MinSNR | SoftMinSNR | SNR | Debiased | P2 | VLB | X0 | SigmaSqrt | CosMapWeight = field(
+        default_factory=Uniform
+    )
     density: Density | None = None
     options: DenoiseOptions = field(default_factory=lambda: DenoiseOptions(drop=0.0))
     cache: Path | None = None
@@ -151,6 +153,7 @@ def assembled(
     images: Path | None,
 ) -> Assembly:
     """Caches, adapter, objective, loader, sample pictures and export of a prepared data set."""
+    task.options.check(train.micro_batch(dist.world_size()))
     seed_torch(seed)  # initial weights of the adapter
     planned.check_patches(pipeline.network, pipeline.codec.factor, data)
     codec, towers, live = pipeline.codec, pipeline.text, adapter.trains_text
