@@ -114,7 +114,9 @@ class DenoiseObjective(Objective):
         if options.guidance is not None and getattr(self._of[0], "guidance_width", None) is None:
             raise ValueError(f"guidance {options.guidance}: the network is told no guidance scale; write null")
         if options.contrastive and process.variance == "learned":
-            raise ValueError(f"contrastive {options.contrastive} is for networks of fixed variance; write 0")
+            raise ValueError(
+                f"options.contrastive: {options.contrastive} has no meaning with process.variance 'learned'; write 0"
+            )
         self._dropping = 0.0 if options.drop_warmup else 1.0  # part of the shares of dropped texts
         density = process.density
         self._history = History(process.schedule.steps, density) if isinstance(density, Importance) else None

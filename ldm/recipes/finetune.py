@@ -108,6 +108,7 @@ def build(task: FinetuneTask, data: Data, train: TrainConfig, seed: int, workers
 
 def open_base(task: Finetuning, adapter: FullConfig | LoraConfig | TokensConfig, train: TrainConfig) -> TextToImage:
     """The base model with the loss's weighting and density; `assembled` stores what does not train as configured."""
+    task.options.check(train.micro_batch(dist.world_size()))
     blocks = train.engine.blocks_on_device
     if blocks is not None and isinstance(adapter, FullConfig):
         raise ValueError(
@@ -153,7 +154,6 @@ def assembled(
     images: Path | None,
 ) -> Assembly:
     """Caches, adapter, objective, loader, sample pictures and export of a prepared data set."""
-    task.options.check(train.micro_batch(dist.world_size()))
     seed_torch(seed)  # initial weights of the adapter
     planned.check_patches(pipeline.network, pipeline.codec.factor, data)
     codec, towers, live = pipeline.codec, pipeline.text, adapter.trains_text

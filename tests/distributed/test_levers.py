@@ -1,4 +1,4 @@
-"""Levers of the denoising loss in whole runs: the same losses on one rank and two, and a stopped run goes on exactly."""
+"""Levers of the denoising loss in whole runs: the same on one rank and two, and a stopped run goes on exactly."""
 
 from __future__ import annotations
 

@@ -333,7 +333,7 @@ def learned() -> DenoiseObjective:
         (lambda: DenoiseOptions(contrastive=0.1).check(3), "options.contrastive: 0.1 takes samples in pairs"),
         (lambda: DenoiseOptions(assign="optimal").check(24), "options.assign_among: 16 must divide a micro-batch"),
         (lambda: run(objective(Process(), contrastive=0.1), [0]), "takes samples in pairs"),
-        (learned, "contrastive 0.05 is for networks of fixed variance"),
+        (learned, "options.contrastive: 0.05 has no meaning with process.variance 'learned'"),
     ],
 )
 def test_refused(make: Any, says: str) -> None:
