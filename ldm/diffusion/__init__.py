@@ -14,7 +14,19 @@ from ldm.diffusion.likelihood import Bound, bound, hybrid_loss
 from ldm.diffusion.prediction import PREDICTIONS, Epsilon, Prediction, Sample, V, Velocity, convert
 from ldm.diffusion.process import LearnedDenoise, Process, posterior
 from ldm.diffusion.schedule import Discrete, DynamicShift, Flow, Schedule
-from ldm.diffusion.weighting import P2, SNR, VLB, X0, CosMapWeight, MinSNR, SigmaSqrt, Uniform, Weighting
+from ldm.diffusion.weighting import (
+    P2,
+    SNR,
+    VLB,
+    X0,
+    CosMapWeight,
+    Debiased,
+    MinSNR,
+    SigmaSqrt,
+    SoftMinSNR,
+    Uniform,
+    Weighting,
+)
 
 __all__ = [
     "P2",
@@ -25,6 +37,7 @@ __all__ = [
     "Bound",
     "CosMap",
     "CosMapWeight",
+    "Debiased",
     "Discrete",
     "DynamicShift",
     "Epsilon",
@@ -42,6 +55,7 @@ __all__ = [
     "Schedule",
     "ShiftedUniform",
     "SigmaSqrt",
+    "SoftMinSNR",
     "Uniform",
     "UniformTimes",
     "V",

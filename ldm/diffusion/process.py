@@ -20,7 +20,7 @@ from ldm.diffusion.density import (
 )
 from ldm.diffusion.prediction import Epsilon, Sample, V, Velocity, broadcast
 from ldm.diffusion.schedule import Discrete, Flow
-from ldm.diffusion.weighting import P2, SNR, VLB, X0, CosMapWeight, MinSNR, SigmaSqrt, Uniform
+from ldm.diffusion.weighting import P2, SNR, VLB, X0, CosMapWeight, Debiased, MinSNR, SigmaSqrt, SoftMinSNR, Uniform
 from ldm.types import Cond, Denoise, Net
 
 Value = TypeVar("Value", float, Tensor)
@@ -78,7 +78,9 @@ class Process:
 
     schedule: Discrete | Flow = field(default_factory=Discrete)
     prediction: Epsilon | V | Sample | Velocity = field(default_factory=Epsilon)
-    weighting: Uniform | MinSNR | SNR | P2 | VLB | X0 | SigmaSqrt | CosMapWeight = field(default_factory=Uniform)
+    weighting: Uniform | MinSNR | SoftMinSNR | SNR | Debiased | P2 | VLB | X0 | SigmaSqrt | CosMapWeight = field(
+        default_factory=Uniform
+    )
     density: UniformTimes | LogitNormal | Mode | CosMap | ShiftedUniform | FluxShift | Importance = field(
         default_factory=UniformTimes
     )

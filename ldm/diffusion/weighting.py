@@ -54,6 +54,35 @@ class MinSNR:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SoftMinSNR:
+    """gamma SNR / (SNR + gamma) on the error of x_0, a min-SNR without a corner (arXiv 2401.11605).
+
+    On the error of the noise it is sigmoid(log gamma - log SNR), the sigmoid weight with its bias log gamma (arXiv
+    2303.00848) at times drawn evenly in log SNR.
+    """
+
+    kind: Literal["soft_min_snr"] = "soft_min_snr"
+    gamma: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not self.gamma > 0:
+            raise ValueError(f"gamma must be above 0, got {self.gamma}")
+
+    def weight(self, alpha: Tensor, sigma: Tensor, prediction: Prediction, before: Pair | None = None) -> Tensor:
+        return prediction.noise_gain(alpha, sigma) * self.gamma / (_snr(alpha, sigma) + self.gamma)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Debiased:
+    """1 / sqrt(SNR) on the error of the noise, that is sqrt(SNR) on that of x_0 (arXiv 2310.08442)."""
+
+    kind: Literal["debiased"] = "debiased"
+
+    def weight(self, alpha: Tensor, sigma: Tensor, prediction: Prediction, before: Pair | None = None) -> Tensor:
+        return (prediction.noise_gain(alpha, sigma) * prediction.x0_gain(alpha, sigma)).sqrt()
+
+
+@dataclass(frozen=True, kw_only=True)
 class SNR:
     """SNR on the error of x_0, that is 1 on the error of the noise, never below `floor` on x_0 (0: no floor).
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ldm.diffusion.density import Importance, ImportanceTimes
 from ldm.diffusion.likelihood import hybrid_loss
 from ldm.diffusion.process import Process, offset_noise, perturb_noise
 from ldm.models.vae.latents import LatentCodec
+from ldm.objectives import partners, repeats
 from ldm.objectives.base import Objective, by_noise
 from ldm.objectives.inputs import EncodeText, LatentFeed
 from ldm.rng import Rng, key
@@ -32,7 +33,11 @@ class DenoiseOptions:
     `offset_noise`: standard deviation of one more normal draw a channel, shared by its pixels, so that the mean
     brightness is learned too. `input_perturbation`: of the noise that the network sees beside its target (arXiv
     2301.11706). `bound_weight`: of the bound beside the simple loss where the variance is learned (improved DDPM,
-    eq. 16).
+    eq. 16). The rest act in training and leave the validation loss as it is. `drop_warmup`: optimizer steps over which
+    the shares of `drop` and `drop_each` rise from 0. `contrastive`: of the distance to another sample's target that is
+    taken from the loss (arXiv 2506.05350: 0.05). `assign` "optimal": noise goes to the nearest samples among each
+    `assign_among` consecutive ones. `repeats`: how often each encoded sample is used, at times and with noises of its
+    own.
     """
 
     drop: float = 0.1
@@ -41,6 +46,11 @@ class DenoiseOptions:
     offset_noise: float = 0.0
     input_perturbation: float = 0.0
     bound_weight: float = 0.001
+    drop_warmup: int = 0
+    contrastive: float = 0.0
+    assign: Literal["none", "optimal"] = "none"
+    assign_among: int = 16
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop <= 1:
@@ -62,6 +72,20 @@ class DenoiseOptions:
         for name, value in strengths.items():
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be at least 0, got {value}")
+        if self.drop_warmup < 0:
+            raise ValueError(f"drop_warmup must be at least 0 steps, got {self.drop_warmup}")
+        if not 0 <= self.contrastive < 1:  # from 1 on the loss has no minimum
+            raise ValueError(f"contrastive must be in [0, 1), got {self.contrastive}")
+        if self.assign not in ("none", "optimal"):
+            raise ValueError(f"assign must be 'none' or 'optimal', got {self.assign!r}")
+        if self.assign_among < 2:
+            raise ValueError(f"assign_among must be at least 2 samples, got {self.assign_among}")
+        if not 1 <= self.repeats <= repeats.MOST:
+            raise ValueError(f"repeats must be in [1, {repeats.MOST}], got {self.repeats}")
+
+    def check(self, micro: int) -> None:
+        """Raise ValueError where micro-batches of so many samples do not divide into the pairs or groups of levers."""
+        partners.check(micro, self.contrastive, self.assign_among if self.assign == "optimal" else 0)
 
 
 class DenoiseObjective(Objective):
@@ -89,6 +113,11 @@ class DenoiseObjective(Objective):
         self._feed = LatentFeed(codec, encode_text, options.drop, each=options.drop_each, live=live)
         if options.guidance is not None and getattr(self._of[0], "guidance_width", None) is None:
             raise ValueError(f"guidance {options.guidance}: the network is told no guidance scale; write null")
+        if options.contrastive and process.variance == "learned":
+            raise ValueError(
+                f"options.contrastive: {options.contrastive} has no meaning with process.variance 'learned'; write 0"
+            )
+        self._dropping = 0.0 if options.drop_warmup else 1.0  # part of the shares of dropped texts
         density = process.density
         self._history = History(process.schedule.steps, density) if isinstance(density, Importance) else None
 
@@ -96,8 +125,15 @@ class DenoiseObjective(Objective):
         """Mean over the micro-batch of weight x error; randomness belongs to each sample's global position."""
         torch.manual_seed(key(rng.seed, rng.positions[0], "dropout"))  # torch's dropout takes no generator
         latents = self.latents(batch, rng)
-        cond = self.cond(batch, rng)
-        t, importance = self._times(rng.uniform("time"), self._tokens(latents))
+        cond, weights = self.cond(batch, rng), batch["weight"]
+        count = 1
+        if torch.is_grad_enabled():
+            count = self.options.repeats
+            if not latents.is_meta:
+                self.options.check(len(rng))
+            rng, weights = repeats.rng_of(rng, count), repeats.rows_of(weights, count)
+            latents, cond = repeats.rows_of(latents, count), repeats.cond_of(cond, count)
+        t, importance = self._times(repeats.stratified(rng.uniform("time"), count), self._tokens(latents))
         t = t.to(latents.device)
         noise, added = self._noises(rng, latents)
         noised = self.process.add_noise(latents, added, t)
@@ -112,10 +148,15 @@ class DenoiseObjective(Objective):
             losses = self.process.loss(out, latents, noise, t)
         if self._history is not None and torch.is_grad_enabled():
             self._history.see(rng.positions, t, losses)
-        weights = batch["weight"].to(losses)
+        metrics = by_noise(losses.detach(), t / self.process.schedule.last)
+        if self.options.contrastive and torch.is_grad_enabled():
+            apart = self.process.loss(out, partners.swapped(latents), partners.swapped(noise), t)
+            losses = losses - self.options.contrastive * apart
+            metrics["loss_contrastive"] = apart.detach().mean()
+        weights = weights.to(losses)
         if importance is not None:
             weights = weights * importance.to(losses)
-        return (losses * weights).mean(), by_noise(losses.detach(), t / self.process.schedule.last)
+        return (losses * weights).mean(), metrics
 
     def _tokens(self, latents: Tensor) -> int:
         """The image tokens of latents (B, C, H, W), each of `token_side` x `token_side` of them (2 as networks go)."""
@@ -134,12 +175,16 @@ class DenoiseObjective(Objective):
         noise = rng.normal("noise", latents.shape[1:]).to(latents)
         if options.offset_noise:
             noise = offset_noise(noise, rng.normal("offset", latents.shape[1:2]).to(latents), options.offset_noise)
+        if options.assign == "optimal" and torch.is_grad_enabled():
+            noise = noise[partners.assigned(latents, noise, options.assign_among)]
         if not options.input_perturbation:
             return noise, noise
         extra = rng.normal("perturbation", latents.shape[1:]).to(latents)
         return noise, perturb_noise(noise, extra, options.input_perturbation)
 
     def after_step(self, step: int) -> None:
+        if self.options.drop_warmup:
+            self._dropping = min(1.0, step / self.options.drop_warmup)
         if self._history is not None:
             self._history.settle()
 
@@ -156,7 +201,8 @@ class DenoiseObjective(Objective):
 
     def cond(self, batch: Batch, rng: Rng) -> Cond:
         """Text states, with the dropped ones replaced by those of the empty prompt, and the guidance that is told."""
-        cond = self._feed.cond(batch, rng, self.device)
+        part = self._dropping if torch.is_grad_enabled() else 1.0
+        cond = self._feed.cond(batch, rng, self.device, part)
         if self.options.guidance is None:
             return cond
         low, high = _span(self.options.guidance)

@@ -69,25 +69,28 @@ class LatentFeed:
         noise = rng.normal("posterior", (moments.shape[1] // 2, *moments.shape[2:]))
         return self._codec.sample(moments, noise.to(moments))
 
-    def cond(self, batch: Batch, rng: Rng, device: torch.device) -> Cond:
-        """Text states, dropped ones replaced by those of the empty prompt, and SDXL's sizes if the data has them."""
-        dropped = rng.uniform("drop") < self.drop
+    def cond(self, batch: Batch, rng: Rng, device: torch.device, part: float = 1.0) -> Cond:
+        """Text states, dropped ones replaced by those of the empty prompt, and SDXL's sizes if the data has them.
+
+        `part`, in [0, 1], of the shares is dropped.
+        """
+        dropped = rng.uniform("drop") < part * self.drop
         if self._live:
             captions = ["" if gone else c for c, gone in zip(batch["caption"], dropped.tolist(), strict=True)]
             out = self._encoded(captions, device)
             if self._each:
-                out = self._emptied(out, self._encoded([""], device), rng, None, device)
+                out = self._emptied(out, self._encoded([""], device), rng, None, device, part)
         else:
-            out = self._frozen(batch, rng, dropped, device)
+            out = self._frozen(batch, rng, dropped, device, part)
         if all(name in batch for name in SIZES):
             out["time_ids"] = torch.cat([batch[name].to(device) for name in SIZES], dim=1).float()
         return out
 
     @torch.no_grad()
-    def _frozen(self, batch: Batch, rng: Rng, dropped: Tensor, device: torch.device) -> Cond:
+    def _frozen(self, batch: Batch, rng: Rng, dropped: Tensor, device: torch.device, part: float) -> Cond:
         cached = {k: v.to(device, non_blocking=True) for k, v in batch.items() if is_text(k) and isinstance(v, Tensor)}
         cond = self._whole(cached) or self._encoded(batch["caption"], device)
-        return self._emptied(cond, self._short, rng, dropped, device)
+        return self._emptied(cond, self._short, rng, dropped, device, part)
 
     def _encoded(self, captions: Sequence[str], device: torch.device) -> Cond:
         """What the text encoders give, wherever they are."""
@@ -98,12 +101,14 @@ class LatentFeed:
         free = [k for k in cached if is_sequence(k) and k in self._empty and mask_of(k) not in cached]
         return cached | {k: lengthened(cached[k], self._empty[k].shape[1]) for k in free}
 
-    def _emptied(self, cond: Cond, empty: Cond, rng: Rng, dropped: Tensor | None, device: torch.device) -> Cond:
+    def _emptied(
+        self, cond: Cond, empty: Cond, rng: Rng, dropped: Tensor | None, device: torch.device, part: float
+    ) -> Cond:
         """`cond` with the empty prompt in the place of dropped texts (B,), and of those of each encoder on its own."""
         empty = {k: v.to(device) for k, v in empty.items() if k in cond or k.partition(".")[0] == "mask"}
         cond, empty = padded([cond, empty])
         gone = torch.zeros(len(rng), dtype=torch.bool) if dropped is None else dropped
-        alone = [gone | (rng.uniform(f"drop {i}") < share) for i, share in enumerate(self._each)]
+        alone = [gone | (rng.uniform(f"drop {i}") < part * share) for i, share in enumerate(self._each)]
         out = {}
         for name, value in cond.items():
             rows = (alone[encoder_of(name)] if alone else gone).to(device)

@@ -33,7 +33,7 @@ from ldm.diffusion.density import (
     UniformTimes,
 )
 from ldm.diffusion.process import Process
-from ldm.diffusion.weighting import P2, SNR, VLB, X0, CosMapWeight, MinSNR, SigmaSqrt, Uniform
+from ldm.diffusion.weighting import P2, SNR, VLB, X0, CosMapWeight, Debiased, MinSNR, SigmaSqrt, SoftMinSNR, Uniform
 from ldm.models.network import Granularity, granularity
 from ldm.models.text import (
     T5Padding,
@@ -80,7 +80,9 @@ class Finetuning:
     base: str = "emoji"
     text_precision: TextPrecision = "fp32"
     t5_padding: T5Padding = "unmodified"
-    weighting: Uniform | MinSNR | SNR | P2 | VLB | X0 | SigmaSqrt | CosMapWeight = field(default_factory=Uniform)
+    weighting: Uniform | MinSNR | SoftMinSNR | SNR | Debiased | P2 | VLB | X0 | SigmaSqrt | CosMapWeight = field(
+        default_factory=Uniform
+    )
     density: Density | None = None
     options: DenoiseOptions = field(default_factory=lambda: DenoiseOptions(drop=0.0))
     cache: Path | None = None
@@ -108,6 +110,7 @@ def build(task: FinetuneTask, data: Data, train: TrainConfig, seed: int, workers
 
 def open_base(task: Finetuning, adapter: AnyConfig, train: TrainConfig) -> TextToImage:
     """The base model with the loss's weighting and density; `assembled` stores what does not train as configured."""
+    task.options.check(train.micro_batch(dist.world_size()))
     blocks = train.engine.blocks_on_device
     if blocks is not None and isinstance(adapter, FullConfig):
         raise ValueError(

@@ -237,6 +237,7 @@ def scheduler_for(process: Process, network: Network) -> dict[str, Any]:
 
 def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:
     """The network, the frozen parts, the data (encoded once, if so configured) and sample pictures."""
+    task.options.check(train.micro_batch(dist.world_size()))
     seed_torch(seed)  # initial weights
     device = dist.device()
     autoencoder = load_autoencoder(task.vae).to(device)
@@ -306,6 +307,7 @@ def job(task: TextToImageTask, data: Data, train: TrainConfig, asked: planned.As
     planned.check_cache(task.cache, cached, said, towers)
 
     def inputs(batch: int) -> tuple[Any, ...]:
+        batch *= task.options.repeats
         x = torch.empty(batch, network.in_channels, side, side, device="meta")
         return x, torch.empty(batch, device="meta"), told(network, configs, batch)
 

@@ -5,7 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.diffusion import P2, PREDICTIONS, SNR, VLB, Discrete, Epsilon, Flow, MinSNR, Process, V, Velocity
+from ldm.diffusion import (
+    P2,
+    PREDICTIONS,
+    SNR,
+    VLB,
+    Debiased,
+    Discrete,
+    Epsilon,
+    Flow,
+    MinSNR,
+    Process,
+    Sample,
+    SoftMinSNR,
+    V,
+    Velocity,
+)
 from ldm.diffusion.likelihood import bound
 
 
@@ -17,7 +32,9 @@ def test_min_snr_published():
     assert got.tolist() == pytest.approx([0.00425, 0.5288826121, 0.6737926252], rel=1e-4)
 
 
-@pytest.mark.parametrize("weighting", [MinSNR(), SNR(), SNR(floor=1.0), P2(), P2(k=0.5, gamma=0.5), VLB()])
+@pytest.mark.parametrize(
+    "weighting", [MinSNR(), SNR(), SNR(floor=1.0), P2(), P2(k=0.5, gamma=0.5), VLB(), SoftMinSNR(), Debiased()]
+)
 def test_one_loss_for_every_parameterisation(weighting):
     """Networks that make the same error of x_0 have the same weighted loss, whatever they predict."""
     g = torch.Generator().manual_seed(0)
@@ -37,7 +54,7 @@ def test_one_loss_for_every_parameterisation(weighting):
         assert torch.allclose(loss, losses[0], rtol=2e-3)
 
 
-@pytest.mark.parametrize("weighting", [MinSNR(), SNR(), SNR(floor=1.0), P2(), VLB()])
+@pytest.mark.parametrize("weighting", [MinSNR(), SNR(), SNR(floor=1.0), P2(), VLB(), SoftMinSNR(), Debiased()])
 def test_finite_where_alpha_is_0(weighting):
     process = Process(schedule=Discrete(zero_terminal_snr=True), prediction=V(), weighting=weighting)
     weight = process.weight(torch.arange(1000))
@@ -46,6 +63,34 @@ def test_finite_where_alpha_is_0(weighting):
     if not isinstance(weighting, VLB):
         flow = Process(schedule=Flow(), prediction=Velocity(), weighting=weighting)
         assert bool(torch.isfinite(flow.weight(torch.tensor([0.0, 1.0, 1000.0]))).all())
+
+
+def snr_of(t: torch.Tensor) -> torch.Tensor:
+    """Of Stable Diffusion's betas, float64."""
+    bar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)[t]
+    return bar / (1 - bar)
+
+
+def test_soft_min_snr_is_crowsons():
+    """1 / (s^2 + 1 / gamma) on x_0 where s is the noise of data that are not shrunk; a sigmoid on the noise."""
+    t = torch.tensor([0, 1, 100, 500, 999])
+    snr = snr_of(t)
+    for gamma in (4.0, 0.5):
+        on_x0 = Process(weighting=SoftMinSNR(gamma=gamma), prediction=Sample()).weight(t)
+        assert torch.allclose(on_x0.double(), 1 / (1 / snr + 1 / gamma), rtol=1e-5)
+        on_noise = Process(weighting=SoftMinSNR(gamma=gamma)).weight(t).double()
+        assert torch.allclose(on_noise, torch.sigmoid(torch.tensor(gamma).log() - snr.log()), rtol=1e-5)
+    soft, hard = (Process(weighting=w, prediction=Sample()).weight(t) for w in (SoftMinSNR(gamma=5.0), MinSNR()))
+    assert bool((soft < hard).all())
+    assert bool((soft > hard / 2.001).all())
+
+
+def test_debiased_is_published():
+    """1 / sqrt(SNR) on the noise (arXiv 2310.08442); alpha sigma on a flow's velocity."""
+    t = torch.tensor([0, 1, 100, 500, 999])
+    assert torch.allclose(Process(weighting=Debiased()).weight(t).double(), snr_of(t) ** -0.5, rtol=1e-5)
+    flow, t = Process(schedule=Flow(), prediction=Velocity(), weighting=Debiased()), torch.tensor([0.0, 250.0, 1000.0])
+    assert flow.weight(t).tolist() == pytest.approx([0, 0.25 * 0.75, 0], abs=1e-6)
 
 
 def test_vlb_weight_is_the_bound():
@@ -71,6 +116,7 @@ def test_vlb_weight_is_the_bound():
     ("make", "message"),
     [
         (lambda: MinSNR(gamma=0), "gamma must be above 0"),
+        (lambda: SoftMinSNR(gamma=0), "gamma must be above 0"),
         (lambda: SNR(floor=-1), "floor must be at least 0"),
         (lambda: P2(k=0), "k must be above 0"),
         (lambda: VLB(variance="odd"), "variance must be"),
