@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +15,12 @@ from ldm import dist
 from ldm.diffusion.density import Importance, ImportanceTimes
 from ldm.diffusion.likelihood import hybrid_loss
 from ldm.diffusion.process import Process, offset_noise, perturb_noise
+from ldm.models.network import of_averages
 from ldm.models.vae.latents import LatentCodec
+from ldm.objectives.align import Alignment, AlignOptions
 from ldm.objectives.base import Objective, by_noise
 from ldm.objectives.inputs import EncodeText, LatentFeed
+from ldm.objectives.small import SmallOptions, can_be_small, shrunk, side_at
 from ldm.rng import Rng, key
 from ldm.sampling.guidance import told_scale
 from ldm.types import Batch, Cond, Metrics
@@ -32,7 +36,8 @@ class DenoiseOptions:
     `offset_noise`: standard deviation of one more normal draw a channel, shared by its pixels, so that the mean
     brightness is learned too. `input_perturbation`: of the noise that the network sees beside its target (arXiv
     2301.11706). `bound_weight`: of the bound beside the simple loss where the variance is learned (improved DDPM,
-    eq. 16).
+    eq. 16). `align`: features inside of the network are drawn towards those that another has of the clean picture.
+    `small`: the first steps are of averaged, small latents.
     """
 
     drop: float = 0.1
@@ -41,6 +46,8 @@ class DenoiseOptions:
     offset_noise: float = 0.0
     input_perturbation: float = 0.0
     bound_weight: float = 0.001
+    align: AlignOptions | None = None
+    small: SmallOptions | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop <= 1:
@@ -81,14 +88,21 @@ class DenoiseObjective(Objective):
         *,
         live: bool = False,
         below: nn.Module | None = None,
+        alignment: Alignment | None = None,
     ) -> None:
-        """`below`: the network that `network`, an adapter around it, corrects or feeds."""
+        """`below`: the network that `network`, an adapter around it, corrects or feeds; `alignment` trains too."""
         super().__init__(network)
+        if options.align is not None and alignment is None:
+            raise ValueError("options.align: is for a network that trains as a whole (text_to_image); write null")
+        self.alignment = alignment
+        self._step = 0
         self._of = (network if below is None else below,)  # in a tuple: not registered, it trains as `trained` alone
         self.process, self.options = process, options
         self._feed = LatentFeed(codec, encode_text, options.drop, each=options.drop_each, live=live)
         if options.guidance is not None and getattr(self._of[0], "guidance_width", None) is None:
             raise ValueError(f"guidance {options.guidance}: the network is told no guidance scale; write null")
+        if options.small is not None:
+            can_be_small(self._of[0])
         density = process.density
         self._history = History(process.schedule.steps, density) if isinstance(density, Importance) else None
 
@@ -97,6 +111,9 @@ class DenoiseObjective(Objective):
         torch.manual_seed(key(rng.seed, rng.positions[0], "dropout"))  # torch's dropout takes no generator
         latents = self.latents(batch, rng)
         cond = self.cond(batch, rng)
+        side = side_at(self.options.small, self._step) if torch.is_grad_enabled() else 1
+        if self.options.small is not None and side > 1:
+            latents, cond = shrunk(self.options.small, latents, cond)
         t, importance = self._times(rng.uniform("time"), self._tokens(latents))
         t = t.to(latents.device)
         noise, added = self._noises(rng, latents)
@@ -104,7 +121,7 @@ class DenoiseObjective(Objective):
         # faster in half precision, slower in float32 (docs/log.md)
         if not noised.is_meta and torch.is_autocast_enabled(noised.device.type):
             noised = noised.contiguous(memory_format=torch.channels_last)
-        out = self.trained(noised, t, cond)
+        out, similarity = self._answer(noised, t, cond, batch, side)
         if self.process.variance == "learned":
             weight = self.options.bound_weight
             losses = hybrid_loss(self.process, out, latents, noise, t, weight=weight, added=added)
@@ -115,7 +132,26 @@ class DenoiseObjective(Objective):
         weights = batch["weight"].to(losses)
         if importance is not None:
             weights = weights * importance.to(losses)
-        return (losses * weights).mean(), by_noise(losses.detach(), t / self.process.schedule.last)
+        loss, metrics = (losses * weights).mean(), by_noise(losses.detach(), t / self.process.schedule.last)
+        if self.options.align is None or self.alignment is None or not torch.is_grad_enabled():
+            return loss, metrics
+        if similarity is None:
+            return loss + self.alignment.nothing(), metrics
+        # 1 - similarity: with a loss above 0 switching it off is no jump up, which guards would take for a spike
+        term = ((1 - similarity) * batch["weight"].to(similarity)).mean()
+        return loss + self.options.align.weight * term, metrics | {"alignment": similarity.detach().mean()}
+
+    def _answer(
+        self, noised: Tensor, t: Tensor, cond: Cond, batch: Batch, side: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """The network's answer, and the similarity (B,) of its features to the clean picture's where they align."""
+        with contextlib.ExitStack() as stack:
+            if side > 1:
+                stack.enter_context(of_averages(self._of[0], side))
+            tap = None if self.alignment is None else stack.enter_context(self.alignment.watching(self._step))
+            out = self.trained(noised, t, cond)
+        size = (noised.shape[2], noised.shape[3])
+        return out, None if self.alignment is None else self.alignment(tap, batch, size)
 
     def _tokens(self, latents: Tensor) -> int:
         """The image tokens of latents (B, C, H, W), each of `token_side` x `token_side` of them (2 as networks go)."""
@@ -140,6 +176,7 @@ class DenoiseObjective(Objective):
         return noise, perturb_noise(noise, extra, options.input_perturbation)
 
     def after_step(self, step: int) -> None:
+        self._step = step
         if self._history is not None:
             self._history.settle()
 

@@ -32,12 +32,14 @@ from ldm.models.text import T5Padding, TextEncoder, TextPrecision, check_text_pr
 from ldm.models.transformers.pixart import PixArtTransformer
 from ldm.models.vae.autoencoder import Autoencoder
 from ldm.models.vae.latents import LatentCodec
+from ldm.objectives.align import without_projector
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.pipeline import Settings, TextToImage
 from ldm.plan.flops import count_flops
 from ldm.plan.report import Job
 from ldm.progress import Bar
 from ldm.recipes import planned, planned_models
+from ldm.recipes.aligning import AlignTarget, aligned, plan_lines
 from ldm.recipes.base import Assembly
 from ldm.recipes.frozen_parts import store_beside
 from ldm.recipes.sources import (
@@ -161,8 +163,17 @@ def without_dropout(network: Network) -> Iterator[None]:
         network.train(was)
 
 
-def cached(folder: Path, data: DataConfig, codec: LatentCodec, towers: Sequence[TextEncoder]) -> Path:
-    """Encode pictures and captions into a folder if they are not there yet; all ranks share the work."""
+def cached(
+    folder: Path,
+    data: DataConfig,
+    codec: LatentCodec,
+    towers: Sequence[TextEncoder],
+    target: AlignTarget | None = None,
+) -> Path:
+    """Encode pictures and captions into a folder if they are not there yet; all ranks share the work.
+
+    With a target also its features of the pictures.
+    """
     config = EncodeConfig(
         path=data.path, splits=(data.split,), size=data.size, buckets=data.buckets, fit=data.fit, crop=data.crop,
         flip=data.flip, variants=2 if data.flip or data.crop == "random" else 1, template=data.template, part=512,
@@ -175,7 +186,8 @@ def cached(folder: Path, data: DataConfig, codec: LatentCodec, towers: Sequence[
             folder,
             moments=codec.moments,
             text=lambda texts: dict(encode_text(texts)),
-            hashes=hashes(codec.autoencoder, towers),
+            hashes=hashes(codec.autoencoder, towers) | ({} if target is None else target.hashes),
+            features=None if target is None else target.encode,
             rank=dist.rank(),
             world=dist.world_size(),
             progress=bar.update,
@@ -259,16 +271,17 @@ def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, work
     storage, caches = train.engine.frozen, task.cache is not None or data.cached
     store_beside(storage, None, [] if caches else towers, task.text_precision)
     options = told_options(task.options, network)
-    objective = DenoiseObjective(network, task.process, codec, encode_text, options).to(device)
+    alignment, target = aligned(options.align, network, device, caches)
+    objective = DenoiseObjective(network, task.process, codec, encode_text, options, alignment=alignment).to(device)
     if task.cache is not None and not data.cached:
-        data = with_caches(data, task.cache, lambda data, folder: cached(folder, data, codec, towers))
-    expect = hashes(autoencoder, towers) if data.cached else None
+        data = with_caches(data, task.cache, lambda data, folder: cached(folder, data, codec, towers, target))
+    expect = hashes(autoencoder, towers) | ({} if target is None else target.hashes) if data.cached else None
     store_beside(storage, autoencoder, towers if caches else [], task.text_precision)
     loader = training_data(data, train, seed, workers, expect=expect)
     pipeline = TextToImage(network, codec, towers, task.process)
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
-        whole = filled(networks.build(network.config), weights)
+        whole = filled(networks.build(network.config), without_projector(weights))
         scheduler = scheduler_for(task.process, whole)
         text = towers if task.text_precision == storage == "fp32" else load_towers(task.text)
         vae = autoencoder if storage == "fp32" else load_autoencoder(task.vae)
@@ -304,6 +317,7 @@ def job(task: TextToImageTask, data: Data, train: TrainConfig, asked: planned.As
     planned.check_patches(network, vae.factor, data)
     cached = task.cache is not None or data.cached
     planned.check_cache(task.cache, cached, said, towers)
+    said += plan_lines(task.options.align, network, cached)
 
     def inputs(batch: int) -> tuple[Any, ...]:
         x = torch.empty(batch, network.in_channels, side, side, device="meta")
