@@ -77,8 +77,8 @@ def encode(
 ) -> None:
     """Write this rank's missing parts into `out`; `hashes` names the weights, as in {"vae": ..., "text": ...}.
 
-    `features`, of the same pictures as the moments, are stored as float16 whatever the dtype. Raises ValueError if `out` holds parts made with other settings. Bad samples are left out; `finish` lists
-    them.
+    `features`, of the same pictures as the moments, are stored as float16 whatever the dtype. Raises ValueError if
+    `out` holds parts made with other settings. Bad samples are left out; `finish` lists them.
     """
     out.mkdir(parents=True, exist_ok=True)
     config = claim(config, out, settings(config, moments is not None, text is not None, hashes), text)

@@ -38,7 +38,9 @@ def check_growth(own: AnyNetwork, wanted: AnyNetwork) -> None:
     if type(own) is not type(wanted):
         raise ValueError(f"grow: from {own.kind!r} to {wanted.kind!r}; only the number of layers may be another")
     free = {*DEPTHS[own.kind], *FREE, *(["dual_attention_layers"] if isinstance(own, SD3Config) else [])}
-    odd = [f.name for f in fields(own) if f.name not in free and _spread(own, f.name) != _spread(wanted, f.name)]
+    odd = [
+        f.name for f in fields(own) if f.name not in free and not _same(getattr(own, f.name), getattr(wanted, f.name))
+    ]
     if odd:
         told = "; ".join(f"{name} {getattr(wanted, name)!r} for {getattr(own, name)!r}" for name in odd[:4])
         raise ValueError(f"grow: only the number of layers ({', '.join(DEPTHS[own.kind])}) may be another: {told}")
@@ -76,12 +78,12 @@ def grown(network: Network, wanted: AnyNetwork) -> Network:
     return made.to(next(network.parameters()).device).train(network.training)
 
 
-def _spread(config: AnyNetwork, name: str) -> Any:
-    """A setting, of U-Nets one a level where one value stands for all."""
-    value = getattr(config, name)
-    if isinstance(config, UNetConfig) and isinstance(value, int) and not isinstance(value, bool):
-        return (value,) * config.levels
-    return tuple(value) if isinstance(value, (list, tuple)) else value
+def _same(a: Any, b: Any) -> bool:
+    """Whether two settings are equal; one value stands for a list of it, as for all levels of a U-Net."""
+    if isinstance(a, (tuple, list)) != isinstance(b, (tuple, list)):
+        many, one = (a, b) if isinstance(a, (tuple, list)) else (b, a)
+        return all(value == one for value in many)
+    return tuple(a) == tuple(b) if isinstance(a, (tuple, list)) else a == b
 
 
 def _counts(config: AnyNetwork, name: str) -> tuple[int, ...]:

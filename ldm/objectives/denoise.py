@@ -141,9 +141,7 @@ class DenoiseObjective(Objective):
         term = ((1 - similarity) * batch["weight"].to(similarity)).mean()
         return loss + self.options.align.weight * term, metrics | {"alignment": similarity.detach().mean()}
 
-    def _answer(
-        self, noised: Tensor, t: Tensor, cond: Cond, batch: Batch, side: int
-    ) -> tuple[Tensor, Tensor | None]:
+    def _answer(self, noised: Tensor, t: Tensor, cond: Cond, batch: Batch, side: int) -> tuple[Tensor, Tensor | None]:
         """The network's answer, and the similarity (B,) of its features to the clean picture's where they align."""
         with contextlib.ExitStack() as stack:
             if side > 1:

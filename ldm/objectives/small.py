@@ -1,4 +1,4 @@
-"""Small first: for the first steps latents are averaged over squares, which cost a fraction and tell the composition."""
+"""Small first: in the first steps latents are averaged over squares, at a fraction of the cost of a step."""
 
 from __future__ import annotations
 

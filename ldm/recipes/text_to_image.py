@@ -73,8 +73,9 @@ class TextToImageTask:
     `text_precision`: what the text encoders are kept and computed in; `t5_padding` "zero": T5 and the network are not
     told of its padding (SD3, FLUX.1; by pipelines they are). `start` names a model (a run, too) whose network
     is trained further, which `network` then is, also if it is left out; otherwise weights are random. With `grow`,
-    `network` has more layers than `start`, which do nothing at first. With `cache`, a folder, pictures and captions are encoded once before training; without it at every step. `gradient_checkpointing`
-    trades a second forward for memory: of each "block" (true), each "transformer" block alone, or "none" (false).
+    `network` has more layers than `start`, which do nothing at first. With `cache`, a folder, pictures and captions are
+    encoded once before training; without it at every step. `gradient_checkpointing` trades a second forward for memory:
+    of each "block" (true), each "transformer" block alone, or "none" (false).
     """
 
     kind: Literal["text_to_image"] = "text_to_image"

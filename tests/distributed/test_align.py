@@ -1,4 +1,4 @@
-"""Alignment and small first at every ZeRO stage on one and two ranks: the losses of plain PyTorch; and exact resumes."""
+"""Alignment and small first at every ZeRO stage on one and two ranks: plain PyTorch's losses; and exact resumes."""
 
 from __future__ import annotations
 

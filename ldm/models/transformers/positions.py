@@ -118,8 +118,8 @@ def rotary_positions(
 ) -> Rotary:
     """Of `text` tokens at (0, 0, 0) and of patches at (0, row, column) after them (Su et al. 2021, arXiv 2104.09864).
 
-    `axes` are the channels of a head that each coordinate turns; `averaged` as in `middles`. Angles are float64; the result is float32, or float64
-    for that `dtype`.
+    `axes` are the channels of a head that each coordinate turns; `averaged` as in `middles`. Angles are float64; the
+    result is float32, or float64 for that `dtype`.
     """
     where = torch.device("cpu") if device.type == "mps" else device  # which has no float64
 

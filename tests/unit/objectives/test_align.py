@@ -164,7 +164,7 @@ def test_every_transformer_shows_the_picture_s_tokens_of_each_block(kind: str, r
     network.enable_gradient_checkpointing(recompute)
     x, t = torch.randn(2, 4, 8, 4), torch.tensor([3.0, 700.0])
     cond = {"text": torch.randn(2, 5, 20), "pooled": torch.randn(2, 12)}
-    names = [name for name, _ in network.blocks()][-getattr(network, "depth"):]  # fmt: skip
+    names = [name for name, _ in network.blocks()][-network.depth:]  # fmt: skip
     assert list(network.places()) == [str(i) for i in range(len(names))]
     for place, name in zip(network.places(), names, strict=True):
         kept: list[Any] = []
@@ -212,6 +212,7 @@ def test_layers_that_there_are_not_are_named() -> None:
 
 
 def test_options_are_checked_and_adapters_refused() -> None:
+    wrong: dict[str, Any]
     for wrong in ({"weight": 0.0}, {"hidden": 0}, {"until": 0}, {"size": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             AlignOptions(**wrong)

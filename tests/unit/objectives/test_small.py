@@ -139,6 +139,7 @@ def test_every_transformer_is_told_and_forgets(kind: str) -> None:
 
 
 def test_what_cannot_be_small_is_refused() -> None:
+    wrong: dict[str, Any]
     for wrong in ({"until": 0}, {"until": 1, "factor": 1}, {"until": 1, "scale": 0.0}):
         with pytest.raises(ValueError, match=list(wrong)[-1]):
             SmallOptions(**wrong)
@@ -150,5 +151,5 @@ def test_what_cannot_be_small_is_refused() -> None:
     micro = build_network(replace(presets.PIXART_TINY, use_additional_conditions=True))
     plain = tiny.build()
     feed: Any = plain._feed
-    with pytest.raises(ValueError, match="options.small: this PixArt transformer is told the pictures' resolution"):
+    with pytest.raises(ValueError, match=r"options.small: this PixArt transformer is told the pictures' resolution"):
         DenoiseObjective(micro, plain.process, feed._codec, tiny.encode_text, replace(plain.options, small=SMALL))
