@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ldm.data.buckets import BucketConfig
     from ldm.data.manifest import Manifest
     from ldm.models.vae.latents import LatentCodec
+    from ldm.recipes.aligning import AlignTarget
 
 
 def main(argv: list[str]) -> int:
@@ -53,6 +54,11 @@ def _parser() -> Parser:
     encode.add_argument("out", type=Path, help="folder of the cache")
     encode.add_argument("--vae", help="autoencoder: a model folder, a run's export, or a shipped one's name")
     encode.add_argument("--text", help="text encoders: the same")
+    encode.add_argument(
+        "--align", metavar="TARGET", help="also the features that task.options.align draws training to: "
+        "efficientnet_lite0, or a CLIP's folder or name"
+    )  # fmt: skip
+    encode.add_argument("--align-size", type=int, metavar="SIDE", help="side at which the target sees pictures")
     encode.add_argument("--splits", nargs="+", default=["train"], help="which parts to encode")
     shape = encode.add_mutually_exclusive_group(required=True)
     shape.add_argument("--size", type=int, help="side of the square pictures")
@@ -239,13 +245,16 @@ def _encode(args: argparse.Namespace) -> int:
     dist.check(meeting=False)
     device = dist.device()
     keep_freed_memory(device.type)
-    hashes, moments, text = {}, None, None
+    hashes, moments, text, features = {}, None, None, None
     if args.vae is not None:
         autoencoder = load_autoencoder(args.vae).to(device)
         codec = LatentCodec.of(autoencoder)
         hashes |= cache_hashes(autoencoder)
         moments, kind = _moments(codec, args.precision, device)
         hashes |= {} if kind == "fp32" else {"precision": kind}  # parts of one cache are computed alike
+    if args.align is not None:
+        target = _target(args, device)
+        features, hashes = target.encode, hashes | target.hashes
     if args.text is not None:
         towers = [tower.to(device) for tower in load_towers(args.text, args.text_precision)]
         pad_with(towers, args.t5_padding, "--t5-padding")
@@ -259,6 +268,7 @@ def _encode(args: argparse.Namespace) -> int:
             moments=moments,
             text=text,
             hashes=hashes,
+            features=features,
             rank=dist.rank(),
             world=dist.world_size(),
             progress=bar.update,
@@ -274,6 +284,14 @@ def _encode(args: argparse.Namespace) -> int:
         print(f"text: {manifest.notes['captions']} captions, {each} bytes each")
     print(f"relative error of storing as {config.dtype}: {errors}")
     return 0
+
+
+def _target(args: argparse.Namespace, device: torch.device) -> AlignTarget:
+    from ldm.recipes.aligning import named_target
+
+    if args.vae is None:
+        raise ValueError("--align: features are cached beside latents; give --vae")
+    return named_target(args.align, args.align_size, device, "--align")
 
 
 def _moments(codec: LatentCodec, precision: str, device: torch.device) -> tuple[Callable[[Tensor], Tensor], str]:

@@ -21,7 +21,9 @@ from ldm.data.scan import CACHED
 from ldm.data.shards import ShardReader, Shards
 
 MEMBER = CACHED
-PER_VARIANT = ("moments", "original_size", "crop_top_left")
+PER_VARIANT = ("moments", "features", "original_size", "crop_top_left")
+TARGET = "features"
+"""What a manifest calls the network whose maps are cached, and a member those maps (`ldm.objectives.align`)."""
 LATER = ("text_settings",)
 """What caches of versions up to 0.1 do not record."""
 _DTYPES = {"F16": np.float16, "F32": np.float32, "BF16": np.uint16}
@@ -45,6 +47,11 @@ def check(manifest: Manifest, *, cached: bool, buckets: bool = False, expect: Ma
             raise ValueError(
                 f"data {manifest.name!r}: the cache was made by an older version, which did not record {key}: the same "
                 "`ldm data encode` again checks it and adds that, or says that it must be encoded anew"
+            )
+        if key == TARGET and have is None:
+            raise ValueError(
+                f"data {manifest.name!r}: task.options.align needs cached {TARGET} of {value!r}, which this cache has "
+                "not; `ldm data encode --align` makes one with them"
             )
         if have != value:
             raise ValueError(
@@ -132,6 +139,7 @@ class CachedReader:
         made = shards.manifest.cached or {}
         self._variants: int | None = made.get("variants")
         self._needed = ["moments"] * bool(made.get("moments")) + ["text"] * bool(made.get("text_states"))
+        self._needed += [TARGET] * bool(made.get(TARGET))
 
     @property
     def kept_bytes(self) -> int:

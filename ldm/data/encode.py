@@ -29,8 +29,19 @@ from ldm.data.write import ShardWriter
 
 Moments = Callable[[Tensor], Tensor]
 """Images (B, 3, H, W) in [-1, 1] -> unscaled posterior moments (B, 2Z, h, w)."""
+Features = Callable[[Tensor], Tensor]
+"""Images (B, 3, H, W) in [-1, 1] -> maps of another network (B, C, h, w), which training is aligned to."""
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Makers:
+    """What makes the cached tensors; None of what is not cached."""
+
+    moments: Moments | None
+    text: TextStates | None
+    features: Features | None
 
 
 @dataclass
@@ -59,14 +70,15 @@ def encode(
     moments: Moments | None,
     text: TextStates | None,
     hashes: Mapping[str, str],
+    features: Features | None = None,
     rank: int = 0,
     world: int = 1,
     progress: Callable[[int], object] | None = None,
 ) -> None:
     """Write this rank's missing parts into `out`; `hashes` names the weights, as in {"vae": ..., "text": ...}.
 
-    Raises ValueError if `out` holds parts made with other settings. Bad samples are left out; `finish` lists
-    them.
+    `features`, of the same pictures as the moments, are stored as float16 whatever the dtype. Raises ValueError if
+    `out` holds parts made with other settings. Bad samples are left out; `finish` lists them.
     """
     out.mkdir(parents=True, exist_ok=True)
     config = claim(config, out, settings(config, moments is not None, text is not None, hashes), text)
@@ -86,7 +98,7 @@ def encode(
                 continue
             tree = finished(out, part)
             if tree is None or _mended(tree, samples, part):
-                _encode_part(config, out, part, samples, moments, text, progress)
+                _encode_part(config, out, part, samples, Makers(moments, text, features), progress)
             elif progress is not None:
                 progress(part.stop - part.start)
 
@@ -186,8 +198,7 @@ def _encode_part(
     out: Path,
     part: Part,
     samples: Samples,
-    moments: Moments | None,
-    text: TextStates | None,
+    make: Makers,
     progress: Callable[[int], object] | None,
 ) -> None:
     error = _Error()
@@ -212,10 +223,10 @@ def _encode_part(
                 else:
                     bad.append({"key": samples.key(sample), "reason": problem.reason, "error": problem.detail})
             tensors: list[dict[str, Tensor]] = [{} for _ in good]
-            if moments is not None:
-                _add_moments(config, samples, good, moments, tensors, error)
-            if text is not None:
-                _add_text(config, samples, good, text, tensors, error)
+            if make.moments is not None:
+                _add_moments(config, samples, good, make.moments, make.features, tensors, error)
+            if make.text is not None:
+                _add_text(config, samples, good, make.text, tensors, error)
             for sample, stored in zip(good, tensors, strict=True):
                 captions = samples.captions(sample)
                 record = {**samples.meta(sample), "captions": [list(p) for p in zip(captions.texts, captions.weights)]}
@@ -233,10 +244,12 @@ def _add_moments(
     samples: Samples,
     ids: list[int],
     moments: Moments,
+    features: Features | None,
     tensors: list[dict[str, Tensor]],
     error: _Error,
 ) -> None:
     rows: list[list[Tensor]] = [[] for _ in ids]
+    maps: list[list[Tensor]] = [[] for _ in ids]
     sizes: list[Tensor] = []
     corners: list[Tensor] = []
     for variant in range(config.variants):
@@ -249,13 +262,17 @@ def _add_moments(
             pictures = samples.crop(ids, crops, flips)
             sizes.append(torch.from_numpy(pictures.original_size))
             corners.append(torch.from_numpy(pictures.crop_top_left))
-            encoded = moments(to_float(pictures.pixels))
-            for row, value in zip(rows, encoded, strict=True):
+            images = to_float(pictures.pixels)
+            for row, value in zip(rows, moments(images), strict=True):
                 row.append(error.store("moments", value, _DTYPES[config.dtype]))
+            for row, value in zip(maps, () if features is None else features(images), strict=features is not None):
+                row.append(error.store("features", value, torch.float16))
     for i, (row, stored) in enumerate(zip(rows, tensors, strict=True)):
         stored["moments"] = torch.stack(row)
         stored["original_size"] = torch.stack([s[i] for s in sizes])
         stored["crop_top_left"] = torch.stack([c[i] for c in corners])
+        if features is not None:
+            stored["features"] = torch.stack(maps[i])
 
 
 def _corner(seed: int, sample: int, variant: int) -> tuple[float, float]:

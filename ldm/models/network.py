@@ -9,6 +9,8 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, cast, get_args
 
 import torch
@@ -37,6 +39,14 @@ class Fetches(Protocol):
         ...
 
 
+@dataclass
+class Tap:
+    """Keeps what a network has at one of its `places`: maps (B, F, h, w), or the tokens of the picture (B, N, F)."""
+
+    place: str
+    value: Tensor | None = None
+
+
 class Network(nn.Module, ABC):
     """A denoising network: noisy latents, times and conditioning -> the raw prediction."""
 
@@ -59,6 +69,10 @@ class Network(nn.Module, ABC):
     """torch.compile's `dynamic` for its blocks: None makes sizes variables once a second one is seen, True at once."""
     streaming: Fetches | None = None
     """Where its blocks come and go (`models.streaming`)."""
+    tap: Tap | None = None
+    """What looks at its features inside of `forward` (`tapped`)."""
+    averaged: int = 1
+    """Side of the squares of latent pixels of which each one it is given is the mean (`of_averages`)."""
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -135,6 +149,20 @@ class Network(nn.Module, ABC):
         """Groups of a norm over `middle`."""
         return math.gcd(32, self.middle_channels)
 
+    def places(self) -> dict[str, int]:
+        """Where a `Tap` can be, in running order, and how many features F there are; empty where it cannot."""
+        return {}
+
+    @property
+    def usual_place(self) -> str:
+        """The place of the features that are aligned where none is asked for."""
+        raise ValueError(f"the {self.title} shows no features inside")
+
+    def pass_by(self, place: str, x: Tensor) -> None:
+        """Give the features at a place to the tap, if it waits there."""
+        if self.tap is not None and self.tap.place == place:
+            self.tap.value = x
+
     def told_guidance(self, width: int | None) -> Network:
         """A copy that is told the guidance scale by an embedding of this width, and answers as this one at the start.
 
@@ -164,6 +192,26 @@ class Network(nn.Module, ABC):
     def runs_on(self, weight: Tensor) -> torch.device:
         """The device on which one of its weights is used."""
         return weight.device if self.streaming is None else self.streaming.device
+
+
+@contextmanager
+def tapped(network: Network, place: str) -> Iterator[Tap]:
+    """Inside, `forward` leaves its features at a place in the tap."""
+    tap = network.tap = Tap(place)
+    try:
+        yield tap
+    finally:
+        network.tap = None
+
+
+@contextmanager
+def of_averages(network: Network, side: int) -> Iterator[None]:
+    """Inside, pixels of latents are means of `side` x `side`: positions are those of the whole picture's squares."""
+    network.averaged = side
+    try:
+        yield
+    finally:
+        network.averaged = 1
 
 
 class Around(nn.Module):

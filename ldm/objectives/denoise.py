@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +15,14 @@ from ldm import dist
 from ldm.diffusion.density import Importance, ImportanceTimes
 from ldm.diffusion.likelihood import hybrid_loss
 from ldm.diffusion.process import Process, offset_noise, perturb_noise
+from ldm.models.network import of_averages
 from ldm.models.vae.latents import LatentCodec
 from ldm.objectives import partners, repeats
+from ldm.objectives.align import Alignment, AlignOptions
 from ldm.objectives.base import Objective, by_noise
 from ldm.objectives.inputs import EncodeText, LatentFeed
+from ldm.objectives.routing import RouteOptions, kept, set_span
+from ldm.objectives.small import SmallOptions, can_be_small, shrunk, side_at
 from ldm.rng import Rng, key
 from ldm.sampling.guidance import told_scale
 from ldm.types import Batch, Cond, Metrics
@@ -37,7 +42,8 @@ class DenoiseOptions:
     the shares of `drop` and `drop_each` rise from 0. `contrastive`: of the distance to another sample's target that is
     taken from the loss (arXiv 2506.05350: 0.05). `assign` "optimal": noise goes to the nearest samples among each
     `assign_among` consecutive ones. `repeats`: how often each encoded sample is used, at times and with noises of its
-    own.
+    own. `align`: features inside of the network are drawn towards those that another has of the clean picture. `small`:
+    the first steps are of averaged, small latents. `route`: of a transformer's tokens some are led around its middle.
     """
 
     drop: float = 0.1
@@ -51,6 +57,9 @@ class DenoiseOptions:
     assign: Literal["none", "optimal"] = "none"
     assign_among: int = 16
     repeats: int = 1
+    align: AlignOptions | None = None
+    small: SmallOptions | None = None
+    route: RouteOptions | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop <= 1:
@@ -83,6 +92,9 @@ class DenoiseOptions:
         if not 1 <= self.repeats <= repeats.MOST:
             raise ValueError(f"repeats must be in [1, {repeats.MOST}], got {self.repeats}")
 
+        if self.repeats > 1 and self.align is not None:
+            raise ValueError(f"repeats: {self.repeats} with align: features are those of one use a picture; write 1")
+
     def check(self, micro: int) -> None:
         """Raise ValueError where micro-batches of so many samples do not divide into the pairs or groups of levers."""
         partners.check(micro, self.contrastive, self.assign_among if self.assign == "optimal" else 0)
@@ -105,9 +117,14 @@ class DenoiseObjective(Objective):
         *,
         live: bool = False,
         below: nn.Module | None = None,
+        alignment: Alignment | None = None,
     ) -> None:
-        """`below`: the network that `network`, an adapter around it, corrects or feeds."""
+        """`below`: the network that `network`, an adapter around it, corrects or feeds; `alignment` trains too."""
         super().__init__(network)
+        if options.align is not None and alignment is None:
+            raise ValueError("options.align: is for a network that trains as a whole (text_to_image); write null")
+        self.alignment = alignment
+        self._step = 0
         self._of = (network if below is None else below,)  # in a tuple: not registered, it trains as `trained` alone
         self.process, self.options = process, options
         self._feed = LatentFeed(codec, encode_text, options.drop, each=options.drop_each, live=live)
@@ -118,6 +135,10 @@ class DenoiseObjective(Objective):
                 f"options.contrastive: {options.contrastive} has no meaning with process.variance 'learned'; write 0"
             )
         self._dropping = 0.0 if options.drop_warmup else 1.0  # part of the shares of dropped texts
+        if options.small is not None:
+            can_be_small(self._of[0])
+        if options.route is not None:
+            set_span(self._of[0], options.route, None if alignment is None else alignment.place)
         density = process.density
         self._history = History(process.schedule.steps, density) if isinstance(density, Importance) else None
 
@@ -126,13 +147,15 @@ class DenoiseObjective(Objective):
         torch.manual_seed(key(rng.seed, rng.positions[0], "dropout"))  # torch's dropout takes no generator
         latents = self.latents(batch, rng)
         cond, weights = self.cond(batch, rng), batch["weight"]
-        count = 1
+        count, side = 1, 1
         if torch.is_grad_enabled():
-            count = self.options.repeats
+            count, side = self.options.repeats, side_at(self.options.small, self._step)
             if not latents.is_meta:
                 self.options.check(len(rng))
             rng, weights = repeats.rng_of(rng, count), repeats.rows_of(weights, count)
             latents, cond = repeats.rows_of(latents, count), repeats.cond_of(cond, count)
+        if self.options.small is not None and side > 1:
+            latents, cond = shrunk(self.options.small, latents, cond)
         t, importance = self._times(repeats.stratified(rng.uniform("time"), count), self._tokens(latents))
         t = t.to(latents.device)
         noise, added = self._noises(rng, latents)
@@ -140,7 +163,9 @@ class DenoiseObjective(Objective):
         # faster in half precision, slower in float32 (docs/log.md)
         if not noised.is_meta and torch.is_autocast_enabled(noised.device.type):
             noised = noised.contiguous(memory_format=torch.channels_last)
-        out = self.trained(noised, t, cond)
+        if self.options.route is not None and torch.is_grad_enabled():
+            cond = self._routed(cond, rng, noised)
+        out, similarity = self._answer(noised, t, cond, batch, side)
         if self.process.variance == "learned":
             weight = self.options.bound_weight
             losses = hybrid_loss(self.process, out, latents, noise, t, weight=weight, added=added)
@@ -156,12 +181,35 @@ class DenoiseObjective(Objective):
         weights = weights.to(losses)
         if importance is not None:
             weights = weights * importance.to(losses)
-        return (losses * weights).mean(), metrics
+        loss = (losses * weights).mean()
+        if self.options.align is None or self.alignment is None or not torch.is_grad_enabled():
+            return loss, metrics
+        if similarity is None:
+            return loss + self.alignment.nothing(), metrics
+        # 1 - similarity: with a loss above 0 switching it off is no jump up, which guards would take for a spike
+        term = ((1 - similarity) * batch["weight"].to(similarity)).mean()
+        return loss + self.options.align.weight * term, metrics | {"alignment": similarity.detach().mean()}
+
+    def _answer(self, noised: Tensor, t: Tensor, cond: Cond, batch: Batch, side: int) -> tuple[Tensor, Tensor | None]:
+        """The network's answer, and the similarity (B,) of its features to the clean picture's where they align."""
+        with contextlib.ExitStack() as stack:
+            if side > 1:
+                stack.enter_context(of_averages(self._of[0], side))
+            tap = None if self.alignment is None else stack.enter_context(self.alignment.watching(self._step))
+            out = self.trained(noised, t, cond)
+        size = (noised.shape[2], noised.shape[3])
+        return out, None if self.alignment is None else self.alignment(tap, batch, size)
 
     def _tokens(self, latents: Tensor) -> int:
         """The image tokens of latents (B, C, H, W), each of `token_side` x `token_side` of them (2 as networks go)."""
         side = getattr(self._of[0], "token_side", 2)
         return max(1, (latents.shape[2] // side) * (latents.shape[3] // side))
+
+    def _routed(self, cond: Cond, rng: Rng, noised: Tensor) -> Cond:
+        """With the tokens that stay in the span of blocks."""
+        assert self.options.route is not None
+        stay = kept(self.options.route, rng, self._tokens(noised), self._step)
+        return cond if stay is None else {**cond, "route": stay.to(noised.device)}
 
     def _times(self, u: Tensor, tokens: int) -> tuple[Tensor, Tensor | None]:
         """Times (B,), and the weights that undo their density; validation sees all times evenly."""
@@ -183,6 +231,7 @@ class DenoiseObjective(Objective):
         return noise, perturb_noise(noise, extra, options.input_perturbation)
 
     def after_step(self, step: int) -> None:
+        self._step = step
         if self.options.drop_warmup:
             self._dropping = min(1.0, step / self.options.drop_warmup)
         if self._history is not None:

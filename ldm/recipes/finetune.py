@@ -54,6 +54,7 @@ from ldm.recipes.base import Assembly
 from ldm.recipes.frozen_parts import open_on, store_beside, store_network
 from ldm.recipes.page import write_page
 from ldm.recipes.pictures import prepare
+from ldm.recipes.smaller import check_pictures
 from ldm.recipes.sources import cache_hashes, scheduler_of, text_encoder, training_data
 from ldm.recipes.text_to_image import SampleHook, Samples, filled, sized, told_options
 from ldm.rng import seed_torch
@@ -160,6 +161,7 @@ def assembled(
     """Caches, adapter, objective, loader, sample pictures and export of a prepared data set."""
     seed_torch(seed)  # initial weights of the adapter
     planned.check_patches(pipeline.network, pipeline.codec.factor, data)
+    check_pictures(task.options.small, pipeline.network, pipeline.codec.factor, data)
     codec, towers, live = pipeline.codec, pipeline.text, adapter.trains_text
     check_text_precision(task.text_precision, key="task.text_precision", trains=live)
     if isinstance(adapter, TokensAdapter | PivotalAdapter) and train.optim.weight_decay:

@@ -26,20 +26,24 @@ from ldm.diffusion.process import Process
 from ldm.models import networks
 from ldm.models.families import family_of
 from ldm.models.fit import check_fit, given, told
+from ldm.models.growing import check_growth, grown, with_free
 from ldm.models.network import Granularity, Network, granularity
 from ldm.models.networks import AnyNetwork
 from ldm.models.text import T5Padding, TextEncoder, TextPrecision, check_text_precision, pad_with
 from ldm.models.transformers.pixart import PixArtTransformer
 from ldm.models.vae.autoencoder import Autoencoder
 from ldm.models.vae.latents import LatentCodec
+from ldm.objectives.align import without_projector
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.pipeline import Settings, TextToImage
 from ldm.plan.flops import count_flops
 from ldm.plan.report import Job
 from ldm.progress import Bar
 from ldm.recipes import planned, planned_models
+from ldm.recipes.aligning import AlignTarget, aligned, plan_lines
 from ldm.recipes.base import Assembly
 from ldm.recipes.frozen_parts import store_beside
+from ldm.recipes.smaller import check_pictures
 from ldm.recipes.sources import (
     cache_hashes,
     load_autoencoder,
@@ -68,9 +72,10 @@ class TextToImageTask:
 
     `text_precision`: what the text encoders are kept and computed in; `t5_padding` "zero": T5 and the network are not
     told of its padding (SD3, FLUX.1; by pipelines they are). `start` names a model (a run, too) whose network
-    is trained further, which `network` then is, also if it is left out; otherwise weights are random. With `cache`, a
-    folder, pictures and captions are encoded once before training; without it at every step. `gradient_checkpointing`
-    trades a second forward for memory: of each "block" (true), each "transformer" block alone, or "none" (false).
+    is trained further, which `network` then is, also if it is left out; otherwise weights are random. With `grow`,
+    `network` has more layers than `start`, which do nothing at first. With `cache`, a folder, pictures and captions are
+    encoded once before training; without it at every step. `gradient_checkpointing` trades a second forward for memory:
+    of each "block" (true), each "transformer" block alone, or "none" (false).
     """
 
     kind: Literal["text_to_image"] = "text_to_image"
@@ -80,6 +85,7 @@ class TextToImageTask:
     text_precision: TextPrecision = "fp32"
     t5_padding: T5Padding = "unmodified"
     start: str | None = None
+    grow: bool = False
     process: Process = field(default_factory=Process)
     options: DenoiseOptions = field(default_factory=DenoiseOptions)
     cache: Path | None = None
@@ -89,6 +95,8 @@ class TextToImageTask:
     def __post_init__(self) -> None:
         if self.network is None and self.start is None:
             raise ValueError("network: missing; give a network, or `start`, a model whose network trains further")
+        if self.grow and (self.start is None or self.network is None):
+            raise ValueError("grow: true needs `start`, a model, and `network`, the same with more layers")
 
 
 def settled(task: TextToImageTask) -> TextToImageTask:
@@ -107,6 +115,9 @@ def settled(task: TextToImageTask) -> TextToImageTask:
         raise ValueError(f"task.start: {error}") from error
     if task.network is None:
         return replace(task, network=own)
+    if task.grow:
+        check_growth(own, task.network)
+        return replace(task, network=with_free(task.network, own))
     if type(task.network) is not type(own):
         raise ValueError(f"task.network.kind: {task.network.kind!r}, but task.start {task.start!r} has a {own.kind!r}")
     free = {key: getattr(task.network, key, None) for key in ("sample_size", "dropout") if hasattr(own, key)}
@@ -161,8 +172,17 @@ def without_dropout(network: Network) -> Iterator[None]:
         network.train(was)
 
 
-def cached(folder: Path, data: DataConfig, codec: LatentCodec, towers: Sequence[TextEncoder]) -> Path:
-    """Encode pictures and captions into a folder if they are not there yet; all ranks share the work."""
+def cached(
+    folder: Path,
+    data: DataConfig,
+    codec: LatentCodec,
+    towers: Sequence[TextEncoder],
+    target: AlignTarget | None = None,
+) -> Path:
+    """Encode pictures and captions into a folder if they are not there yet; all ranks share the work.
+
+    With a target also its features of the pictures.
+    """
     config = EncodeConfig(
         path=data.path, splits=(data.split,), size=data.size, buckets=data.buckets, fit=data.fit, crop=data.crop,
         flip=data.flip, variants=2 if data.flip or data.crop == "random" else 1, template=data.template, part=512,
@@ -175,7 +195,8 @@ def cached(folder: Path, data: DataConfig, codec: LatentCodec, towers: Sequence[
             folder,
             moments=codec.moments,
             text=lambda texts: dict(encode_text(texts)),
-            hashes=hashes(codec.autoencoder, towers),
+            hashes=hashes(codec.autoencoder, towers) | ({} if target is None else target.hashes),
+            features=None if target is None else target.encode,
             rank=dist.rank(),
             world=dist.world_size(),
             progress=bar.update,
@@ -247,10 +268,13 @@ def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, work
     task = settled(task)
     assert task.network is not None
     network = networks.build(task.network) if task.start is None else load_network(task.start)
+    if task.grow:
+        network = grown(network, task.network)
     network.config = task.network
     network.enable_gradient_checkpointing(task.gradient_checkpointing)
     check_channels(network, task.process, codec)
     planned.check_patches(network, codec.factor, data)
+    check_pictures(task.options.small, network, codec.factor, data)
     check_fit(
         network.config, tuple(t.config for t in towers), codec.channels, text_key=f"task.text {task.text!r}",
         vae_key=f"task.vae {task.vae!r}",
@@ -260,16 +284,17 @@ def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, work
     storage, caches = train.engine.frozen, task.cache is not None or data.cached
     store_beside(storage, None, [] if caches else towers, task.text_precision)
     options = told_options(task.options, network)
-    objective = DenoiseObjective(network, task.process, codec, encode_text, options).to(device)
+    alignment, target = aligned(options.align, network, device, caches)
+    objective = DenoiseObjective(network, task.process, codec, encode_text, options, alignment=alignment).to(device)
     if task.cache is not None and not data.cached:
-        data = with_caches(data, task.cache, lambda data, folder: cached(folder, data, codec, towers))
-    expect = hashes(autoencoder, towers) if data.cached else None
+        data = with_caches(data, task.cache, lambda data, folder: cached(folder, data, codec, towers, target))
+    expect = hashes(autoencoder, towers) | ({} if target is None else target.hashes) if data.cached else None
     store_beside(storage, autoencoder, towers if caches else [], task.text_precision)
     loader = training_data(data, train, seed, workers, expect=expect)
     pipeline = TextToImage(network, codec, towers, task.process)
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
-        whole = filled(networks.build(network.config), weights)
+        whole = filled(networks.build(network.config), without_projector(weights))
         scheduler = scheduler_for(task.process, whole)
         text = towers if task.text_precision == storage == "fp32" else load_towers(task.text)
         vae = autoencoder if storage == "fp32" else load_autoencoder(task.vae)
@@ -282,7 +307,7 @@ def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, work
 def job(task: TextToImageTask, data: Data, train: TrainConfig, asked: planned.Asked) -> Job:
     """The network's own step; frozen parts run in it where nothing is cached."""
     said: list[str] = []
-    settings = planned_models.network(task.network, task.start, said)
+    settings = planned_models.network(task.network, None if task.grow else task.start, said)
     vae, vae_settings = planned_models.vae(task.vae, settings, said)
     towers = planned_models.towers(task.text, settings, said)
     channels, configs = vae_settings.latent_channels, tuple(tower.config for tower in towers)
@@ -303,8 +328,12 @@ def job(task: TextToImageTask, data: Data, train: TrainConfig, asked: planned.As
     pixels = planned.side(data)
     side = planned.check_size(pixels, vae.factor, "data.size")
     planned.check_patches(network, vae.factor, data)
+    check_pictures(task.options.small, network, vae.factor, data)
     cached = task.cache is not None or data.cached
     planned.check_cache(task.cache, cached, said, towers)
+    said += plan_lines(task.options.align, network, cached)
+    if task.options.route is not None:
+        said.append("options.route is not counted: steps are planned with all tokens")
 
     def inputs(batch: int) -> tuple[Any, ...]:
         batch *= task.options.repeats

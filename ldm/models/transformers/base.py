@@ -82,6 +82,20 @@ class Transformer(Network):
         """How many blocks `skip` counts."""
         return sum(1 for _ in self.blocks())
 
+    @property
+    def width(self) -> int:
+        """Features of a token."""
+        return self.config.width
+
+    def places(self) -> dict[str, int]:
+        """The picture's tokens after each block that `skip` counts, by its number."""
+        return {str(i): self.width for i in range(self.depth)}
+
+    @property
+    def usual_place(self) -> str:
+        """After a third of the blocks: REPA's 8 of 24 (arXiv 2410.06940, SiT-L)."""
+        return str(max(0, self.depth // 3 - 1))
+
     def without(self, blocks: Sequence[int]) -> Net:
         """The network without these blocks (counted in running order), for skip-layer guidance; on the same weights.
 

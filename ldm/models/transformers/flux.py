@@ -145,18 +145,20 @@ class FluxTransformer(Transformer):
         cond = self._ready(cond)
         vector, text = self._vector(self.time_text_embed, t, cond["vector"]), cond["context"]
         count, (h, w) = text.shape[1], (size[0] // PATCH, size[1] // PATCH)
-        rotary = rotary_positions(h, w, count, self.config.axes_dims_rope, x.device, x.dtype)
+        rotary = rotary_positions(h, w, count, self.config.axes_dims_rope, x.device, x.dtype, self.averaged)
         x = self.x_embedder(pack(x, PATCH))
         routed = Routed(self.routing, cond.get("route"), h * w)
         for i, block in enumerate(self.transformer_blocks):
             if i not in skip:
                 x, text = self._run(block, routed.enter(i, x), text, vector, routed.rotary(i, rotary, count))
                 x = routed.leave(i, x)
+                self.pass_by(str(i), x)
         x = torch.cat([text, x], dim=1)
         for i, block in enumerate(self.single_transformer_blocks, len(self.transformer_blocks)):
             if i not in skip:
                 x = self._run(block, routed.enter(i, x, count), vector, routed.rotary(i, rotary, count))
                 x = routed.leave(i, x, count)
+                self.pass_by(str(i), x[:, count:])
         scale, shift = self.norm_out(vector)
         return unpack(self.proj_out(norm_and_modulate(x[:, count:], shift, scale)), size, PATCH)
 

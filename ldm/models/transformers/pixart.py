@@ -213,7 +213,7 @@ class PixArtTransformer(Transformer):
         config, size = self.config, (x.shape[2], x.shape[3])
         x = self._latents(x, cond, config.in_channels)
         dtype = x.dtype
-        x = self.pos_embed(x)
+        x = self.pos_embed(x, self.averaged)
         text, vector = None, cond.get("vector")
         if self.known not in cond:
             text, vector = self._text(cond)
@@ -227,6 +227,7 @@ class PixArtTransformer(Transformer):
         for i, (block, kv) in enumerate(zip(self.transformer_blocks, each, strict=True)):
             if i not in skip:
                 x = routed.leave(i, self._run(block, routed.enter(i, x), modulation, text, kv, mask))
+                self.pass_by(str(i), x)
         shift, scale = (self.scale_shift_table + embedded[:, None]).chunk(2, dim=1)
         return from_patches(self.proj_out(norm_and_modulate(x, shift, scale)), size, config.patch_size)
 

@@ -39,11 +39,17 @@ class PatchEmbed(nn.Module):
         if max_size is not None:
             self.register_buffer("pos_embed", position_table(max_size, max_size, width, base=base)[None])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, N, D). Raises ValueError for a picture larger than the table."""
+    def forward(self, x: Tensor, averaged: int = 1) -> Tensor:
+        """(B, C, H, W) -> (B, N, D); of means of `averaged` x `averaged` pixels, with the means of the positions.
+
+        Raises ValueError for a picture larger than the table.
+        """
         x = self.proj(x)
         h, w = x.shape[2:]
-        return (tokens(x) + self._table(h, w, x.device)).to(x.dtype)
+        if averaged == 1:
+            return (tokens(x) + self._table(h, w, x.device)).to(x.dtype)
+        whole = self._table(h * averaged, w * averaged, x.device).float().view(h, averaged, w, averaged, -1)
+        return (tokens(x) + whole.mean((1, 3)).flatten(0, 1)).to(x.dtype)
 
     def check_patches(self, h: int, w: int) -> None:
         """Raise ValueError for more patches along a side than the table has."""
@@ -102,20 +108,27 @@ def unpack(x: Tensor, size: tuple[int, int], patch: int = 2) -> Tensor:
 
 
 def rotary_positions(
-    h: int, w: int, text: int, axes: tuple[int, int, int], device: torch.device, dtype: torch.dtype
+    h: int,
+    w: int,
+    text: int,
+    axes: tuple[int, int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    averaged: int = 1,
 ) -> Rotary:
     """Of `text` tokens at (0, 0, 0) and of patches at (0, row, column) after them (Su et al. 2021, arXiv 2104.09864).
 
-    `axes` are the channels of a head that each coordinate turns. Angles are float64; the result is float32, or float64
-    for that `dtype`.
+    `axes` are the channels of a head that each coordinate turns; `averaged` as in `middles`. Angles are float64; the
+    result is float32, or float64 for that `dtype`.
     """
     where = torch.device("cpu") if device.type == "mps" else device  # which has no float64
 
     def turns(count: int, width: int) -> Tensor:
         theta = 10000.0 ** (torch.arange(0, width, 2, dtype=torch.float64, device=where) / width)
-        return torch.arange(count, dtype=torch.float64, device=where)[:, None] / theta
+        return middles(torch.arange(count, dtype=torch.float64, device=where), averaged)[:, None] / theta
 
-    still, rows, columns = turns(1, axes[0]), turns(h, axes[1]), turns(w, axes[2])
+    rows, columns = turns(h, axes[1]), turns(w, axes[2])
+    still = rows.new_zeros(1, axes[0] // 2)
     parts = [
         still[:, None].expand(h, w, -1),
         rows[:, None].expand(h, w, -1),
@@ -125,6 +138,11 @@ def rotary_positions(
     angles = torch.cat([angles.new_zeros(text, angles.shape[1]), angles])[:, None]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return angles.cos().to(device, wide), angles.sin().to(device, wide)
+
+
+def middles(places: Tensor, averaged: int) -> Tensor:
+    """Rows or columns of the middles of squares of `averaged` patches, counted in patches of the whole picture."""
+    return places if averaged == 1 else places * averaged + (averaged - 1) / 2
 
 
 def rotated(x: Tensor, rotary: Rotary) -> Tensor:

@@ -116,7 +116,7 @@ class SD3Transformer(Transformer):
     def forward(self, x: Tensor, t: Tensor, cond: Cond, *, skip: frozenset[int] = NOTHING) -> Tensor:
         """t is sigma x 1000, as the scheduler gives it."""
         size = (x.shape[2], x.shape[3])
-        x = self.pos_embed(self._latents(x, cond, self.config.in_channels))
+        x = self.pos_embed(self._latents(x, cond, self.config.in_channels), self.averaged)
         cond = self._ready(cond)
         vector, text = self._vector(self.time_text_embed, t, cond["vector"]), cond["context"]
         routed = Routed(self.routing, cond.get("route"), x.shape[1])
@@ -124,6 +124,7 @@ class SD3Transformer(Transformer):
             if i not in skip:
                 x, text = self._run(block, routed.enter(i, x), text, vector)
                 x = routed.leave(i, x)
+                self.pass_by(str(i), x)
         scale, shift = self.norm_out(vector)
         return from_patches(self.proj_out(norm_and_modulate(x, shift, scale)), size, self.config.patch_size)
 

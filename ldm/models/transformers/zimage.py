@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ldm.models.layers import check_equal, sinusoid
 from ldm.models.transformers.base import NOTHING, Transformer, check_counts
 from ldm.models.transformers.blocks import TIME, Attention, RMSNorm, normed
-from ldm.models.transformers.positions import Rotary, from_patches
+from ldm.models.transformers.positions import Rotary, from_patches, middles
 from ldm.models.transformers.routing import Routed
 from ldm.models.wide import Linear
 from ldm.types import Cond
@@ -212,6 +212,7 @@ class ZImageTransformer(Transformer):
             if i not in skip:
                 turns, shown = routed.rotary(i, (cos, sin)), routed.mask(i, seen)
                 x = routed.leave(i, self._run(block, routed.enter(i, x), turns, shown, vector))
+                self.pass_by(str(i), x[:, : h * w])
         x = self.all_final_layer[self._size](x[:, : h * w], vector)
         return -from_patches(x, size, patch)
 
@@ -250,11 +251,12 @@ class ZImageTransformer(Transformer):
     def _image_places(self, lengths: Tensor, h: int, w: int, full: int) -> Tensor:
         """(B or 1, S, 3): patches at the next place after their text, row and column; their padding at 0."""
         for name, count, most in zip(("rows", "columns"), (h, w), self.config.axes_lens[1:], strict=True):
-            if count > most:
-                raise ValueError(f"{count} {name} of patches are more than axes_lens {most}")
+            if count * self.averaged > most:
+                raise ValueError(f"{count * self.averaged} {name} of patches are more than axes_lens {most}")
         index = torch.arange(h * w, device=lengths.device)
         after = (lengths + 1)[:, None].expand(-1, h * w)
-        places = torch.stack([after, (index // w).expand_as(after), (index % w).expand_as(after)], dim=-1)
+        rows, columns = (middles(i, self.averaged).expand_as(after) for i in (index // w, index % w))
+        places = torch.stack([after.to(rows.dtype), rows, columns], dim=-1)
         return F.pad(places, (0, 0, 0, full - h * w))
 
     def _turns(self, places: Tensor, dtype: torch.dtype) -> Rotary:
@@ -277,6 +279,10 @@ class ZImageTransformer(Transformer):
 
     def prepared_numbers(self, rows: int, tokens: int) -> int:
         return super().prepared_numbers(rows, _several(tokens))
+
+    @property
+    def width(self) -> int:
+        return self.config.dim
 
     @property
     def side(self) -> int:

@@ -183,11 +183,12 @@ class UNet(Network):
         """
         rows = x.shape[0]
         x, skips, time, text, known = self._halfway(x, t, cond)
-        for stage in cast("Iterable[Stage]", self.up_blocks):
+        for number, stage in enumerate(cast("Iterable[Stage]", self.up_blocks)):
             for i in range(len(stage.resnets)):
                 kv = None if stage.attentions is None else next(known)
                 x = torch.cat([x, repeated(skips.pop(), len(x))], dim=1)
                 x = self._step(stage, i, x, repeated(time, len(x)), text, kv)
+            self.pass_by(f"up_blocks.{number}", x)
             if stage.upsamplers is not None:
                 h, w = skips[-1].shape[2:]
                 even = (h, w) == (2 * x.shape[2], 2 * x.shape[3])
@@ -214,16 +215,18 @@ class UNet(Network):
         time = nn.functional.silu(self.time(t, cond, len(x), x.dtype))
         x = self.conv_in(x)
         skips = [x]
-        for stage in cast("Iterable[Stage]", self.down_blocks):
+        for number, stage in enumerate(cast("Iterable[Stage]", self.down_blocks)):
             for i in range(len(stage.resnets)):
                 kv = None if stage.attentions is None else next(known)
                 x = self._step(stage, i, x, repeated(time, len(x)), text, kv)
                 skips.append(x)
+            self.pass_by(f"down_blocks.{number}", x)
             if stage.downsamplers is not None:
                 x = stage.downsamplers[0](x)
                 skips.append(x)
         kv = next(known) if len(self.mid_block.attentions) else None
         x = self._across(x, repeated(time, len(x)), text, kv)
+        self.pass_by("mid_block", x)
         return x, skips, time, text, known
 
     def _step(self, stage: Stage, index: int, x: Tensor, time: Tensor, text: Tensor, kv: Tensor | None) -> Tensor:
@@ -298,6 +301,16 @@ class UNet(Network):
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 yield name, module, _group(name)
+
+    def places(self) -> dict[str, int]:
+        """After the last layer of each resolution, before it is resampled, and of the middle."""
+        widths = self.config.block_out_channels
+        down = {f"down_blocks.{i}": width for i, width in enumerate(widths)}
+        return down | {"mid_block": widths[-1]} | {f"up_blocks.{i}": width for i, width in enumerate(widths[::-1])}
+
+    @property
+    def usual_place(self) -> str:
+        return "mid_block"
 
     @property
     def middle_channels(self) -> int:

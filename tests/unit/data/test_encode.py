@@ -185,6 +185,37 @@ def test_variants_are_stored_and_drawn(make_set: Make, tmp_path: Path) -> None:
     assert "text" not in batch
 
 
+def test_features_are_those_of_their_own_variant(make_set: Make, tmp_path: Path) -> None:
+    """Crops and flips have features of their own, float16 whatever the rest is; each comes with its own latents."""
+    config = EncodeConfig(path=str(make_set(12)), size=8, crop="random", flip=True, variants=3, dtype="float32")
+    hashes = {"vae": "aa", "features": "net:1"}
+    shown: list[Tensor] = []
+
+    def told_apart(images: Tensor) -> Tensor:
+        shown.append(images)  # the pictures are of one colour each: the variant's number is added
+        return moments(images) + len(shown)
+
+    def features(images: Tensor) -> Tensor:
+        assert torch.equal(images, shown[-1])
+        return moments(images)[:, 2:5] + len(shown)
+
+    encode(config, tmp_path / "c", moments=told_apart, text=None, hashes=hashes, features=features)
+    manifest = finish(config, tmp_path / "c")
+    assert sum(map(len, shown)) == 3 * 12
+    sample = next(iter(wds.WebDataset(str(tmp_path / "c" / manifest.shards[0].file), shardshuffle=False)))
+    stored = load(sample["cache.safetensors"])
+    assert (stored["features"].shape, stored["features"].dtype) == ((3, 3, 4, 4), torch.float16)
+    assert not torch.equal(stored["features"][0], stored["features"][1])
+    data = DataConfig(path=str(tmp_path / "c"), cached=True)
+    for batch in take(Loader(data, seed=0, micro_batch=12, expect=hashes), 4):
+        made: Tensor = batch["features"]  # type: ignore[assignment]
+        assert torch.equal(made, batch["moments"][:, 2:5].half().float())  # type: ignore[index]
+    with pytest.raises(ValueError, match=r"cache was made with features='net:1', this run has 'net:2'"):
+        Loader(data, seed=0, micro_batch=12, expect={"features": "net:2"})
+    with pytest.raises(ValueError, match=r"was begun with features='net:1', not 'net:2'"):
+        encode(config, tmp_path / "c", moments=moments, text=None, hashes={"vae": "aa", "features": "net:2"})
+
+
 def masked(texts: list[str]) -> dict[str, Tensor]:
     """As an encoder with a mask: 2 to 9 tokens, then padding whose states are not zero."""
     lengths = torch.tensor([sum(map(ord, t)) % 8 + 2 for t in texts])
