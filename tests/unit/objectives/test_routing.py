@@ -14,6 +14,7 @@ from ldm.diffusion.schedule import Flow
 from ldm.models import networks
 from ldm.models.presets import UNETS
 from ldm.models.transformers import presets
+from ldm.models.transformers.base import Transformer
 from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
@@ -69,7 +70,9 @@ def test_training_steps_are_routed_and_the_validation_loss_is_not() -> None:
     side = 4 * NETWORK.patch_size
     seen: list[int] = []
     made = objective(DenoiseOptions(drop=0.0, route=replace(ROUTE, until=5)))
-    for _, block in made._of[0].blocks():
+    network = made._of[0]
+    assert isinstance(network, Transformer)
+    for _, block in network.blocks():
         block.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     torch.manual_seed(1)
     batch = {
