@@ -59,8 +59,9 @@ def encode_text(texts: Any) -> Cond:
 
 
 def objective(process: Process, network: nn.Module | None = None, **options: Any) -> DenoiseObjective:
-    chosen = DenoiseOptions(**{"drop": 0.0} | options)
-    return DenoiseObjective(network or Probe(), process, LatentCodec.of(Autoencoder(VAE)), encode_text, chosen)
+    chosen: dict[str, Any] = {"drop": 0.0} | options
+    codec = LatentCodec.of(Autoencoder(VAE))
+    return DenoiseObjective(network or Probe(), process, codec, encode_text, DenoiseOptions(**chosen))
 
 
 def batch_of(positions: list[int]) -> dict[str, Any]:
