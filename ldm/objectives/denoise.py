@@ -67,8 +67,9 @@ class DenoiseOptions:
 class DenoiseObjective(Objective):
     """Weighted error of the network's answer on noised latents; with learned variance also the variational bound.
 
-    The batch is cached moments and text, or pixels and captions. VAE and text towers are frozen and stay
-    outside `trained`, unless `live`: then `encode_text` gives states with gradients.
+    The batch is cached moments and text, or pixels and captions; `time` (B,) in it, shares of T, are times that are not
+    drawn. VAE and text towers are frozen and stay outside `trained`, unless `live`: then `encode_text` gives states
+    with gradients.
     """
 
     def __init__(
@@ -97,7 +98,10 @@ class DenoiseObjective(Objective):
         torch.manual_seed(key(rng.seed, rng.positions[0], "dropout"))  # torch's dropout takes no generator
         latents = self.latents(batch, rng)
         cond = self.cond(batch, rng)
-        t, importance = self._times(rng.uniform("time"), self._tokens(latents))
+        if "time" in batch:  # validation at fixed times
+            t, importance = self.process.fixed_times(batch["time"]), None
+        else:
+            t, importance = self._times(rng.uniform("time"), self._tokens(latents))
         t = t.to(latents.device)
         noise, added = self._noises(rng, latents)
         noised = self.process.add_noise(latents, added, t)
