@@ -53,7 +53,8 @@ def _machine(records: Records) -> str:
     quick = " The smallest sizes, to see that it runs: the figures mean nothing." if _quick(every) else ""
     return (
         f"{len(every)} runs on {cpus}, threads {threads}, torch {torch}, until {max(r['made'] for r in every)}. Runs "
-        f"ended within {100 * off:.0f} % of their budgets; what is interpolated stands at the seconds that they took.{quick}"
+        f"ended within {100 * off:.0f} % of their budgets; what is interpolated stands at the seconds that "
+        f"they took.{quick}"
     )
 
 
