@@ -144,10 +144,7 @@ def _tell(args: argparse.Namespace, out: Path, specs: list[Any], rows: dict[str,
     from bench.quality import runs, table
     from bench.timing import machine
 
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in rows}
-    for spec in specs:
-        if (record := runs.finished(spec, rows[spec.recipe])) is not None:
-            found[spec.recipe].append(record)
+    found = {name: runs.every(specs[0], recipe) for name, recipe in rows.items()}
     if not any(found.values()):
         print(f"nothing is measured yet in {out}")
         return 0

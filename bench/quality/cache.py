@@ -28,7 +28,10 @@ def folder_of(out: Path, recipe: Recipe) -> Path:
 
 @contextmanager
 def alone(cache: Path) -> Iterator[None]:
-    """While a cache may be written, one process at a time; others wait."""
+    """While a cache may be written, one process at a time; others wait. Nobody does for one that is whole."""
+    if (cache / "manifest.json").is_file():
+        yield
+        return
     lock = RunLock(cache.with_name(f"{cache.name}.lock"))
     while True:
         try:

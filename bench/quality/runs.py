@@ -99,6 +99,17 @@ def finished(spec: Spec, recipe: Recipe) -> dict[str, Any] | None:
     return told if told["identity"] == spec.identity(recipe) else None
 
 
+def every(like: Spec, recipe: Recipe) -> list[dict[str, Any]]:
+    """All finished records of a recipe as it is now, of any seed and budget; short ones and low seeds first."""
+    found = []
+    for path in Path(like.out).glob(f"{recipe.name}-seed*-*s.json"):
+        told = json.loads(path.read_text(encoding="utf-8"))
+        spec = dataclasses.replace(like, recipe=recipe.name, seed=told["seed"], budget=told["budget"])
+        if (record := finished(spec, recipe)) is not None:
+            found.append(record)
+    return sorted(found, key=lambda r: (r["budget"], r["seed"]))
+
+
 def write(spec: Spec, record: dict[str, Any]) -> None:
     """The whole file or nothing."""
     spec.record.parent.mkdir(parents=True, exist_ok=True)

@@ -19,10 +19,12 @@ import torch
 from bench.quality import curve, rows, runs, table, worker
 from bench.quality.course import Clock, Course, Watch, planned, seconds_a_step
 from bench.quality.curve import MEASURES, Reached, reach
+from bench.quality.judge import calls
 from bench.quality.runs import Spec
 from ldm.checkpoint import files
 from ldm.config.load import encode
 from ldm.config.schema import load_run
+from ldm.pipeline import Settings
 
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "TQDM_DISABLE": "1"}
@@ -182,9 +184,19 @@ def test_a_run_without_decay_stands_for_all_shorter_ones(tmp_path: Path) -> None
     assert told == [
         (n, s, b) for b in (38, 75) for s in (0, 1) for n in ("base", "constant") if (n, b) != ("constant", 38)
     ]
-    runs.write(specs[0], {"identity": specs[0].identity(base)})
+    for one in (specs[2], specs[0]):
+        runs.write(one, {"identity": one.identity(base), "seed": one.seed, "budget": one.budget})
     assert runs.finished(specs[0], base) is not None
-    assert runs.finished(specs[0], rows.load("base", precision="fp32")) is None  # another recipe of this name
+    assert [r["budget"] for r in runs.every(specs[1], base)] == [38, 75]
+    other = rows.load("base", precision="fp32")  # another recipe of this name
+    assert runs.finished(specs[0], other) is None
+    assert runs.every(specs[0], other) == []
+
+
+def test_samplers_of_more_network_calls_are_refused() -> None:
+    assert calls(Settings(sampler="dpmpp_2m", guidance=3.0), runs.Protocol()) == 40
+    with pytest.raises(ValueError, match="sampler: 'heun' is not one of"):
+        calls(Settings(sampler="heun"), runs.Protocol())
 
 
 @pytest.fixture(scope="module")
