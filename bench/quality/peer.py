@@ -22,6 +22,7 @@ from bench.quality.judge import Quality
 from bench.quality.ours import COUNT, WARM
 from bench.quality.rows import Recipe, placed
 from bench.quality.runs import Spec
+from ldm import allocator
 from ldm.config.load import encode
 from ldm.diffusion.prediction import Epsilon
 from ldm.diffusion.schedule import Discrete
@@ -141,6 +142,7 @@ class Peer:
 def run(spec: Spec, recipe: Recipe, quality: Callable[[], Quality]) -> int:
     """Train to the budget from wherever the run folder is; 0 at the end, `AGAIN` when told to stop."""
     check(recipe)
+    allocator.keep_freed_memory("cpu")  # which drawing would do to it at the first mark
     folder = cache.folder_of(Path(spec.out), recipe)
     told = placed(recipe, spec.work, folder, spec.seed, 1)
     with cache.alone(folder):

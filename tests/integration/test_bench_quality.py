@@ -228,7 +228,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(out: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "bench.quality.worker", json.dumps(killed.told())], cwd=ROOT, env=ENV
     )
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while not files.steps(killed.work / "checkpoints") and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
