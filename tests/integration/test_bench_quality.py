@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.quality import curve, rows, runs, table, worker
+from bench.quality import curve, judge, rows, runs, table, worker
 from bench.quality.course import Clock, Course, Watch, planned, seconds_a_step
 from bench.quality.curve import MEASURES, Reached, reach
 from bench.quality.judge import calls
@@ -24,7 +25,7 @@ from bench.quality.runs import Spec
 from ldm.checkpoint import files
 from ldm.config.load import encode
 from ldm.config.schema import load_run
-from ldm.pipeline import Settings
+from ldm.pipeline import Settings, TextToImage
 
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "TQDM_DISABLE": "1"}
@@ -205,6 +206,28 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("quality")
 
 
+class Weights:
+    """In the judges' place, which the whole run below has: a hash of the averaged weights, so that every bit counts."""
+
+    def __init__(self, *given: Any) -> None:
+        pass
+
+    def of(self, pipeline: TextToImage, settings: Settings) -> dict[str, Any]:
+        total = hashlib.sha256()
+        for value in pipeline.network.state_dict().values():
+            total.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return {"weights": total.hexdigest()}
+
+
+WORKER = """
+import sys
+from bench.quality import judge, worker
+from tests.integration.test_bench_quality import Weights
+judge.Quality = Weights
+sys.exit(worker.main(sys.argv[1:]))
+"""
+
+
 def spec(out: Path, recipe: str, budget: float = 0.5) -> Spec:
     return Spec(recipe=recipe, seed=0, budget=budget, marks=(1e-6,), out=str(out), quick=True)
 
@@ -220,14 +243,13 @@ def outcome(of: Spec) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return [{k: v for k, v in p.items() if k != "seconds"} for p in told["points"]], told
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(out: Path) -> None:
-    """Killed after its mark, while it trains; then the same figures as in one go, and seconds that add up."""
+def test_a_killed_run_goes_on_as_if_it_had_not_been(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after its mark, while it trains; then the same weights as in one go, and seconds that add up."""
+    monkeypatch.setattr(judge, "Quality", Weights)
     killed, whole = spec(out, "base", 0.5), spec(out, "base", 0.6)
     whole = replace(whole, marks=killed.marks)
     given(killed, 40)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bench.quality.worker", json.dumps(killed.told())], cwd=ROOT, env=ENV
-    )
+    process = subprocess.Popen([sys.executable, "-c", WORKER, json.dumps(killed.told())], cwd=ROOT, env=ENV)
     deadline = time.monotonic() + 900
     while not files.steps(killed.work / "checkpoints") and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -254,6 +276,7 @@ def test_the_peer_goes_on_as_if_it_had_not_been_stopped(out: Path, monkeypatch: 
     from bench.quality import peer
 
     stopped, whole = spec(out, "diffusers@1e-3", 0.5), spec(out, "diffusers@1e-3", 0.6)
+    monkeypatch.setattr(judge, "Quality", Weights)
     for one in (stopped, whole):
         given(one, 6)
     train = peer.Peer.train
@@ -263,10 +286,10 @@ def test_the_peer_goes_on_as_if_it_had_not_been_stopped(out: Path, monkeypatch: 
             raise KeyboardInterrupt
         return train(self, batch)
 
-    monkeypatch.setattr(peer.Peer, "train", dies)
-    with pytest.raises(KeyboardInterrupt):
-        worker.work(stopped)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(peer.Peer, "train", dies)
+        with pytest.raises(KeyboardInterrupt):
+            worker.work(stopped)
     assert (stopped.work / peer.STATE).is_file()
     assert worker.work(stopped) == 0
     assert worker.work(whole) == 0
@@ -279,7 +302,6 @@ def test_the_peer_goes_on_as_if_it_had_not_been_stopped(out: Path, monkeypatch: 
 def test_the_peer_is_judged_through_a_network_that_answers_as_its_own() -> None:
     pytest.importorskip("diffusers")
     from bench.quality import peer
-    from ldm.pipeline import TextToImage
 
     recipe, pipeline = rows.load("diffusers@1e-3", tiny=True), TextToImage.load("emoji")
     theirs = peer.Peer(recipe, 0, pipeline)
