@@ -37,8 +37,8 @@ def test_seconds_until_a_quality_are_those_of_a_line_in_their_logarithm() -> Non
     rising = [(s, 0.1 + 0.2 * math.log(s)) for s in seconds]
     falling = [(s, 5.0 - 0.7 * math.log(s)) for s in seconds]
     for at in (40.0, 75.0, 111.0, 299.0):
-        assert reach(rising, 0.1 + 0.2 * math.log(at), higher=True) == Reached(pytest.approx(at))
-        assert reach(falling, 5.0 - 0.7 * math.log(at), higher=False) == Reached(pytest.approx(at))
+        assert reach(rising, 0.1 + 0.2 * math.log(at), higher=True).seconds == pytest.approx(at)
+        assert reach(falling, 5.0 - 0.7 * math.log(at), higher=False).seconds == pytest.approx(at)
     assert reach([(10.0, 0.0), (1000.0, 1.0)], 0.5, higher=True).seconds == pytest.approx(100.0)
     assert curve.ratio(300.0, Reached(75.0)) == (4.0, "")
 
