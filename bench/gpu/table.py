@@ -137,7 +137,7 @@ def _name(row: dict[str, Any]) -> str:
     return f"{row['title']}, {WHAT[row['what']]}, {MODES[row['mode']]}{layout}, {row['side']}"
 
 
-def insert(page: Path, text: str) -> None:
+def insert(page: Path, text: str, option: str = "--docs") -> None:
     """Put the text between a page's marks; a page that is not there becomes the text alone.
 
     Raises ValueError for a page without the marks.
@@ -150,5 +150,5 @@ def insert(page: Path, text: str) -> None:
     before, begin, rest = whole.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"--docs: {str(page)!r} has no lines {BEGIN!r} and {END!r} to write between")
+        raise ValueError(f"{option}: {str(page)!r} has no lines {BEGIN!r} and {END!r} to write between")
     page.write_text(f"{before}{BEGIN}\n{text}{END}{after}", encoding="utf-8")

@@ -118,6 +118,10 @@ class Process:
             density = density.of_tokens(tokens)
         return self.schedule.sample(density.warp(u))
 
+    def fixed_times(self, share: Tensor) -> Tensor:
+        """Shares (B,) in [0, 1) of T -> times (B,), whatever the density and the flow's shift."""
+        return self.schedule.sample(share) if self.schedule.discrete else self.schedule.steps * share.float()
+
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t ~ q(x_t | x_0) = alpha x_0 + sigma noise (DDPM, eq. 4), computed in float32, in the dtype of x0."""
         alpha, sigma = (broadcast(v, x0) for v in self.schedule.alpha_sigma(t, _wide(x0)))

@@ -103,8 +103,9 @@ class DenoiseOptions:
 class DenoiseObjective(Objective):
     """Weighted error of the network's answer on noised latents; with learned variance also the variational bound.
 
-    The batch is cached moments and text, or pixels and captions. VAE and text towers are frozen and stay
-    outside `trained`, unless `live`: then `encode_text` gives states with gradients.
+    The batch is cached moments and text, or pixels and captions; `time` (B,) in it, shares of T, are times that are not
+    drawn. VAE and text towers are frozen and stay outside `trained`, unless `live`: then `encode_text` gives states
+    with gradients.
     """
 
     def __init__(
@@ -156,7 +157,10 @@ class DenoiseObjective(Objective):
             latents, cond = repeats.rows_of(latents, count), repeats.cond_of(cond, count)
         if self.options.small is not None and side > 1:
             latents, cond = shrunk(self.options.small, latents, cond)
-        t, importance = self._times(repeats.stratified(rng.uniform("time"), count), self._tokens(latents))
+        if "time" in batch:  # validation at fixed times
+            t, importance = self.process.fixed_times(batch["time"]), None
+        else:
+            t, importance = self._times(repeats.stratified(rng.uniform("time"), count), self._tokens(latents))
         t = t.to(latents.device)
         noise, added = self._noises(rng, latents)
         noised = self.process.add_noise(latents, added, t)

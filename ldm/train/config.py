@@ -14,17 +14,24 @@ from ldm.train.writer import CheckpointConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ValidateConfig:
-    """Every `every` steps the loss of the averaged weights on the first `samples` of the data's split `split`."""
+    """Every `every` steps the loss of the averaged weights on the first `samples` of the data's split `split`.
+
+    `times`: so many fixed times t/T = 0, 1/n .. (n-1)/n, which samples take in turn (MLPerf's way has 8); 0: each
+    sample has a time of its own, drawn once as training draws.
+    """
 
     split: str = "test"
     samples: int = 256
     every: int = 1000
+    times: int = 0
 
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ValueError(f"samples must be at least 1, got {self.samples}")
         if self.every < 0:
             raise ValueError(f"every must be at least 0 steps (0: at the end only), got {self.every}")
+        if not 0 <= self.times <= self.samples:
+            raise ValueError(f"times must be between 0 (drawn) and samples {self.samples}, got {self.times}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,12 +23,15 @@ class LossOnHeldOut:
     """Writes `validation_loss` to the log: the mean over samples, the same for any number of ranks.
 
     `batch` holds the same samples on every rank. The noise and time of a sample belong to its place in it. For
-    objectives whose loss is the mean of `weight` times a sample's loss.
+    objectives whose loss is the mean of `weight` times a sample's loss, and that take fixed times as `time` (B,).
     """
 
     def __init__(self, config: ValidateConfig, batch: Batch, seed: int) -> None:
         self.every, self._seed = config.every, seed + 1
-        self._batch = batch | {"position": torch.arange(len(batch["key"]))}
+        places = torch.arange(len(batch["key"]))
+        self._batch = batch | {"position": places}
+        if config.times:
+            self._batch["time"] = (places % config.times).double() / config.times
         self.last = math.nan
 
     def __call__(self, trainer: Trainer, step: int) -> None:

@@ -15,6 +15,10 @@ import torch
 from ldm import dist
 from ldm.checkpoint import files
 from ldm.checkpoint.lock import LockLost
+from ldm.diffusion.density import LogitNormal
+from ldm.diffusion.prediction import Velocity
+from ldm.diffusion.process import Process
+from ldm.diffusion.schedule import Flow
 from ldm.train import state
 from ldm.train.chosen import choose
 from ldm.train.config import ValidateConfig
@@ -170,11 +174,11 @@ def test_offloading_changes_nothing(tmp_path: Path) -> None:
     assert found["both 3"] == pytest.approx(found["optimizer 2"], rel=1e-5)
 
 
-def validated(folder: str, stage: int) -> list[float]:
+def validated(folder: str, stage: int, times: int = 0) -> list[float]:
     """The validation loss of the averaged and of the raw weights after a short run."""
     run = trainer(folder, stage, steps=2)
     batch = tiny.rows(50, list(range(7)))
-    hook = LossOnHeldOut(ValidateConfig(samples=7, every=1), batch, seed=0)
+    hook = LossOnHeldOut(ValidateConfig(samples=7, every=1, times=times), batch, seed=0)
     run.run([hook])
     with run.averaged():
         assert hook.loss(run) == hook.last
@@ -195,6 +199,42 @@ def test_validation_is_the_same_for_any_number_of_ranks(tmp_path: Path) -> None:
     assert one[1] == pytest.approx(sum(losses) / 7, rel=1e-5)
     logged = [json.loads(line) for line in (tmp_path / "one" / "log" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in logged if "validation_loss" in r] == [0, 1, 2]
+
+
+def test_fixed_times_are_taken_in_turn_on_any_number_of_ranks(tmp_path: Path) -> None:
+    """Seven samples at t = 0, 250, 500, 750, 0, 250, 500: the loss of v with min-SNR by its formula in float64."""
+    one = ranks.run(validated, 1, f"{tmp_path}/one", 1, 4)[0]
+    for found in ranks.run(validated, 2, f"{tmp_path}/two", 2, 4):
+        assert found == pytest.approx(one, rel=1e-5)
+    objective = tiny.build()
+    objective.trained.load_state_dict(choose(tmp_path / "one", ema="raw").weights)
+    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    bars = torch.cumprod(1 - beta, 0)
+    losses = []
+    for i in range(7):
+        batch, rng, t = _one(tiny.rows(50, list(range(7))), i), tiny.Rng.of(1, [i]), 250 * (i % 4)
+        x0, noise = objective.latents(batch, rng).double(), rng.normal("noise", (4, 4, 4)).double()
+        alpha, sigma = bars[t].sqrt(), (1 - bars[t]).sqrt()
+        x = (alpha * x0 + sigma * noise).float()
+        with torch.no_grad():
+            out = objective.trained(x, torch.tensor([t]), objective.cond(batch, rng)).double()
+        snr = bars[t] / (1 - bars[t])
+        losses.append((out - (alpha * noise - sigma * x0)).square().mean() * snr.clamp(max=5) / (snr + 1))
+    assert one[1] == pytest.approx(float(sum(losses)) / 7, rel=1e-5)
+
+
+@pytest.mark.parametrize("times", [-1, 8])
+def test_fixed_times_without_samples_are_refused(times: int) -> None:
+    with pytest.raises(ValueError, match=f"times must be between 0 .* samples 7, got {times}"):
+        ValidateConfig(samples=7, times=times)
+
+
+def test_fixed_times_of_a_flow_are_not_shifted() -> None:
+    """Neither by its shift nor by the density, which move only what is drawn."""
+    share = torch.arange(8) / 8
+    flow = Process(schedule=Flow(shift=3.0), prediction=Velocity(), density=LogitNormal())
+    assert flow.fixed_times(share).tolist() == [0, 125, 250, 375, 500, 625, 750, 875]
+    assert Process().fixed_times(share).tolist() == [0, 125, 250, 375, 500, 625, 750, 875]
 
 
 def _one(batch: Batch, i: int) -> Batch:

@@ -26,6 +26,7 @@ RATIOS = {
     "encoding": {"result": ["online input / cached input", "online step / cached step"]},
     "data": {"result": ["webdataset, 0 workers / loader, 0 workers", "by hand, 1 thread / loader, 0 workers"]},
     "cli": {"result": ["ldm --help / python"]},
+    "quality": {},  # what it tells is in a table
     "scale": {},  # simulates, measures nothing
     "memory": {},  # plans, measures nothing
 }
@@ -42,7 +43,7 @@ def test_all_are_covered() -> None:
     assert set(RATIOS) == set(NAMES)
 
 
-SLOW = {"ranks", "finetune", "unet", "transformers"}
+SLOW = {"ranks", "finetune", "unet", "transformers", "quality"}  # quality: test_bench_quality.py runs it
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NAMES])
