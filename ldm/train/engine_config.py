@@ -21,8 +21,8 @@ class EngineConfig:
     reduced after the backward pass, all at once (`ldm.train.flat`). `live`: up to so many weights stay whole between
     forward and backward at stage 3: with all of them a step sends 2 psi bytes, with 0 3 psi, for the least memory.
     `loss_scale` is fp16's: 0 finds it by itself, beginning at 2^`loss_scale_power`. `compile` is the backend of
-    torch.compile for the trained network: "inductor" is fast and takes minutes at the start; "blocks" is inductor for its blocks, equal ones
-    once, and starts in a fraction of the time. `tf32`: a GPU's float32 products and
+    torch.compile for the trained network: "inductor" is fast and takes minutes at the start; "blocks" is inductor for
+    its blocks, equal ones once, and starts in a fraction of the time. `tf32`: a GPU's float32 products and
     convolutions with 10-bit mantissas. `frozen`: what weights that do not train are stored in (`models.frozen`).
     `blocks_on_device`: so many blocks of a frozen network are on the device at once, the others in the host's memory
     (`models.streaming`).
