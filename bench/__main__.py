@@ -15,7 +15,7 @@ from launch.options import Parser, RawHelp, ended, near
 
 NAMES = {
     "step": "a training step against a bare PyTorch loop, and what DeepSpeed and the EMA cost",
-    "ranks": "DeepSpeed against DDP on 2 ranks, the pause of a checkpoint, resuming on 1, 2 and 4 ranks",
+    "ranks": "DeepSpeed against DDP on 2 ranks, of linear at each ZeRO stage, the pause of a checkpoint, resuming",
     "unet": "the U-Net against diffusers' of the same shape: training and guided sampling",
     "transformers": "the transformers against diffusers': forward, training, guided sampling, peak memory",
     "compiling": "cold starts of torch.compile: the whole network against its equal blocks once",

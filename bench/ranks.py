@@ -1,4 +1,4 @@
-"""Several processes: DeepSpeed against DDP on 2 ranks, what a checkpoint pauses training for, resuming on 1, 2 and 4.
+"""Several processes: DeepSpeed against DDP on 2 ranks and what of linear they reach, a checkpoint's pause, resuming.
 
 Every rank is pinned to a core of its own where there are enough. The peer is torch's DistributedDataParallel around the
 same objective with the same optimizer and clipping.
@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 import torch.distributed
 
-from bench import parts, step
+from bench import linear, parts, step
 from bench.timing import Options, Spread, interleaved, ratio, report
 from ldm import dist
 from ldm.models.unet import UNetConfig
@@ -27,7 +27,6 @@ from ldm.rng import Rng
 from ldm.train import engine as engines
 from ldm.train import state
 from ldm.train.ema import EmaConfig
-from ldm.train.engine import Engine
 from ldm.train.engine_config import EngineConfig
 from ldm.train.trainer import CheckpointConfig, TrainConfig, Trainer
 
@@ -37,10 +36,10 @@ def run(options: Options) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         shared = ["--quick"] if options.quick else []
         result: dict[str, Any] = {}
-        for world, case in [(2, "peer"), (1, "pause"), (1, "resume"), (2, "resume"), (4, "resume")]:
-            rounds = str(options.times(10 if case == "peer" else 5))
+        for world, case in [(2, "peer"), (2, "linear"), (1, "pause"), (1, "resume"), (2, "resume"), (4, "resume")]:
+            rounds = str(options.times(10 if case in ("peer", "linear") else 5))
             found = _start(world, [case, folder, rounds, options.precision, *shared])
-            result |= found if case == "peer" else {f"{case} {world}": found}
+            result |= found if case in ("peer", "linear") else {f"{case} {world}": found}
     over = result["deepspeed_over_ddp_percent"]
     print(
         "  DeepSpeed over DDP on 2 ranks: " + ", ".join(f"{stage} {percent:+.1f} %" for stage, percent in over.items())
@@ -82,7 +81,7 @@ def main(argv: list[str]) -> None:
     )
     engines.start()
     config = parts.unet_config("--quick" in rest)
-    cases = {"peer": peer, "pause": pause, "resume": resume}
+    cases = {"peer": peer, "linear": linear.measure, "pause": pause, "resume": resume}
     found = cases[case](config, Path(folder), int(rounds), precision, "--quick" in rest)
     if dist.rank() == 0:
         print(json.dumps(found))
@@ -94,7 +93,9 @@ def peer(config: UNetConfig, folder: Path, rounds: int, precision: str, quick: b
     dtype = EngineConfig(precision=cast("Any", precision)).dtype()
     cases: dict[str, Callable[[], object]] = {"DDP": _ddp(config, size, dtype)}
     for stage in (0, 1, 2):
-        cases[f"ZeRO {stage}"] = _engine(config, size, EngineConfig(zero_stage=stage, precision=cast("Any", precision)))
+        cases[f"ZeRO {stage}"] = linear.with_engine(
+            config, size, EngineConfig(zero_stage=stage, precision=cast("Any", precision))
+        )
     seconds = interleaved(cases, rounds, warmup=1 if quick else 2)
     if dist.rank():
         return {}
@@ -118,20 +119,6 @@ def _ddp(config: UNetConfig, size: int, dtype: torch.dtype) -> Callable[[], obje
         loss.backward()
         torch.nn.utils.clip_grad_norm_(objective.parameters(), step.CLIP)
         optimizer.step()
-        return loss.item()
-
-    return one
-
-
-def _engine(config: UNetConfig, size: int, settings: EngineConfig) -> Callable[[], object]:
-    objective = step.objective_of(config)
-    engine = Engine(objective, step.OPTIM.build(objective.parameters()), settings, micro_batch=size, accumulate=1)
-    batches = parts.batches(config, size)
-
-    def one() -> float:
-        batch = next(batches)
-        loss, _ = engine.forward(batch, Rng.of(0, batch["position"]))
-        engine.backward_step(loss)
         return loss.item()
 
     return one

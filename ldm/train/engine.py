@@ -25,7 +25,7 @@ from ldm.models import compiling
 from ldm.models.network import Around, Network
 from ldm.objectives.base import Objective
 from ldm.rng import Rng
-from ldm.train import zeropp
+from ldm.train import flat, stage3, zeropp
 from ldm.train.engine_config import EngineConfig, deepspeed_config
 from ldm.types import Batch, Metrics
 
@@ -97,9 +97,7 @@ def _norm(gradients: list[Tensor], params: list[Any], norm_type: float = 2) -> T
     Theirs first copies every gradient to float64, which takes longer than Adam's update on a CPU.
     """
     own = [g for g in gradients if not getattr(g, "_zero_padding", False)]  # their mark, which others lack
-    total = torch.zeros((), device=dist.device())
-    if own:
-        total = torch.stack(torch._foreach_norm(own)).double().square().sum().float()
+    total = flat.squares(own)
     if dist.world_size() > 1:
         torch.distributed.all_reduce(total)
     return torch.where(total.isfinite(), total.sqrt(), -1.0)
@@ -149,8 +147,11 @@ class Engine:
             self._engine: Any = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)[0]
         if config.zero_stage == 0 and dist.world_size() == 1:
             self._engine.enable_backward_allreduce = False  # three copies of the gradients for nothing
+        self._flat = self._reduced_flat()
         if config.zero_stage in (1, 2) and config.precision != "fp16":  # whose gradients are in half precision
             self._engine.optimizer.get_grad_norm_direct = _norm
+        if config.zero_stage == 3 and self.device.type == "cpu" and dist.world_size() > 1:
+            stage3.lighten(self._engine.optimizer, module, config)
         self._fragments = self._find_fragments()
         if config.quantized_weights:
             zeropp.gather_small_exactly(deepspeed, module)
@@ -159,6 +160,17 @@ class Engine:
         elif config.compile != "off":
             self.module.trained.compile(backend=config.compile)
         self._norm = 0.0  # of stage 0, where DeepSpeed neither tells the norm nor keeps NaN out of the weights
+
+    def _reduced_flat(self) -> flat.Whole | flat.Divided | None:
+        """What reduces gradients in DeepSpeed's place, on CPUs if one bucket holds them all."""
+        trained = [p for _, p in self._trained()]
+        if self.device.type != "cpu" or not flat.fits(self.config, sum(p.numel() for p in trained)):
+            return None
+        return (
+            flat.Divided(self._engine, self.config.zero_stage)
+            if self.config.zero_stage
+            else flat.Whole(self._engine, trained)
+        )
 
     # --- the step ---------------------------------------------------------------------------------------------------
     def forward(self, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
@@ -178,6 +190,8 @@ class Engine:
         with _attention(self.device):  # gradient checkpointing runs forward code again
             self._engine.backward(loss)
         boundary = self._engine.is_gradient_accumulation_boundary()
+        if self._flat is not None:
+            self._flat.reduce(boundary)
         finite = not boundary or self.config.zero_stage > 0 or self._clip_here()
         self._engine.step()
         return bool(boundary and finite and self._engine.was_step_applied())
@@ -250,8 +264,8 @@ class Engine:
 
     def shapes(self) -> dict[str, list[int]]:
         """Whole shapes of the trained parameters."""
-        stage3 = self.config.zero_stage == 3  # where a parameter is empty between steps
-        return {n: list(p.ds_shape if stage3 else p.shape) for n, p in self._trained()}
+        divided = self.config.zero_stage == 3  # where a parameter is empty between steps
+        return {n: list(p.ds_shape if divided else p.shape) for n, p in self._trained()}
 
     def _trained(self) -> list[tuple[str, Any]]:
         return [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]

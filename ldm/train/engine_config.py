@@ -17,11 +17,12 @@ class EngineConfig:
     bf16, whichever is faster here (`ldm.precision`); a run keeps what it began with.
 
     `offload_optimizer` keeps masters and optimizer state, and `offload_parameters` (stage 3) the weights, in the host's
-    memory. `bucket`: elements that are sent at once. `live`: up to so many weights stay whole between forward and
-    backward at stage 3: with all of them a step sends 2 psi bytes, with 0 3 psi, for the least memory. `loss_scale` is
-    fp16's: 0 finds it by itself, beginning at 2^`loss_scale_power`. `compile` is the backend of torch.compile for the
-    trained network: "inductor" is fast and takes minutes at the start; "blocks" is inductor for its blocks, equal ones
-    once, and starts in a fraction of the time. `tf32`: a GPU's float32 products and
+    memory. `bucket`: elements that are sent at once; on CPUs the gradients of a network that one bucket holds are
+    reduced after the backward pass, all at once (`ldm.train.flat`). `live`: up to so many weights stay whole between
+    forward and backward at stage 3: with all of them a step sends 2 psi bytes, with 0 3 psi, for the least memory.
+    `loss_scale` is fp16's: 0 finds it by itself, beginning at 2^`loss_scale_power`. `compile` is the backend of
+    torch.compile for the trained network: "inductor" is fast and takes minutes at the start; "blocks" is inductor for
+    its blocks, equal ones once, and starts in a fraction of the time. `tf32`: a GPU's float32 products and
     convolutions with 10-bit mantissas. `frozen`: what weights that do not train are stored in (`models.frozen`).
     `blocks_on_device`: so many blocks of a frozen network are on the device at once, the others in the host's memory
     (`models.streaming`).
@@ -126,7 +127,7 @@ def deepspeed_config(config: EngineConfig, micro_batch: int, accumulate: int) ->
         "reduce_scatter": True,
         "reduce_bucket_size": config.bucket,
         "allgather_partitions": True,
-        "allgather_bucket_size": config.bucket,
+        "allgather_bucket_size": config.bucket + config.bucket % 2,  # DeepSpeed asserts that it is even
         "use_multi_rank_bucket_allreduce": False,  # each gradient goes to its owner alone: 2 psi a step instead of 3
         "round_robin_gradients": False,
         "ignore_unused_parameters": True,

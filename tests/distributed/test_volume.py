@@ -99,6 +99,7 @@ class Wire:
 def held() -> int:
     """Bytes of all tensors that this process can reach, each storage once."""
     gc.collect()
+    gc.collect()  # a parameter's own cycle (DeepSpeed binds methods to it) may outlive the pass that frees its engine
     storages: dict[int, int] = {}
     for found in gc.get_objects():
         if issubclass(type(found), Tensor) and not found.is_meta:
