@@ -187,8 +187,14 @@ class Around(nn.Module):
         return self._network[0](x, t, cond)
 
 
+NO_HIDDEN = (
+    "train.optim.algorithm: 'muon' is for a denoising network whose own weights train, and here none do (low-rank "
+    "corrections, tokens, autoencoders and CLIP have no hidden matrices of one); use adamw, adamw8bit, lion or sgd"
+)
+
+
 def hidden(module: nn.Module) -> list[Tensor]:
-    """The hidden matrices of all denoising networks in a module."""
+    """The hidden matrices of all denoising networks that are registered in a module."""
     return [p for m in module.modules() if isinstance(m, Network) for p in m.hidden()]
 
 

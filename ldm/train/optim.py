@@ -11,14 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.frozen import bitsandbytes
+from ldm.models.network import NO_HIDDEN
 from ldm.train.muon import Muon, MuonConfig
 
 BLOCK = 256
 """Values that share a scale in 8-bit state."""
-_NO_MATRICES = (
-    "train.optim.algorithm: 'muon' is for a denoising network whose own weights train, and here none do (low-rank "
-    "corrections, tokens, an autoencoder or CLIP have no hidden matrices of one); use adamw, adamw8bit, lion or sgd"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +58,7 @@ class Optim:
         own = set(hidden) if self.algorithm == "muon" else set[Tensor]()
         matrices, trained = [p for p in trained if p in own], [p for p in trained if p not in own]
         if self.algorithm == "muon" and not matrices:
-            raise ValueError(_NO_MATRICES)
+            raise ValueError(NO_HIDDEN)
         groups = [
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},

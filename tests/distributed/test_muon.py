@@ -1,4 +1,4 @@
-"""Muon at every ZeRO stage, on one and two ranks, against a plain loop of the paper's arithmetic; resuming at others."""
+"""Muon at every ZeRO stage, on one and two ranks, against a plain loop of its arithmetic; resuming at others."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_stages_give_the_same_matrices() -> None:
 
 
 def story(stage: int, folder: str) -> dict[str, Any]:
-    """Save after 3 steps, load into another engine, save after 4 and load again: a resumed run's checkpoint is whole."""
+    """Save after 3 steps, load into another engine, save after 4, load again: a resumed run's checkpoint is whole."""
     warnings.simplefilter("ignore")
     training = work.Training(stage, optim=OPTIM)
     losses = [training.step(i) for i in range(3)]
