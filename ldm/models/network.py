@@ -112,6 +112,11 @@ class Network(nn.Module, ABC):
         """The modules of which equal ones are compiled once (`models.compiling`)."""
         yield from (block for _, block in self.blocks())
 
+    def hidden(self) -> Iterator[Tensor]:
+        """The matrices between its first and last layers: weights of the blocks' linear layers and convolutions."""
+        for _, block in self.blocks():
+            yield from (m.weight for m in block.modules() if isinstance(m, nn.Linear | nn.Conv2d))
+
     @abstractmethod
     def enable_gradient_checkpointing(self, on: bool | Granularity = True) -> None:
         """What training computes again in the backward pass instead of keeping it: "block" (True), the least memory;
@@ -228,6 +233,17 @@ class Around(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self._network[0](x, t, cond)
+
+
+NO_HIDDEN = (
+    "train.optim.algorithm: 'muon' is for a denoising network whose own weights train, and here none do (low-rank "
+    "corrections, tokens, autoencoders and CLIP have no hidden matrices of one); use adamw, adamw8bit, lion or sgd"
+)
+
+
+def hidden(module: nn.Module) -> list[Tensor]:
+    """The hidden matrices of all denoising networks that are registered in a module."""
+    return [p for m in module.modules() if isinstance(m, Network) for p in m.hidden()]
 
 
 def granularity(on: bool | Granularity) -> Granularity:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm.models.network import NO_HIDDEN, hidden
 from ldm.plan.links import ZeroPP
 from ldm.plan.trace import Trace, trace
 
@@ -25,8 +26,9 @@ _PERSISTENT = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How training is divided. `copies`: averages; `moments`: of the optimizer, in float32 values a weight; `bucket`:
-    elements of a buffer; `live`: weights that stage 3 keeps whole between forward and backward.
+    """How training is divided. `copies`: averages; `moments`: of the optimizer, in float32 values a weight, and
+    `hidden_moments` where those of hidden matrices are others; `bucket`: elements of a buffer; `live`: weights that
+    stage 3 keeps whole between forward and backward.
     """
 
     stage: int
@@ -34,6 +36,7 @@ class Layout:
     half: bool = False
     copies: int = 1
     moments: float = 2
+    hidden_moments: float | None = None
     bucket: int = 50_000_000
     live: int = 1_000_000_000
     overlap: bool = True
@@ -75,18 +78,25 @@ class Parts:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Numbers of trained weights, of those in parameters small enough to stay whole, and of the largest module."""
+    """Numbers of trained weights, of those in parameters small enough to stay whole, of the largest module, and of
+    those in matrices of hidden layers.
+    """
 
     weights: int
     small: int
     largest: int
+    hidden: int = 0
 
     @staticmethod
     def of(module: nn.Module) -> Sizes:
         """Of what requires a gradient."""
         trained = [p.numel() for p in module.parameters() if p.requires_grad]
         modules = [sum(p.numel() for p in m.parameters(recurse=False)) for m in module.modules()]
-        return Sizes(weights=sum(trained), small=sum(n for n in trained if n <= _PERSISTENT), largest=max(modules))
+        matrices = {p for p in hidden(module) if p.requires_grad}
+        return Sizes(
+            weights=sum(trained), small=sum(n for n in trained if n <= _PERSISTENT), largest=max(modules),
+            hidden=sum(p.numel() for p in matrices),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -177,6 +187,10 @@ def _states(sizes: Sizes, layout: Layout) -> Parts:
     weights = weight * (n / layout.world if layout.stage == 3 else n)
     masters = 4.0 * divided if layout.stage else 0.0  # at stage 0 the weights are the masters
     optimizer = masters + 4.0 * layout.moments * divided
+    if layout.hidden_moments is not None:
+        if not sizes.hidden:
+            raise ValueError(NO_HIDDEN)
+        optimizer += 4.0 * (layout.hidden_moments - layout.moments) * sizes.hidden * divided / n
     host = 0.0
     if layout.offload_optimizer:
         host, optimizer = optimizer, 0.0

@@ -62,6 +62,7 @@ def layout(train: TrainConfig, asked: Asked) -> Layout:
         half=engine.precision == "fp16",
         copies=0 if train.ema is None else 1 + len(train.ema.others) + len(train.ema.power),
         moments=_MOMENTS.get(train.optim.algorithm, 2.0),
+        hidden_moments=1.0 if train.optim.algorithm == "muon" else None,
         bucket=engine.bucket,
         live=engine.live,
         overlap=asked.gpu,

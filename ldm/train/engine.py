@@ -13,7 +13,6 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +26,8 @@ from ldm.objectives.base import Objective
 from ldm.rng import Rng
 from ldm.train import flat, stage3, zeropp
 from ldm.train.engine_config import EngineConfig, deepspeed_config
+from ldm.train.fragments import Fragment
+from ldm.train.muon import Muon
 from ldm.types import Batch, Metrics
 
 
@@ -103,18 +104,6 @@ def _norm(gradients: list[Tensor], params: list[Any], norm_type: float = 2) -> T
     return torch.where(total.isfinite(), total.sqrt(), -1.0)
 
 
-@dataclass(frozen=True)
-class Fragment:
-    """The piece `[start, start + length)` of a flattened parameter whose master is `masters[flat][offset:]` here."""
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    length: int
-    flat: int
-    offset: int
-
-
 class Engine:
     """A DeepSpeed engine around an objective."""
 
@@ -153,6 +142,9 @@ class Engine:
         if config.zero_stage == 3 and self.device.type == "cpu" and dist.world_size() > 1:
             stage3.lighten(self._engine.optimizer, module, config)
         self._fragments = self._find_fragments()
+        if isinstance(optimizer, Muon) and config.zero_stage:
+            shapes, trained = self.shapes(), self._trained()
+            optimizer.divide(self.masters, self._fragments, {n: shapes[n] for n, p in trained if optimizer.has(p)})
         if config.quantized_weights:
             zeropp.gather_small_exactly(deepspeed, module)
         if config.compile == "blocks":

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ldm.models.frozen import bitsandbytes
+from ldm.models.network import NO_HIDDEN
+from ldm.train.muon import Muon, MuonConfig
 
 BLOCK = 256
 """Values that share a scale in 8-bit state."""
@@ -21,11 +23,12 @@ class Optim:
     """AdamW, or another, with linear warm-up and a decay to `final` times the peak rate.
 
     `adamw8bit` keeps its moments in 8 bits (Dettmers et al. 2021) and needs bitsandbytes; it resumes to within their
-    rounding. `lion` (Chen et al. 2023) keeps one moment; `sgd` takes its momentum from the first of `betas`. `fused` is
-    AdamW's in one kernel.
+    rounding. `lion` (Chen et al. 2023) keeps one moment; `sgd` takes its momentum from the first of `betas`. `muon`
+    (`ldm.train.muon`) is for the matrices of a network's hidden layers, and AdamW for the rest. `fused` is AdamW's in
+    one kernel.
     """
 
-    algorithm: Literal["adamw", "adamw8bit", "lion", "sgd"] = "adamw"
+    algorithm: Literal["adamw", "adamw8bit", "lion", "muon", "sgd"] = "adamw"
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -34,6 +37,7 @@ class Optim:
     decay: Literal["constant", "cosine", "linear"] = "constant"
     final: float = 0.0
     fused: bool = True
+    muon: MuonConfig = field(default_factory=MuonConfig)
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -45,9 +49,16 @@ class Optim:
         if not 0 <= self.final <= 1:
             raise ValueError(f"final must be in [0, 1] (a fraction of lr), got {self.final}")
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer; biases and norms (one-dimensional parameters) are not decayed."""
+    def build(self, parameters: Iterable[nn.Parameter], hidden: Iterable[Tensor] = ()) -> torch.optim.Optimizer:
+        """The optimizer; biases and norms (one-dimensional parameters) are not decayed.
+
+        `hidden`: those that are matrices of hidden layers. Raises ValueError where `muon` has none of them to train.
+        """
         trained = [p for p in parameters if p.requires_grad]
+        own = set(hidden) if self.algorithm == "muon" else set[Tensor]()
+        matrices, trained = [p for p in trained if p in own], [p for p in trained if p not in own]
+        if self.algorithm == "muon" and not matrices:
+            raise ValueError(NO_HIDDEN)
         groups = [
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
@@ -55,6 +66,11 @@ class Optim:
         groups = [g for g in groups if g["params"]]
         if self.algorithm == "adamw8bit":
             return _bitsandbytes().optim.AdamW8bit(groups, lr=self.lr, betas=self.betas, eps=self.eps)
+        if self.algorithm == "muon":
+            return Muon(
+                matrices, groups, self.muon, weight_decay=self.weight_decay,
+                lr=self.lr, betas=self.betas, eps=self.eps, fused=self.fused,
+            )  # fmt: skip
         if self.algorithm == "lion":
             return Lion(groups, lr=self.lr, betas=self.betas)
         if self.algorithm == "sgd":
@@ -97,6 +113,13 @@ def _bitsandbytes() -> Any:
     return bitsandbytes("train.optim.algorithm: 'adamw8bit'")
 
 
+def kinds_of(optimizer: torch.optim.Optimizer, p: Tensor, kinds: Sequence[str]) -> list[str]:
+    """Of all kinds of state in a checkpoint those of a parameter: Muon's matrices have another than the rest."""
+    if not isinstance(optimizer, Muon):
+        return list(kinds)
+    return [kind for kind in kinds if (kind == "momentum_buffer") == optimizer.has(p)]
+
+
 def read_state(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Tensor]:
     """The state of a parameter that has one value a weight, in float32 where it is kept in 8 bits."""
     found, held = {}, optimizer.state.get(p, {})
@@ -116,7 +139,7 @@ def write_state(optimizer: torch.optim.Optimizer, p: Tensor, values: dict[str, T
     optimizer.state[p] = {}
     if not values or "state1" not in values:
         optimizer.state[p] = dict(values)
-        if step is not None:
+        if step is not None and not (isinstance(optimizer, Muon) and optimizer.has(p)):
             optimizer.state[p]["step"] = torch.tensor(step, dtype=torch.float32)
         return
     eight: Any = optimizer

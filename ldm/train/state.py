@@ -20,7 +20,9 @@ from torch import Tensor
 from ldm import dist
 from ldm.checkpoint import files
 from ldm.train.ema import Ema
-from ldm.train.engine import Engine, Fragment
+from ldm.train.engine import Engine
+from ldm.train.fragments import Fragment
+from ldm.train.optim import kinds_of
 from ldm.train.optim import read_state as read_state_of
 from ldm.train.optim import write_state as write_state_of
 
@@ -219,7 +221,8 @@ def load(folder: Path, engine: Engine, ema: Ema | None, *, anew: bool = False) -
     if other and not anew:
         raise ValueError(f"train.optim.algorithm: checkpoint {folder} has the state of {meta['optimizer']}, not {own}")
     shards, masters = Shards(folder), engine.masters
-    states = [{kind: torch.zeros_like(master) for kind in meta["kinds"] if not other} for master in masters]
+    kinds = [[] if other else kinds_of(engine.inner, master, meta["kinds"]) for master in masters]
+    states = [{k: torch.zeros_like(master) for k in each} for master, each in zip(masters, kinds, strict=True)]
     origins = {} if ema is None else {kind: _origin(shards, kind) for kind in ema.averages}
     for f in engine.fragments:
         master = masters[f.flat]

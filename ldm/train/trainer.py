@@ -14,6 +14,7 @@ from ldm import dist
 from ldm.checkpoint import files
 from ldm.data.resized import Sizes
 from ldm.data.stream import Stream
+from ldm.models.network import hidden
 from ldm.objectives import Objective
 from ldm.precision import measured
 from ldm.rng import Rng, key
@@ -64,7 +65,7 @@ class Trainer:
         self.record, self.changes = record, list(changes)
         self._guard = guard  # called on rank 0 right before it publishes; raises when the folder is no longer ours
         micro = config.micro_batch(dist.world_size())
-        optimizer = config.optim.build(objective.parameters())
+        optimizer = config.optim.build(objective.parameters(), hidden(objective.trained))
         self.objective = objective
         self.engine = Engine(objective, optimizer, config.engine, micro_batch=micro, accumulate=config.accumulate)
         self.ema = Ema(config.ema, self.engine.masters) if config.ema is not None else None

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from ldm import dist
+from ldm.models.network import hidden
 from ldm.rng import Rng
 from ldm.train import state
 from ldm.train.ema import Ema
 from ldm.train.engine import Engine
 from ldm.train.engine_config import EngineConfig
+from ldm.train.optim import Optim
 from tests.distributed import tiny
 
 HALF = 3
@@ -25,19 +27,25 @@ class Training:
     """An engine with EMA and the tiny objective; steps as the trainer does."""
 
     def __init__(
-        self, stage: int, accumulate: int = 1, clip: float = tiny.CLIP, seed: int = 1, precision: Any = "fp32"
+        self,
+        stage: int,
+        accumulate: int = 1,
+        clip: float = tiny.CLIP,
+        seed: int = 1,
+        precision: Any = "fp32",
+        optim: Optim = tiny.OPTIM,
     ) -> None:
-        self.objective, self.accumulate = tiny.build(seed), accumulate
+        self.objective, self.accumulate, self.optim = tiny.build(seed), accumulate, optim
         config = EngineConfig(zero_stage=stage, precision=precision, clip=clip)
         micro = tiny.BATCH // (dist.world_size() * accumulate)
-        optimizer = tiny.OPTIM.build(self.objective.parameters())
+        optimizer = optim.build(self.objective.parameters(), hidden(self.objective.trained))
         self.engine = Engine(self.objective, optimizer, config, micro_batch=micro, accumulate=accumulate)
         self.ema = Ema(tiny.EMA, self.engine.masters)
         self.norms: list[float] = []
 
     def step(self, step: int) -> float:
         """One optimizer step (from 0); the mean loss of the global batch."""
-        self.engine.set_lr(tiny.OPTIM.lr_at(step, tiny.STEPS))
+        self.engine.set_lr(self.optim.lr_at(step, tiny.STEPS))
         total = 0.0
         batches = tiny.micro_batches(step, dist.rank(), dist.world_size(), self.accumulate)
         for i, batch in enumerate(batches):
@@ -51,7 +59,7 @@ class Training:
 
     def bad_step(self, step: int) -> bool:
         """A step whose loss is NaN in the last rank's first micro-batch alone; whether weights were updated."""
-        self.engine.set_lr(tiny.OPTIM.lr_at(step, tiny.STEPS))
+        self.engine.set_lr(self.optim.lr_at(step, tiny.STEPS))
         updated = True
         for i, batch in enumerate(tiny.micro_batches(step, dist.rank(), dist.world_size(), self.accumulate)):
             if i == 0 and dist.rank() == dist.world_size() - 1:
