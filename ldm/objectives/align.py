@@ -100,7 +100,7 @@ class Alignment(nn.Module):
 
     def nothing(self) -> Tensor:
         """0, whose gradients are zeros: every stage of ZeRO wants one of every weight."""
-        like = self.projector[0].weight
+        like = next(self.parameters())
         return 0.0 * self.projector(torch.zeros(1, self._width, device=like.device, dtype=like.dtype)).float().sum()
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ldm import dist
 from ldm.diffusion.density import Importance, ImportanceTimes
 from ldm.diffusion.likelihood import hybrid_loss
 from ldm.diffusion.process import Process, offset_noise, perturb_noise
-from ldm.models.network import of_averages
+from ldm.models.network import Network, of_averages
 from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.align import Alignment, AlignOptions
 from ldm.objectives.base import Objective, by_noise
@@ -102,7 +102,7 @@ class DenoiseObjective(Objective):
         if options.guidance is not None and getattr(self._of[0], "guidance_width", None) is None:
             raise ValueError(f"guidance {options.guidance}: the network is told no guidance scale; write null")
         if options.small is not None:
-            can_be_small(self._of[0])
+            can_be_small(cast("Network", self._of[0]))
         density = process.density
         self._history = History(process.schedule.steps, density) if isinstance(density, Importance) else None
 
@@ -145,7 +145,7 @@ class DenoiseObjective(Objective):
         """The network's answer, and the similarity (B,) of its features to the clean picture's where they align."""
         with contextlib.ExitStack() as stack:
             if side > 1:
-                stack.enter_context(of_averages(self._of[0], side))
+                stack.enter_context(of_averages(cast("Network", self._of[0]), side))
             tap = None if self.alignment is None else stack.enter_context(self.alignment.watching(self._step))
             out = self.trained(noised, t, cond)
         size = (noised.shape[2], noised.shape[3])
