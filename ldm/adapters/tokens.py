@@ -41,11 +41,15 @@ class NewToken:
 
 @dataclass(frozen=True, kw_only=True)
 class TokensConfig:
-    """`max_norm` bounds each new vector's norm, in multiples of the vocabulary's median norm (0: no bound)."""
+    """`max_norm` bounds each new vector's norm, in multiples of the vocabulary's median norm (0: no bound).
+
+    `speed`: how many times as far as at the optimizer's rate Adam moves the vectors in a step.
+    """
 
     kind: Literal["tokens"] = "tokens"
     tokens: tuple[NewToken, ...]
     max_norm: float = 2.0
+    speed: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.tokens:
@@ -55,18 +59,23 @@ class TokensConfig:
             raise ValueError(f"tokens: {sorted({n for n in names if names.count(n) > 1})} named twice")
         if self.max_norm < 0:
             raise ValueError(f"max_norm must be at least 0 (0 is no bound), got {self.max_norm}")
+        if not self.speed > 0:
+            raise ValueError(f"speed must be above 0, got {self.speed}")
 
 
 class Rows(nn.Module):
-    """New rows of one tower for one token, (n, D); called, it gives them within the norm's bound."""
+    """New rows of one tower for one token, (n, D); called, it gives them within the norm's bound.
 
-    def __init__(self, start: Tensor, bound: float) -> None:
+    What trains is the rows / `speed`: Adam's steps do not depend on a weight's scale.
+    """
+
+    def __init__(self, start: Tensor, bound: float, speed: float = 1.0) -> None:
         super().__init__()
-        self.rows = nn.Parameter(start.detach().float().clone())
-        self.bound = bound
+        self.rows = nn.Parameter(start.detach().float() / speed)
+        self.bound, self.speed = bound, speed
 
     def forward(self) -> Tensor:
-        return within(self.rows, self.bound)
+        return within(self.rows * self.speed, self.bound)
 
 
 class TokenRows(Around):
@@ -77,7 +86,7 @@ class TokenRows(Around):
         self.tokens = nn.ModuleList()
         encoders = reading(text)
         for new in config.tokens:
-            rows = nn.ModuleList(Rows(start(one, new), bound_of(one, config)) for one in encoders)
+            rows = nn.ModuleList(Rows(start(one, new), bound_of(one, config), config.speed) for one in encoders)
             for one, own in zip(encoders, rows, strict=True):
                 one.add_token(new.token, new.vectors, own)
             self.tokens.append(rows)
@@ -104,7 +113,8 @@ class TokensAdapter:
         found = {}
         for i, new in enumerate(self.config.tokens):
             rows = [weights[f"tokens.{i}.{k}.rows"] for k in range(len(self._bounds))]
-            found[new.token] = [within(r.float(), b) for r, b in zip(rows, self._bounds, strict=True)]
+            rows = [r.float() * self.config.speed for r in rows]
+            found[new.token] = [within(r, b) for r, b in zip(rows, self._bounds, strict=True)]
         return found
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

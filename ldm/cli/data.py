@@ -66,7 +66,7 @@ def _parser() -> Parser:
     encode.add_argument("--crop", choices=("center", "random"), default="center", help="where to cut")
     encode.add_argument("--flip", action="store_true", help="mirror variants beyond the first at random")
     encode.add_argument("--variants", type=int, default=1, help="how many crops and flips of each picture to store")
-    encode.add_argument("--template", default="{}", help="wraps each caption, such as 'a photo of {}'")
+    encode.add_argument("--template", default="{}", help="wraps each caption: 'a photo of {}', '{}[, {group}]'")
     encode.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="type to store")
     encode.add_argument("--batch", type=int, default=64, help="pictures at a time")
     encode.add_argument(

@@ -23,8 +23,8 @@ def parser() -> Parser:
     d = methods.add_parser(
         "dreambooth", help="teach a subject from 3 to 10 pictures, under a rare word", epilog=_EPILOG
     )
-    _common(d, "400, with --lora 500", "5e-6, of a shipped model 1e-4; with --lora 1e-4 and 4e-3")
-    d.add_argument("--identifier", default="sks", help="the rare word that names the subject")
+    _common(d, "400, with --lora or --pivotal 500", "5e-6, of a shipped model 1e-4; with those 1e-4 and 4e-3")
+    d.add_argument("--identifier", help="the rare word that names the subject (default: sks, with --pivotal <thing>)")
     d.add_argument("--class", dest="noun", required=True, metavar="NOUN", help="the class of the subject, such as dog")
     d.add_argument("--instance-prompt", metavar="TEXT", help="caption of the pictures (default: a IDENTIFIER NOUN)")
     d.add_argument("--class-prompt", metavar="TEXT", help="caption of the class pictures (default: a NOUN)")
@@ -35,23 +35,18 @@ def parser() -> Parser:
     d.add_argument("--no-prior", action="store_true", help="without prior preservation")
     d.add_argument("--train-text-encoder", action="store_true", help="train the text encoders too")
     d.add_argument("--lora", action="store_true", help="train a LoRA instead of all weights")
+    d.add_argument("--pivotal", "--train-text-encoder-ti", dest="pivotal", action="store_true",
+                   help="pivotal tuning: the identifier is a new word that trains beside a LoRA")  # fmt: skip
+    _words(d, "words for the new word to start from, each one token (default: those of --class)")
     _lora(d)
 
     t = methods.add_parser("textual-inversion", help="learn a new word (token) for a subject or style",
                            epilog=_EPILOG)  # fmt: skip
     _common(t, "500", "5e-3, of a shipped model 1e-2")
     t.add_argument("--placeholder-token", "--token", dest="token", default="<thing>", help="the new word")
-    t.add_argument("--initializer-token", dest="initializer", nargs="+", default=[], metavar="WORD",
-                   help="words to start from, each one token")  # fmt: skip
-    t.add_argument("--num-vectors", type=int, default=1, help="embeddings that the new word stands for")
+    _words(t, "words to start from, each one token")
     t.add_argument("--learnable-property", choices=("object", "style"), default="object", help="chooses the captions")
     t.add_argument("--template", action="append", default=[], metavar="TEXT", help="caption with {} for the new word")
-    t.add_argument(
-        "--max-norm",
-        type=float,
-        default=2.0,
-        help="longest embedding, in multiples of the vocabulary's median; 0: no limit",
-    )
 
     r = methods.add_parser("lora", help="learn a style or many things from captioned pictures, as a small file",
                            epilog=_EPILOG)  # fmt: skip
@@ -99,6 +94,13 @@ def _common(p: Parser, steps: str, rates: str) -> None:
                    help="any key of the config, such as train.optim.warmup=20; --set may be left out")  # fmt: skip
 
 
+def _words(p: Parser, starts_from: str) -> None:
+    p.add_argument("--initializer-token", dest="initializer", nargs="+", metavar="WORD", help=starts_from)
+    p.add_argument("--num-vectors", type=int, default=1, help="embeddings that the new word stands for")
+    p.add_argument("--max-norm", type=float, default=2.0,
+                   help="longest embedding, in multiples of the vocabulary's median; 0: no limit")  # fmt: skip
+
+
 def _lora(p: Parser) -> None:
     p.add_argument("--rank", type=int, help="of the LoRA: its size (default: 4, of transformers 16)")
     p.add_argument("--alpha", type=float, help="scale is alpha / rank (default: 1)")
@@ -114,15 +116,19 @@ def tree(args: argparse.Namespace) -> dict[str, Any]:
     """The run's config as plain data."""
     from ldm.recipes import folder_runs
 
-    low_rank = args.method == "lora" or (args.method == "dreambooth" and args.lora)
-    method = args.method.replace("-", "_") + ("_lora" if args.method == "dreambooth" and low_rank else "")
+    booth = args.method == "dreambooth"
+    pivotal = booth and args.pivotal
+    low_rank = args.method == "lora" or (booth and (args.lora or pivotal))
+    method = args.method.replace("-", "_") + ("_pivotal" if pivotal else "_lora" if booth and low_rank else "")
+    if booth and args.identifier is None:
+        args.identifier = "<thing>" if pivotal else "sks"
     choices = folder_runs.Choices(
         method=method, images=args.images, base=args.base, out=args.out, steps=args.steps, batch=args.batch,
         accumulate=args.accumulate, lr=args.lr, size=args.size, seed=args.seed, prompts=args.prompt,
         samples=args.samples_every, stage=args.zero_stage, precision=args.precision, text_precision=args.text_precision,
         cache=not args.no_cache,
         gradient_checkpointing=False if args.gradient_checkpointing == "none" else args.gradient_checkpointing,
-        adapter=_adapter(args, low_rank),
+        adapter=_pivotal(args) if pivotal else _adapter(args, low_rank),
         name=None if args.out is None else args.out.name,
     )  # fmt: skip
     if args.method == "dreambooth":
@@ -137,9 +143,15 @@ def tree(args: argparse.Namespace) -> dict[str, Any]:
     if args.method == "lora":
         return folder_runs.lora(choices)
     return folder_runs.inversion(
-        choices, token=args.token, max_norm=args.max_norm, vectors=args.num_vectors, initializer=args.initializer,
+        choices, token=args.token, max_norm=args.max_norm, vectors=args.num_vectors, initializer=args.initializer or [],
         learn=args.learnable_property, templates=args.template,
     )  # fmt: skip
+
+
+def _pivotal(args: argparse.Namespace) -> dict[str, Any]:
+    start = args.initializer or args.noun.split()
+    token = {"token": args.identifier, "vectors": args.num_vectors, "initializer": start}
+    return {"kind": "pivotal", "tokens": [token], "lora": _adapter(args, True), "max_norm": args.max_norm}
 
 
 def _adapter(args: argparse.Namespace, low_rank: bool) -> dict[str, Any]:

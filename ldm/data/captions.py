@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +57,53 @@ class Tags:
         rest = [p for p in parts[self.keep :] if uniform(seed, position, f"tag drop {p}") >= self.dropout]
         rest = sorted(rest, key=lambda p: draws[p]) if self.shuffle else rest
         return f"{self.separator} ".join([*parts[: self.keep], *rest])
+
+
+_FIELD = re.compile(r"\{([^{}]*)\}")
+_OPTIONAL = re.compile(r"\[([^\[\]]*\{[^{}]+\}[^\[\]]*)\]")
+
+
+def check_template(template: str) -> None:
+    """Raise ValueError unless the caption has a place in it."""
+    if "{}" not in template:
+        raise ValueError(f"template {template!r} must hold {{}} where the caption goes")
+
+
+def names_fields(template: str) -> bool:
+    """Whether it holds more than the caption: fields of a sample's json, {NAME}."""
+    return any(_FIELD.findall(template))
+
+
+def filled(template: str, caption: str, meta: Mapping[str, Any]) -> str:
+    """The template with the caption for {} and fields of the sample's json for {NAME}.
+
+    A part in square brackets is left out where one of its fields is empty or missing. Raises ValueError naming a field
+    that is so outside of brackets.
+    """
+    if not names_fields(template):
+        return template.replace("{}", caption)
+
+    def value(name: str) -> str | None:
+        found = caption if name == "" else meta.get(name)
+        if isinstance(found, bool) or not isinstance(found, str | int | float) or found == "":
+            return None
+        return str(found)
+
+    def optional(part: re.Match[str]) -> str:
+        known = all(value(name) is not None for name in _FIELD.findall(part[1]) if name)
+        return part[1] if known else ""
+
+    def put(field: re.Match[str]) -> str:
+        found = value(field[1])
+        if found is None and field[1]:
+            has = sorted(k for k in meta if value(k) is not None)
+            raise ValueError(
+                f"template {template!r}: a sample has no {field[1]!r} (it has {has}); write the part that needs it in "
+                "square brackets, which is left out then"
+            )
+        return found or ""
+
+    return _FIELD.sub(put, _OPTIONAL.sub(optional, template))
 
 
 def uniform(seed: int, position: int, purpose: str) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm.data.cache import LATER, trimmed
-from ldm.data.captions import captions_of
+from ldm.data.captions import captions_of, filled
 from ldm.data.decode import BadSample
 from ldm.data.fingerprint import fingerprint
 from ldm.data.manifest import Manifest, Shard, resolve, shard_of
@@ -202,7 +202,8 @@ def _alike(shards: Shards, template: str, text: TextStates) -> bool:
     for i in range(min(len(shards), _SAMPLES)):
         try:
             members = shards.read(i)[1]
-            texts = [template.replace("{}", t) for t in captions_of(members, required=False)[0].texts]
+            known, meta = captions_of(members, required=False)
+            texts = [filled(template, t, meta) for t in known.texts]
             stored = safetensors.torch.load(members[CACHED])
         except (BadSample, KeyError, safetensors.SafetensorError):
             continue

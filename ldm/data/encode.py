@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ldm.data.cache import MEMBER, trimmed
-from ldm.data.captions import uniform
+from ldm.data.captions import filled, uniform
 from ldm.data.claim import SETTINGS, TextStates, claim, finished, read, settings, write
 from ldm.data.images import to_float
 from ldm.data.manifest import Manifest, Shard, bucket_report, json_line, printable, resolve, shard_of
@@ -287,7 +287,7 @@ def _add_text(
     tensors: list[dict[str, Tensor]],
     error: _Error,
 ) -> None:
-    texts = [[config.template.replace("{}", t) for t in samples.captions(i).texts] for i in ids]
+    texts = [[filled(config.template, t, samples.meta(i)) for t in samples.captions(i).texts] for i in ids]
     flat = [t for sample in texts for t in sample]
     # One call for a sample would waste the tower; one for all may be many times the batch.
     chunks = [text(flat[i : i + config.batch]) for i in range(0, len(flat), config.batch)]

@@ -14,7 +14,7 @@ import torch
 
 from ldm.data.arrays import check_names, stack
 from ldm.data.buckets import BucketedOrder, name
-from ldm.data.captions import Tags, uniform
+from ldm.data.captions import Tags, check_template, filled, names_fields, uniform
 from ldm.data.decode import BadSample
 from ldm.data.images import Fit, to_float
 from ldm.data.manifest import Manifest, Shard, json_line, resolve
@@ -73,8 +73,7 @@ class DataConfig:
             raise ValueError("arrays: a cache holds no other members; leave them out or train without it")
         if self.repeats < 1:
             raise ValueError(f"repeats must be at least 1, got {self.repeats}")
-        if "{}" not in self.template:
-            raise ValueError(f"template {self.template!r} must hold {{}} where the caption goes")
+        check_template(self.template)
         if not 0 <= self.max_bad <= 1:
             raise ValueError(f"max_bad must be in [0, 1], got {self.max_bad}")
         if self.tags is not None and self.cached:
@@ -206,7 +205,7 @@ class Loader(Stream[DataConfig]):
         texts = [self.samples.captions(i).texts[p] for i, p in zip(ids, picks, strict=True)]
         if self.config.tags is not None and not self.config.cached:
             texts = [self.config.tags.apply(t, self._seed, p) for t, p in zip(texts, positions, strict=True)]
-        batch["caption"] = [self.config.template.replace("{}", text) for text in texts]
+        batch["caption"] = [self._filled(i, text) for i, text in zip(ids, texts, strict=True)]
         if not self.config.cached:
             crops = self.samples.crop(ids, self._crops(positions), self._flips(positions))
             batch["image"] = to_float(crops.pixels)
@@ -220,6 +219,11 @@ class Loader(Stream[DataConfig]):
         if self._tokenize is not None:
             batch["tokens"] = self._tokenize(batch["caption"])
         return batch
+
+    def _filled(self, sample: int, text: str) -> str:
+        template = self.config.template
+        known = self.config.captions != "none" and names_fields(template)
+        return filled(template, text, self.samples.meta(sample)) if known else template.replace("{}", text)
 
     def _picks(self, ids: Sequence[int], positions: Sequence[int]) -> list[int]:
         if self.config.captions != "weighted":

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ldm.data.captions import check_template
 from ldm.data.images import Fit
 from ldm.data.manifest import Manifest
 
@@ -39,8 +40,7 @@ class EncodeConfig:
             raise ValueError("size, variants, batch and part must be at least 1")
         if self.variants > 1 and self.crop == "center" and not self.flip:
             raise ValueError(f"variants: {self.variants} would all be equal with crop=center and flip=false")
-        if "{}" not in self.template:
-            raise ValueError(f"template {self.template!r} must hold {{}} where the caption goes")
+        check_template(self.template)
 
 
 @dataclass

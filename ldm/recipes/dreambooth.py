@@ -9,6 +9,8 @@ from typing import Literal
 from ldm import dist
 from ldm.adapters.full import FullConfig
 from ldm.adapters.lora import LoraConfig
+from ldm.adapters.pivotal import PivotalConfig
+from ldm.adapters.tokens import NewToken
 from ldm.data.loader import DataConfig
 from ldm.data.mixture import Data
 from ldm.plan.report import Drawn, Job
@@ -29,6 +31,7 @@ class DreamboothTask(Finetuning):
 
     With `prior`, `data` is a mixture of two sources in this order: the subject's pictures and the class pictures, whose
     `weight` is that of prior preservation. Each sample's loss has its own time's weighting and its source's weight.
+    With the adapter `pivotal`, the subject's caption says its new words.
     """
 
     kind: Literal["dreambooth"] = "dreambooth"
@@ -37,11 +40,18 @@ class DreamboothTask(Finetuning):
     noun: str
     prompt: str | None = None
     prior: Prior | None = field(default_factory=Prior)
-    adapter: FullConfig | LoraConfig = field(default_factory=FullConfig)
+    adapter: FullConfig | LoraConfig | PivotalConfig = field(default_factory=FullConfig)
 
     def __post_init__(self) -> None:
         if not self.noun.strip() or not self.identifier.strip():
             raise ValueError(f"identifier {self.identifier!r} and noun {self.noun!r} must not be empty")
+        if isinstance(self.adapter, PivotalConfig):
+            for new in self.adapter.tokens:
+                if new.token not in self.instance_prompt:
+                    raise ValueError(
+                        f"adapter.tokens: {new.token!r} is not in the subject's caption {self.instance_prompt!r}, "
+                        "so nothing would train it; write it as `identifier`, or into `prompt`"
+                    )
 
     @property
     def instance_prompt(self) -> str:
@@ -86,7 +96,11 @@ def _sources(task: DreamboothTask, data: Data) -> list[DataConfig]:
 def job(task: DreamboothTask, data: Data, train: TrainConfig, asked: planned.Asked) -> Job:
     """Fine-tuning on subject and class, after the class pictures that are not there yet are drawn by the base model."""
     sources = _sources(task, data)
-    found = adapted_job(task, task.adapter, data, train, asked)
+    adapter = task.adapter
+    if isinstance(adapter, PivotalConfig):  # without weights there are no norms to take a bound from
+        new = tuple(NewToken(token=t.token, vectors=t.vectors) for t in adapter.tokens)
+        adapter = replace(adapter, tokens=new, max_norm=0.0)
+    found = adapted_job(task, adapter, data, train, asked)
     prior, own = task.prior, planned.pictures_in(task.images)
     if prior is not None:
         folder = prior.folder or Path(sources[1].path).parent / "class_pictures"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ldm import dist
 from ldm.adapters.full import FullAdapter, FullConfig
 from ldm.adapters.lora import LoraAdapter, LoraConfig
+from ldm.adapters.pivotal import PivotalAdapter, PivotalConfig
 from ldm.adapters.sites import all_sites
 from ldm.adapters.tokens import TokensAdapter, TokensConfig
 from ldm.checkpoint import embedding_files, files, lora_files
@@ -61,7 +62,8 @@ from ldm.train.trainer import TrainConfig, Trainer
 from ldm.types import Cond
 
 Density = UniformTimes | LogitNormal | Mode | CosMap | ShiftedUniform | FluxShift | Importance
-AnyAdapter = FullAdapter | LoraAdapter | TokensAdapter
+AnyAdapter = FullAdapter | LoraAdapter | TokensAdapter | PivotalAdapter
+AnyConfig = FullConfig | LoraConfig | TokensConfig | PivotalConfig
 ADAPTER = "adapter.json"
 
 
@@ -105,7 +107,7 @@ def build(task: FinetuneTask, data: Data, train: TrainConfig, seed: int, workers
     return assembled(task, make_adapter(task.adapter), pipeline, data, train, seed, workers, task.images)
 
 
-def open_base(task: Finetuning, adapter: FullConfig | LoraConfig | TokensConfig, train: TrainConfig) -> TextToImage:
+def open_base(task: Finetuning, adapter: AnyConfig, train: TrainConfig) -> TextToImage:
     """The base model with the loss's weighting and density; `assembled` stores what does not train as configured."""
     blocks = train.engine.blocks_on_device
     if blocks is not None and isinstance(adapter, FullConfig):
@@ -127,10 +129,12 @@ def trained_process(task: Finetuning, base: TextToImage) -> Process:
     return replace(base.process, weighting=task.weighting, density=density or base.process.density)
 
 
-def make_adapter(config: FullConfig | LoraConfig | TokensConfig) -> AnyAdapter:
+def make_adapter(config: AnyConfig) -> AnyAdapter:
     """The adapter of a config."""
     if isinstance(config, FullConfig):
         return FullAdapter(config)
+    if isinstance(config, PivotalConfig):
+        return PivotalAdapter(config)
     return LoraAdapter(config) if isinstance(config, LoraConfig) else TokensAdapter(config)
 
 
@@ -157,7 +161,7 @@ def assembled(
     check_pictures(task.options.small, pipeline.network, pipeline.codec.factor, data)
     codec, towers, live = pipeline.codec, pipeline.text, adapter.trains_text
     check_text_precision(task.text_precision, key="task.text_precision", trains=live)
-    if isinstance(adapter, TokensAdapter) and train.optim.weight_decay:
+    if isinstance(adapter, TokensAdapter | PivotalAdapter) and train.optim.weight_decay:
         raise ValueError(
             f"train.optim.weight_decay: {train.optim.weight_decay} would pull new tokens to zero; write 0 for them"
         )
@@ -272,16 +276,16 @@ def write_export(base: str, adapter: AnyAdapter, weights: dict[str, Tensor], fol
         )  # fmt: skip
         return
     folder.mkdir(parents=True, exist_ok=True)
-    names: dict[str, list[str]]
-    if isinstance(adapter, LoraAdapter):
+    names: dict[str, list[str]] = {"loras": [], "embeddings": []}
+    if isinstance(adapter, LoraAdapter | PivotalAdapter):
         lora, sites = adapter.lora(weights), all_sites(fresh.network, fresh.text)
         config = fresh.network.config
         lora_files.write_lora(folder / lora_files.NAME, lora, config)
         if lora_files.kohya_holds(lora, folder / "kohya.safetensors", config):
             lora_files.write_lora(folder / "kohya.safetensors", lora, config, form="kohya", sites=sites)
-        names = {"loras": [lora_files.NAME], "embeddings": []}
-    else:
-        names = {"loras": [], "embeddings": _write_tokens(adapter, weights, folder, token_names(fresh.text))}
+        names["loras"] = [lora_files.NAME]
+    if isinstance(adapter, TokensAdapter | PivotalAdapter):
+        names["embeddings"] = _write_tokens(adapter, weights, folder, token_names(fresh.text))
     files.write_text(folder / ADAPTER, json.dumps({"base": base, **names}, indent=1))
 
 
@@ -292,7 +296,9 @@ def token_names(text: Sequence[TextEncoder]) -> tuple[str, ...]:
     return tuple(next(names) if isinstance(one, TextTower) else "t5xxl" for one in found)
 
 
-def _write_tokens(adapter: TokensAdapter, weights: dict[str, Tensor], folder: Path, names: Sequence[str]) -> list[str]:
+def _write_tokens(
+    adapter: TokensAdapter | PivotalAdapter, weights: dict[str, Tensor], folder: Path, names: Sequence[str]
+) -> list[str]:
     """All tokens in one file of diffusers' form where it can hold them, and each in A1111's."""
     concepts = adapter.concepts(weights)
     for token, rows in concepts.items():
@@ -316,10 +322,7 @@ def job(task: FinetuneTask, data: Data, train: TrainConfig, asked: planned.Asked
     return found if found.samples is not None or count is None else planned.told(found, count)
 
 
-def adapted_job(
-    task: Finetuning, config: FullConfig | LoraConfig | TokensConfig, data: Data, train: TrainConfig,
-    asked: planned.Asked,
-) -> Job:  # fmt: skip
+def adapted_job(task: Finetuning, config: AnyConfig, data: Data, train: TrainConfig, asked: planned.Asked) -> Job:
     """A base model with an adapter, counted from its loss: the network is frozen beside a LoRA or new tokens."""
     how, said = granularity(task.gradient_checkpointing), list[str]()
     base = planned_models.whole(task.base, "task.base", said)

@@ -21,11 +21,12 @@ from ldm.recipes.sources import network_of, scheduler_of, vae_of
 RATES = {
     "dreambooth": (5.0e-6, 1.0e-4),
     "dreambooth_lora": (1.0e-4, 4.0e-3),
+    "dreambooth_pivotal": (1.0e-4, 4.0e-3),
     "lora": (1.0e-4, 4.0e-3),
     "textual_inversion": (5.0e-3, 1.0e-2),
 }
 """Learning rate by method: of models of Stable Diffusion's size, and of the small one that the package ships."""
-STEPS = {"dreambooth": 400, "dreambooth_lora": 500, "lora": 1000, "textual_inversion": 500}
+STEPS = {"dreambooth": 400, "dreambooth_lora": 500, "dreambooth_pivotal": 500, "lora": 1000, "textual_inversion": 500}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +99,13 @@ class Choices:
     @property
     def tuned(self) -> dict[str, Any]:
         """The adapter's settings, a LoRA's rank the family's where none is asked for."""
-        if self.adapter.get("kind") != "lora" or self.adapter.get("rank") is not None:
-            return self.adapter
-        return self.adapter | {"rank": 4 if self.family is None else self.family.rank}
+        if self.adapter.get("kind") == "pivotal":
+            return self.adapter | {"lora": self._ranked(self.adapter["lora"])}
+        return self._ranked(self.adapter) if self.adapter.get("kind") == "lora" else self.adapter
+
+    def _ranked(self, lora: dict[str, Any]) -> dict[str, Any]:
+        rank = 4 if self.family is None else self.family.rank
+        return lora if lora.get("rank") is not None else lora | {"rank": rank}
 
     @property
     def recompute(self) -> bool | str:
@@ -167,6 +172,7 @@ def _shards(choices: Choices, name: str, side: int) -> dict[str, Any]:
 
 def _run(choices: Choices, kind: str, own: dict[str, Any], data: Any, prompts: Sequence[str]) -> dict[str, Any]:
     steps = choices.steps if choices.steps is not None else STEPS[choices.method]
+    words = choices.method in ("textual_inversion", "dreambooth_pivotal")
     task = {
         "kind": kind,
         "base": choices.base,
@@ -185,7 +191,7 @@ def _run(choices: Choices, kind: str, own: dict[str, Any], data: Any, prompts: S
             "steps": steps,
             "batch": choices.batch,
             "accumulate": choices.accumulate,
-            "optim": {"lr": choices.rate, "weight_decay": 0.0 if kind == "textual_inversion" else 0.01},
+            "optim": {"lr": choices.rate, "weight_decay": 0.0 if words else 0.01},
             "engine": {"zero_stage": choices.stage, "precision": choices.precision},
             "ema": None,
             "checkpoint": {"every": 100, "keep": 2},

@@ -77,6 +77,12 @@ def dreambooth(root: Path, adapter: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def pivotal(root: Path) -> dict[str, Any]:
+    tokens = [{"token": "<thing>", "vectors": 2, "initializer": ["red"]}]
+    adapter = {"kind": "pivotal", "tokens": tokens, "lora": {"kind": "lora", "rank": 2}, "speed": 2.0}
+    return dreambooth(root, adapter) | {"identifier": "<thing>"}
+
+
 def inversion(root: Path) -> dict[str, Any]:
     """Two concepts: a subject of two vectors from one word, and a style of three from two."""
     thing = {"token": "<thing>", "vectors": 2, "initializer": ["red"], "images": str(root / "subject")}
@@ -124,6 +130,7 @@ def exported(folder: Path) -> dict[str, torch.Tensor]:
 CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], str | None]] = {
     "dreambooth full, text": (lambda root: dreambooth(root, {"kind": "full", "text": True}), "class"),
     "dreambooth lora": (lambda root: dreambooth(root, {"kind": "lora", "rank": 2, "dora": True}), "class"),
+    "pivotal": (pivotal, "class"),
     "textual inversion": (inversion, "style"),
     "lora, text": (lora, None),
 }
@@ -148,10 +155,11 @@ def test_two_processes_stage_3_and_resume(case: str, project: Path) -> None:
     out = Path(runs["whole"]["out"])
     base, tuned = TextToImage.load(str(project / "teacher")), TextToImage.load(out)
     prompt, plain = ("a <thing> <look>", "a red dog") if "inversion" in case else ("a sks cross", "a sks cross")
+    prompt, plain = ("a <thing> cross", "a red cross") if case == "pivotal" else (prompt, plain)
     drawn = {seed: tuned(prompt, steps=2, seed=seed)[0].tobytes() for seed in (0, 1)}
     assert drawn[0] != drawn[1]
     assert drawn[0] != base(plain, steps=2)[0].tobytes()
-    if "text" in case:
+    if "text" in case or case == "pivotal":
         assert (base.encode_text([plain])["text"] - tuned.encode_text([prompt])["text"]).abs().max() > 1e-3
     if "inversion" in case:
         only_new_rows(base, tuned, {"<thing>": 2, "<look>": 3})

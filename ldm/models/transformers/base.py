@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ldm.models.layers import Embedding
 from ldm.models.network import Granularity, Network
 from ldm.models.transformers.blocks import Modulation, TimeTextEmbedding, Vector
+from ldm.models.transformers.routing import Span
 from ldm.models.transformers.times import Times
 from ldm.types import Cond, Net
 
@@ -38,6 +39,8 @@ class Transformer(Network):
     known: str
     groups: ClassVar[Mapping[str, str]]
     recompute: bool = False
+    routing: Span | None = None
+    """The blocks around which training leads the image tokens that cond "route" (B, K) does not name."""
     known_times: Times | None = None
     """What `known_times` of `ldm.models.transformers.times` keeps while a picture is drawn."""
 

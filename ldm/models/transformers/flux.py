@@ -28,6 +28,7 @@ from ldm.models.transformers.blocks import (
     norm_and_modulate,
 )
 from ldm.models.transformers.positions import Rotary, pack, rotary_positions, unpack
+from ldm.models.transformers.routing import Routed
 from ldm.models.wide import Linear
 from ldm.types import Cond
 
@@ -146,14 +147,17 @@ class FluxTransformer(Transformer):
         count, (h, w) = text.shape[1], (size[0] // PATCH, size[1] // PATCH)
         rotary = rotary_positions(h, w, count, self.config.axes_dims_rope, x.device, x.dtype, self.averaged)
         x = self.x_embedder(pack(x, PATCH))
+        routed = Routed(self.routing, cond.get("route"), h * w)
         for i, block in enumerate(self.transformer_blocks):
             if i not in skip:
-                x, text = self._run(block, x, text, vector, rotary)
+                x, text = self._run(block, routed.enter(i, x), text, vector, routed.rotary(i, rotary, count))
+                x = routed.leave(i, x)
                 self.pass_by(str(i), x)
         x = torch.cat([text, x], dim=1)
         for i, block in enumerate(self.single_transformer_blocks, len(self.transformer_blocks)):
             if i not in skip:
-                x = self._run(block, x, vector, rotary)
+                x = self._run(block, routed.enter(i, x, count), vector, routed.rotary(i, rotary, count))
+                x = routed.leave(i, x, count)
                 self.pass_by(str(i), x[:, count:])
         scale, shift = self.norm_out(vector)
         return unpack(self.proj_out(norm_and_modulate(x[:, count:], shift, scale)), size, PATCH)

@@ -18,6 +18,7 @@ from ldm.models.network import Looks
 from ldm.models.transformers.base import NOTHING, Transformer, check_counts
 from ldm.models.transformers.blocks import TIME, Attention, FeedForward, TextProjection, norm_and_modulate
 from ldm.models.transformers.positions import PatchEmbed, from_patches
+from ldm.models.transformers.routing import Routed
 from ldm.models.wide import Linear
 from ldm.types import Cond
 
@@ -222,9 +223,10 @@ class PixArtTransformer(Transformer):
             seen = mask.bool()
             mask = (seen | ~seen.any(-1, keepdim=True))[:, None, None]
         modulation, embedded = self.adaln_single(t, vector, dtype)
+        routed = Routed(self.routing, cond.get("route"), x.shape[1])
         for i, (block, kv) in enumerate(zip(self.transformer_blocks, each, strict=True)):
             if i not in skip:
-                x = self._run(block, x, modulation, text, kv, mask)
+                x = routed.leave(i, self._run(block, routed.enter(i, x), modulation, text, kv, mask))
                 self.pass_by(str(i), x)
         shift, scale = (self.scale_shift_table + embedded[:, None]).chunk(2, dim=1)
         return from_patches(self.proj_out(norm_and_modulate(x, shift, scale)), size, config.patch_size)

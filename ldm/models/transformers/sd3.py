@@ -17,6 +17,7 @@ from ldm.models.network import Looks
 from ldm.models.transformers.base import NOTHING, Transformer, check_counts
 from ldm.models.transformers.blocks import JointBlock, Modulation, TimeTextEmbedding, norm_and_modulate
 from ldm.models.transformers.positions import PatchEmbed, from_patches
+from ldm.models.transformers.routing import Routed
 from ldm.models.wide import Linear
 from ldm.types import Cond
 
@@ -118,9 +119,11 @@ class SD3Transformer(Transformer):
         x = self.pos_embed(self._latents(x, cond, self.config.in_channels), self.averaged)
         cond = self._ready(cond)
         vector, text = self._vector(self.time_text_embed, t, cond["vector"]), cond["context"]
+        routed = Routed(self.routing, cond.get("route"), x.shape[1])
         for i, block in enumerate(self.transformer_blocks):
             if i not in skip:
-                x, text = self._run(block, x, text, vector)
+                x, text = self._run(block, routed.enter(i, x), text, vector)
+                x = routed.leave(i, x)
                 self.pass_by(str(i), x)
         scale, shift = self.norm_out(vector)
         return from_patches(self.proj_out(norm_and_modulate(x, shift, scale)), size, self.config.patch_size)

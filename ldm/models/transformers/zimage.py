@@ -18,6 +18,7 @@ from ldm.models.layers import check_equal, sinusoid
 from ldm.models.transformers.base import NOTHING, Transformer, check_counts
 from ldm.models.transformers.blocks import TIME, Attention, RMSNorm, normed
 from ldm.models.transformers.positions import Rotary, from_patches, middles
+from ldm.models.transformers.routing import Routed
 from ldm.models.wide import Linear
 from ldm.types import Cond
 
@@ -206,9 +207,11 @@ class ZImageTransformer(Transformer):
             for image, words in zip(rotary, self._turns(self._text_places(text), x.dtype), strict=True)
         )
         seen = None if mask is None else _shown(torch.cat([mask.new_ones(b, full), mask], dim=1))
+        routed = Routed(self.routing, cond.get("route"), full)
         for i, block in enumerate(self.layers):
             if i not in skip:
-                x = self._run(block, x, (cos, sin), seen, vector)
+                turns, shown = routed.rotary(i, (cos, sin)), routed.mask(i, seen)
+                x = routed.leave(i, self._run(block, routed.enter(i, x), turns, shown, vector))
                 self.pass_by(str(i), x[:, : h * w])
         x = self.all_final_layer[self._size](x[:, : h * w], vector)
         return -from_patches(x, size, patch)

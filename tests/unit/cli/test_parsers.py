@@ -55,7 +55,7 @@ def test_defaults_that_come_later_are_told_too() -> None:
 
     helps = {p.prog: {o: a.help for a in p._actions for o in a.option_strings} for p in leaves(verb_parser("finetune"))}
     for method, steps in STEPS.items():
-        told = helps["ldm finetune " + method.removesuffix("_lora").replace("_", "-")]
+        told = helps["ldm finetune " + method.removesuffix("_lora").removesuffix("_pivotal").replace("_", "-")]
         assert str(steps) in told["--steps"]
         assert all(f"{rate:.0e}".replace("e-0", "e-") in told["--lr"] for rate in RATES[method])
     (slurm,) = [p for p in ALL if p.prog.endswith("launch slurm")]

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[3]
 RUNS = sorted(p for folder in ("train", "finetune", "distill") for p in (ROOT / "configs" / folder).rglob("*.yaml"))
 ROUNDS = {"progressive_emoji": 6}
 """Of 32, 16, 8, 4, 2 and 1 steps."""
-DRAWN = {"dreambooth": 100, "dreambooth_lora": 100, "sdxl_dreambooth_lora": 100}
+DRAWN = {"dreambooth": 100, "dreambooth_lora": 100, "dreambooth_pivotal": 100, "sdxl_dreambooth_lora": 100}
 LARGE = (
     "sdxl_lora", "sdxl_dreambooth_lora", "sd35_medium_lora", "flux_dev_lora", "pixart_sigma_lora", "sdxl_full",
     "sd35_medium_full", "flux_dev_full", "pixart_sigma_full", "sd35_medium", "flux", "pixart_sigma",

@@ -140,6 +140,7 @@ def test_text_that_trains_is_encoded_with_gradients_and_dropped_ones_are_the_emp
 COMMANDS = {
     "dreambooth": "dreambooth --class dog",
     "dreambooth_lora": "dreambooth --class dog --lora",
+    "dreambooth_pivotal": "dreambooth --class dog --pivotal",
     "textual_inversion": "textual-inversion --initializer-token dog --num-vectors 2",
     "lora": "lora --prompt a_tree --prompt a_red_apple --prompt a_dog --prompt a_rocket",
 }
