@@ -92,6 +92,8 @@ class Alignment(nn.Module):
         features, grid = tap.value, tuple(side // self._network[0].multiple for side in size)
         if features.ndim == 4:
             grid, features = tuple(features.shape[2:]), features.flatten(2).mT
+        if features.shape[1] != math.prod(grid):
+            raise ValueError(f"options.align.layer: block {self.place} sees only the tokens that are not led around it")
         projected = self.projector(features)
         wanted = self._wanted(batch, projected.device)
         if tuple(wanted.shape[2:]) != grid:
@@ -100,7 +102,7 @@ class Alignment(nn.Module):
 
     def nothing(self) -> Tensor:
         """0, whose gradients are zeros: every stage of ZeRO wants one of every weight."""
-        like = self.projector[0].weight
+        like = next(self.parameters())
         return 0.0 * self.projector(torch.zeros(1, self._width, device=like.device, dtype=like.dtype)).float().sum()
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ Whole = Callable[[], Iterator[tuple[str, Tensor]]]
 
 
 class Objective(nn.Module, ABC):
-    """A loss over a micro-batch; `trained` is the one registered child, so that only it enters the engine."""
+    """A loss over a micro-batch; what is registered enters the engine: `trained`, and what learns beside it alone."""
 
     trained: nn.Module
 

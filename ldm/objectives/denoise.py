@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ldm import dist
 from ldm.diffusion.density import Importance, ImportanceTimes
 from ldm.diffusion.likelihood import hybrid_loss
 from ldm.diffusion.process import Process, offset_noise, perturb_noise
-from ldm.models.network import of_averages
+from ldm.models.network import Network, of_averages
 from ldm.models.vae.latents import LatentCodec
 from ldm.objectives import partners, repeats
 from ldm.objectives.align import Alignment, AlignOptions
@@ -137,7 +137,7 @@ class DenoiseObjective(Objective):
             )
         self._dropping = 0.0 if options.drop_warmup else 1.0  # part of the shares of dropped texts
         if options.small is not None:
-            can_be_small(self._of[0])
+            can_be_small(cast("Network", self._of[0]))
         if options.route is not None:
             set_span(self._of[0], options.route, None if alignment is None else alignment.place)
         density = process.density
@@ -198,7 +198,7 @@ class DenoiseObjective(Objective):
         """The network's answer, and the similarity (B,) of its features to the clean picture's where they align."""
         with contextlib.ExitStack() as stack:
             if side > 1:
-                stack.enter_context(of_averages(self._of[0], side))
+                stack.enter_context(of_averages(cast("Network", self._of[0]), side))
             tap = None if self.alignment is None else stack.enter_context(self.alignment.watching(self._step))
             out = self.trained(noised, t, cond)
         size = (noised.shape[2], noised.shape[3])

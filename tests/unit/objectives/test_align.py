@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm.models.network import Network, tapped
+from ldm.models.network import Network, Tap, tapped
 from ldm.models.networks import build as build_network
 from ldm.models.transformers import presets
 from ldm.models.unet import UNet
@@ -209,6 +209,13 @@ def test_layers_that_there_are_not_are_named() -> None:
     assert chosen_place(sd3, None) == ("0", 32)
     with pytest.raises(ValueError, match="'mid_block' is not a layer of the SD3 transformer"):
         chosen_place(sd3, "mid_block")
+
+
+def test_a_layer_that_sees_a_part_of_the_tokens_is_refused() -> None:
+    """Of 4 x 2 tokens 5 stay inside of a span that the others are led around."""
+    alignment = Alignment(build_network(presets.SD3_TINY), AlignOptions(hidden=4, layer=1), 5)
+    with pytest.raises(ValueError, match=r"options.align.layer: block 1 sees only the tokens that are not led around"):
+        alignment(Tap("1", torch.zeros(2, 5, 32)), {"features": torch.zeros(2, 5, 4, 2)}, (8, 4))
 
 
 def test_options_are_checked_and_adapters_refused() -> None:
