@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ldm.models import onednn, winograd
 from ldm.models.attention import attention
 from ldm.models.frugal import norm_silu, norm_silu_conv
-from ldm.models.wide import Linear
+from ldm.models.wide import Linear, widens
 from ldm.models.winograd import Transforms
 
 LAST = 8
@@ -96,6 +96,9 @@ class Conv3x3(nn.Conv2d):
                     return winograd.convolve(x, weights, self.bias)
             if self.few_pixels(x):
                 return self._product(x)
+        if widens(x) and self.weight.dtype == x.dtype:
+            bias = None if self.bias is None else self.bias.float()
+            return self._conv_forward(x.float(), self.weight.float(), bias).to(x.dtype)
         return super().forward(x)
 
     def few_pixels(self, x: Tensor) -> bool:

@@ -27,13 +27,18 @@ def wins() -> bool:
     """Whether this processor's float32 products are quicker by oneDNN: AMD with AVX512 under MKL."""
     if not (available() and torch.backends.mkl.is_available()):
         return False
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in _vendor()
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and made_by("AuthenticAMD")
 
 
 @functools.cache
 def available() -> bool:
     """Whether PyTorch has oneDNN and the operator of it that compiled programs use."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def made_by(vendor: str) -> bool:
+    """Whether the processor's description names them."""
+    return vendor in _vendor()
 
 
 def _vendor() -> str:

@@ -8,6 +8,7 @@ not rounded in between. Products of float32 are oneDNN's where it is faster than
 from __future__ import annotations
 
 import functools
+import platform
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,6 +22,8 @@ from ldm.models.frugal import gated, gated_backward
 
 FEW = 8
 """Fewer rows do not pay for widening a matrix of weights (measured on AVX2: docs/log.md)."""
+MANY = 128
+"""From so many rows on weights in bfloat16 are widened where the CPU has slow products of its own."""
 
 
 @functools.cache
@@ -39,6 +42,21 @@ def half_of(x: Tensor) -> torch.dtype | None:
     return dtype if emulates(dtype) and x.dtype != torch.float64 else None
 
 
+@functools.cache
+def slow_bfloat16() -> bool:
+    """Whether this CPU's products of bfloat16 are slower than float32's: Intel's with AVX512-BF16 and without AMX."""
+    if platform.machine() not in ("x86_64", "AMD64") or emulates(torch.bfloat16) or not onednn.made_by("GenuineIntel"):
+        return False
+    return hasattr(torch.cpu, "_is_amx_tile_supported") and not torch.cpu._is_amx_tile_supported()
+
+
+def widens(x: Tensor) -> bool:
+    """Whether products of x in bfloat16 are computed in float32 and rounded, which loses less: without gradients."""
+    if torch.compiler.is_compiling() or x.dtype != torch.bfloat16 or x.device.type != "cpu":
+        return False
+    return slow_bfloat16() and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
 class Linear(nn.Linear):
     """A linear layer by the quickest products: see above."""
 
@@ -48,6 +66,9 @@ class Linear(nn.Linear):
             if trains:
                 return _Linear.apply(x, self.weight, self.bias, "")  # type: ignore[return-value]
             return onednn.linear(x, self.weight, self.bias)
+        if widens(x) and self.weight.dtype == x.dtype and x.numel() >= MANY * x.shape[-1]:
+            bias = None if self.bias is None else self.bias.float()
+            return F.linear(x.float(), self.weight.float(), bias).to(x.dtype)
         half = half or (self._cast(x) if trains else None)
         if half is None or (self.weight.dtype != torch.float32 and x.numel() < FEW * x.shape[-1]):
             return super().forward(x)
