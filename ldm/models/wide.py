@@ -22,7 +22,7 @@ from ldm.models.frugal import gated, gated_backward
 
 FEW = 8
 """Fewer rows do not pay for widening a matrix of weights (measured on AVX2: docs/log.md)."""
-MANY = 128
+MANY = 256
 """From so many rows on weights in bfloat16 are widened where the CPU has slow products of its own."""
 
 
