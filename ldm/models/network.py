@@ -67,6 +67,8 @@ class Network(nn.Module, ABC):
     """Heights and widths in latent pixels are multiples of this."""
     compiled_sizes: ClassVar[bool | None] = None
     """torch.compile's `dynamic` for its blocks: None makes sizes variables once a second one is seen, True at once."""
+    compiled_widths: bool = False
+    """Whether compiled blocks of one class compute alike but for their widths, which can be variables as well."""
     streaming: Fetches | None = None
     """Where its blocks come and go (`models.streaming`)."""
     tap: Tap | None = None

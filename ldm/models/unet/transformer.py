@@ -87,17 +87,24 @@ class FeedForward(nn.Module):
         return geglu_linear(first.proj(x), last.weight, last.bias)
 
 
+class LayerNorm(nn.LayerNorm):
+    """Its width is the input's, so that what is compiled for one serves others (`Network.compiled_widths`)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.layer_norm(input, input.shape[-1:], self.weight, self.bias, self.eps)
+
+
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention and feed-forward, each after a norm and with a residual."""
 
     def __init__(self, channels: int, *, heads: int, text: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.dropout = dropout
-        self.norm1 = nn.LayerNorm(channels)
+        self.norm1 = LayerNorm(channels)
         self.attn1 = Attention(channels, heads=heads)
-        self.norm2 = nn.LayerNorm(channels)
+        self.norm2 = LayerNorm(channels)
         self.attn2 = Attention(channels, heads=heads, text=text)
-        self.norm3 = nn.LayerNorm(channels)
+        self.norm3 = LayerNorm(channels)
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, text: Tensor, kv: Tensor | None = None) -> Tensor:

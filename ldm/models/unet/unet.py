@@ -158,6 +158,7 @@ class UNet(Network):
         self.conv_norm_out = NormSiLU(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
         self.recompute = False
+        self.compiled_widths = _one_count_of_heads(self.transformers())
         self._kv_widths = [2 * m.channels * len(m.transformer_blocks) for m in self.transformers()]
         self._start_as_identity()
 
@@ -379,6 +380,11 @@ class UNet(Network):
 
     def _run(self, step: Callable[..., Tensor], *args: Any) -> Tensor:
         return self.run_again(step, *args, on=self.recompute)
+
+
+def _one_count_of_heads(layers: Iterable[Transformer2D]) -> bool:
+    """As Stable Diffusion 1 has it; where the width of a head is the same instead, each width is code of its own."""
+    return len({m.heads for layer in layers for m in layer.modules() if isinstance(m, Attention)}) == 1
 
 
 def _needs(config: UNetConfig) -> frozenset[str]:

@@ -38,10 +38,16 @@ def random(net: Network) -> Any:
     return net
 
 
-def unet(layers: int = 2) -> UNet:
-    """Transformers at both of two levels."""
+def unet(layers: int = 2, heads: int | tuple[int, ...] = 2) -> UNet:
+    """Transformers at both of two levels, of widths that no other size has at the start."""
     both = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2}
-    return random(UNet(replace(UNETS["tiny"], layers_per_block=layers, **both)))
+    return random(
+        UNet(
+            replace(
+                UNETS["tiny"], block_out_channels=(48, 96), layers_per_block=layers, attention_head_dim=heads, **both
+            )
+        )
+    )
 
 
 def sd3(layers: int = 4) -> SD3Transformer:
@@ -103,31 +109,57 @@ def test_known_times_are_used_in_compiled_blocks() -> None:
     assert breaks() == {}
 
 
-def test_a_unet_is_compiled_once_a_width() -> None:
+@pytest.mark.parametrize(("heads", "kinds"), [(2, 1), ((2, 4), 2)])
+def test_a_unet_is_compiled_once_a_count_of_heads(heads: Any, kinds: int) -> None:
     """At both levels, with their own widths; a second size may cost one more each, a third one nothing."""
-    net, counter = unet(2).eval(), CompileCounterWithBackend("eager")
+    net, counter = unet(2, heads).eval(), CompileCounterWithBackend("eager")
     x, t, cond = given(net)
     with torch.no_grad():
         wanted = net(x, t, cond)
-        assert by_block(net, counter) == 2
+        assert by_block(net, counter) == kinds
         assert len(list(repeated_blocks(net))) == 11
         near(net(x, t, cond), wanted)
-        assert counter.frame_count == 2
+        assert counter.frame_count == kinds
         wide = torch.randn(3, 4, 16, 8)
         given_wide = {"text": torch.randn(3, 7, 32)}
         found = net(wide, t[:1].expand(3), given_wide)
         known = counter.frame_count
-        assert known <= 4
+        assert known <= 2 * kinds
         net(torch.randn(4, 4, 8, 24), t[:1].expand(4), {"text": torch.randn(4, 9, 32)})
         assert counter.frame_count == known
         near(net(x, t, net.prepared(cond)), wanted)
-        assert counter.frame_count <= known + 2, "once more each for keys and values that are known"
+        assert counter.frame_count <= known + kinds, "once more each for keys and values that are known"
         undo(net)
         near(net(wide, t[:1].expand(3), given_wide), found)
     assert breaks() == {}
 
 
-@pytest.mark.parametrize(("name", "kinds", "blocks"), [("sd15", 3, 16), ("sdxl", 2, 70)])
+def test_three_widths_of_one_count_of_heads_are_compiled_once_and_others_code_is_not_touched() -> None:
+    """As Stable Diffusion 1 has them: answers and gradients are the plain blocks', and settings stay as they were."""
+    kinds = {"down_block_types": ("CrossAttnDownBlock2D",) * 3, "up_block_types": ("CrossAttnUpBlock2D",) * 3}
+    net = random(UNet(replace(UNETS["tiny"], block_out_channels=(48, 96, 144), layers_per_block=1, **kinds))).train()
+    x, t, cond = given(net)
+    wanted = net(x, t, cond)
+    of = torch.autograd.grad(wanted.square().mean(), list(net.parameters()))
+    before = torch._dynamo.config.get_config_copy()
+    counter = CompileCounterWithBackend("aot_eager")
+    assert by_block(net, counter) == 1
+    found = net(x, t, cond)
+    assert counter.frame_count == 1
+    near(found, wanted)
+    for a, b in zip(torch.autograd.grad(found.square().mean(), list(net.parameters())), of, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    after = torch._dynamo.config.get_config_copy()
+    assert {k for k in before if before[k] != after[k] and not k.endswith("_limit")} == set()
+    own = CompileCounterWithBackend("eager")
+    for width in (4, 6):
+        layer = nn.Linear(width, width)
+        torch.compile(layer, backend=own, dynamic=True)(torch.ones(3, width))
+    assert own.frame_count == 2, "a user's own layers are compiled for their width"
+    assert breaks() == {}
+
+
+@pytest.mark.parametrize(("name", "kinds", "blocks"), [("sd15", 1, 16), ("sd21", 3, 16), ("sdxl", 2, 70)])
 def test_kinds_of_published_networks(name: str, kinds: int, blocks: int) -> None:
     with torch.device("meta"):
         net = UNet(UNETS[name])
@@ -190,7 +222,7 @@ def test_frozen_weights_in_bfloat16_go_with_compiled_blocks() -> None:
     found = []
     for compiled in (False, True):
         if compiled:
-            assert by_block(net, "aot_eager") == 2  # widths
+            assert by_block(net, "aot_eager") == 1
         own = x.clone().requires_grad_(True)
         with torch.autocast("cpu", torch.bfloat16):
             out = net(own, t, cond)
