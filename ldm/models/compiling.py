@@ -58,7 +58,7 @@ def _call_by(block: nn.Module, compiled: Callable[..., Any] | None) -> None:
 
 def _any_width(network: Network) -> bool:
     """On a GPU a kernel for one width is the quicker one."""
-    return network.compiled_widths and network.runs_on(next(network.parameters())).type == "cpu"
+    return network.compiled_widths and network.runs_on(next(network.parameters())).type in ("cpu", "meta")
 
 
 def _of_any_width(compiled: Callable[..., Any]) -> Callable[..., Any]:

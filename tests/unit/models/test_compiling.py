@@ -134,6 +134,11 @@ def test_a_unet_is_compiled_once_a_count_of_heads(heads: Any, kinds: int) -> Non
     assert breaks() == {}
 
 
+def graphs() -> int:
+    """Compilations so far that were kept: a backend is called once more where torch starts over with a symbol fixed."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 def test_three_widths_of_one_count_of_heads_are_compiled_once_and_others_code_is_not_touched() -> None:
     """As Stable Diffusion 1 has them: answers and gradients are the plain blocks', and settings stay as they were."""
     kinds = {"down_block_types": ("CrossAttnDownBlock2D",) * 3, "up_block_types": ("CrossAttnUpBlock2D",) * 3}
@@ -144,8 +149,10 @@ def test_three_widths_of_one_count_of_heads_are_compiled_once_and_others_code_is
     before = torch._dynamo.config.get_config_copy()
     counter = CompileCounterWithBackend("aot_eager")
     assert by_block(net, counter) == 1
+    before_graphs = graphs()
     found = net(x, t, cond)
-    assert counter.frame_count == 1
+    assert graphs() - before_graphs == 1
+    assert counter.frame_count > 0
     near(found, wanted)
     for a, b in zip(torch.autograd.grad(found.square().mean(), list(net.parameters())), of, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -201,11 +208,12 @@ def test_corrections_train_in_compiled_blocks(make: Any, dora: bool) -> None:
         nn.init.normal_(p, std=0.1)
     x, t, cond = given(net)
     wanted = torch.autograd.grad(trained(x, t, cond).square().mean(), list(trained.parameters()))
-    kinds = by_block(trained.network, counter)
+    kinds, before = by_block(trained.network, counter), graphs()
     found = torch.autograd.grad(trained(x, t, cond).square().mean(), list(trained.parameters()))
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert counter.frame_count <= 2 * kinds, (counter.frame_count, kinds, len(list(repeated_blocks(net))))
+    assert counter.frame_count > 0
+    assert graphs() - before <= 2 * kinds, (graphs() - before, kinds, len(list(repeated_blocks(net))))
     assert breaks() == {}
 
 
