@@ -1,6 +1,7 @@
 """Put the shipped models together from finished runs: python ldm/assets/assemble.py [--unet RUN] (not imported by ldm).
 
-`--student EXPORT` only puts the few-step student, a distilled LoRA of the model `emoji`, in its place.
+`--student EXPORT` only puts the few-step student, a distilled LoRA of the model `emoji`, in its place, and
+`--autoencoder-128 EXPORT` the autoencoder for 128 px.
 
 Without --unet the U-Net is random: the frozen parts must be in place, as stored in half precision, before the run that
 trains on them. The CLIP stores only what the text encoder of the pipeline's folder does not hold.
@@ -35,7 +36,15 @@ def main() -> None:
     parser.add_argument("--unet", type=Path, help="export of a text-to-image run")
     parser.add_argument("--config", default="configs/train/text_to_image_emoji.yaml")
     parser.add_argument("--student", type=Path, help="export of a distillation of `emoji` as a LoRA")
+    parser.add_argument("--autoencoder-128", type=Path, help="export of the autoencoder for 128 px")
     args = parser.parse_args()
+    if args.autoencoder_128 is not None:
+        plain, weights = read_module(args.autoencoder_128 / "vae")
+        config = {"_class_name": "AutoencoderKL", **plain}
+        write_module(ASSETS / "emoji_128" / "vae", weights, config, torch.float16)
+        shutil.copyfile(args.autoencoder_128.parent / "config.yaml", ASSETS / "made_by" / "autoencoder_emoji_128.yaml")
+        report()
+        return
     if args.student is not None:
         student(args.student)
         return

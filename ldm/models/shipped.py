@@ -7,7 +7,13 @@ from pathlib import Path
 from ldm.words import expanded, near
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
-SHIPPED = {"emoji": ASSETS / "emoji_64", "emoji_lcm": ASSETS / "emoji_lcm", "clip_emoji": ASSETS / "clip_emoji"}
+SHIPPED = {
+    "emoji": ASSETS / "emoji_64",
+    "emoji_lcm": ASSETS / "emoji_lcm",
+    "clip_emoji": ASSETS / "clip_emoji",
+    "emoji_128": ASSETS / "emoji_128",
+}
+"""`clip_emoji` judges, and `emoji_128` is an autoencoder alone; the others draw."""
 
 
 def named(source: str | Path) -> Path:
