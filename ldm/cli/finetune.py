@@ -120,6 +120,14 @@ def tree(args: argparse.Namespace) -> dict[str, Any]:
     pivotal = booth and args.pivotal
     low_rank = args.method == "lora" or (booth and (args.lora or pivotal))
     method = args.method.replace("-", "_") + ("_pivotal" if pivotal else "_lora" if booth and low_rank else "")
+    if booth and not pivotal:
+        for option, given, default in (
+            ("--initializer-token", args.initializer, None),
+            ("--num-vectors", args.num_vectors, 1),
+            ("--max-norm", args.max_norm, 2.0),
+        ):
+            if given != default:
+                raise ValueError(f"{option}: is of the new word that --pivotal trains; add --pivotal, or leave it out")
     if booth and args.identifier is None:
         args.identifier = "<thing>" if pivotal else "sks"
     choices = folder_runs.Choices(

@@ -13,7 +13,15 @@ SHIPPED = {
     "clip_emoji": ASSETS / "clip_emoji",
     "emoji_128": ASSETS / "emoji_128",
 }
-"""`clip_emoji` judges, and `emoji_128` is an autoencoder alone; the others draw."""
+PARTS = {"clip_emoji": "a CLIP, which judges", "emoji_128": "an autoencoder alone, for task.vae"}
+"""Those that do not draw."""
+
+
+def check_draws(source: str | Path, key: str = "model") -> None:
+    """Raise ValueError naming `key` for a shipped model that does not draw."""
+    if str(source) in PARTS:
+        others = ", ".join(name for name in SHIPPED if name not in PARTS)
+        raise ValueError(f"{key} {str(source)!r} is {PARTS[str(source)]}; shipped models that draw: {others}")
 
 
 def named(source: str | Path) -> Path:

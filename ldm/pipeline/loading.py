@@ -17,7 +17,7 @@ from ldm.checkpoint.schedulers import scheduler_from_diffusers
 from ldm.diffusion.process import Process
 from ldm.models.families import Family, family_of
 from ldm.models.network import Network
-from ldm.models.shipped import named
+from ldm.models.shipped import check_draws, named
 from ldm.models.text import TextEncoder, TextPrecision
 from ldm.models.vae.latents import LatentCodec
 
@@ -58,6 +58,7 @@ def load_parts(
     Raises ValueError when it is none of these, and for a precision that its text encoders cannot have.
     """
     found = named(source)
+    check_draws(source)
     for folder in (found, found / "export"):
         if (folder / "adapter.json").is_file():
             return _adapted(folder, lenient, dtype, text_precision)

@@ -17,7 +17,7 @@ from ldm import dist
 from ldm.checkpoint import files
 from ldm.config.load import decode, read
 from ldm.data.mixture import Data
-from ldm.models.shipped import SHIPPED
+from ldm.models.shipped import SHIPPED, check_draws
 from ldm.recipes import Task, assemble
 from ldm.recipes.record import MODELS
 from ldm.recipes.sources import is_model, seen
@@ -38,6 +38,8 @@ def usable(source: str | Path, key: str = "model") -> str:
     """
     text = str(source)
     if text in SHIPPED:
+        if key.rpartition(".")[2] not in ("vae", "text"):  # which take a model's part
+            check_draws(text, key)
         return text
     text = expanded(text)
     path, step = _split(text)

@@ -19,6 +19,7 @@ from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae.autoencoder import Autoencoder
 from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline import Settings, TextToImage
+from ldm.recipes.models import usable
 from ldm.rng import Rng
 from ldm.sampling import sample
 from ldm.sampling.guidance import projected
@@ -303,3 +304,12 @@ def test_outside_the_interval_nothing_guides(pipeline: TextToImage) -> None:
 def test_guidance_that_does_not_exist_is_refused(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Settings(**settings)
+
+
+@pytest.mark.parametrize("name", ["clip_emoji", "emoji_128"])
+def test_shipped_parts_that_do_not_draw_say_what_they_are(name: str) -> None:
+    with pytest.raises(ValueError, match=f"model '{name}' is .*; shipped models that draw: emoji, emoji_lcm$"):
+        TextToImage.load(name)
+    with pytest.raises(ValueError, match=f"--base '{name}' is .*; shipped models that draw: emoji, emoji_lcm$"):
+        usable(name, "--base")
+    assert usable(name, "task.vae") == name

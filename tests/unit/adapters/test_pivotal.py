@@ -102,3 +102,10 @@ def test_the_command_makes_the_identifier_a_new_word(tmp_path: Path) -> None:
     assert found["train"]["optim"]["weight_decay"] == 0.0
     plain = tree(parser().parse_args(argv[:5]))
     assert (plain["task"]["identifier"], plain["train"]["optim"]["weight_decay"]) == ("sks", 0.01)
+
+
+@pytest.mark.parametrize("option", [("--initializer-token", "dog"), ("--num-vectors", "2"), ("--max-norm", "0")])
+def test_options_of_the_new_word_are_refused_without_it(option: tuple[str, str], tmp_path: Path) -> None:
+    argv = ["dreambooth", "--images", str(tmp_path), "--class", "dog", "--lora", *option]
+    with pytest.raises(ValueError, match=f"{option[0]}: is of the new word that --pivotal trains"):
+        tree(parser().parse_args(argv))

@@ -20,6 +20,7 @@ from ldm.objectives import partners, repeats
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.rng import Rng
 from ldm.types import Cond
+from tests.unit.objectives.test_denoise import Probe
 
 VAE = AutoencoderConfig(block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=2)
 SEED = 3
@@ -27,19 +28,6 @@ EVERYTHING: dict[str, Any] = {
     "drop": 0.5, "drop_warmup": 4, "contrastive": 0.1, "assign": "optimal", "assign_among": 2, "repeats": 3,
     "offset_noise": 0.1, "input_perturbation": 0.1,
 }  # fmt: skip
-
-
-class Probe(nn.Module):
-    """Remembers what it was given and answers a linear function of it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(0.3))
-        self.seen: dict[str, Any] = {}
-
-    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        self.seen = {"x": x.detach(), "t": t, **cond}
-        return self.scale * x + 0.01 * cond["text"].mean((1, 2))[:, None, None, None]
 
 
 class Answers(nn.Module):
