@@ -99,18 +99,26 @@ def pin(threads: int) -> list[int]:
     return allowed[:threads]
 
 
+def processor() -> str:
+    """Its name, with family and model where the kernel tells: makers give one name to several generations."""
+    info = Path("/proc/cpuinfo")
+    told: dict[str, str] = {}
+    for line in info.read_text().splitlines() if info.is_file() else []:
+        key, _, value = line.partition(":")
+        told.setdefault(key.strip(), value.strip())
+    name = told.get("model name") or platform.processor()
+    if "cpu family" in told and "model" in told:
+        name += f" (family {told['cpu family']}, model {told['model']})"
+    return name
+
+
 def machine(threads: int, cores: Sequence[int]) -> dict[str, Any]:
     """What the figures were measured on, with the load that was there before."""
     import torch
 
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    model = next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
     load = os.getloadavg() if hasattr(os, "getloadavg") else (0.0,)
     return {
-        "cpu": model,
+        "cpu": processor(),
         "cores_of_machine": os.cpu_count(),
         "threads": threads,
         "pinned_to": list(cores),

@@ -113,7 +113,7 @@ def _run(todo: list[Any], quick: bool) -> int:
         began = time.monotonic()
         print(f"{spec.name} ...", flush=True)
         argv = [sys.executable, "-m", "bench.quality.worker", json.dumps(spec.told())]
-        code = worker.work(spec) if quick else _waited(subprocess.Popen(argv))
+        code = worker.work(spec) if quick else waited(subprocess.Popen(argv))
         if code == 75:
             return code
         told = {0: "done", worker.BUSY: "another process is at it"}.get(code, f"failed with code {code}")
@@ -122,18 +122,22 @@ def _run(todo: list[Any], quick: bool) -> int:
     return worst
 
 
-def _waited(process: subprocess.Popen[bytes]) -> int:
-    """Its exit code; a signal that comes here goes on to it, so that it saves."""
+def waited(process: subprocess.Popen[bytes]) -> int:
+    """Its exit code, 75 once told to stop: the signal goes on to it, so that it saves."""
     import signal
 
+    told: list[int] = []
+
     def pass_on(number: int, frame: object) -> None:
+        told.append(number)
         process.send_signal(number)
 
     before = signal.signal(signal.SIGTERM, pass_on)
     try:
         while True:
             try:
-                return process.wait()
+                code = process.wait()
+                return 75 if told else code
             except KeyboardInterrupt:  # which it has got too
                 continue
     finally:

@@ -18,7 +18,8 @@ FOLDER = Path(__file__).parent / "recipes"
 JUDGES = ("clip_emoji", "efficientnet_lite0")
 """The networks that judge: one that gives a recipe a training signal does not judge it."""
 TINY = (
-    "task.network.block_out_channels=[32,32,32]", "data.split=heldout", "train.batch=4", "train.validate.samples=8",
+    "task.network.block_out_channels=[32,32,32]", "task.network.attention_head_dim=[1,1,1]",
+    "data.split=heldout", "train.batch=4", "train.validate.samples=8",
 )  # fmt: skip
 """What makes a recipe run in a few seconds, to see that it does."""
 
@@ -86,7 +87,7 @@ def load(name: str, *, tiny: bool = False, precision: str = "") -> Recipe:
     file, _, rate = name.partition("@")
     overrides = list(TINY if tiny else ())
     if tiny and config.read(FOLDER / f"{file}.yaml")["task"]["network"].get("kind", "unet") != "unet":
-        overrides = overrides[1:]
+        overrides = overrides[2:]
     overrides += [f"train.optim.lr={rate}"] if rate else []
     overrides += [f"train.engine.precision={precision}"] if precision else []
     return read(FOLDER / f"{file}.yaml", overrides, name)

@@ -92,6 +92,25 @@ def scheduler_to_diffusers(
     }
 
 
+def flow_solver(schedule: Flow, order: int = 2) -> dict[str, Any]:
+    """The config of diffusers' DPM-Solver++ on a flow's sigmas, for pipelines that take no flow scheduler (U-Nets').
+
+    Raises ValueError for a shift that it does not know.
+    """
+    if schedule.dynamic is not None or schedule.terminal is not None:
+        raise ValueError("schedule: diffusers' solvers on flow sigmas know no dynamic shift and no shift_terminal")
+    return {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "num_train_timesteps": schedule.steps,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": schedule.shift,
+        "algorithm_type": "dpmsolver++",
+        "solver_order": order,
+        "final_sigmas_type": "zero",
+    }
+
+
 def scheduler_from_diffusers(
     config: Mapping[str, Any],
     *,

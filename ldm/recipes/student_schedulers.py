@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ldm.checkpoint.scheduler_classes import FlowGrid
-from ldm.checkpoint.schedulers import scheduler_to_diffusers
+from ldm.checkpoint.schedulers import flow_solver, scheduler_to_diffusers
 from ldm.checkpoint.students import FEW
 from ldm.diffusion.process import Process
 from ldm.diffusion.schedule import Flow
@@ -57,17 +57,7 @@ def _halved_flow(method: ProgressiveOptions, schedule: Flow, plain: dict[str, An
         raise ValueError(
             "method.kind: 'progressive', but no scheduler in diffusers visits its times with a dynamic shift"
         )
-    return {
-        "_class_name": "DPMSolverMultistepScheduler",
-        "num_train_timesteps": schedule.steps,
-        "prediction_type": "flow_prediction",
-        "use_flow_sigmas": True,
-        "flow_shift": schedule.shift,
-        "algorithm_type": "dpmsolver++",
-        "solver_order": 1,
-        "final_sigmas_type": "zero",
-        **_few(method),
-    }
+    return flow_solver(schedule, order=1) | _few(method)
 
 
 def _few(method: ProgressiveOptions) -> dict[str, Any]:

@@ -16,13 +16,14 @@ from torch import Tensor
 from ldm import dist
 from ldm.checkpoint import files
 from ldm.checkpoint.convert import save_diffusers
-from ldm.checkpoint.schedulers import scheduler_to_diffusers
+from ldm.checkpoint.schedulers import flow_solver, scheduler_to_diffusers
 from ldm.config.load import encode as plain
 from ldm.data.encode import EncodeConfig, encode, finish
 from ldm.data.grid import save_grid
 from ldm.data.loader import DataConfig
 from ldm.data.mixture import Data, with_caches
 from ldm.diffusion.process import Process
+from ldm.diffusion.schedule import Flow
 from ldm.models import networks
 from ldm.models.families import family_of
 from ldm.models.fit import check_fit, given, told
@@ -31,6 +32,7 @@ from ldm.models.network import Granularity, Network, granularity
 from ldm.models.networks import AnyNetwork
 from ldm.models.text import T5Padding, TextEncoder, TextPrecision, check_text_precision, pad_with
 from ldm.models.transformers.pixart import PixArtTransformer
+from ldm.models.unet.unet import UNet
 from ldm.models.vae.autoencoder import Autoencoder
 from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.align import without_projector
@@ -251,7 +253,13 @@ def sized(config: Samples, network: Network, data: Data) -> Samples:
 
 
 def scheduler_for(process: Process, network: Network) -> dict[str, Any]:
-    """The scheduler's config of a network that trained so. PixArt's pipelines drop the learned variance themselves."""
+    """The scheduler's config of a network that trained so. PixArt's pipelines drop the learned variance themselves.
+
+    A U-Net's flow has a solver's, since Stable Diffusion's pipelines take no flow scheduler.
+    """
+    schedule = process.schedule
+    if isinstance(network, UNet) and isinstance(schedule, Flow) and schedule.dynamic is schedule.terminal is None:
+        return flow_solver(schedule)
     variance = "fixed" if isinstance(network, PixArtTransformer) else process.variance
     return scheduler_to_diffusers(process.schedule, process.prediction, variance=variance)
 

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from bench.quality import curve, judge, rows, runs, table, worker
+from bench.quality.__main__ import waited
 from bench.quality.course import Clock, Course, Watch, planned, seconds_a_step
 from bench.quality.curve import MEASURES, Reached, reach
 from bench.quality.judge import calls
@@ -192,6 +194,17 @@ def test_a_run_without_decay_stands_for_all_shorter_ones(tmp_path: Path) -> None
     other = rows.load("base", precision="fp32")  # another recipe of this name
     assert runs.finished(specs[0], other) is None
     assert runs.every(specs[0], other) == []
+
+
+def test_told_to_stop_no_further_run_begins() -> None:
+    """Whatever the run answers that is told so: one that waits for a lock says that another process has it."""
+    busy = f"import signal, sys, time; signal.signal(15, lambda *_: sys.exit({worker.BUSY})); print(1, flush=True)"
+    child = subprocess.Popen([sys.executable, "-c", busy + "; time.sleep(60)"], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert waited(child) == 75
+    assert waited(subprocess.Popen([sys.executable, "-c", f"raise SystemExit({worker.BUSY})"])) == worker.BUSY
 
 
 def test_samplers_of_more_network_calls_are_refused() -> None:

@@ -12,9 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.diffusion.prediction import Velocity
+from ldm.diffusion.process import Process
+from ldm.diffusion.schedule import Flow
 from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline import Settings, TextToImage
+from ldm.recipes.text_to_image import scheduler_for
 from ldm.rng import Rng
 from tests.parity.test_diffusers_folder import make, save
 
@@ -109,6 +113,20 @@ def test_latent_consistency(noise: Tensor, tmp_path: Path, monkeypatch: pytest.M
     how = STEPS | {"num_inference_steps": 4, "guidance_scale": 7.0}
     expected = pipe(PROMPT, latents=noise, **how).images * 2 - 1
     compare(tmp_path / "ours", expected, pipe, noise, sampler="lcm", steps=4, guidance=7.0)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flow_of_a_unet_is_drawn_by_stable_diffusions_pipeline(shift: float, noise: Tensor, tmp_path: Path) -> None:
+    """What a U-Net trained on a flow exports names a scheduler that their pipeline takes."""
+    parts = make("sd1")
+    process = Process(schedule=Flow(shift=shift), prediction=Velocity())
+    parts = replace(parts, scheduler=scheduler_for(process, parts.network))
+    save(parts, tmp_path / "ours")
+    pipe = theirs_of(tmp_path / "ours")
+    assert type(pipe).__name__ == "StableDiffusionPipeline"
+    expected = pipe(PROMPT, negative_prompt=NEGATIVE, latents=noise, **STEPS).images * 2 - 1
+    compare(tmp_path / "ours", expected, pipe, noise)
+    assert TextToImage.load(tmp_path / "ours").process == process
 
 
 def test_long_prompts_are_those_of_their_chunks_joined(tmp_path: Path, noise: Tensor) -> None:
