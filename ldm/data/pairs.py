@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
-from torchvision.transforms.functional import gaussian_blur
 
+from ldm.config.load import decode
 from ldm.data import masks
 from ldm.data.canny import canny
 
@@ -189,6 +189,25 @@ def delivered(pair: Pair, values: Tensor) -> Tensor:
     return values.expand(-1, channels, -1, -1).contiguous()
 
 
+def cached_pairs(cached: Mapping[str, Any] | None) -> Pairs:
+    """The pairs that a cache was made with, by what its manifest says."""
+    return decode(dict[str, Pair], (cached or {}).get("pairs", {}), "cached.pairs")  # type: ignore[arg-type]
+
+
+def cached_name(name: str, pair: Pair) -> str:
+    """What a cache calls the tensor of a pair."""
+    return CACHED + name + (".moments" if pair.cache == "latents" else "")
+
+
+def delivered_cached(pairs: Mapping[str, Pair], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch's cached tensors with those of pairs by their names, and moments as `NAME.moments`."""
+    out: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        name = key.removeprefix(CACHED)
+        out[name] = delivered(pairs[name], value) if key.startswith(CACHED) and name in pairs else value
+    return out
+
+
 def _planes(rows: NDArray[np.uint8]) -> Tensor:
     """(B, H, W, C) -> (B, C, H, W)."""
     return torch.from_numpy(np.ascontiguousarray(rows.transpose(0, 3, 1, 2)))
@@ -234,5 +253,7 @@ def _resized(planes: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _blurred(planes: Tensor, sigma: float) -> Tensor:
     """By a kernel to four deviations, cut where it reaches over a picture: its borders are mirrored once."""
+    from torchvision.transforms.functional import gaussian_blur  # here: it takes a second to import
+
     reach = min(int(4 * sigma + 0.5), *(n - 1 for n in planes.shape[-2:]))
     return gaussian_blur(planes, [2 * reach + 1] * 2, [sigma] * 2) if reach else planes
