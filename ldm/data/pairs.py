@@ -163,6 +163,11 @@ def is_random(pairs: Mapping[str, Pair]) -> bool:
     return any(isinstance(pair, RandomMask) for pair in pairs.values())
 
 
+def enough(pairs: Mapping[str, Pair], variants: int) -> int:
+    """How many variants of each picture a cache shall have: where masks are random at least eight."""
+    return max(variants, 8) if is_random(pairs) else variants
+
+
 def make(
     pairs: Mapping[str, Pair], pixels: NDArray[np.uint8], stored: Mapping[str, NDArray[np.uint8]], draw: Draw
 ) -> dict[str, Tensor]:
