@@ -22,8 +22,8 @@ from ldm.data.claim import SETTINGS, TextStates, claim, finished, read, settings
 from ldm.data.images import to_float
 from ldm.data.manifest import Manifest, Shard, bucket_report, json_line, printable, resolve, shard_of
 from ldm.data.offsets import Index
-from ldm.data.parts import EncodeConfig, Part, marker, parts_of
 from ldm.data.pairs import cached_name, delivered, make
+from ldm.data.parts import EncodeConfig, Part, marker, parts_of
 from ldm.data.samples import Crops, Samples
 from ldm.data.shards import LOST, Shards
 from ldm.data.write import ShardWriter

@@ -23,7 +23,7 @@ from ldm.data.order import Order, mix
 from ldm.data.pairs import Pair, cached_pairs, check_pairs, delivered, delivered_cached, make
 from ldm.data.remote import RemoteConfig
 from ldm.data.resized import Regrouped, Resized
-from ldm.data.samples import Samples
+from ldm.data.samples import Crops, Samples
 from ldm.data.stream import Stream
 from ldm.types import Batch
 
@@ -217,8 +217,7 @@ class Loader(Stream[DataConfig]):
             batch["image"] = to_float(crops.pixels)
             batch["original_size"] = torch.from_numpy(crops.original_size)
             batch["crop_top_left"] = torch.from_numpy(crops.crop_top_left)
-            made = make(self._pairs, crops.pixels, crops.partners, lambda i, what: uniform(self._seed, positions[i], what))
-            batch |= {name: delivered(pair, made[name]) for name, pair in self._pairs.items()}
+            batch |= self._partners(crops, positions)
         if "original_size" in batch:
             width, height = self.samples.shape(ids[0])
             batch["target_size"] = torch.tensor([[height, width]], dtype=torch.float32).repeat(len(ids), 1)
@@ -227,6 +226,12 @@ class Loader(Stream[DataConfig]):
         if self._tokenize is not None:
             batch["tokens"] = self._tokenize(batch["caption"])
         return batch
+
+    def _partners(self, crops: Crops, positions: Sequence[int]) -> Batch:
+        """The pairs' pictures, what is random in them drawn for the positions."""
+        draw = lambda row, purpose: uniform(self._seed, positions[row], purpose)  # noqa: E731
+        made = make(self._pairs, crops.pixels, crops.partners, draw)
+        return {name: delivered(pair, made[name]) for name, pair in self._pairs.items()}
 
     def _filled(self, sample: int, text: str) -> str:
         template = self.config.template

@@ -140,9 +140,10 @@ CACHED = "pair."
 """What tensors of pairs in a cache begin with."""
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _TAKEN = frozenset(
-    "key position weight source caption image original_size crop_top_left target_size tokens moments features "
-    "text pooled mask kv context vector time_ids concat class copies classes".split()
-)
+    ("key", "position", "weight", "source", "caption", "image", "original_size", "crop_top_left", "target_size",
+     "tokens", "moments", "features", "text", "pooled", "mask", "kv", "context", "vector", "time_ids", "concat",
+     "class", "copies")
+)  # fmt: skip
 
 
 def check_pairs(pairs: Mapping[str, Pair], arrays: Sequence[str] = ()) -> None:

@@ -14,7 +14,7 @@ from ldm.config.load import decode
 from ldm.data.loader import DataConfig, Loader
 from ldm.data.mixture import MixtureConfig, Source, open_data
 from ldm.types import Batch
-from tests.unit.data.paired import hole, noise, png_of, write_set
+from tests.unit.data.paired import hole, noise, write_set
 
 
 def config(path: Path, pairs: dict[str, Any], **more: Any) -> DataConfig:
@@ -160,7 +160,10 @@ def test_sources_of_a_mixture_with_pairs(tmp_path: Path) -> None:
     ("members", "line"),
     [
         ({}, r"no member condition.png, or of another picture's suffix; has \['png'\]"),
-        ({"condition.png": noise(1, 12, 12)}, "condition.png is 12x12, its picture 16x12; both must show the same part"),
+        (
+            {"condition.png": noise(1, 12, 12)},
+            "condition.png is 12x12, its picture 16x12; both must show the same part",
+        ),
         ({"condition.png": b"broken"}, "condition.png: 6 bytes are no known picture format"),
     ],
 )
@@ -174,8 +177,9 @@ def test_a_bad_partner_is_replaced_and_listed(tmp_path: Path, members: dict[str,
     assert "s00009" not in seen
     reason = {"no member": "no_partner", "condition.png is": "partner_size"}.get(" ".join(line.split()[:2]), "unknown")
     assert reason in quarantine.read_text()
+    bad = write_set(tmp_path / "all", [{"png": noise(9), **members}] * 8)
     with pytest.raises(ValueError, match=line):
-        batches(config(write_set(tmp_path / "all", [{"png": noise(9), **members}] * 8), {"condition": {"kind": "stored"}}), 1)
+        batches(config(bad, {"condition": {"kind": "stored"}}), 1)
 
 
 @pytest.mark.parametrize(("value", "line"), [(0, "black: nothing would be painted"), (255, "white: all would be")])
@@ -199,7 +203,10 @@ def test_a_flat_mask_is_named(tmp_path: Path, value: int, line: str) -> None:
         ({"small": {"kind": "small", "factor": 1}}, "factor must be at least 2, got 1"),
         ({"soft": {"kind": "blur", "sigma": 0}}, "sigma must be in"),
         ({"m": {"kind": "random_mask", "half": -1}}, "half must not be negative, got -1"),
-        ({"m": dict.fromkeys(("rectangles", "strokes", "half", "whole"), 0) | {"kind": "random_mask"}}, "must be above 0"),
+        (
+            {"m": dict.fromkeys(("rectangles", "strokes", "half", "whole"), 0) | {"kind": "random_mask"}},
+            "must be above 0",
+        ),
     ],
 )
 def test_configs_that_cannot_be(pairs: dict[str, Any], line: str) -> None:
@@ -209,7 +216,7 @@ def test_configs_that_cannot_be(pairs: dict[str, Any], line: str) -> None:
 
 def test_a_factor_that_does_not_divide_is_named(tmp_path: Path) -> None:
     told = config(same_pictures(tmp_path / "set"), {"small": {"kind": "small", "factor": 3}})
-    with pytest.raises(ValueError, match="pairs.small.factor: 3 does not divide pictures of 8x8 pixels"):
+    with pytest.raises(ValueError, match=r"pairs.small.factor: 3 does not divide pictures of 8x8 pixels"):
         batches(told, 1)
 
 
@@ -220,5 +227,3 @@ def test_without_pairs_a_batch_is_as_before(tmp_path: Path) -> None:
     for mine, theirs in zip(batches(config(folder, {}), 3), batches(config(plain, {}), 3), strict=True):
         assert mine.keys() == theirs.keys()
         assert torch.equal(mine["image"], theirs["image"])
-
-

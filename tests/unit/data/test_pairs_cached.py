@@ -30,7 +30,9 @@ PAIRS = {
 
 
 def data(path: Path, pairs: dict[str, Any] | None = None, **more: Any) -> DataConfig:
-    return decode(DataConfig, {"path": str(path), "size": 8, "pairs": PAIRS if pairs is None else pairs, **more}, "data")
+    return decode(
+        DataConfig, {"path": str(path), "size": 8, "pairs": PAIRS if pairs is None else pairs, **more}, "data"
+    )
 
 
 def encoding(path: Path, pairs: dict[str, Any] | None = None, **more: Any) -> EncodeConfig:
@@ -128,9 +130,9 @@ def test_a_bad_partner_is_left_out_and_listed(tmp_path: Path) -> None:
 def test_other_pairs_than_the_caches_are_refused(folder: Path, tmp_path: Path) -> None:
     cache(encoding(folder), tmp_path / "cache")
     other = {**PAIRS, "condition": {"kind": "canny", "low": 10, "high": 100}}
-    with pytest.raises(ValueError, match="the cache was made with pairs=.*'low': 50.0.*this run has .*'low': 10.0"):
+    with pytest.raises(ValueError, match=r"the cache was made with pairs=.*'low': 50.0.*this run has .*'low': 10.0"):
         Loader(data(tmp_path / "cache", other, cached=True), seed=0, micro_batch=2)
-    with pytest.raises(ValueError, match="was begun with pairs=.*encode into another folder"):
+    with pytest.raises(ValueError, match=r"was begun with pairs=.*encode into another folder"):
         cache(encoding(folder, other), tmp_path / "cache")
     plain = build_cache(encoding(folder, {}), tmp_path / "plain", moments=moments, text=states, hashes=HASHES)
     assert "pairs" not in (plain.cached or {})
