@@ -99,6 +99,16 @@ def _add_build(verbs: Any) -> None:
         default="files",
         help="text files, the folder's name or the picture's",
     )
+    build.add_argument(
+        "--pair", action="append", default=[], metavar="NAME[=WHERE]", help="further pictures that each picture has: "
+        "condition, original (before an edit), mask, ...; WHERE is a suffix (.condition, _mask), a folder "
+        "(conditioning_images/) or a table's column (conditioning_image), the usual ones if left out; may be repeated"
+    )  # fmt: skip
+    build.add_argument(
+        "--masks", choices=("white", "transparent"), default="white", help="what of a mask is to be painted"
+    )
+    build.add_argument("--image-column", help="a table's column of the picture (file_name; of edits edited_image)")
+    build.add_argument("--caption-column", help="a table's column of the caption or instruction")
     build.add_argument("--without-captions", action="store_true", help="keep pictures that have no caption")
     build.add_argument("--min-side", type=int, default=1, help="leave out pictures with a side shorter than this")
     build.add_argument("--max-pixels", type=int, default=100_000_000, help="leave out pictures with more pixels")
@@ -154,6 +164,10 @@ def _build(args: argparse.Namespace) -> int:
         heldout=args.heldout,
         captions_from=args.captions_from,
         require_captions=not args.without_captions,
+        pairs=_pairs(args.pair),
+        masks=args.masks,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
         min_side=args.min_side,
         max_pixels=args.max_pixels,
         buckets=_buckets(args),
@@ -176,6 +190,17 @@ def _build(args: argparse.Namespace) -> int:
     if report.bad:
         print("left out: " + ", ".join(f"{count} {reason}" for reason, count in report.reasons.most_common()))
     return 0
+
+
+def _pairs(told: list[str]) -> dict[str, str | None]:
+    """NAME or NAME=WHERE of each --pair."""
+    found: dict[str, str | None] = {}
+    for one in told:
+        name, equals, where = one.partition("=")
+        if name in found:
+            raise ValueError(f"--pair {one}: {name!r} is given twice")
+        found[name] = where if equals else None
+    return found
 
 
 def _index(args: argparse.Namespace) -> int:
