@@ -60,6 +60,11 @@ def _parser() -> Parser:
     inspect.add_argument("--pairs", metavar="PAIRS", help="show these beside each picture: " + _PAIRS_HELP)
     inspect.set_defaults(run=_inspect)
 
+    _add_encode(verbs)
+    return parser
+
+
+def _add_encode(verbs: Any) -> None:
     encode = verbs.add_parser(
         "encode",
         help="cache latents and text states; any number of processes share the work, the same command resumes",
@@ -93,7 +98,6 @@ def _parser() -> Parser:
         "see it: as their pipelines have it, or hidden from T5 and zeros, which are not stored (task.t5_padding)"
     )  # fmt: skip
     encode.set_defaults(run=_encode)
-    return parser
 
 
 def _add_build(verbs: Any) -> None:

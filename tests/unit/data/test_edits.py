@@ -1,6 +1,7 @@
 """Instruction edits of the emoji against their own fields, and of a small set counted by hand."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +75,19 @@ def test_a_child_is_made_a_girl_not_a_woman() -> None:
     assert gender.said("", "pregnant person")[0] == "make it a person"
 
 
-def test_the_emojis_edits_change_what_they_say_and_nothing_else(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """By the fields of the two pictures; no edited picture of a held-out split is one of train's."""
-    assert main(["data", "edits", "emoji", str(tmp_path / "edits")]) == 0
-    assert "10923 edits (937 compositional, 408 heldout, 9578 train)" in capsys.readouterr().out
-    source = Manifest.read(resolve("emoji"))
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small_set(tmp_path / "set", ROWS).write()
+    assert main(["data", "edits", str(tmp_path / "set"), str(tmp_path / "edits")]) == 0
+    assert "6 edits (2 compositional, 4 train)" in capsys.readouterr().out
+    assert main(["data", "edits", str(tmp_path / "set"), str(tmp_path / "edits")]) != 0
+    assert "holds a data set already; choose another folder or remove it" in capsys.readouterr().err
+
+
+def test_the_emojis_edits_change_what_they_say_and_nothing_else(tmp_path: Path) -> None:
+    """By the fields of the two pictures, of the smaller splits; edited pictures stay in their split."""
+    whole = Manifest.read(resolve("emoji"))
+    source = replace(whole, shards=whole.split("heldout") + whole.split("compositional"))
+    assert write_edits(source, tmp_path / "edits").samples("heldout") == 408
     fields, splits = {}, {}
     for split in source.splits:
         shards = Shards(source, split)
@@ -97,11 +104,11 @@ def test_the_emojis_edits_change_what_they_say_and_nothing_else(
             assert differ == [told["edit"]]
             assert (before[told["edit"]], after[told["edit"]]) == (told["from"], told["to"])
             assert splits[told["edited_key"]] == split
-            assert splits[told["original_key"]] in ({"train", split} if split == "compositional" else {split})
-    with pytest.raises(ValueError, match="holds a data set already"):
-        write_edits(source, tmp_path / "edits")
+            assert splits[told["original_key"]] == split
     pairs = {"original": {"kind": "stored"}}
-    data = decode(DataConfig, {"path": str(tmp_path / "edits"), "size": 64, "flip": True, "pairs": pairs})
+    data = decode(
+        DataConfig, {"path": str(tmp_path / "edits"), "size": 64, "flip": True, "pairs": pairs, "split": "heldout"}
+    )
     batch = Loader(data, seed=0, micro_batch=8).batch(0, 0)
     assert batch["original"].shape == batch["image"].shape
     same = ((batch["image"] + 1) / 2 - batch["original"]).abs().mean((1, 2, 3))
