@@ -267,11 +267,15 @@ def _add_moments(
             pictures = samples.crop(ids, crops, flips)
             sizes.append(torch.from_numpy(pictures.original_size))
             corners.append(torch.from_numpy(pictures.crop_top_left))
-            images = to_float(pictures.pixels)
-            for row, value in zip(rows, moments(images), strict=True):
-                row.append(error.store("moments", value, _DTYPES[config.dtype]))
-            for row, value in zip(maps, () if features is None else features(images), strict=features is not None):
-                row.append(error.store("features", value, torch.float16))
+            if variant and crops is None and flips is None:  # its random masks alone are other ones
+                for kept in (*rows, *maps):
+                    kept += kept[:1]
+            else:
+                images = to_float(pictures.pixels)
+                for row, value in zip(rows, moments(images), strict=True):
+                    row.append(error.store("moments", value, _DTYPES[config.dtype]))
+                for row, value in zip(maps, () if features is None else features(images), strict=features is not None):
+                    row.append(error.store("features", value, torch.float16))
             _add_pairs(config, pictures, ids, variant, moments, beside, error)
     for i, (row, stored) in enumerate(zip(rows, tensors, strict=True)):
         stored["moments"] = torch.stack(row)

@@ -7,7 +7,6 @@ has a column `conditioning_image`. What has no partner, and a partner of nothing
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from ldm.data.bad import BadSample
 from ldm.data.formats import SUFFIXES, suffix
 from ldm.data.listing import Embedded, column_of, composed, inside
+from ldm.data.pairs import NAME
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "condition": ("conditioning_image", "condition", "condition_image", "control_image", "control", "source"),
@@ -34,7 +34,6 @@ _FOLDERS = {
     "mask": ("mask_images",),
     "reference": ("reference_images",),
 }
-_NAME = re.compile(r"[a-z][a-z0-9_]*")
 Partner = Path | Embedded
 
 
@@ -50,7 +49,7 @@ class Search:
     @staticmethod
     def of(name: str, where: str | None) -> Search:
         """By a suffix (begins with . _ or -), a folder (ends with /) or a column; None looks at all usual places."""
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             raise ValueError(f"pair {name!r}: expected a name of small letters, digits and _, as in condition")
         if where is None:
             folders = (name, f"{name}s", *_FOLDERS.get(name, ()))

@@ -138,7 +138,8 @@ Draw = Callable[[int, str], float]
 
 CACHED = "pair."
 """What tensors of pairs in a cache begin with."""
-_NAME = re.compile(r"[a-z][a-z0-9_]*")
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+"""What a pair may be called."""
 _TAKEN = frozenset(
     ("key", "position", "weight", "source", "caption", "image", "original_size", "crop_top_left", "target_size",
      "tokens", "moments", "features", "text", "pooled", "mask", "kv", "context", "vector", "time_ids", "concat",
@@ -149,7 +150,7 @@ _TAKEN = frozenset(
 def check_pairs(pairs: Mapping[str, Pair], arrays: Sequence[str] = ()) -> None:
     """ValueError for a name that a batch cannot have, and for a masked picture without its mask."""
     for name, pair in pairs.items():
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             raise ValueError(f"pairs: {name!r} is no name; expected small letters, digits and _, as in condition")
         if name in _TAKEN or name in {a.rpartition(".")[0] for a in arrays}:
             hint = {"source": "; call it original", "mask": "; call it inpaint_mask"}.get(name, "; choose another")

@@ -12,7 +12,7 @@ from PIL import Image, ImageChops
 from ldm.data import decode, images
 from ldm.data.bad import BadSample
 from ldm.data.formats import IMAGES
-from ldm.data.pairs import Pair, Stored, StoredMask
+from ldm.data.pairs import NAME, Pair, Stored, StoredMask
 
 MASK = "mask"
 """The member of a sample that holds its mask."""
@@ -42,7 +42,7 @@ def partners_in(members: Iterable[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for member in sorted(members):
         name, _, suffix = member.rpartition(".")
-        if name and suffix in IMAGES:
+        if suffix in IMAGES and NAME.fullmatch(name):
             found.setdefault(name, member)
     return found
 
@@ -125,9 +125,12 @@ def binary(mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.where(mask >= 128, 255, 0).astype(np.uint8)
 
 
-def check_aspect(member: str, own: tuple[int, int], whole: tuple[int, int]) -> None:
-    """BadSample unless a partner is its picture (width, height) at another scale, up to a pixel's rounding."""
-    if abs(own[0] * whole[1] - own[1] * whole[0]) > max(*own, *whole):
+def check_aspect(member: str, own: tuple[int, int], whole: tuple[int, int], pixels: int = 2) -> None:
+    """BadSample unless a partner is its picture (width, height) at another scale, up to so many pixels' rounding.
+
+    Two: where both are resized each is rounded.
+    """
+    if abs(own[0] * whole[1] - own[1] * whole[0]) > pixels * max(*own, *whole):
         told = f"{member} is {own[0]}x{own[1]}, its picture {whole[0]}x{whole[1]}"
         raise BadSample("partner_size", f"{told}; both must show the same part, at any scale")
 
@@ -163,7 +166,7 @@ def packed(
             image, kind = found.image, _EXTENSION.get(found.format) if found.plain else None
     except BadSample as error:
         raise _of(name, error) from error
-    check_aspect(name, image.size, whole)
+    check_aspect(name, image.size, whole, pixels=1)
     if mask:
         check_mask(name, np.asarray(image))
     if target is not None and (image.width > size[0] or image.height > size[1]):

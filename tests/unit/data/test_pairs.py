@@ -43,6 +43,18 @@ def test_a_partner_gets_the_crop_and_flip_of_its_picture(tmp_path: Path, fit: st
     assert fit != "crop" or len(flipped) > 2  # crops differ
 
 
+def test_the_ends_of_a_very_long_picture_are_cut_alike(tmp_path: Path) -> None:
+    """Of 400 x 3 pixels no more than sixteen times the crop's width is resized."""
+    told = config(
+        same_pictures(tmp_path / "set", height=3, width=400),
+        {"condition": {"kind": "stored"}},
+        crop="random",
+        flip=True,
+    )
+    for batch in batches(told, 3):
+        torch.testing.assert_close(batch["condition"], (batch["image"] + 1) / 2, rtol=0, atol=1e-6)
+
+
 def test_a_partner_of_another_scale_shows_the_same_part(tmp_path: Path) -> None:
     """The picture is a ramp; its condition is the same ramp at half the scale, also as a JPEG decoded reduced."""
     ramp = np.tile(np.linspace(0, 255, 96, dtype=np.uint8)[None, :, None], (64, 1, 3))

@@ -114,6 +114,10 @@ def test_random_masks_have_variants_of_their_own_for_any_number_of_processes(fol
     assert finish(config, tmp_path / "three").shards == one.shards  # with the tars' hashes
     pictures = {k: load(m[MEMBER])["pair.inpaint_mask"] for k, m in Shards(one, "train")}
     assert len({row.numpy().tobytes() for mask in pictures.values() for row in mask}) > 15
+    for _, members in Shards(one, "train"):
+        stored = load(members[MEMBER])
+        assert all(torch.equal(row, stored["moments"][0]) for row in stored["moments"])
+        assert len({row.numpy().tobytes() for row in stored["pair.masked.moments"]}) > 1
 
 
 def test_a_bad_partner_is_left_out_and_listed(tmp_path: Path) -> None:
