@@ -1,4 +1,4 @@
-"""Further pictures of a sample, its partners: conditions, masks, the picture before an edit, a small version.
+"""Further pictures of a sample, its partners: conditions, masks, the picture before an edit, a small version, a style.
 
 They are stored beside its picture, or made of it. What reaches a loss is one tensor for each, by its name, float32 in
 [0, 1], cropped and flipped as the picture is; from a cache of latents the moments instead, as `NAME.moments`.
@@ -21,6 +21,7 @@ from torch.nn import functional
 from ldm.config.load import decode
 from ldm.data import masks
 from ldm.data.canny import canny
+from ldm.data.images import crop_box, resize
 
 Cache = Literal["pixels", "latents"]
 Channels = Literal[1, 3]
@@ -103,6 +104,22 @@ class Small:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Picture:
+    """The picture itself, also where a cache has its latents alone; with `size` the middle square at that size.
+
+    As image towers see it: the short side is resized (bicubic), the long one cut.
+    """
+
+    kind: Literal["picture"] = "picture"
+    size: int | None = None
+    cache: Cache = "pixels"
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size < 1:
+            raise ValueError(f"size must be at least 1, got {self.size}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RandomMask:
     """A mask drawn anew for each sample and epoch; the shares of its kinds, as `ldm.data.masks` tells them."""
 
@@ -131,7 +148,7 @@ class Masked:
     cache: Literal["latents"] = "latents"
 
 
-Pair = Stored | StoredMask | Canny | Grey | Blur | Small | RandomMask | Masked
+Pair = Stored | StoredMask | Canny | Grey | Blur | Small | Picture | RandomMask | Masked
 Pairs = dict[str, Pair]
 Draw = Callable[[int, str], float]
 """(row, purpose) -> a number in [0, 1) that belongs to the row's sample."""
@@ -155,6 +172,8 @@ def check_pairs(pairs: Mapping[str, Pair], arrays: Sequence[str] = ()) -> None:
         if name in _TAKEN or name in {a.rpartition(".")[0] for a in arrays}:
             hint = {"source": "; call it original", "mask": "; call it inpaint_mask"}.get(name, "; choose another")
             raise ValueError(f"pairs: {name!r} is something else in a batch{hint}")
+        if isinstance(pair, Stored | Canny | Grey) and pair.cache == "latents" and pair.channels == 1:
+            raise ValueError(f"pairs.{name}.channels: 1, but an autoencoder takes 3 (cache: latents)")
         if isinstance(pair, Masked) and not isinstance(pairs.get(pair.mask), StoredMask | RandomMask):
             have = sorted(n for n, p in pairs.items() if isinstance(p, StoredMask | RandomMask))
             raise ValueError(f"pairs.{name}.mask: {pair.mask!r} is no mask among the pairs; masks are {have}")
@@ -231,6 +250,12 @@ def _made(pair: Pair, name: str, pixels: NDArray[np.uint8], row: int, draw: Draw
         own = {kind: vars(pair)[kind] for kind in masks.KINDS}
         kind = _chosen(own, draw(row, f"pair {name} kind"))
         return masks.random_mask(kind, (width, height), lambda purpose: draw(row, f"pair {name} {purpose}"))[:, :, None]
+    if isinstance(pair, Picture):
+        if pair.size is None:
+            return pixels
+        image = resize(Image.fromarray(np.ascontiguousarray(pixels)), (pair.size, pair.size), "crop")
+        left, top = crop_box(image.size, (pair.size, pair.size), (0.5, 0.5))
+        return np.asarray(image)[top : top + pair.size, left : left + pair.size]
     planes = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None].float()
     if isinstance(pair, Blur):
         planes = _blurred(planes, pair.sigma)

@@ -1,18 +1,21 @@
 """Partners found where published sets and people have them; what lacks one, or is one of nothing, is reported."""
 
 import io
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ldm.cli.__main__ import main
+from ldm.data.buckets import BucketConfig
 from ldm.data.build import BuildConfig, build
 from ldm.data.loader import DataConfig, Loader
-from ldm.data.pairs import Stored, StoredMask
+from ldm.data.pairs import Picture, Small, Stored, StoredMask
 from ldm.data.shards import Shards
 from tests.unit.data.paired import hole, noise, png_of
 
@@ -279,6 +282,29 @@ def test_any_number_of_workers_gives_the_same_shards(tmp_path: Path) -> None:
     )
     assert one.written == 40
     assert one.manifest.shards == three.manifest.shards
+
+
+def test_a_batch_of_a_bucket_has_partners_of_its_shape(tmp_path: Path) -> None:
+    """Wide and tall pictures; the condition is the picture, the small one a quarter of the bucket's sides."""
+    files: dict[str, Any] = {}
+    for i in range(8):
+        picture = noise(i, *((24, 48) if i % 2 else (48, 24)))
+        files |= {f"{i}.png": picture, f"{i}.condition.png": picture}
+    buckets = BucketConfig(size=16, step=4, least=1)
+    told = BuildConfig(pairs={"condition": None}, require_captions=False, buckets=buckets, format="png")
+    build(put(tmp_path / "in", files), tmp_path / "out", told)
+    data = DataConfig(
+        path=str(tmp_path / "out"), buckets=True, crop="random", flip=True, require_captions=False,
+        pairs={"condition": Stored(), "small": Small(factor=4), "reference": Picture(size=5)},
+    )  # fmt: skip
+    shapes = set()
+    for batch in itertools.islice(Loader(data, seed=1, micro_batch=2).batches(), 8):
+        torch.testing.assert_close(batch["condition"], (batch["image"] + 1) / 2, rtol=0, atol=0.02)
+        height, width = batch["image"].shape[2:]
+        assert batch["small"].shape == (2, 3, height // 4, width // 4)
+        assert batch["reference"].shape == (2, 3, 5, 5)
+        shapes.add((height, width))
+    assert len(shapes) == 2
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

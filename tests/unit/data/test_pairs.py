@@ -86,6 +86,8 @@ def test_what_is_made_of_the_picture(tmp_path: Path) -> None:
     folder = same_pictures(tmp_path / "set", height=8, width=8)
     pairs = {
         "grey": {"kind": "grey", "channels": 1},
+        "same": {"kind": "picture"},
+        "reference": {"kind": "picture", "size": 6},
         "small": {"kind": "small", "factor": 2},
         "tile": {"kind": "small", "factor": 2, "enlarge": True},
         "soft": {"kind": "blur", "sigma": 1.0},
@@ -96,7 +98,13 @@ def test_what_is_made_of_the_picture(tmp_path: Path) -> None:
     image = (batch["image"] + 1) / 2
     luma = (image * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
     torch.testing.assert_close(batch["grey"], luma, rtol=0, atol=1.5 / 255)
+    torch.testing.assert_close(batch["same"], image, rtol=0, atol=1e-6)
     levels = (image * 255).round()
+    for row, seen in zip(levels, batch["reference"], strict=True):
+        whole = Image.fromarray(row.permute(1, 2, 0).to(torch.uint8).numpy()).resize((6, 6), Image.Resampling.BICUBIC)
+        torch.testing.assert_close(
+            seen * 255, torch.tensor(np.array(whole)).permute(2, 0, 1).float(), rtol=0, atol=1e-4
+        )
     for row, small in zip(levels, batch["small"], strict=True):  # Pillow's bicubic, which clips before it rounds
         planes = [np.asarray(Image.fromarray(p.numpy()).resize((4, 4), Image.Resampling.BICUBIC)) for p in row]
         torch.testing.assert_close(small * 255, torch.tensor(np.stack(planes)).clamp(0, 255), rtol=0, atol=1.0)
@@ -213,6 +221,11 @@ def test_a_flat_mask_is_named(tmp_path: Path, value: int, line: str) -> None:
         ({"condition": {"kind": "canny", "high": 3000}}, "high 3000.0 is above 2040"),
         ({"masked": {"kind": "masked"}}, "pairs.masked.mask: 'inpaint_mask' is no mask among the pairs; masks are"),
         ({"small": {"kind": "small", "factor": 1}}, "factor must be at least 2, got 1"),
+        (
+            {"e": {"kind": "canny", "channels": 1, "cache": "latents"}},
+            "pairs.e.channels: 1, but an autoencoder takes 3",
+        ),
+        ({"reference": {"kind": "picture", "size": 0}}, "size must be at least 1, got 0"),
         ({"soft": {"kind": "blur", "sigma": 0}}, "sigma must be in"),
         ({"m": {"kind": "random_mask", "half": -1}}, "half must not be negative, got -1"),
         (
