@@ -94,7 +94,8 @@ def _checked(path: Path, number: int, row: dict[str, Any] | str, columns: Sequen
     if own is not None:
         file = f"{path.stem}-{number:07d}"
     if not isinstance(file, str) or not file:
-        return Row(where, number, problem=f"{where}: no {name}; it has {', '.join(map(str, row)) or 'nothing'}")
+        hint = f"; pictures are inside it: --image-column {' or '.join(held)}" if held else ""
+        return Row(where, number, problem=f"{where}: no {name}; it has {', '.join(map(str, row)) or 'nothing'}{hint}")
     fields = {k: v for k, v in row.items() if k != name}
     try:
         for value in (file, *fields, *fields.values()):

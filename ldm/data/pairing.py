@@ -14,6 +14,7 @@ from typing import Any
 
 from ldm.data.bad import BadSample
 from ldm.data.formats import SUFFIXES, suffix
+from ldm.data.items import Item, Partner
 from ldm.data.listing import Embedded, column_of, composed, inside
 from ldm.data.pairs import NAME
 
@@ -34,7 +35,6 @@ _FOLDERS = {
     "mask": ("mask_images",),
     "reference": ("reference_images",),
 }
-Partner = Path | Embedded
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def orphaned(searches: Sequence[Search], picture: Path, top: Path) -> str | None
     return None
 
 
-def paired(items: Sequence[Any], searches: Sequence[Search], top: Path) -> Iterator[Any]:
+def paired(items: Sequence[Item], searches: Sequence[Search], top: Path) -> Iterator[Item]:
     """The items with their partners; files that are partners are no items of their own.
 
     An item without a partner, and a partner without a picture, get the problem no_partner.
@@ -161,7 +161,7 @@ def paired(items: Sequence[Any], searches: Sequence[Search], top: Path) -> Itera
         yield item
 
 
-def _with_partners(item: Any, searches: Sequence[Search], top: Path, listing: Listing) -> tuple[Any, set[Path]]:
+def _with_partners(item: Item, searches: Sequence[Search], top: Path, listing: Listing) -> tuple[Item, set[Path]]:
     """The item with all its partners, or with what is wrong, and the files that are partners."""
     own = dict(item.partners)
     taken = {p for p in own.values() if isinstance(p, Path)}

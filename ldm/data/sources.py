@@ -7,14 +7,15 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ldm.data.bad import BadSample
 from ldm.data.formats import SUFFIXES, UNREAD, may_be_misnamed, misnamed, passed_over, suffix
+from ldm.data.items import Item, Partner
 from ldm.data.listing import FILE, Embedded, Row, composed, inside, is_table, table_rows
-from ldm.data.pairing import PICTURES, Partner, Search, in_row, paired
+from ldm.data.pairing import PICTURES, Search, in_row, paired
 from ldm.data.texts import captions_in, json_of, lines, text
 
 CAPTION_SUFFIXES = ("txt", "caption")
@@ -25,25 +26,6 @@ INSTRUCTION_FIELDS = ("edit_prompt", "instruction")
 CaptionsFrom = Literal["files", "folder", "name", "none"]
 
 _KOHYA = re.compile(r"([+-]?\d+)_(.*)", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Item:
-    """A picture to read. `problem` is set instead when the source itself says nothing usable about it.
-
-    `held` is where its bytes are if it is no file of its own, `partners` are the pictures that belong to it.
-    """
-
-    key: str
-    name: str
-    path: Path
-    captions: tuple[tuple[str, float], ...] = ()
-    caption_file: Path | None = None
-    repeats: int = 1
-    extra: dict[str, Any] = field(default_factory=dict)
-    problem: tuple[str, str] | None = None
-    held: Embedded | None = None
-    partners: dict[str, Partner] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

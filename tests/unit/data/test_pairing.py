@@ -211,6 +211,10 @@ def test_pictures_inside_a_parquet_file(tmp_path: Path) -> None:
         assert members["txt"] == f"edit {i}".encode()
         assert json.loads(members["json"])["img_id"] == str(i)
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(members["mask.png"]))), hole())
+    _, listed = _bad(path, tmp_path / "none", require_captions=False)
+    assert (
+        "no file_name; it has img_id, source_img, mask_img, instruction, target_img; pictures are inside it:" in listed
+    )
     alone, _ = made(path, tmp_path / "alone", image_column="target_img")
     assert kinds(alone) == {f"train-00000-{i + 1:07d}": ["png"] for i in range(5)}
 
