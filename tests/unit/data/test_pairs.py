@@ -55,6 +55,15 @@ def test_the_ends_of_a_very_long_picture_are_cut_alike(tmp_path: Path) -> None:
         torch.testing.assert_close(batch["condition"], (batch["image"] + 1) / 2, rtol=0, atol=1e-6)
 
 
+def test_the_ends_of_a_very_long_picture_are_cut_alike_at_another_scale(tmp_path: Path) -> None:
+    """A ramp of 1,600 x 6 pixels, of which 768 x 6 become 1,024 x 8; its condition is half as large."""
+    ramp = np.tile(np.linspace(0, 255, 1600).round().astype(np.uint8)[None, :, None], (6, 1, 3))
+    half = np.asarray(Image.fromarray(ramp).resize((800, 3), Image.Resampling.BOX))
+    folder = write_set(tmp_path / "set", [{"png": ramp, "condition.png": half}] * 4)
+    for batch in batches(config(folder, {"condition": {"kind": "stored"}}, crop="random"), 2):
+        assert (batch["condition"] * 255 - (batch["image"] + 1) * 127.5).abs().max() < 2
+
+
 def test_a_partner_of_another_scale_shows_the_same_part(tmp_path: Path) -> None:
     """The picture is a ramp; its condition is the same ramp at half the scale, also as a JPEG decoded reduced."""
     ramp = np.tile(np.linspace(0, 255, 96, dtype=np.uint8)[None, :, None], (64, 1, 3))
