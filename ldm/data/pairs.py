@@ -284,8 +284,10 @@ def _resized(planes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _blurred(planes: Tensor, sigma: float) -> Tensor:
-    """By a kernel to four deviations, cut where it reaches over a picture: its borders are mirrored once."""
-    from torchvision.transforms.functional import gaussian_blur  # here: it takes a second to import
-
+    """By a kernel to four deviations, or as far as a picture goes, down and then across; borders are mirrored."""
     reach = min(int(4 * sigma + 0.5), *(n - 1 for n in planes.shape[-2:]))
-    return gaussian_blur(planes, [2 * reach + 1] * 2, [sigma] * 2) if reach else planes
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).repeat(planes.shape[1], 1, 1, 1)
+    planes = functional.pad(planes, (reach,) * 4, mode="reflect")
+    planes = functional.conv2d(planes, kernel.transpose(2, 3), groups=len(kernel))
+    return functional.conv2d(planes, kernel, groups=len(kernel))
