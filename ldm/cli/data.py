@@ -42,15 +42,6 @@ def _parser() -> Parser:
         verbs.add_parser("index", help="use existing WebDataset tars: write a manifest and offset indexes for them")
     )
 
-    edits = verbs.add_parser(
-        "edits", help="instruction edits of a set's own pictures, as of the emoji: other skin tones and genders"
-    )
-    edits.add_argument(
-        "data", help="a shipped data set's name, a folder or a manifest; its samples tell tone and gender"
-    )
-    edits.add_argument("out", type=Path, help="folder to make")
-    edits.set_defaults(run=_edits)
-
     inspect = verbs.add_parser("inspect", help="contact sheet, statistics and look-alikes of a data set")
     inspect.add_argument("data", help="a shipped data set's name, a folder or a manifest")
     inspect.add_argument("--out", type=Path, help="folder for contact.png, statistics.json, index.html (DATA-inspect)")
@@ -61,6 +52,14 @@ def _parser() -> Parser:
     inspect.set_defaults(run=_inspect)
 
     _add_encode(verbs)
+    edits = verbs.add_parser(
+        "edits", help="instruction edits of a set's own pictures, as of the emoji: other skin tones and genders"
+    )
+    edits.add_argument(
+        "data", help="a shipped data set's name, a folder or a manifest; its samples tell tone and gender"
+    )
+    edits.add_argument("out", type=Path, help="folder to make")
+    edits.set_defaults(run=_edits)
     return parser
 
 
