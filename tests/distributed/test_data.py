@@ -27,21 +27,23 @@ BATCH, STEPS, STARTS = 12, 2, (0, 10_000_000)
 
 
 def make(folder: Path, count: int, bad: tuple[int, ...] = ()) -> None:
-    """Pictures of 6 x 5 in shards of unequal numbers, two captions each; some cannot be decoded."""
+    """Pictures of 6 x 5 in shards of unequal numbers, two captions and a condition each; some cannot be decoded."""
     shards = []
     for number, (first, last) in enumerate(itertools.pairwise((0, 3, 17, count))):
         with ShardWriter(folder, f"part{number}") as writer:
             for i in range(first, last):
                 record = json.dumps({"captions": [[f"{folder.name} {i}", 2], f"other {i}"]}).encode()
                 data = b"broken" if i in bad else png(color_of(i), (6, 5))
-                writer.add(f"{folder.name}{i:03d}", {"png": data, "json": record})
+                beside = {"condition.png": png(color_of(i + 1), (6, 5))}
+                writer.add(f"{folder.name}{i:03d}", {"png": data, **beside, "json": record})
         shards += writer.shards
     Manifest(name=folder.name, shards=tuple(shards), folder=folder).write()
 
 
 def config(root: str) -> Data:
-    """Pictures with random crops and flips, mixed two to one with a smaller set of half the weight."""
-    source = {"size": 4, "crop": "random", "flip": True, "max_bad": 0.5}
+    """Pictures with random crops, flips and masks, mixed two to one with a smaller set of half the weight."""
+    pairs = {"condition": {"kind": "stored"}, "inpaint_mask": {"kind": "random_mask", "half": 1, "rectangles": 1}}
+    source = {"size": 4, "crop": "random", "flip": True, "max_bad": 0.5, "pairs": pairs}
     one = {"data": {"path": f"{root}/a", **source}, "share": 2, "weight": 1.0}
     two = {"data": {"path": f"{root}/b", "template": "sks {}", **source}, "weight": 0.5}
     return decode(MixtureConfig, {"kind": "mixture", "sources": [one, two]})
@@ -73,7 +75,8 @@ def train(root: str, accumulate: int, workers: int) -> dict[str, Any]:
             loss, _ = engine.forward(batch, Rng.of(3, batch["position"]))
             engine.backward_step(loss)
             total += float(dist.mean(loss)) / accumulate
-            rows += list(zip(batch["position"].tolist(), batch["key"], batch["caption"], strict=True))
+            beside = [batch[name].flatten(1).mean(1).tolist() for name in ("condition", "inpaint_mask")]
+            rows += list(zip(batch["position"].tolist(), batch["key"], batch["caption"], *beside, strict=True))
         losses.append(total)
     return {"losses": losses, "rows": rows}
 
@@ -86,6 +89,7 @@ def test_one_to_four_ranks_see_the_same_and_lose_the_same(tmp_path: Path) -> Non
     assert [r[0] for r in whole["rows"]] == wanted
     assert {"a005", "a020"}.isdisjoint(r[1] for r in whole["rows"])
     assert len(set(whole["losses"])) == STEPS * len(STARTS)
+    assert len({r[4] for r in whole["rows"]}) > 4  # masks differ
     for world, accumulate, workers in ((2, 3, 1), (3, 2, 0), (4, 1, 2)):
         parts = ranks.run(train, world, str(tmp_path), accumulate, workers, timeout=500)
         rows = sorted(tuple(r) for part in parts for r in part["rows"])
