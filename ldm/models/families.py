@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ldm.models.networks import AnyNetwork
-from ldm.models.unet import UNetConfig
+from ldm.models.unet import ControlNetConfig, UNetConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,3 +101,29 @@ def _of_turbo(scheduler: Mapping[str, Any]) -> bool:
     euler = scheduler.get("_class_name") in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
     plain = scheduler.get("prediction_type", "epsilon") == "epsilon" and not scheduler.get("rescale_betas_zero_snr")
     return euler and plain and scheduler.get("timestep_spacing") == "trailing"
+
+
+def check_control(control: ControlNetConfig, network: AnyNetwork, name: str, base: str) -> None:
+    """Raise ValueError unless a ControlNet's features are those of the network; `name` and `base` call both."""
+    if not isinstance(network, UNetConfig):
+        raise ValueError(f"{name} is a ControlNet of {_of(control)}, but {base} is {family_of(network).title}")
+    half = control.unet
+    keys = ("block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type",
+            "projection_class_embeddings_input_dim", "class_embed_type")  # fmt: skip
+    told = [(key, _levels(half, key), _levels(network, key)) for key in keys]
+    odd = [f"{key} {mine} for {its}" for key, mine, its in told if mine != its]
+    if half.in_channels not in (network.out_channels, network.in_channels):
+        odd.append(f"in_channels {half.in_channels} for {network.in_channels}")
+    if odd:
+        mine, its = _of(control), family_of(network).title
+        families = f"of {mine}, but {base} is {its}" if mine != its else f"of another {mine} than {base}"
+        raise ValueError(f"{name} is a ControlNet {families}: {odd[0]}")
+
+
+def _of(control: ControlNetConfig) -> str:
+    return family_of(control.unet).title
+
+
+def _levels(config: UNetConfig, key: str) -> Any:
+    value = config.per_level(key) if key in ("layers_per_block", "cross_attention_dim") else getattr(config, key)
+    return list(value) if isinstance(value, tuple) else value
