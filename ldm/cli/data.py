@@ -1,4 +1,4 @@
-"""`ldm data build|index|inspect|encode`: make data sets, look at them, cache their latents."""
+"""`ldm data build|edits|index|inspect|encode`: make data sets, look at them, cache their latents."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 
     from ldm.data.buckets import BucketConfig
     from ldm.data.manifest import Manifest
+    from ldm.data.pairs import Pairs
     from ldm.models.vae.latents import LatentCodec
     from ldm.recipes.aligning import AlignTarget
+
+
+_PAIRS_HELP = "as data.pairs: '{condition: {kind: canny}}', or a config file that tells it"
 
 
 def main(argv: list[str]) -> int:
@@ -38,12 +42,22 @@ def _parser() -> Parser:
         verbs.add_parser("index", help="use existing WebDataset tars: write a manifest and offset indexes for them")
     )
 
+    edits = verbs.add_parser(
+        "edits", help="instruction edits of a set's own pictures, as of the emoji: other skin tones and genders"
+    )
+    edits.add_argument(
+        "data", help="a shipped data set's name, a folder or a manifest; its samples tell tone and gender"
+    )
+    edits.add_argument("out", type=Path, help="folder to make")
+    edits.set_defaults(run=_edits)
+
     inspect = verbs.add_parser("inspect", help="contact sheet, statistics and look-alikes of a data set")
     inspect.add_argument("data", help="a shipped data set's name, a folder or a manifest")
     inspect.add_argument("--out", type=Path, help="folder for contact.png, statistics.json, index.html (DATA-inspect)")
     inspect.add_argument("--split", default="all", help="which part, such as train")
     inspect.add_argument("--limit", type=int, default=20_000, help="look at so many samples at most, evenly spaced")
     inspect.add_argument("--pictures", type=int, default=96, help="on the contact sheet")
+    inspect.add_argument("--pairs", metavar="PAIRS", help="show these beside each picture: " + _PAIRS_HELP)
     inspect.set_defaults(run=_inspect)
 
     encode = verbs.add_parser(
@@ -67,6 +81,7 @@ def _parser() -> Parser:
     encode.add_argument("--flip", action="store_true", help="mirror variants beyond the first at random")
     encode.add_argument("--variants", type=int, default=1, help="how many crops and flips of each picture to store")
     encode.add_argument("--template", default="{}", help="wraps each caption: 'a photo of {}', '{}[, {group}]'")
+    encode.add_argument("--pairs", metavar="PAIRS", help=_PAIRS_HELP)
     encode.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="type to store")
     encode.add_argument("--batch", type=int, default=64, help="pictures at a time")
     encode.add_argument(
@@ -99,6 +114,16 @@ def _add_build(verbs: Any) -> None:
         default="files",
         help="text files, the folder's name or the picture's",
     )
+    build.add_argument(
+        "--pair", action="append", default=[], metavar="NAME[=WHERE]", help="further pictures that each picture has: "
+        "condition, original (before an edit), mask, ...; WHERE is a suffix (.condition, _mask), a folder "
+        "(conditioning_images/) or a table's column (conditioning_image), the usual ones if left out; may be repeated"
+    )  # fmt: skip
+    build.add_argument(
+        "--masks", choices=("white", "transparent"), default="white", help="what of a mask is to be painted"
+    )
+    build.add_argument("--image-column", help="a table's column of the picture (file_name; of edits edited_image)")
+    build.add_argument("--caption-column", help="a table's column of the caption or instruction")
     build.add_argument("--without-captions", action="store_true", help="keep pictures that have no caption")
     build.add_argument("--min-side", type=int, default=1, help="leave out pictures with a side shorter than this")
     build.add_argument("--max-pixels", type=int, default=100_000_000, help="leave out pictures with more pixels")
@@ -154,6 +179,10 @@ def _build(args: argparse.Namespace) -> int:
         heldout=args.heldout,
         captions_from=args.captions_from,
         require_captions=not args.without_captions,
+        pairs=_pairs(args.pair),
+        masks=args.masks,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
         min_side=args.min_side,
         max_pixels=args.max_pixels,
         buckets=_buckets(args),
@@ -175,6 +204,49 @@ def _build(args: argparse.Namespace) -> int:
     print(f"{report.written} of {report.found} pictures in {len(report.manifest.shards)} shards ({splits}): {args.out}")
     if report.bad:
         print("left out: " + ", ".join(f"{count} {reason}" for reason, count in report.reasons.most_common()))
+    return 0
+
+
+def _pairs(told: list[str]) -> dict[str, str | None]:
+    """NAME or NAME=WHERE of each --pair."""
+    found: dict[str, str | None] = {}
+    for one in told:
+        name, equals, where = one.partition("=")
+        if name in found:
+            raise ValueError(f"--pair {one}: {name!r} is given twice")
+        found[name] = where if equals else None
+    return found
+
+
+def _told_pairs(told: str | None) -> Pairs:
+    """What --pairs says, or the config that it names."""
+    from ldm.config.load import decode, read
+    from ldm.config.written import parse_value
+    from ldm.data.pairs import Pair, check_pairs
+
+    if told is None:
+        return {}
+    tree: Any = parse_value(told)[0]
+    if told.endswith((".yaml", ".yml")):
+        data = read(told).get("data")
+        tree = data.get("pairs") if isinstance(data, dict) else None
+        if tree is None:
+            raise ValueError(f"--pairs {told}: has no data.pairs")
+    if not isinstance(tree, dict):
+        raise ValueError(f"--pairs {told}: expected names with what they are, as in '{{condition: {{kind: canny}}}}'")
+    pairs: Pairs = decode(dict[str, Pair], tree, "--pairs")  # type: ignore[arg-type]
+    check_pairs(pairs)
+    return pairs
+
+
+def _edits(args: argparse.Namespace) -> int:
+    from ldm.data.edits import write_edits
+    from ldm.data.manifest import Manifest, resolve
+
+    manifest = write_edits(Manifest.read(resolve(args.data)), args.out)
+    splits = ", ".join(f"{manifest.samples(s)} {s}" for s in manifest.splits)
+    print(f"{manifest.samples()} edits ({splits}): {args.out}")
+    print("train on them with data.pairs={original: {kind: stored, cache: latents}}")
     return 0
 
 
@@ -219,8 +291,16 @@ def _inspect(args: argparse.Namespace) -> int:
         raise ValueError(f"data {args.data!r} holds cached latents; inspect the data set it was made from")
     out = args.out or Path(f"{manifest.name}-inspect")
     with Bar("looking", "samples") as bar:
-        summary = inspect(manifest, out, split=args.split, limit=args.limit, pictures=args.pictures, progress=bar.to)
-    for key in ("samples", "looked_at", "bad", "formats", "width", "height", "aspect", "caption_words"):
+        summary = inspect(
+            manifest,
+            out,
+            split=args.split,
+            limit=args.limit,
+            pictures=args.pictures,
+            pairs=_told_pairs(args.pairs),
+            progress=bar.to,
+        )
+    for key in ("samples", "looked_at", "bad", "formats", "partners", "width", "height", "aspect", "caption_words"):
         print(f"{key.replace('_', ' ')}: {summary[key]}")
     for bucket, count in summary["buckets"].items():
         print(f"bucket {bucket}: {count} pictures")
@@ -240,8 +320,13 @@ def _encode(args: argparse.Namespace) -> int:
 
     if args.vae is None and args.text is None:
         raise ValueError("nothing to encode: give --vae, --text or both")
+    if args.vae is None and args.pairs is not None:
+        raise ValueError("--pairs: they are cached beside latents; give --vae")
+    pairs = _told_pairs(args.pairs)
     told = {k: vars(args)[k] for k in ("buckets", "crop", "flip", "variants", "template", "dtype", "batch")}
-    config = EncodeConfig(path=args.data, splits=tuple(args.splits), size=args.size or EncodeConfig.size, **told)
+    config = EncodeConfig(
+        path=args.data, splits=tuple(args.splits), size=args.size or EncodeConfig.size, pairs=pairs, **told
+    )
     dist.check(meeting=False)
     device = dist.device()
     keep_freed_memory(device.type)

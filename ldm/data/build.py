@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,9 @@ from ldm.data import decode, images
 from ldm.data.buckets import BucketConfig, Shape, assign, name
 from ldm.data.decode import BadSample
 from ldm.data.manifest import Manifest, Shard
-from ldm.data.sources import CaptionsFrom, Item, captions_beside, find, read, remarks
+from ldm.data.pairing import Search
+from ldm.data.partners import packed
+from ldm.data.sources import CaptionsFrom, Columns, Item, captions_beside, find, read, read_place, remarks
 from ldm.data.write import ShardWriter
 
 _EXTENSION = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -37,7 +39,9 @@ class BuildConfig:
 
     `format` "keep" stores the original bytes of upright RGB jpg, png and webp pictures that need no shrinking, and
     makes the others jpg. `heldout` is the share of samples, chosen by key, of the split "heldout". `min_side` leaves
-    out smaller pictures.
+    out smaller pictures. `pairs` are partners that each picture must have, by name, and where they are (None: the usual
+    places, see `ldm.data.pairing`); `masks` says what of a mask is to be painted. `image_column` and `caption_column`
+    are a table's where they have other names than usual.
     """
 
     size: int | None = None
@@ -46,12 +50,22 @@ class BuildConfig:
     heldout: float = 0.0
     captions_from: CaptionsFrom = "files"
     require_captions: bool = True
+    pairs: dict[str, str | None] = field(default_factory=dict)
+    masks: Literal["white", "transparent"] = "white"
+    image_column: str | None = None
+    caption_column: str | None = None
     min_side: int = 1
     max_pixels: int = decode.MAX_PIXELS
     buckets: BucketConfig | None = None
     shard_bytes: int = 256 << 20
     shard_samples: int = 10_000
     workers: int = 1
+
+    @property
+    def columns(self) -> Columns:
+        """What tables' columns are, and where partners are. Raises ValueError for a place that is none."""
+        searches = tuple(Search.of(name, where) for name, where in self.pairs.items())
+        return Columns(pairs=searches, image=self.image_column, caption=self.caption_column)
 
     def __post_init__(self) -> None:
         if self.size is not None and self.buckets is not None:
@@ -98,7 +112,7 @@ def build(source: Path, out: Path, config: BuildConfig, progress: Callable[[int,
     """
     if (out / "manifest.json").exists():
         raise ValueError(f"out {str(out)!r} holds a data set already; choose another folder or remove it")
-    items = find(source, config.captions_from)
+    items = find(source, config.captions_from, config.columns)
     out.mkdir(parents=True, exist_ok=True)
     assigned = None if config.buckets is None else assign(_sizes(items, config), config.buckets)
     shapes = {} if assigned is None else assigned.bucket
@@ -253,6 +267,7 @@ def prepare(item: Item, shape: Shape | None, config: BuildConfig) -> _Done:
     try:
         captions = _captions(item, config)
         stored = _picture(read(item), shape, config)
+        beside = _partners(item, stored, config)
     except BadSample as error:
         return _Done(item, None, (error.reason, error.detail))
     record: dict[str, Any] = {
@@ -263,21 +278,33 @@ def prepare(item: Item, shape: Shape | None, config: BuildConfig) -> _Done:
         "original_width": stored.original[0],
         "original_height": stored.original[1],
     }
-    members = {stored.extension: stored.data, "json": json.dumps(record, ensure_ascii=False).encode()}
+    members = {stored.extension: stored.data, **beside, "json": json.dumps(record, ensure_ascii=False).encode()}
     if captions:
         members["txt"] = captions[0][0].encode()
     return _Done(item, members, frames=stored.frames)
 
 
+def _partners(item: Item, stored: _Stored, config: BuildConfig) -> dict[str, bytes]:
+    """The members of an item's partners: condition.png, mask.png, ..."""
+    members: dict[str, bytes] = {}
+    clear = config.masks == "transparent"
+    for called, place in item.partners.items():
+        members |= packed(
+            called, read_place(place), stored.original, stored.size, stored.target, clear, max_pixels=config.max_pixels
+        )
+    return members
+
+
 @dataclass(frozen=True)
 class _Stored:
-    """A picture as it goes into a tar, its (width, height) there and before shrinking."""
+    """A picture as it goes into a tar, its (width, height) there and before shrinking, and what it was shrunk for."""
 
     extension: str
     data: bytes
     size: Shape
     original: Shape
     frames: int
+    target: Shape | None = None
 
 
 def _picture(data: bytes, shape: Shape | None, config: BuildConfig) -> _Stored:
@@ -301,4 +328,4 @@ def _picture(data: bytes, shape: Shape | None, config: BuildConfig) -> _Stored:
         upright.save(buffer, "WEBP", quality=config.quality, method=4)
     else:
         upright.save(buffer, "PNG")
-    return _Stored(extension, buffer.getvalue(), upright.size, original, found.frames)
+    return _Stored(extension, buffer.getvalue(), upright.size, original, found.frames, target if shrink else None)

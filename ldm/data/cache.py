@@ -17,16 +17,19 @@ from torch import Tensor
 
 from ldm.data.decode import BadSample
 from ldm.data.manifest import Manifest
+from ldm.data.pairs import CACHED as CACHED_PAIR
+from ldm.data.pairs import cached_name, cached_pairs
 from ldm.data.scan import CACHED
 from ldm.data.shards import ShardReader, Shards
 
 MEMBER = CACHED
 PER_VARIANT = ("moments", "features", "original_size", "crop_top_left")
+"""Tensors with a row for each variant of the picture; those of pairs have one too."""
 TARGET = "features"
 """What a manifest calls the network whose maps are cached, and a member those maps (`ldm.objectives.align`)."""
 LATER = ("text_settings",)
 """What caches of versions up to 0.1 do not record."""
-_DTYPES = {"F16": np.float16, "F32": np.float32, "BF16": np.uint16}
+_DTYPES = {"F16": np.float16, "F32": np.float32, "BF16": np.uint16, "U8": np.uint8}
 _KEPT_BYTES = 128  # of a kept reference to a layout, which samples of one form share
 _HEAD = 1024  # most headers are shorter
 _LAYOUTS = 4096
@@ -58,6 +61,11 @@ def check(manifest: Manifest, *, cached: bool, buckets: bool = False, expect: Ma
                 f"data {manifest.name!r}: the cache was made with {key}={have!r}, this run has {value!r}; "
                 "`ldm data encode` makes it anew"
             )
+
+
+def per_variant(name: str) -> bool:
+    """Whether a tensor has a row for each variant of the picture, not for each caption."""
+    return name in PER_VARIANT or name.startswith(CACHED_PAIR)
 
 
 def partner(name: str) -> str | None:
@@ -140,6 +148,7 @@ class CachedReader:
         self._variants: int | None = made.get("variants")
         self._needed = ["moments"] * bool(made.get("moments")) + ["text"] * bool(made.get("text_states"))
         self._needed += [TARGET] * bool(made.get(TARGET))
+        self._needed_pairs = [cached_name(name, pair) for name, pair in cached_pairs(made).items()]
 
     @property
     def kept_bytes(self) -> int:
@@ -163,6 +172,7 @@ class CachedReader:
         self, ids: Sequence[int], picks: Sequence[int], variants: Sequence[float]
     ) -> tuple[dict[str, Tensor], dict[int, BadSample]]:
         """`moments` (B, 2Z, h, w) of a variant drawn by [0, 1) and the text tensors (B, ...) of a pick, in float32.
+        Of pairs `pair.NAME` (B, C, H, W) uint8, or `pair.NAME.moments`, of the same variant.
 
         Of checked samples. Texts and their masks are filled up with zeros to the longest. With the moments come
         `original_size` and `crop_top_left`, (B, 2) each, as in `samples.Crops`. The second value has the rows that are
@@ -187,7 +197,7 @@ class CachedReader:
             target, whole = values.reshape(-1).view(np.uint8).data, longest.row_bytes
             for row, ((reader, index, number), here) in enumerate(zip(places, rows, strict=True)):
                 size = here.row_bytes
-                which = int(variants[row] * here.shape[0]) if name in PER_VARIANT else picks[row]
+                which = int(variants[row] * here.shape[0]) if per_variant(name) else picks[row]
                 reader.fill(index, number, here.start + which * size, target[row * whole : row * whole + size])
             out[name] = _float(values)
             for row in _not_finite(out[name]):
@@ -229,9 +239,12 @@ class CachedReader:
         for name in self._needed:
             if not any(key.partition(".")[0] == name for key in layout.entries):  # "text.1" of several encoders
                 raise BadSample("damaged", f"{MEMBER}: no {name}; has {sorted(layout.entries)}")
-        for name in PER_VARIANT:
-            if self._variants and name in layout.entries and layout.entries[name].shape[0] != self._variants:
-                have = layout.entries[name].shape[0]
+        for name in self._needed_pairs:
+            if name not in layout.entries:
+                raise BadSample("damaged", f"{MEMBER}: no {name}; has {sorted(layout.entries)}")
+        for name in layout.entries:
+            have = layout.entries[name].shape[0]
+            if self._variants and per_variant(name) and have != self._variants:
                 raise BadSample("damaged", f"{MEMBER}: {have} variants of {name}, the manifest says {self._variants}")
         return layout
 
@@ -261,14 +274,16 @@ def parse(header: bytes, size: int) -> Layout:
             entries[name] = entry
         if not entries:
             raise ValueError("no tensors")
-        texts = [e.shape[0] for name, e in entries.items() if name not in PER_VARIANT]
+        texts = [e.shape[0] for name, e in entries.items() if not per_variant(name)]
         return Layout(entries, min(texts) if texts else None)
     except (AttributeError, ValueError, KeyError, TypeError, RecursionError) as error:  # whatever spoiled json may hold
         raise BadSample("damaged", f"{MEMBER}: {type(error).__name__}: {error}") from error
 
 
 def _float(values: Any) -> Tensor:
-    """float32; uint16 are the bits of bfloat16."""
+    """float32, and uint8 as they are; uint16 are the bits of bfloat16."""
+    if values.dtype == np.uint8:
+        return torch.from_numpy(values)
     if values.dtype == np.uint16:
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16).float()
     return torch.from_numpy(values).float()

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ldm.config.load import encode as plain
 from ldm.data.cache import LATER, trimmed
 from ldm.data.captions import captions_of, filled
 from ldm.data.decode import BadSample
@@ -44,6 +45,7 @@ def settings(config: EncodeConfig, moments: bool, text: bool, hashes: Mapping[st
         "text_states": text,
         **dict(sorted(hashes.items())),
         **({"buckets": True} if config.buckets else {}),
+        **({"pairs": plain(config.pairs)} if config.pairs else {}),
         **({} if config.require_captions else {"require_captions": False}),
     }
     source = Manifest.read(resolve(config.path))

@@ -1,4 +1,4 @@
-"""Caches of unscaled posterior moments and text hidden states in shards; knows no model.
+"""Caches of unscaled posterior moments, partners and text hidden states in shards; knows no model.
 
 The work is cut into parts of consecutive samples; each part becomes one tar and a marker that names its shard. Any
 number of processes may share the parts, be killed and started again: a part is whole or absent. `finish` makes the
@@ -22,8 +22,9 @@ from ldm.data.claim import SETTINGS, TextStates, claim, finished, read, settings
 from ldm.data.images import to_float
 from ldm.data.manifest import Manifest, Shard, bucket_report, json_line, printable, resolve, shard_of
 from ldm.data.offsets import Index
+from ldm.data.pairs import cached_name, delivered, make
 from ldm.data.parts import EncodeConfig, Part, marker, parts_of
-from ldm.data.samples import Samples
+from ldm.data.samples import Crops, Samples
 from ldm.data.shards import LOST, Shards
 from ldm.data.write import ShardWriter
 
@@ -80,6 +81,8 @@ def encode(
     `features`, of the same pictures as the moments, are stored as float16 whatever the dtype. Raises ValueError if
     `out` holds parts made with other settings. Bad samples are left out; `finish` lists them.
     """
+    if config.pairs and moments is None:
+        raise ValueError(f"pairs: {sorted(config.pairs)} are cached beside latents, which need an autoencoder")
     out.mkdir(parents=True, exist_ok=True)
     config = claim(config, out, settings(config, moments is not None, text is not None, hashes), text)
     manifest = Manifest.read(resolve(config.path))
@@ -92,6 +95,7 @@ def encode(
             buckets=config.buckets,
             memory=0,
             require_captions=config.require_captions,
+            pairs=config.pairs,
         )
         for part in parts_of(config, manifest, split):
             if part.number % world != rank:
@@ -250,6 +254,7 @@ def _add_moments(
 ) -> None:
     rows: list[list[Tensor]] = [[] for _ in ids]
     maps: list[list[Tensor]] = [[] for _ in ids]
+    beside: list[dict[str, list[Tensor]]] = [{} for _ in ids]
     sizes: list[Tensor] = []
     corners: list[Tensor] = []
     for variant in range(config.variants):
@@ -267,12 +272,38 @@ def _add_moments(
                 row.append(error.store("moments", value, _DTYPES[config.dtype]))
             for row, value in zip(maps, () if features is None else features(images), strict=features is not None):
                 row.append(error.store("features", value, torch.float16))
+            _add_pairs(config, pictures, ids, variant, moments, beside, error)
     for i, (row, stored) in enumerate(zip(rows, tensors, strict=True)):
         stored["moments"] = torch.stack(row)
         stored["original_size"] = torch.stack([s[i] for s in sizes])
         stored["crop_top_left"] = torch.stack([c[i] for c in corners])
         if features is not None:
             stored["features"] = torch.stack(maps[i])
+        stored.update({name: torch.stack(rows) for name, rows in beside[i].items()})
+
+
+def _add_pairs(
+    config: EncodeConfig,
+    pictures: Crops,
+    ids: list[int],
+    variant: int,
+    moments: Moments,
+    beside: list[dict[str, list[Tensor]]],
+    error: _Error,
+) -> None:
+    """A variant's partners, as latents or as uint8, to the rows of their samples."""
+
+    def draw(row: int, purpose: str) -> float:
+        return uniform(config.seed, ids[row], f"cache {variant} {purpose}")
+
+    made = make(config.pairs, pictures.pixels, pictures.partners, draw)
+    for name, pair in config.pairs.items():
+        key, values = cached_name(name, pair), made[name]
+        if pair.cache == "latents":
+            values = moments(delivered(pair, values).mul_(2.0).sub_(1.0))
+            values = torch.stack([error.store(key, value, _DTYPES[config.dtype]) for value in values])
+        for rows, value in zip(beside, values, strict=True):
+            rows.setdefault(key, []).append(value)
 
 
 def _corner(seed: int, sample: int, variant: int) -> tuple[float, float]:

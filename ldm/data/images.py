@@ -55,6 +55,40 @@ def fit_pixels(values: NDArray[np.uint8], size: tuple[int, int], fit: Fit) -> ND
     return values
 
 
+def fit_partner(
+    values: NDArray[np.uint8],
+    of: tuple[int, int],
+    size: tuple[int, int],
+    fit: Fit,
+    *,
+    nearest: bool = False,
+    ground: int = 255,
+) -> NDArray[np.uint8]:
+    """What `fit_pixels` makes of a picture of (width, height) `of`, made of its partner (H, W, C), whatever its size.
+
+    So a crop of both shows the same part. With "pad" it lies on `ground`.
+    """
+    height, width, channels = values.shape
+    box, new = _plan(of, size, fit)
+    left, top, right, bottom = (round(v * n / o) for v, n, o in zip(box, (width, height) * 2, of * 2))
+    values = values[top : max(bottom, top + 1), left : max(right, left + 1)]
+    if new != (values.shape[1], values.shape[0]):
+        if nearest or new[0] == 1:
+            how = Image.Resampling.NEAREST if nearest else Image.Resampling.BICUBIC
+            flat = values if channels == 3 else values[:, :, 0]
+            values = np.asarray(Image.fromarray(np.ascontiguousarray(flat)).resize(new, how)).reshape(*new[::-1], -1)
+        else:
+            planes = torch.from_numpy(values.copy()).permute(2, 0, 1)[None]
+            planes = functional.interpolate(planes, size=(new[1], new[0]), mode="bicubic", antialias=True)
+            values = planes[0].permute(1, 2, 0).numpy()
+    if fit == "pad" and new != size:
+        whole = np.full((size[1], size[0], channels), ground, np.uint8)
+        left, top = (size[0] - new[0]) // 2, (size[1] - new[1]) // 2
+        whole[top : top + new[1], left : left + new[0]] = values
+        return whole
+    return values
+
+
 def _plan(have: tuple[int, int], size: tuple[int, int], fit: Fit) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
     """What of a picture (left, top, right, bottom) becomes which (width, height)."""
     if fit == "stretch":

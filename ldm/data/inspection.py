@@ -7,19 +7,23 @@ import html
 import io
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 from ldm.data import decode
 from ldm.data.buckets import name
-from ldm.data.captions import captions_of
+from ldm.data.captions import captions_of, uniform
 from ldm.data.decode import BadSample
 from ldm.data.manifest import Manifest, printable
+from ldm.data.pairs import Pair, delivered, make
+from ldm.data.partners import partners_in
+from ldm.data.samples import Samples
 from ldm.data.shards import Shards
 
 THUMB = 128
@@ -43,6 +47,7 @@ class Statistics:
     hashes: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
     words: Counter[str] = field(default_factory=Counter)
     buckets: Counter[str] = field(default_factory=Counter)
+    partners: Counter[str] = field(default_factory=Counter)
 
     def summary(self) -> dict[str, Any]:
         """Plain figures."""
@@ -55,6 +60,7 @@ class Statistics:
             "bad_keys": self.bad_keys[:100],
             "buckets": dict(sorted(self.buckets.items())),
             "formats": dict(self.formats),
+            "partners": dict(sorted(self.partners.items())),
             "width": _spread(self.widths),
             "height": _spread(self.heights),
             "aspect": _spread(aspects),
@@ -74,28 +80,36 @@ def inspect(
     split: str = "all",
     limit: int = 20_000,
     pictures: int = 96,
+    pairs: Mapping[str, Pair] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Write contact.png, statistics.json and index.html into `out`; gives the statistics.
 
-    At most `limit` samples, evenly spaced, are looked at; by bucket those are counted that can be used. Raises
-    ValueError, when all is written, if none can.
+    At most `limit` samples, evenly spaced, are looked at; by bucket those are counted that can be used. Stored partners
+    stand beside their pictures, and with `pairs` those that training would see, of the middle. Raises ValueError,
+    when all is written, if none can be used.
     """
     shards = Shards(manifest, split)
     ids = np.unique(np.linspace(0, len(shards) - 1, min(limit, len(shards))).astype(int)).tolist()
     shown = {ids[i] for i in np.linspace(0, len(ids) - 1, min(pictures, len(ids))).astype(int)}
     figures = Statistics(total=len(shards))
     tiles: list[tuple[Image.Image, str]] = []
+    seen = Samples(manifest, split, size=THUMB, memory=0, require_captions=False, pairs=pairs) if pairs else None
     for number, sample in enumerate(ids, 1):
         figures.looked_at += 1
         key = printable(shards.key(sample))
         try:
-            picture, caption = _look(key, shards.read(sample)[1], figures)
+            members = shards.read(sample)[1]
+            picture, caption = _look(key, members, figures)
+            beside = partners_in(members)
+            strip = [picture] if seen is None else _seen(seen, sample, pairs or {})
+            figures.partners.update(beside.keys())
             bucket = shards.shards[shards.locate(sample)[0]].bucket
             if bucket is not None:
                 figures.buckets[name(bucket)] += 1
             if sample in shown:
-                tiles.append((picture, caption))
+                strip += [] if seen else [_thumbnail(decode.picture(members[m])) for m in beside.values()]
+                tiles.append((side_by_side(strip), caption))
         except BadSample as error:
             figures.bad[error.reason] += 1
             figures.bad_keys.append(f"{key}: {error}")
@@ -127,8 +141,38 @@ def _look(key: str, members: dict[str, bytes], figures: Statistics) -> tuple[Ima
     figures.caption_words.append(len(words))
     figures.words.update(w.strip(",.") for w in words if len(w) > 2)
     figures.hashes[difference_hash(picture)].append(key)
+    return _thumbnail(picture), captions.texts[0]
+
+
+def _thumbnail(picture: Image.Image) -> Image.Image:
     picture.thumbnail((THUMB, THUMB))
-    return picture, captions.texts[0]
+    return picture
+
+
+def _seen(samples: Samples, sample: int, pairs: Mapping[str, Pair]) -> list[Image.Image]:
+    """A sample's picture and its pairs as training sees them. Raises BadSample."""
+    samples.begin([sample])
+    if (problem := samples.touch(sample)) is not None:
+        raise problem
+    crops = samples.crop([sample])
+    made = make(pairs, crops.pixels, crops.partners, lambda _, purpose: uniform(0, sample, purpose))
+    shown = [Image.fromarray(np.ascontiguousarray(crops.pixels[0]))]
+    for name_, pair in pairs.items():
+        values = delivered(pair, made[name_])[0].mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        shown.append(Image.fromarray(values if values.shape[2] == 3 else values[:, :, 0]).convert("RGB"))
+    return shown
+
+
+def side_by_side(pictures: Sequence[Image.Image], gap: int = 4) -> Image.Image:
+    """Pictures in a row on white, their middles at one height."""
+    if len(pictures) == 1:
+        return pictures[0]
+    size = sum(p.width for p in pictures) + gap * (len(pictures) - 1), max(p.height for p in pictures)
+    row, left = Image.new("RGB", size, (255, 255, 255)), 0
+    for picture in pictures:
+        row.paste(picture, (left, (size[1] - picture.height) // 2))
+        left += picture.width + gap
+    return row
 
 
 def difference_hash(picture: Image.Image) -> int:
@@ -169,14 +213,17 @@ def look_alikes(hashes: Mapping[int, list[str]]) -> list[list[str]]:
 
 
 def contact_sheet(tiles: list[tuple[Image.Image, str]], columns: int = 12) -> Image.Image:
-    """Thumbnails in a grid with the beginnings of their captions."""
+    """Thumbnails in a grid with the beginnings of their captions; strips of several take as many columns."""
+    width = max([THUMB, *(picture.width for picture, _ in tiles)])
+    columns = max(1, columns * THUMB // width)
+    letters = 21 * width // THUMB
     rows = max(1, -(-len(tiles) // columns))
-    sheet = Image.new("RGB", (columns * (THUMB + 8), rows * (THUMB + _TEXT)), (255, 255, 255))
+    sheet = Image.new("RGB", (columns * (width + 8), rows * (THUMB + _TEXT)), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
     for i, (picture, caption) in enumerate(tiles):
-        left, top = i % columns * (THUMB + 8) + 4, i // columns * (THUMB + _TEXT) + 4
-        sheet.paste(picture, (left + (THUMB - picture.width) // 2, top + (THUMB - picture.height) // 2))
-        shown = caption if len(caption) <= 21 else caption[:18] + "..."
+        left, top = i % columns * (width + 8) + 4, i // columns * (THUMB + _TEXT) + 4
+        sheet.paste(picture, (left + (width - picture.width) // 2, top + (THUMB - picture.height) // 2))
+        shown = caption if len(caption) <= letters else caption[: letters - 3] + "..."
         draw.text((left, top + THUMB + 3), shown.encode("latin-1", "replace").decode("latin-1"), fill=(60, 60, 60))
     return sheet
 

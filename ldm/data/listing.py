@@ -8,8 +8,9 @@ import json
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,35 @@ _MOST = 1 << 24
 
 
 @dataclass(frozen=True)
+class Embedded:
+    """A picture whose bytes are in a parquet file, as `datasets` stores them: in a row, from 0, of a column."""
+
+    table: Path
+    row: int
+    column: str
+
+    def read(self) -> bytes:
+        """Its bytes. Raises BadSample where the row holds none."""
+        data = _column(self.table, self.column, self.row)
+        if not data:
+            raise BadSample("missing", f"{self.table.name}: row {self.row + 1} has no bytes in {self.column}")
+        return data
+
+
+@dataclass(frozen=True)
 class Row:
-    """A row of a metadata table: the file it is of and its other fields, or what is wrong with it."""
+    """A row of a metadata table: the file it is of and its other fields, or what is wrong with it.
+
+    `held` are the pictures whose bytes the table itself holds, by column; `own` is that of the row, which has no file.
+    """
 
     where: str
     number: int
     file: str = ""
     fields: dict[str, Any] = field(default_factory=dict)
     problem: str | None = None
+    held: dict[str, Embedded] = field(default_factory=dict)
+    own: Embedded | None = None
 
 
 def is_table(path: Path) -> bool:
@@ -38,28 +60,41 @@ def is_table(path: Path) -> bool:
     return suffix(path.name) in _READERS
 
 
-def table_rows(path: Path) -> Iterator[Row]:
+def table_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[Row]:
     """The rows of a metadata table, numbered by line (csv, jsonl) or row (parquet); what is wrong is a row of its own.
 
-    A field that the table does not give is absent.
+    A field that the table does not give is absent. The file is in the first of `columns` that there is, also as
+    NAME_file_name; of none or several it may also be in file_name, or in a column that ends so.
     """
     number = 0
     try:
+        held = held_columns(path)
         for number, row in _READERS[suffix(path.name)](path):
-            yield _checked(f"{path.name}:{number}", number, row)
+            yield _checked(path, number, row, columns, held)
     except BadSample as error:
         yield Row(path.name, number, problem=f"{path.name}: {error.detail}")
     except (OSError, ValueError, csv.Error) as error:
         yield Row(path.name, number, problem=f"{path.name}: cannot be read after row {number}: {error}")
 
 
-def _checked(where: str, number: int, row: dict[str, Any] | str) -> Row:
+def column_of(name: str, row: Mapping[str, Any], held: Collection[str] = ()) -> str | None:
+    """A column of that name in a row, or NAME_file_name as Hugging Face's imagefolder has it."""
+    return next((c for c in (name, f"{name}_{FILE}") if c in row or c in held), None)
+
+
+def _checked(path: Path, number: int, row: dict[str, Any] | str, columns: Sequence[str], held: Collection[str]) -> Row:
+    where = f"{path.name}:{number}"
     if isinstance(row, str):
         return Row(where, number, problem=f"{where}: {row}")
-    name = FILE if FILE in row else next((k for k in row if k.endswith(f"_{FILE}")), FILE)
-    file = row.get(name)
+    inner = {column: Embedded(path, number - 1, column) for column in held}
+    asked = next((c for name in columns if (c := column_of(name, row, held)) is not None), None)
+    usual = FILE if FILE in row else next((k for k in row if k.endswith(f"_{FILE}")), FILE)
+    name = asked or (columns[0] if len(columns) == 1 else usual)
+    own, file = inner.pop(name, None), row.get(name)
+    if own is not None:
+        file = f"{path.stem}-{number:07d}"
     if not isinstance(file, str) or not file:
-        return Row(where, number, problem=f"{where}: no {FILE}; it has {', '.join(map(str, row)) or 'nothing'}")
+        return Row(where, number, problem=f"{where}: no {name}; it has {', '.join(map(str, row)) or 'nothing'}")
     fields = {k: v for k, v in row.items() if k != name}
     try:
         for value in (file, *fields, *fields.values()):
@@ -67,7 +102,7 @@ def _checked(where: str, number: int, row: dict[str, Any] | str) -> Row:
                 check(value)
     except BadSample as error:
         return Row(where, number, problem=f"{where}: {error.detail}")
-    return Row(where, number, file, fields)
+    return Row(where, number, file, fields, held=inner, own=own)
 
 
 def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -131,12 +166,51 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Rows without the bytes of pictures, which are left where they are."""
+    file = _parquet_file(path)
+    leaves = [file.schema.column(i) for i in range(len(file.schema))]
+    names = [leaf.path for leaf in leaves if leaf.physical_type != "BYTE_ARRAY" or leaf.logical_type.type != "NONE"]
+    number = 0
+    for batch in file.iter_batches(columns=names):
+        for row in batch.to_pylist():
+            number += 1
+            yield number, {k: _as_json(v) for k, v in row.items() if not isinstance(v, bytes)}
+
+
+def held_columns(path: Path) -> tuple[str, ...]:
+    """The columns of a parquet file that hold pictures as bytes: binary ones, and `datasets`' {bytes, path}."""
+    if suffix(path.name) != "parquet":
+        return ()
+    file = _parquet_file(path)
+    leaves = (file.schema.column(i) for i in range(len(file.schema)))
+    raw = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type == "NONE"]
+    return tuple(name.removesuffix(".bytes") for name in raw if name.count(".") == name.endswith(".bytes"))
+
+
+def _parquet_file(path: Path) -> Any:
     try:
         import pyarrow.parquet  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError("reading parquet needs pyarrow: pip install 'ldm[parquet]'") from error
-    for number, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1):
-        yield number, {k: _as_json(v) for k, v in row.items() if not isinstance(v, bytes)}
+    return pyarrow.parquet.ParquetFile(path)
+
+
+def _column(path: Path, column: str, row: int) -> bytes | None:
+    """The bytes in a row of a column of pictures; a group of rows is read once for neighbours."""
+    file = _parquet_file(path)
+    for group in range(file.num_row_groups):
+        count = file.metadata.row_group(group).num_rows
+        if row < count:
+            return _group(path, column, group)[row]
+        row -= count
+    return None
+
+
+@lru_cache(maxsize=4)
+def _group(path: Path, column: str, group: int) -> list[bytes | None]:
+    file = _parquet_file(path)
+    values = file.read_row_group(group, columns=[column]).column(column).to_pylist()
+    return [v.get("bytes") if isinstance(v, dict) else v for v in values]
 
 
 def _as_json(value: Any) -> Any:
@@ -173,5 +247,22 @@ def file_named(folder: Path, name: str) -> Path | None:
     return here if here.is_file() else None
 
 
+def inside(base: Path, name: str, where: str) -> Path:
+    """The file that a table in the folder `base` means by a name. Raises BadSample outside or missing."""
+    shown = name.encode("utf-8", "backslashreplace").decode()
+    inner = os.path.normpath(os.path.relpath(name, os.path.abspath(base)) if os.path.isabs(name) else name)
+    if os.path.normpath(inner.replace("\\", "/")).split("/")[0] == os.pardir:
+        raise BadSample("outside", f"{where}: {shown!r} leaves the folder")
+    path = base / inner if (base / inner).is_file() else file_named(base, inner)
+    if path is None:
+        raise BadSample("missing", f"{where}: no such file")
+    return path
+
+
+def composed(name: str) -> str:
+    """One form of letters with accents, which systems store in two."""
+    return unicodedata.normalize("NFC", name)
+
+
 def _plain(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold()
+    return composed(name).casefold()

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from ldm.config.load import encode
 from ldm.data.arrays import check_names, stack
 from ldm.data.buckets import BucketedOrder, name
 from ldm.data.captions import Tags, check_template, filled, names_fields, uniform
@@ -19,9 +20,10 @@ from ldm.data.decode import BadSample
 from ldm.data.images import Fit, to_float
 from ldm.data.manifest import Manifest, Shard, json_line, resolve
 from ldm.data.order import Order, mix
+from ldm.data.pairs import Pair, cached_pairs, check_pairs, delivered, delivered_cached, make
 from ldm.data.remote import RemoteConfig
 from ldm.data.resized import Regrouped, Resized
-from ldm.data.samples import Samples
+from ldm.data.samples import Crops, Samples
 from ldm.data.stream import Stream
 from ldm.types import Batch
 
@@ -37,7 +39,7 @@ class DataConfig:
     folder's name asked for). With `buckets` every batch has the shape of one bucket of the data set, and `size` is not
     used. `memory` bounds in bytes what is kept decoded. `last` is the rule for an epoch's last partial batch. Bad
     samples are replaced and listed in `quarantine`; above the rate `max_bad` the run stops. `arrays` names npy and
-    safetensors members that the batch shall hold.
+    safetensors members that the batch shall hold, `pairs` further pictures of each sample by name (`ldm.data.pairs`).
     """
 
     kind: Literal["shards"] = "shards"
@@ -51,6 +53,7 @@ class DataConfig:
     template: str = "{}"
     require_captions: bool = True
     arrays: tuple[str, ...] = ()
+    pairs: dict[str, Pair] = field(default_factory=dict)
     tags: Tags | None = None
     repeats: int = 1
     cached: bool = False
@@ -69,6 +72,7 @@ class DataConfig:
         if self.captions == "none" and self.cached:
             raise ValueError("captions: none is for pictures; a cache has its texts")
         check_names(self.arrays)
+        check_pairs(self.pairs, self.arrays)
         if self.arrays and self.cached:
             raise ValueError("arrays: a cache holds no other members; leave them out or train without it")
         if self.repeats < 1:
@@ -144,9 +148,11 @@ class Loader(Stream[DataConfig]):
             require_captions=config.require_captions,
             texts=config.captions != "none",
             arrays=config.arrays,
+            pairs=config.pairs,
             expect=expected(config, self._expect),
             remote=config.remote,
         )
+        self._pairs = config.pairs or cached_pairs(self.manifest.cached if config.cached else None)
         self.order: Order | BucketedOrder | Resized | Regrouped = self._ordered(self.global_batch)
         self.quarantine = Quarantine(config.quarantine, config.max_bad)
 
@@ -211,6 +217,7 @@ class Loader(Stream[DataConfig]):
             batch["image"] = to_float(crops.pixels)
             batch["original_size"] = torch.from_numpy(crops.original_size)
             batch["crop_top_left"] = torch.from_numpy(crops.crop_top_left)
+            batch |= self._partners(crops, positions)
         if "original_size" in batch:
             width, height = self.samples.shape(ids[0])
             batch["target_size"] = torch.tensor([[height, width]], dtype=torch.float32).repeat(len(ids), 1)
@@ -219,6 +226,12 @@ class Loader(Stream[DataConfig]):
         if self._tokenize is not None:
             batch["tokens"] = self._tokenize(batch["caption"])
         return batch
+
+    def _partners(self, crops: Crops, positions: Sequence[int]) -> Batch:
+        """The pairs' pictures, what is random in them drawn for the positions."""
+        draw = lambda row, purpose: uniform(self._seed, positions[row], purpose)  # noqa: E731
+        made = make(self._pairs, crops.pixels, crops.partners, draw)
+        return {name: delivered(pair, made[name]) for name, pair in self._pairs.items()}
 
     def _filled(self, sample: int, text: str) -> str:
         template = self.config.template
@@ -251,7 +264,7 @@ class Loader(Stream[DataConfig]):
             picks = self._picks(chosen.ids, chosen.positions)
             tensors, bad = self.samples.cached(chosen.ids, picks, variants)
             if not bad:
-                return dict(tensors), picks
+                return delivered_cached(self._pairs, tensors), picks
             for row, error in bad.items():
                 self._reject(chosen, row, error)
             self._replace_bad(chosen)
@@ -287,10 +300,12 @@ class Loader(Stream[DataConfig]):
 
 
 def expected(config: DataConfig, also: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What a cache must have been made with: `also`, and what the config sets of size, fit, crop, flip and template."""
+    """What a cache must have been made with: `also`, and what the config sets of size, fit, crop, flip, template and
+    pairs."""
     names = ("size", "fit", "crop", "flip", "template") if not config.buckets else ("fit", "crop", "flip", "template")
     defaults = {f.name: f.default for f in fields(DataConfig)}
-    return {n: v for n in names if (v := vars(config)[n]) != defaults[n]} | dict(also or {})
+    pairs = {"pairs": encode(config.pairs)} if config.pairs else {}
+    return {n: v for n in names if (v := vars(config)[n]) != defaults[n]} | pairs | dict(also or {})
 
 
 def make_order(config: DataConfig, shards: Sequence[Shard], batch: int, seed: int) -> Order | BucketedOrder:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from ldm.data.captions import check_template
 from ldm.data.images import Fit
 from ldm.data.manifest import Manifest
+from ldm.data.pairs import Pair, check_pairs, is_random
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,8 @@ class EncodeConfig:
     """What is cached. `variants` pictures a sample are drawn by crop and flip (the first is plain).
 
     With `buckets` pictures have the shapes of the data set's buckets, and `size` is not used. Without
-    `require_captions` a sample that has no caption is kept, with the empty text.
+    `require_captions` a sample that has no caption is kept, with the empty text. `pairs` are stored as latents or as
+    uint8 pictures, as each says; random masks are drawn once for each variant.
     """
 
     path: str
@@ -30,6 +32,7 @@ class EncodeConfig:
     variants: int = 1
     template: str = "{}"
     require_captions: bool = True
+    pairs: dict[str, Pair] = field(default_factory=dict)
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     seed: int = 0
     batch: int = 64
@@ -38,7 +41,8 @@ class EncodeConfig:
     def __post_init__(self) -> None:
         if min(self.size, self.variants, self.batch, self.part) < 1:
             raise ValueError("size, variants, batch and part must be at least 1")
-        if self.variants > 1 and self.crop == "center" and not self.flip:
+        check_pairs(self.pairs)
+        if self.variants > 1 and self.crop == "center" and not self.flip and not is_random(self.pairs):
             raise ValueError(f"variants: {self.variants} would all be equal with crop=center and flip=false")
         check_template(self.template)
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ldm.data import decode, images
+from ldm.data import decode, images, partners
 from ldm.data.arrays import decode_arrays
 from ldm.data.cache import CachedReader, check
 from ldm.data.captions import TEXTS, Captions, captions_of
 from ldm.data.decode import BadSample
 from ldm.data.manifest import Manifest
+from ldm.data.pairs import Pair
 from ldm.data.remote import RemoteConfig
 from ldm.data.shards import Shards
 
@@ -27,22 +28,30 @@ _NO_TEXT: tuple[Captions, dict[str, Any]] = (Captions(("",), (1.0,)), {})
 
 @dataclass(frozen=True)
 class Picture:
-    """A resized picture, not yet cropped: (H', W', 3) uint8; and (height, width) before resizing."""
+    """A resized picture, not yet cropped: (H', W', 3) uint8; (height, width) before resizing; partners (H', W', C)."""
 
     pixels: NDArray[np.uint8]
     original: tuple[int, int]
+    partners: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pixels."""
+        return self.pixels.nbytes + sum(p.nbytes for p in self.partners.values())
 
 
 @dataclass(frozen=True)
 class Crops:
     """Cropped pictures (B, H, W, 3) uint8 with SDXL's micro-conditioning, each (B, 2) float32.
 
-    `original_size` is (height, width) before resizing, `crop_top_left` (top, left) in the resized picture.
+    `original_size` is (height, width) before resizing, `crop_top_left` (top, left) in the resized picture. `partners`
+    are the stored ones, (B, H, W, C) uint8, cut and flipped alike.
     """
 
     pixels: NDArray[np.uint8]
     original_size: NDArray[np.float32]
     crop_top_left: NDArray[np.float32]
+    partners: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
 
 
 class _Recent(threading.local):
@@ -75,6 +84,7 @@ class Samples:
         require_captions: bool = True,
         texts: bool = True,
         arrays: Sequence[str] = (),
+        pairs: Mapping[str, Pair] | None = None,
         expect: Mapping[str, Any] | None = None,
         remote: RemoteConfig | None = None,
     ) -> None:
@@ -88,6 +98,8 @@ class Samples:
         self._require_captions = require_captions
         self._texts = texts
         self._arrays = tuple(arrays)
+        self._pairs = {} if cached else partners.stored(pairs or {})
+        self._members = partners.extensions(self._pairs)
         self._cache = CachedReader(self.shards, memory) if cached else None
         self._pictures: dict[int, Picture] = {}
         self._records: dict[int, tuple[Captions, dict[str, Any]]] = {}
@@ -171,6 +183,7 @@ class Samples:
         out = np.empty((len(ids), 3, height, width), np.uint8).transpose(0, 2, 3, 1)
         original = np.empty((len(ids), 2), np.float32)
         corner = np.empty((len(ids), 2), np.float32)
+        beside: dict[str, list[NDArray[np.uint8]]] = {name: [] for name in self._pairs}
         for row, sample in enumerate(ids):
             picture = self._picture(sample)
             whole = picture.pixels
@@ -179,9 +192,12 @@ class Samples:
             part = whole[top : top + height, left : left + width]
             flip = flips is not None and flips[row]
             out[row] = part[:, ::-1] if flip else part
+            for name, values in picture.partners.items():
+                own = values[top : top + height, left : left + width]
+                beside[name].append(own[:, ::-1] if flip else own)
             original[row] = picture.original
             corner[row] = (top, whole.shape[1] - width - left if flip else left)
-        return Crops(out, original, corner)
+        return Crops(out, original, corner, {name: np.stack(rows) for name, rows in beside.items() if rows})
 
     def arrays(self, sample: int) -> dict[str, Tensor]:
         """The sample's arrays by name. Raises BadSample."""
@@ -230,14 +246,18 @@ class Samples:
         if known is not None:
             return known
         shape = self.shape(sample)
-        members = self.shards.read(sample, only=decode.IMAGES)[1] or self.shards.read(sample)[1]
+        members = self.shards.read(sample, only=(*decode.IMAGES, *self._members))[1]
+        if members.keys() <= set(self._members):  # what else there is tells why there is no picture
+            members = self.shards.read(sample)[1]
         data = decode.image_member(members)
         values, (whole_width, whole_height) = decode.upright(data, at_least=shape)
         array = images.fit_pixels(values, shape, self._fit)
+        whole, now = (whole_width, whole_height), (values.shape[1], values.shape[0])
+        beside = partners.fitted(self._pairs, members, whole, now, shape, self._fit) if self._pairs else {}
         meta = self.meta(sample)
         width, height = meta.get("original_width"), meta.get("original_height")
         if not isinstance(width, int) or not isinstance(height, int):
             width, height = whole_width, whole_height
-        picture = Picture(array, (height, width))
-        (self._pictures if self._keep(array.nbytes) else self._recent.pictures)[sample] = picture
+        picture = Picture(array, (height, width), beside)
+        (self._pictures if self._keep(picture.nbytes) else self._recent.pictures)[sample] = picture
         return picture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,12 +13,15 @@ from typing import Any, Literal
 
 from ldm.data.bad import BadSample
 from ldm.data.formats import SUFFIXES, UNREAD, may_be_misnamed, misnamed, passed_over, suffix
-from ldm.data.listing import Row, file_named, is_table, table_rows
+from ldm.data.listing import FILE, Embedded, Row, composed, inside, is_table, table_rows
+from ldm.data.pairing import PICTURES, Partner, Search, in_row, paired
 from ldm.data.texts import captions_in, json_of, lines, text
 
 CAPTION_SUFFIXES = ("txt", "caption")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.parquet")
 CAPTION_FIELDS = ("captions", "text", "caption", "prompt")
+INSTRUCTION_FIELDS = ("edit_prompt", "instruction")
+"""What sets of edits call the text, InstructPix2Pix's and MagicBrush; looked at where pairs are built."""
 CaptionsFrom = Literal["files", "folder", "name", "none"]
 
 _KOHYA = re.compile(r"([+-]?\d+)_(.*)", re.DOTALL)
@@ -27,7 +29,10 @@ _KOHYA = re.compile(r"([+-]?\d+)_(.*)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Item:
-    """A picture to read. `problem` is set instead when the source itself says nothing usable about it."""
+    """A picture to read. `problem` is set instead when the source itself says nothing usable about it.
+
+    `held` is where its bytes are if it is no file of its own, `partners` are the pictures that belong to it.
+    """
 
     key: str
     name: str
@@ -37,9 +42,34 @@ class Item:
     repeats: int = 1
     extra: dict[str, Any] = field(default_factory=dict)
     problem: tuple[str, str] | None = None
+    held: Embedded | None = None
+    partners: dict[str, Partner] = field(default_factory=dict)
 
 
-def find(source: Path, captions_from: CaptionsFrom = "files") -> list[Item]:
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Which columns of tables are what, and where partners are looked for; unset ones have their usual names."""
+
+    pairs: tuple[Search, ...] = ()
+    image: str | None = None
+    caption: str | None = None
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """The columns that may hold captions."""
+        if self.caption is not None:
+            return (self.caption,)
+        return (*CAPTION_FIELDS, *INSTRUCTION_FIELDS) if self.pairs else CAPTION_FIELDS
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """The columns that may hold the picture."""
+        if self.image is not None:
+            return (self.image,)
+        return (FILE, *PICTURES) if self.pairs else ()
+
+
+def find(source: Path, captions_from: CaptionsFrom = "files", columns: Columns | None = None) -> list[Item]:
     """The items of a folder, or of a metadata table, sorted by name; keys are unique and hold no dot.
 
     This is the one place that says which files of a folder are samples, and how often each comes. A folder named
@@ -50,19 +80,23 @@ def find(source: Path, captions_from: CaptionsFrom = "files") -> list[Item]:
     """
     if not source.exists():
         raise ValueError(f"source {str(source)!r}: no such folder or metadata file")
-    items = candidates(source, captions_from)
+    columns = columns or Columns()
+    items = candidates(source, captions_from, columns)
+    if columns.pairs:
+        items = list(paired(items, columns.pairs, source.parent if source.is_file() else source))
     if not items:
         built = "; it holds a built data set" if (source / "manifest.json").is_file() else ""
         raise ValueError(f"source {str(source)!r}: no pictures found; looked for {sorted(SUFFIXES)}{built}")
     return items
 
 
-def candidates(source: Path, captions_from: CaptionsFrom = "files") -> list[Item]:
-    """`find`, which may be nothing."""
+def candidates(source: Path, captions_from: CaptionsFrom = "files", columns: Columns | None = None) -> list[Item]:
+    """`find`, which may be nothing; without the partners that files' names tell."""
+    columns = columns or Columns()
     if source.is_file():
         if not is_table(source):
             raise ValueError(f"source {str(source)!r}: expected a folder, or a metadata.jsonl, .csv, .tsv or .parquet")
-        return _unique(list(_listed(source, _Folder(source.parent), captions_from)))
+        return _unique(list(_listed(source, _Folder(source.parent), captions_from, columns)))
     items: list[Item] = []
 
     def closed(error: OSError) -> None:
@@ -75,7 +109,7 @@ def candidates(source: Path, captions_from: CaptionsFrom = "files") -> list[Item
     if captions_from != "none":
         for folder in reversed(folders):  # the metadata nearest to a picture is its own
             for table in folder.tables():
-                found = list(_listed(table, folder, captions_from, source))
+                found = list(_listed(table, folder, captions_from, columns, source))
                 items += [i for i in found if i.path == table or i.path not in named]
                 named |= {i.path for i in found}
     for folder in folders:
@@ -87,10 +121,17 @@ def read(item: Item) -> bytes:
     """The bytes of the item's picture. Raises BadSample for its own problem, or where they cannot be had."""
     if item.problem is not None:
         raise BadSample(*item.problem)
+    return read_place(item.held or item.path)
+
+
+def read_place(place: Partner) -> bytes:
+    """The bytes of a picture in a file or a table. Raises BadSample where they cannot be had."""
+    if isinstance(place, Embedded):
+        return place.read()
     try:
-        if item.path.exists() and not item.path.is_file():
+        if place.exists() and not place.is_file():
             raise BadSample("unreadable", "no regular file")
-        return item.path.read_bytes()
+        return place.read_bytes()
     except OSError as error:
         raise BadSample("unreadable", str(error.strerror)) from error
 
@@ -159,20 +200,15 @@ class _Folder:
         stem = os.path.splitext(picture)[0]
         for wanted in (stem, picture):
             found = self._stems.get(_plain(wanted), ())
-            same = [f for f in found if _composed(os.path.splitext(f)[0]) == _composed(wanted)]
+            same = [f for f in found if composed(os.path.splitext(f)[0]) == composed(wanted)]
             for kind in kinds:
                 if (file := next((f for f in same or found if suffix(f) == kind), None)) is not None:
                     return self.path / file
         return None
 
 
-def _composed(name: str) -> str:
-    """One form of letters with accents, which systems store in two."""
-    return unicodedata.normalize("NFC", name)
-
-
 def _plain(name: str) -> str:
-    return _composed(name).casefold()
+    return composed(name).casefold()
 
 
 def _walk(source: Path, closed: Callable[[OSError], None]) -> Iterator[_Folder]:
@@ -237,55 +273,65 @@ def _from_name(path: Path, captions_from: CaptionsFrom) -> tuple[tuple[str, floa
     return ((words, 1.0),) if words else ()
 
 
-def _listed(table: Path, folder: _Folder, captions_from: CaptionsFrom, top: Path | None = None) -> Iterator[Item]:
+def _listed(
+    table: Path, folder: _Folder, captions_from: CaptionsFrom, columns: Columns, top: Path | None = None
+) -> Iterator[Item]:
     """The items of a metadata table, by its rows; `top` is what names are relative to."""
     top = top or table.parent
     prefix = "" if table.parent == top else f"{table.parent.relative_to(top).as_posix()}/"
     looked: dict[Path, _Folder] = {}
-    for row in table_rows(table):
+    for row in table_rows(table, columns.images):
         where = f"{prefix}{row.where}"
         if row.problem is not None:
             key = _key(f"{prefix}line-{row.number}")
             yield Item(key, _printable(where), table, problem=("bad_metadata", _printable(row.problem)))
             continue
-        yield _row(row, where, prefix, table.parent, captions_from, looked)
+        try:
+            yield _row(row, where, prefix, table, captions_from, columns, looked)
+        except BadSample as error:
+            name = prefix + row.file
+            path = table if row.own is not None else table.parent / row.file
+            yield Item(_key(name), _printable(name), path, problem=(error.reason, error.detail), held=row.own)
 
 
 def _row(
-    row: Row, where: str, prefix: str, base: Path, captions_from: CaptionsFrom, looked: dict[Path, _Folder]
+    row: Row,
+    where: str,
+    prefix: str,
+    table: Path,
+    captions_from: CaptionsFrom,
+    columns: Columns,
+    looked: dict[Path, _Folder],
 ) -> Item:
-    """The item of one row."""
+    """The item of one row. Raises BadSample."""
     name, fields = row.file, dict(row.fields)
     key, shown = _key(prefix + name), _printable(prefix + name)
-    inside = os.path.normpath(os.path.relpath(name, os.path.abspath(base)) if os.path.isabs(name) else name)
-    if os.path.normpath(inside.replace("\\", "/")).split("/")[0] == os.pardir:
-        return Item(key, shown, base / name, problem=("outside", f"{where}: {shown!r} leaves the folder"))
-    path = base / inside if (base / inside).is_file() else file_named(base, inside)
-    if path is None:
-        return Item(key, shown, base / inside, problem=("missing", f"{where}: no such file"))
-    if (kind := suffix(path.name)) in UNREAD:
-        what = f"{UNREAD[kind]} is not read here; convert it to PNG or JPEG"
-        return Item(key, shown, path, problem=("unsupported", what))
+    path = table if row.own is not None else inside(table.parent, name, where)
+    if row.own is None and (kind := suffix(path.name)) in UNREAD:
+        raise BadSample("unsupported", f"{UNREAD[kind]} is not read here; convert it to PNG or JPEG")
     if path.parent not in looked:
         looked[path.parent] = _Folder(path.parent, tuple(sorted(os.listdir(path.parent))))
     kohya = folder_repeats(path.parent.name) if captions_from == "files" else None
     repeats = 1 if kohya is None else kohya[0]
     if repeats < 1:
-        return Item(key, shown, path, problem=("no_repeats", f"its folder's name says {repeats} repeats"))
+        raise BadSample("no_repeats", f"its folder's name says {repeats} repeats")
+    item = Item(key, shown, path, repeats=repeats, held=row.own)
+    item = replace(item, partners=in_row(columns.pairs, fields, where, table.parent, row.held))
     if captions_from in ("folder", "name"):
-        return Item(key, shown, path, _from_name(path, captions_from), None, 1, fields)
+        return replace(item, captions=_from_name(path, captions_from), repeats=1, extra=fields)
     try:
-        captions = tuple((c, 1.0) for c in _captions(fields, taken=True))
+        captions = tuple((c, 1.0) for c in _captions(fields, taken=True, fields=columns.captions))
     except BadSample as error:
-        return Item(key, shown, path, problem=("bad_metadata", f"{where}: {error.detail}"))
-    beside = None if captions else looked[path.parent].beside(path.name, CAPTION_SUFFIXES)
+        raise BadSample("bad_metadata", f"{where}: {error.detail}") from error
+    beside = None if captions or row.own is not None else looked[path.parent].beside(path.name, CAPTION_SUFFIXES)
     words = kohya[1] if kohya and not captions else ""
-    return Item(key, shown, path, captions or (((words, 1.0),) if words else ()), beside, repeats, fields)
+    captions = captions or (((words, 1.0),) if words else ())
+    return replace(item, captions=captions, caption_file=beside, extra=fields)
 
 
-def _captions(row: dict[str, Any], *, taken: bool = False) -> tuple[str, ...]:
+def _captions(row: dict[str, Any], *, taken: bool = False, fields: Sequence[str] = CAPTION_FIELDS) -> tuple[str, ...]:
     """The captions of a row or json: its first field of captions that holds any, taken out of it if asked for."""
-    for name in CAPTION_FIELDS:
+    for name in fields:
         if name in row and (found := captions_in(row[name], name)):
             if taken:
                 del row[name]

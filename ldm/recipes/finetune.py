@@ -23,6 +23,7 @@ from ldm.config.load import decode
 from ldm.data.encode import EncodeConfig, encode, finish
 from ldm.data.loader import DataConfig
 from ldm.data.mixture import Data, with_caches
+from ldm.data.pairs import enough
 from ldm.diffusion.density import (
     CosMap,
     FluxShift,
@@ -243,8 +244,8 @@ def _cached(
     """Encode pictures, and captions if the hashes name the text, into a folder; all ranks share the work."""
     config = EncodeConfig(
         path=data.path, splits=(data.split,), size=data.size, fit=data.fit, crop=data.crop, flip=data.flip,
-        variants=2 if data.flip else 1, template=data.template, dtype="float32", part=16, buckets=data.buckets,
-        require_captions=data.require_captions,
+        variants=enough(data.pairs, 2 if data.flip else 1), template=data.template, dtype="float32", part=16,
+        buckets=data.buckets, require_captions=data.require_captions, pairs=data.pairs,
     )  # fmt: skip
     encode_text = text_encoder(towers)
     encode(

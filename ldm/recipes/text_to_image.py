@@ -22,6 +22,7 @@ from ldm.data.encode import EncodeConfig, encode, finish
 from ldm.data.grid import save_grid
 from ldm.data.loader import DataConfig
 from ldm.data.mixture import Data, with_caches
+from ldm.data.pairs import enough
 from ldm.diffusion.process import Process
 from ldm.models import networks
 from ldm.models.families import family_of
@@ -185,8 +186,8 @@ def cached(
     """
     config = EncodeConfig(
         path=data.path, splits=(data.split,), size=data.size, buckets=data.buckets, fit=data.fit, crop=data.crop,
-        flip=data.flip, variants=2 if data.flip or data.crop == "random" else 1, template=data.template, part=512,
-        require_captions=data.require_captions,
+        flip=data.flip, variants=enough(data.pairs, 2 if data.flip or data.crop == "random" else 1),
+        template=data.template, part=512, require_captions=data.require_captions, pairs=data.pairs,
     )  # fmt: skip
     encode_text = text_encoder(towers)
     with Bar("encoding", "pictures") as bar:
