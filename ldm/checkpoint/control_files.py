@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ldm.checkpoint import maps, weights
 from ldm.checkpoint.convert import FORMATS, from_hub
@@ -77,10 +78,16 @@ def open_control(source: str | Path, *, variant: str | None = None) -> tuple[Con
     return decode(ControlNetConfig, plain, str(folder)), weights.open_folder(folder, STEM, variant)
 
 
-def save_control(folder: Path, control: ControlNet, *, dtype: torch.dtype | None = None) -> None:
-    """Write diffusers' folder, whole or not at all; an old one stays until the new one is whole."""
-    source = weights.of_state(control.state_dict())
-    whole_folder(folder, lambda beside: write_control(beside, control.config, source, dtype=dtype))
+def save_control(
+    folder: Path, config: ControlNetConfig, state: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
+) -> None:
+    """Write diffusers' folder, whole or not at all; an old one stays until the new one is whole.
+
+    Raises ValueError for tensors that are not those of the settings.
+    """
+    source = weights.of_state(state)
+    weights.check_keys(f"{folder}: ControlNet", _shapes(config), weights.shapes(source))
+    whole_folder(folder, lambda beside: write_control(beside, config, source, dtype=dtype))
 
 
 def whole_folder(folder: Path, write: Callable[[Path], None]) -> None:

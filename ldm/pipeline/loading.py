@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from ldm.checkpoint import students
+from ldm.checkpoint import control_files, students
 from ldm.checkpoint.convert import Components, open_model
 from ldm.checkpoint.scheduler_classes import OwnSampler
 from ldm.checkpoint.schedulers import scheduler_from_diffusers
@@ -64,6 +64,10 @@ def load_parts(
     for folder in (found, found / "export"):
         if (folder / "adapter.json").is_file():
             return _adapted(folder, lenient, dtype, text_precision)
+    if control_files.folder_of(found) is not None and not (found / "model_index.json").is_file():
+        raise ValueError(
+            f"{source}: a ControlNet; draw under it with --control {source}:PICTURE and its base as the model"
+        )
     if (found / "checkpoints").is_dir() and not (found / "export" / "model_index.json").is_file():
         raise ValueError(f"run {str(source)!r}: not exported yet; the export is written when training ends")
     own = found / "export" if (found / "export").is_dir() else found

@@ -43,11 +43,11 @@ def test_folders_both_ways(name: str, tmp_path: Path) -> None:
     found = load_control(tmp_path / "theirs")
     assert found.config == ours.config
     assert same(found, theirs)
-    save_control(tmp_path / "ours", ours)
+    save_control(tmp_path / "ours", ours.config, ours.state_dict())
     again = ControlNetModel.from_pretrained(tmp_path / "ours")
     x, t, cond, other = inputs(ours.config)
     assert torch.allclose(again(x, t, **other).mid_block_res_sample, ours(x, t, cond).mid, atol=1e-5)
-    save_control(tmp_path / "ours", found)  # over an old one
+    save_control(tmp_path / "ours", found.config, found.state_dict())  # over an old one
     assert same(load_control(tmp_path / "ours"), theirs)
 
 
