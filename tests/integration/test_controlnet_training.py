@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from ldm.checkpoint.control_files import load_control
+from ldm.cli import finetune
 from ldm.cli import sample as cli
 from ldm.config.load import decode
 from ldm.config.schema import RunConfig
@@ -91,9 +93,7 @@ def test_two_processes_stage_3_resume_and_start(project: Path) -> None:
     assert ranks.run(train, 1, config(project, "more", start=str(project / "z-whole"), **cached), timeout=SLOW) == [0]
     first = log(project / "more")[0]
     assert first["control_sensitivity"] != 0  # it goes on from what was learned
-    before, after = (
-        load_file(project / n / "export" / "diffusion_pytorch_model.safetensors") for n in ("z-whole", "more")
-    )
+    before, after = exported(project / "z-whole"), exported(project / "more")
     assert set(before) == set(after)
 
 
@@ -114,6 +114,32 @@ def test_the_command_draws_under_it(project: Path, tmp_path: Path, capsys: pytes
     ):
         with pytest.raises(ValueError, match=line):
             cli.main(bad)
+
+
+def test_one_command_writes_the_whole_config(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = ["controlnet", "--images", str(project), "--base", str(project / "teacher"), "--size", "16", "--print-config"]
+    edges = str(project / "edges.png")
+    told = [
+        "--condition",
+        "small",
+        "--prompt",
+        "a dot",
+        "--validation-image",
+        edges,
+        "--proportion-empty-prompts",
+        "0.5",
+    ]
+    assert finetune.main([*own, *told]) == 0
+    tree = yaml.safe_load(capsys.readouterr().out)
+    assert tree["task"]["kind"] == "controlnet"
+    assert tree["task"]["conditions"] == [edges]
+    assert tree["task"]["options"]["drop"] == 0.5
+    assert tree["data"]["pairs"]["condition"] == {"kind": "small", "factor": 4, "enlarge": True, "cache": "pixels"}
+    assert tree["train"]["optim"]["lr"] == 1e-5
+    with pytest.raises(ValueError, match=r"--condition stored: .* is a folder of pictures"):
+        finetune.main([*own, "--condition", "stored"])
+    with pytest.raises(ValueError, match=r"0 pictures for 1 samples\.prompts"):
+        finetune.main([*own, "--prompt", "a dot"])
 
 
 def test_bad_configs_are_refused(project: Path) -> None:
