@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from ldm.adapters.base import freeze
 from ldm.models.network import Around, Network
 from ldm.models.text import TextEncoder
-from ldm.models.unet import ControlNet
-from ldm.models.unet.controlnet import CONDITION
+from ldm.models.unet.controlnet import CONDITION, ControlNet
 from ldm.types import Cond
 
 NAME = "control."

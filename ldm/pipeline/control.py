@@ -18,8 +18,7 @@ from torch import Tensor
 from ldm.models.families import check_control
 from ldm.models.layers import unchanging
 from ldm.models.network import Network
-from ldm.models.unet import ControlNet
-from ldm.models.unet.controlnet import CONDITION
+from ldm.models.unet.controlnet import CONDITION, ControlNet
 from ldm.models.unet.encoder import Residuals
 from ldm.pipeline.memory import Placement
 from ldm.types import Cond, Net

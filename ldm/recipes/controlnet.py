@@ -18,8 +18,7 @@ from ldm.data.mixture import Data
 from ldm.models.families import check_control
 from ldm.models.network import granularity
 from ldm.models.text import check_text_precision
-from ldm.models.unet import ControlNet, ControlNetConfig, UNet
-from ldm.models.unet.controlnet import CONDITION
+from ldm.models.unet.controlnet import CONDITION, ControlNet, ControlNetConfig
 from ldm.objectives.control import ControlObjective
 from ldm.objectives.denoise import DenoiseObjective
 from ldm.pipeline import Control, TextToImage
@@ -107,10 +106,11 @@ def _every(task: ControlTask, train: TrainConfig) -> int:
 
 def started(task: ControlTask, base: TextToImage) -> ControlNet:
     """The ControlNet that trains, in float32. Raises ValueError for a start of another family, and for no U-Net."""
-    if not isinstance(base.network, UNet):
-        raise ValueError(f"task.base {task.base!r}: ControlNets are trained over U-Nets, this is {base.family.title}")
     if task.start is None:
-        return ControlNet.copy_of(base.network, base.codec.factor, task.channels)
+        try:
+            return ControlNet.copy_of(base.network, base.codec.factor, task.channels)
+        except ValueError as error:
+            raise ValueError(f"task.base {task.base!r}: {error}") from error
     control = control_files.load_control(task.start)
     _check_start(task, control.config, base)
     return control
@@ -174,8 +174,6 @@ def job(task: ControlTask, data: Data, train: TrainConfig, asked: planned.Asked)
 
 
 def _planned_config(task: ControlTask, base: TextToImage) -> ControlNetConfig:
-    if not isinstance(base.network, UNet):
-        raise ValueError(f"task.base {task.base!r}: ControlNets are trained over U-Nets, this is {base.family.title}")
     try:
         config = None if task.start is None else control_files.open_control(task.start)[0]
     except ValueError:  # plans need no weights to start from

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from ldm.config.load import accepts
 from ldm.models import others
+from ldm.models.network import Network
 from ldm.models.unet.config import DOWN, UP, UNetConfig
 from ldm.models.unet.encoder import Encoder, Residuals
-from ldm.models.unet.unet import UNet, needs
+from ldm.models.unet.unet import needs
 from ldm.types import Cond
 
 CONDITION = "condition"
@@ -103,11 +104,14 @@ class ControlNetConfig:
         return 2 ** (len(self.conditioning_embedding_out_channels) - 1)
 
     @staticmethod
-    def of(unet: UNetConfig, factor: int = 8, channels: int = 3) -> ControlNetConfig:
+    def of(unet: Any, factor: int = 8, channels: int = 3) -> ControlNetConfig:
         """Of a copy of a U-Net's encoder, for latents of 1/`factor` of the pictures' side.
 
-        Raises ValueError for a U-Net that diffusers' ControlNet cannot copy, and a factor that is no power of 2.
+        Raises ValueError for settings of another network, for a U-Net that diffusers' ControlNet cannot copy, and for a
+        factor that is no power of 2.
         """
+        if not isinstance(unet, UNetConfig):
+            raise ValueError(f"a ControlNet is trained over a U-Net here, not over a network of kind {unet.kind!r}")
         halvings = factor.bit_length() - 1
         if factor != 1 << halvings:
             raise ValueError(f"a ControlNet needs latents of 1/2, 1/4, 1/8, ... of the pictures' side, got 1/{factor}")
@@ -167,10 +171,11 @@ class ControlNet(Encoder):
         return self.config.unet
 
     @staticmethod
-    def copy_of(unet: UNet, factor: int = 8, channels: int = 3) -> ControlNet:
+    def copy_of(unet: Network, factor: int = 8, channels: int = 3) -> ControlNet:
         """A copy of a U-Net's encoder and middle that adds nothing yet, where the U-Net is.
 
-        `factor`: pixels of the pictures' side for one of the latents'; `channels` K of the condition.
+        `factor`: pixels of the pictures' side for one of the latents'; `channels` K of the condition. Raises ValueError
+        for a network that is none, and as `ControlNetConfig.of` does.
         """
         made = ControlNet(ControlNetConfig.of(unet.config, factor, channels))
         made = made.to(next(unet.parameters()).device)

@@ -81,7 +81,10 @@ def test_no_option_takes_paths_or_numbers_unread(parser: Any) -> None:
 
 
 def test_a_verb_that_is_missing_is_one_of_those(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb, one in (("data", "build, index, inspect, encode"), ("finetune", "dreambooth, textual-inversion, lora")):
+    for verb, one in (
+        ("data", "build, index, edits, inspect, encode"),
+        ("finetune", "dreambooth, textual-inversion, lora, controlnet"),
+    ):
         with pytest.raises(SystemExit):
             main([verb])
         assert f", one of {one}; `ldm {verb} --help`" in capsys.readouterr().err
