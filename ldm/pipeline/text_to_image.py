@@ -351,7 +351,7 @@ class TextToImage:
         plan = plan if times is None else Plan(times, whole=plan.whole)
         denoise = self.denoiser(settings, prompts, plan)
         cond = self._cond(prompts, settings, prompts)
-        given = given or self._controls.told(self.codec.pixels(shape), range(len(prompts)))
+        given = self._controls.told(self.codec.pixels(shape), range(len(prompts))) | (given or {})
         cond |= {key: value.to(device) for key, value in given.items()}
         if wrap is None and "concat" not in cond and painter(self.network, self.codec) is not None:
             raise ValueError(f"the {self.network.title} is told a picture and a mask here: use `ldm edit inpaint`")

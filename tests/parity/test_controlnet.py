@@ -186,3 +186,30 @@ def test_a_copy_of_a_unet_is_diffusers_copy_of_it() -> None:
     x, t, cond, _ = inputs(copy.config)
     assert all(not part.any() for part in (*copy(x, t, cond).down, copy(x, t, cond).mid))
     assert torch.equal(ours(x, t, cond, copy(x, t, cond)), ours(x, t, cond))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in PUBLISHED if "mid" not in n])
+def test_the_published_shapes_equal_diffusers(name: str) -> None:
+    """One forward pass of 8 x 8 latents with random weights of every layer."""
+    theirs = ControlNetModel.from_config({"_class_name": "ControlNetModel", **PUBLISHED[name]})
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=g) * parameter[0].numel() ** -0.5)
+    with torch.device("meta"):
+        ours = ControlNet(decode(ControlNetConfig, PUBLISHED[name], "config.json"))
+    ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
+    text = torch.randn(1, 77, ours.config.cross_attention_dim, generator=g)
+    cond = {"text": text, "condition": torch.rand(1, 3, 64, 64, generator=g)}
+    other: dict[str, Any] = {"encoder_hidden_states": text, "controlnet_cond": cond["condition"]}
+    if ours.config.addition_embed_type:
+        sizes = torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]])
+        cond |= {"pooled": torch.randn(1, 1280, generator=g), "time_ids": sizes}
+        other["added_cond_kwargs"] = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
+    x, t = torch.randn(1, 4, 8, 8, generator=g), torch.tensor([500])
+    with torch.no_grad():
+        found, wanted = ours(x, t, cond), theirs(x, t, **other)
+    pairs = zip((*found.down, found.mid), (*wanted.down_block_res_samples, wanted.mid_block_res_sample), strict=True)
+    assert max(deviation(a, b) for a, b in pairs) < 1e-5
