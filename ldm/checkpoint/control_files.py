@@ -24,10 +24,19 @@ from ldm.checkpoint.settings import read_json, write_json
 from ldm.checkpoint.weights import Source
 from ldm.config.load import decode, encode
 from ldm.models import presets
+from ldm.models.transformers.sd3_control import SD3ControlConfig, SD3ControlNet
 from ldm.models.unet import ControlNet, ControlNetConfig, UNetConfig
 from ldm.words import expanded
 
-CLASS, FOLDER = "ControlNetModel", "controlnet"
+AnyConfig = ControlNetConfig | SD3ControlConfig
+AnyControl = ControlNet | SD3ControlNet
+FOLDER = "controlnet"
+CLASSES: dict[str, type[AnyConfig]] = {
+    "ControlNetModel": ControlNetConfig,
+    "SD3ControlNetModel": SD3ControlConfig,
+    "ControlNetSD3Model": SD3ControlConfig,
+}
+"""Of `config.json`; the last as the first of SD3's were published."""
 PREFIX = "control_model."
 _CONFIG = "ldm.controlnet"
 _HINT, _IN, _KEYS = "input_hint_block.0.weight", "input_blocks.0.0.weight", ".attn2.to_k.weight"
@@ -45,12 +54,12 @@ def folder_of(source: str | Path) -> Path | None:
     """The folder of a ControlNet's own files at a path: itself, its `controlnet/`, or a run's export; None if none."""
     path = Path(source)
     for folder in (path, path / FOLDER, path / "export", path / "export" / FOLDER):
-        if (folder / "config.json").is_file() and read_json(folder / "config.json").get("_class_name") == CLASS:
+        if (folder / "config.json").is_file() and read_json(folder / "config.json").get("_class_name") in CLASSES:
             return folder
     return None
 
 
-def load_control(source: str | Path, *, variant: str | None = None, dtype: torch.dtype = torch.float32) -> ControlNet:
+def load_control(source: str | Path, *, variant: str | None = None, dtype: torch.dtype = torch.float32) -> AnyControl:
     """A ControlNet from diffusers' folder, a run, or a single file in the authors' names or diffusers'.
 
     Raises ValueError for anything else, naming it, and for tensors that are missing or not known.
@@ -60,11 +69,11 @@ def load_control(source: str | Path, *, variant: str | None = None, dtype: torch
     found = weights.reshaped(source_of, shapes)
     weights.check_keys(f"{source}: ControlNet", shapes, weights.shapes(found))
     model = fill(_empty(config), found, dtype, str(source))
-    assert isinstance(model, ControlNet)
+    assert isinstance(model, ControlNet | SD3ControlNet)
     return model.requires_grad_(False)
 
 
-def open_control(source: str | Path, *, variant: str | None = None) -> tuple[ControlNetConfig, Source]:
+def open_control(source: str | Path, *, variant: str | None = None) -> tuple[AnyConfig, Source]:
     """Its settings, and its tensors by native name, not read yet; a hub id is a folder, too."""
     path = Path(expanded(str(source)))
     if path.is_file():
@@ -74,12 +83,13 @@ def open_control(source: str | Path, *, variant: str | None = None) -> tuple[Con
     folder = folder_of(path)
     if folder is None:
         raise ValueError(f"{source}: no ControlNet: {_seen(path)}")
-    plain = {k: v for k, v in read_json(folder / "config.json").items() if not k.startswith("_")}
-    return decode(ControlNetConfig, plain, str(folder)), weights.open_folder(folder, STEM, variant)
+    told = read_json(folder / "config.json")
+    plain = {k: v for k, v in told.items() if not k.startswith("_")}
+    return decode(CLASSES[told["_class_name"]], plain, str(folder)), weights.open_folder(folder, STEM, variant)
 
 
 def save_control(
-    folder: Path, config: ControlNetConfig, state: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
+    folder: Path, config: AnyConfig, state: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
 ) -> None:
     """Write diffusers' folder, whole or not at all; an old one stays until the new one is whole.
 
@@ -103,11 +113,14 @@ def whole_folder(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def write_control(folder: Path, config: ControlNetConfig, source: Source, *, dtype: torch.dtype | None = None) -> None:
+def write_control(folder: Path, config: AnyConfig, source: Source, *, dtype: torch.dtype | None = None) -> None:
     """The settings and tensors of a ControlNet as diffusers has them, in a folder that is there."""
-    heads = config.unet.heads
-    config = replace(config, attention_head_dim=heads if len(set(heads)) > 1 else heads[0], num_attention_heads=None)
-    about = {"_class_name": CLASS, "_diffusers_version": VERSION}
+    if isinstance(config, ControlNetConfig):
+        heads = config.unet.heads
+        one = heads if len(set(heads)) > 1 else heads[0]
+        config = replace(config, attention_head_dim=one, num_attention_heads=None)
+    name = next(name for name, cls in CLASSES.items() if isinstance(config, cls))
+    about = {"_class_name": name, "_diffusers_version": VERSION}
     write_json(folder / "config.json", about | encode(config))
     weights.write_folder(folder, STEM, source, dtype=dtype)
 
@@ -117,13 +130,13 @@ def save_control_single(path: Path, control: ControlNet, *, dtype: torch.dtype |
     write_single(path, control.config, weights.of_state(control.state_dict()), dtype=dtype)
 
 
-def write_single(path: Path, config: ControlNetConfig, source: Source, *, dtype: torch.dtype | None = None) -> None:
+def write_single(path: Path, config: AnyConfig, source: Source, *, dtype: torch.dtype | None = None) -> None:
     """One safetensors file of a ControlNet's tensors in the authors' names, whole or not at all."""
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: expected a name that ends in .safetensors")
-    if config.addition_embed_type is not None:
-        raise ValueError(f"{path}: ControlNets of Stable Diffusion XL have no single file of their authors; write "
-                         "diffusers' folder, whose weights every program reads")  # fmt: skip
+    if not isinstance(config, ControlNetConfig) or config.addition_embed_type is not None:
+        raise ValueError(f"{path}: ControlNets of Stable Diffusion XL and 3 have no single file of their authors; "
+                         "write diffusers' folder, whose weights every program reads")  # fmt: skip
     out = maps.prefixed(PREFIX, maps.follow(maps.renaming(names(config)), source, "ControlNet"))
     new = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
@@ -216,13 +229,13 @@ def is_control(source: str | Path) -> bool:
     return any(k.endswith(_HINT) or k == "controlnet_cond_embedding.conv_in.weight" for k in found)
 
 
-def _shapes(config: ControlNetConfig) -> dict[str, torch.Size]:
+def _shapes(config: AnyConfig) -> dict[str, torch.Size]:
     return {k: v.shape for k, v in _empty(config).state_dict().items()}
 
 
-def _empty(config: ControlNetConfig) -> ControlNet:
+def _empty(config: AnyConfig) -> AnyControl:
     with torch.device("meta"):
-        return ControlNet(config)
+        return SD3ControlNet(config) if isinstance(config, SD3ControlConfig) else ControlNet(config)
 
 
 def _names(source: Source) -> str:
@@ -235,7 +248,7 @@ def _seen(path: Path) -> str:
         return "no such file or folder"
     told = path / "config.json"
     if told.is_file():
-        return f"its config.json is of {read_json(told).get('_class_name')!r}, not {CLASS!r}"
+        return f"its config.json is of {read_json(told).get('_class_name')!r}, not one of {list(CLASSES)}"
     if (path / "model_index.json").is_file():
         return f"it is a whole model of class {read_json(path / 'model_index.json').get('_class_name')!r}"
     return "it has no config.json"

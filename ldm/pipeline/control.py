@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +19,14 @@ from torch import Tensor
 from ldm.models.families import check_control
 from ldm.models.layers import unchanging
 from ldm.models.network import Network
+from ldm.models.transformers.sd3_control import SD3ControlNet
 from ldm.models.unet.controlnet import CONDITION, ControlNet
 from ldm.models.unet.encoder import Residuals
+from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline.memory import Placement
 from ldm.types import Cond, Net
 
+AnyControl = ControlNet | SD3ControlNet
 ASKED = "condition asked"
 """The key of `cond` that is 1 for rows of the prompt and 0 for those of the empty or negative one, in guess mode."""
 
@@ -37,7 +41,7 @@ class Control:
     `name`: what messages call it.
     """
 
-    network: ControlNet
+    network: AnyControl
     picture: Image.Image | Tensor
     scale: float = 1.0
     start: float = 0.0
@@ -47,18 +51,20 @@ class Control:
 
     def __post_init__(self) -> None:
         check_use(self.scale, self.start, self.end, self.name)
+        if self.guess and not self.network.guesses:
+            raise ValueError(f"{self.name}: the {self.network.title} has no guess mode")
         if isinstance(self.picture, Tensor):
-            check_pixels(self.picture, self.network.config.conditioning_channels, self.name)
+            check_pixels(self.picture, self.network.picture_channels, self.name)
 
     @property
     def halved(self) -> bool:
         """Whether the rows of the empty or negative prompt are left alone."""
-        return self.guess or self.network.config.global_pool_conditions
+        return self.guess or self.network.pools
 
     def pixels(self, size: tuple[int, int]) -> Tensor:
         """(1 or N, K, H, W) of a size (H, W). Raises ValueError for a tensor of another."""
         if isinstance(self.picture, Image.Image):
-            return as_condition(self.picture, size, self.network.config.conditioning_channels)[None]
+            return as_condition(self.picture, size, self.network.picture_channels)[None]
         found = self.picture if self.picture.ndim == 4 else self.picture[None]
         if tuple(found.shape[2:]) != size:
             shown, want = " x ".join(map(str, found.shape[2:])), f"{size[0]} x {size[1]}"
@@ -101,12 +107,15 @@ class Controls:
 
     def __init__(self, controls: Sequence[Control]) -> None:
         self.controls = list(controls)
+        self._codec: LatentCodec | None = None
+        self._place: Placement | None = None
 
-    def on(self, network: Network, place: Placement) -> Controls:
+    def on(self, network: Network, codec: LatentCodec, place: Placement) -> Controls:
         """This, with its ControlNets where the network is, in the type of its weights; those that train stay.
 
         Raises ValueError for a ControlNet of another family.
         """
+        self._codec, self._place = codec, place
         dtype = next(network.parameters()).dtype
         for control in self.controls:
             check_control(control.network.config, network.config, control.name, "the model")
@@ -115,26 +124,39 @@ class Controls:
         return self
 
     @property
-    def networks(self) -> list[ControlNet]:
+    def networks(self) -> list[AnyControl]:
         """Those that are at work."""
         return [control.network for control in self.controls]
 
-    def told(self, size: tuple[int, int], rows: Sequence[int] | None = None) -> Cond:
-        """The pictures for latents that become H x W pixels; `rows`: of the places in all prompts.
+    def told(self, size: tuple[int, int], rows: Sequence[int]) -> Cond:
+        """The pictures as the ControlNets take them, for H x W pixels; `rows`: the places in all prompts.
 
         Raises ValueError for pictures of another size, or for fewer pictures than prompts.
         """
         found: Cond = {}
         for i, control in enumerate(self.controls):
             pixels = control.pixels(size)
-            if len(pixels) > 1 and rows is not None:
+            if len(pixels) > 1:
                 if max(rows) >= len(pixels):
                     raise ValueError(f"{control.name}: {len(pixels)} conditions, but more prompts")
                 pixels = pixels[list(rows)]
-            found[_key(i)] = pixels
+            found[_key(i)] = self._taken(control, pixels)
         if any(control.halved for control in self.controls):
             found[ASKED] = torch.ones(1)
         return found
+
+    def _taken(self, control: Control, pixels: Tensor) -> Tensor:
+        """What a ControlNet takes of pixels: themselves, or their latents."""
+        assert self._codec is not None
+        assert self._place is not None
+        codec = self._codec
+
+        def encode(images: Tensor) -> Tensor:
+            assert self._place is not None
+            with self._place.used(codec.autoencoder):
+                return codec.encode(images.to(self._place.target))
+
+        return control.network.shown(pixels, encode, codec.shift * codec.scale)
 
     @property
     def unasked(self) -> Cond:
@@ -157,7 +179,7 @@ class Controls:
 
         def controlled(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
             plain = {k: v for k, v in cond.items() if k != ASKED and k.partition(".")[0] != CONDITION}
-            added: Residuals | None = None
+            added: Any = None
             for i, (control, between) in enumerate(zip(self.controls, spans, strict=True)):
                 if control.scale == 0 or (between is not None and not _inside(t, between)):
                     continue

@@ -184,7 +184,7 @@ class TextToImage:
     def controlled(self, controls: Sequence[Control]) -> TextToImage:
         """This pipeline under ControlNets, which move to it; itself stays. Raises ValueError for another family's."""
         other = copy.copy(self)
-        other._controls = Controls(controls).on(self.network, self._place)
+        other._controls = Controls(controls).on(self.network, self.codec, self._place)
         return other
 
     def load_lora(

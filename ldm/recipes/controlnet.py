@@ -113,11 +113,14 @@ def started(task: ControlTask, base: TextToImage) -> ControlNet:
             raise ValueError(f"task.base {task.base!r}: {error}") from error
     control = control_files.load_control(task.start)
     _check_start(task, control.config, base)
+    assert isinstance(control, ControlNet)
     return control
 
 
-def _check_start(task: ControlTask, config: ControlNetConfig, base: TextToImage) -> None:
+def _check_start(task: ControlTask, config: control_files.AnyConfig, base: TextToImage) -> None:
     check_control(config, base.network.config, f"task.start {task.start!r}", f"task.base {task.base!r}")
+    if not isinstance(config, ControlNetConfig):
+        raise ValueError(f"task.start {task.start!r}: ControlNets of Stable Diffusion 3 are drawn under, not trained")
     if config.factor != base.codec.factor:
         raise ValueError(f"task.start {task.start!r}: is shown pictures of {config.factor} times the latents' side, "
                          f"but the base's are {base.codec.factor} times")  # fmt: skip
@@ -181,4 +184,5 @@ def _planned_config(task: ControlTask, base: TextToImage) -> ControlNetConfig:
     if config is None:
         return ControlNetConfig.of(base.network.config, base.codec.factor, task.channels)
     _check_start(task, config, base)
+    assert isinstance(config, ControlNetConfig)
     return config

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -151,6 +152,7 @@ class ControlNet(Encoder):
 
     title = "ControlNet"
     component = "controlnet"
+    guesses: ClassVar[bool] = True
 
     def __init__(self, config: ControlNetConfig) -> None:
         super().__init__(config.unet)
@@ -169,6 +171,20 @@ class ControlNet(Encoder):
     @property
     def of_unet(self) -> UNetConfig:
         return self.config.unet
+
+    @property
+    def picture_channels(self) -> int:
+        """K."""
+        return self.config.conditioning_channels
+
+    @property
+    def pools(self) -> bool:
+        """Whether what is added is the mean over all places."""
+        return self.config.global_pool_conditions
+
+    def shown(self, pixels: Tensor, encode: Callable[[Tensor], Tensor], shift: float) -> Tensor:
+        """What it takes of a condition's pixels (B, K, H, W) in [0, 1]: themselves."""
+        return pixels
 
     @staticmethod
     def copy_of(unet: Network, factor: int = 8, channels: int = 3) -> ControlNet:
