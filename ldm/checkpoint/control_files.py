@@ -24,17 +24,19 @@ from ldm.checkpoint.settings import read_json, write_json
 from ldm.checkpoint.weights import Source
 from ldm.config.load import decode, encode
 from ldm.models import presets
+from ldm.models.transformers.flux_control import FluxControlConfig, FluxControlNet
 from ldm.models.transformers.sd3_control import SD3ControlConfig, SD3ControlNet
 from ldm.models.unet import ControlNet, ControlNetConfig, UNetConfig
 from ldm.words import expanded
 
-AnyConfig = ControlNetConfig | SD3ControlConfig
-AnyControl = ControlNet | SD3ControlNet
+AnyConfig = ControlNetConfig | SD3ControlConfig | FluxControlConfig
+AnyControl = ControlNet | SD3ControlNet | FluxControlNet
 FOLDER = "controlnet"
 CLASSES: dict[str, type[AnyConfig]] = {
     "ControlNetModel": ControlNetConfig,
     "SD3ControlNetModel": SD3ControlConfig,
     "ControlNetSD3Model": SD3ControlConfig,
+    "FluxControlNetModel": FluxControlConfig,
 }
 """Of `config.json`; the last as the first of SD3's were published."""
 PREFIX = "control_model."
@@ -43,7 +45,7 @@ _HINT, _IN, _KEYS = "input_hint_block.0.weight", "input_blocks.0.0.weight", ".at
 _WHOLE = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")
 """What the first files of ControlNet hold beside it: all of Stable Diffusion."""
 _OTHERS = {
-    "controlnet_x_embedder.weight": "FLUX.1's or SD3's ControlNet",
+    "controlnet_x_embedder.weight": "FLUX.1's ControlNet; give diffusers' folder",
     "lora_controlnet": "a Control-LoRA",
     "task_embedding": "a ControlNet Union",
     "adapter.body.0.in_conv.weight": "a T2I-Adapter",
@@ -69,7 +71,7 @@ def load_control(source: str | Path, *, variant: str | None = None, dtype: torch
     found = weights.reshaped(source_of, shapes)
     weights.check_keys(f"{source}: ControlNet", shapes, weights.shapes(found))
     model = fill(_empty(config), found, dtype, str(source))
-    assert isinstance(model, ControlNet | SD3ControlNet)
+    assert isinstance(model, ControlNet | SD3ControlNet | FluxControlNet)
     return model.requires_grad_(False)
 
 
@@ -135,8 +137,8 @@ def write_single(path: Path, config: AnyConfig, source: Source, *, dtype: torch.
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: expected a name that ends in .safetensors")
     if not isinstance(config, ControlNetConfig) or config.addition_embed_type is not None:
-        raise ValueError(f"{path}: ControlNets of Stable Diffusion XL and 3 have no single file of their authors; "
-                         "write diffusers' folder, whose weights every program reads")  # fmt: skip
+        raise ValueError(f"{path}: ControlNets of Stable Diffusion XL, 3 and FLUX.1 have no single file of their "
+                         "authors; write diffusers' folder, whose weights every program reads")  # fmt: skip
     out = maps.prefixed(PREFIX, maps.follow(maps.renaming(names(config)), source, "ControlNet"))
     new = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
@@ -235,6 +237,8 @@ def _shapes(config: AnyConfig) -> dict[str, torch.Size]:
 
 def _empty(config: AnyConfig) -> AnyControl:
     with torch.device("meta"):
+        if isinstance(config, FluxControlConfig):
+            return FluxControlNet(config)
         return SD3ControlNet(config) if isinstance(config, SD3ControlConfig) else ControlNet(config)
 
 

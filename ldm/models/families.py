@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ldm.models.networks import AnyNetwork
+from ldm.models.transformers.flux import FluxConfig
+from ldm.models.transformers.flux_control import FluxControlConfig
 from ldm.models.transformers.sd3 import SD3Config
 from ldm.models.transformers.sd3_control import SD3ControlConfig
 from ldm.models.unet import ControlNetConfig, UNetConfig
@@ -105,10 +107,13 @@ def _of_turbo(scheduler: Mapping[str, Any]) -> bool:
     return euler and plain and scheduler.get("timestep_spacing") == "trailing"
 
 
-def check_control(control: ControlNetConfig | SD3ControlConfig, network: AnyNetwork, name: str, base: str) -> None:
+AnyControlConfig = ControlNetConfig | SD3ControlConfig | FluxControlConfig
+
+
+def check_control(control: AnyControlConfig, network: AnyNetwork, name: str, base: str) -> None:
     """Raise ValueError unless a ControlNet's features are those of the network; `name` and `base` call both."""
-    if isinstance(control, SD3ControlConfig):
-        _check_sd3(control, network, name, base)
+    if isinstance(control, SD3ControlConfig | FluxControlConfig):
+        _check_transformer(control, network, name, base)
         return
     if not isinstance(network, UNetConfig):
         raise ValueError(f"{name} is a ControlNet of {_of(control)}, but {base} is {family_of(network).title}")
@@ -125,13 +130,16 @@ def check_control(control: ControlNetConfig | SD3ControlConfig, network: AnyNetw
         raise ValueError(f"{name} is a ControlNet {families}: {odd[0]}")
 
 
-def _check_sd3(control: SD3ControlConfig, network: AnyNetwork, name: str, base: str) -> None:
-    if not isinstance(network, SD3Config):
-        raise ValueError(f"{name} is a ControlNet of {SD3.title}, but {base} is {family_of(network).title}")
-    keys = ("width", "patch_size", "in_channels", "joint_attention_dim", "pooled_projection_dim")
+def _check_transformer(
+    control: SD3ControlConfig | FluxControlConfig, network: AnyNetwork, name: str, base: str
+) -> None:
+    of, cls = (SD3, SD3Config) if isinstance(control, SD3ControlConfig) else (FLUX, FluxConfig)
+    if not isinstance(network, cls):
+        raise ValueError(f"{name} is a ControlNet of {of.title}, but {base} is {family_of(network).title}")
+    keys = ["width", "in_channels", "joint_attention_dim", "pooled_projection_dim"]
     told = [(key, getattr(control, key), getattr(network, key)) for key in keys]
     if odd := [f"{key} {mine} for {its}" for key, mine, its in told if mine != its]:
-        raise ValueError(f"{name} is a ControlNet of another {SD3.title} than {base}: {odd[0]}")
+        raise ValueError(f"{name} is a ControlNet of another {of.title} than {base}: {odd[0]}")
 
 
 def _of(control: ControlNetConfig) -> str:

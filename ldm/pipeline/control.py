@@ -19,6 +19,7 @@ from torch import Tensor
 from ldm.models.families import check_control
 from ldm.models.layers import unchanging
 from ldm.models.network import Network
+from ldm.models.transformers.flux_control import FluxControlNet
 from ldm.models.transformers.sd3_control import SD3ControlNet
 from ldm.models.unet.controlnet import CONDITION, ControlNet
 from ldm.models.unet.encoder import Residuals
@@ -26,7 +27,7 @@ from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline.memory import Placement
 from ldm.types import Cond, Net
 
-AnyControl = ControlNet | SD3ControlNet
+AnyControl = ControlNet | SD3ControlNet | FluxControlNet
 ASKED = "condition asked"
 """The key of `cond` that is 1 for rows of the prompt and 0 for those of the empty or negative one, in guess mode."""
 
