@@ -232,9 +232,8 @@ class FluxTransformer(FluxEncoder):
                 x = self._run(block, routed.enter(i, x, count), vector, routed.rotary(i, rotary, count))
                 x = routed.leave(i, x, count)
                 if residuals is not None and residuals.single:
-                    own = _after(
-                        residuals.single, i - len(self.transformer_blocks), len(self.single_transformer_blocks)
-                    )
+                    place, singles = i - len(self.transformer_blocks), len(self.single_transformer_blocks)
+                    own = _after(residuals.single, place, singles)
                     x = torch.cat([x[:, :count], x[:, count:] + own], dim=1)
                 self.pass_by(str(i), x[:, count:])
         scale, shift = self.norm_out(vector)

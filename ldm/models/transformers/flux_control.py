@@ -36,7 +36,7 @@ class FluxControlConfig:
     joint_attention_dim: int = 4096
     pooled_projection_dim: int = 768
     guidance_embeds: bool = False
-    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+    axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
     num_mode: int | None = None
     conditioning_embedding_channels: int | None = None
 
