@@ -129,7 +129,7 @@ def open_model(
     name = str(source)
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or path.suffix in (".safetensors", ".ckpt"):
         raise ValueError(f"{name}: no such file or folder, and not a hub id (owner/name){near(name, SHIPPED)}")
-    return open_folder(_from_hub(name), variant=variant, lenient=lenient).fitted(lenient=lenient)
+    return open_folder(from_hub(name), variant=variant, lenient=lenient).fitted(lenient=lenient)
 
 
 def _there(given: str | Path | None, option: str, *, folder: bool = False) -> Path | None:
@@ -141,7 +141,8 @@ def _there(given: str | Path | None, option: str, *, folder: bool = False) -> Pa
     return path
 
 
-def _from_hub(name: str) -> Path:
+def from_hub(name: str) -> Path:
+    """The folder of a hub id, from the hub's cache where there is no network. Raises ValueError if it is in neither."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -17,7 +17,9 @@ RANK = 16
 def parser() -> Parser:
     """Options of the verb."""
     p = Parser(prog="ldm convert", description="Turn one model format into another, one tensor at a time.")
-    p.add_argument("source", help="run or diffusers folder, single file (.safetensors, .ckpt), LoRA file or hub id")
+    p.add_argument(
+        "source", help="run or diffusers folder, single file (.safetensors, .ckpt), LoRA or ControlNet, or hub id"
+    )
     p.add_argument("target", type=Path, help="folder, or file ending in .safetensors")
     p.add_argument("--to", required=True, choices=("diffusers", "single", "compvis", *LORA), help="format of the "
                    "target; single (compvis: the same, of U-Nets): one file in the family's authors' names; lora "
@@ -46,6 +48,7 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     import torch
 
+    from ldm.checkpoint.control_files import is_control
     from ldm.checkpoint.lora_files import is_lora
     from ldm.models.shipped import named
     from ldm.recipes.models import usable
@@ -55,6 +58,8 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--rank: must be at least 1, got {args.rank}")
     if args.to in LORA and args.target.suffix != ".safetensors":
         raise ValueError(f"target {str(args.target)!r}: expected a file ending in .safetensors")
+    if is_control(args.source):
+        return _control(args, dtype)
     lora = is_lora(args.source)
     source = named(args.source if lora else usable(args.source, "source"))
     source = source / "export" if (source / "export").is_dir() else source
@@ -80,6 +85,15 @@ def main(argv: list[str]) -> int:
     )
     parts = ", ".join(f"{name} {count}" for name, count in counts.items())
     print(f"{args.target}: {args.to}, tensors: {parts}")
+    return 0
+
+
+def _control(args: argparse.Namespace, dtype: Any) -> int:
+    """A ControlNet in another form."""
+    from ldm.checkpoint.control_files import convert_control
+
+    count = convert_control(args.source, args.target, args.to, dtype=dtype, variant=args.variant)
+    print(f"{args.target}: {args.to}, ControlNet of {count} tensors")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`ldm finetune dreambooth | textual-inversion | lora --images FOLDER`: from a folder of pictures to a tuned model."""
+"""`ldm finetune dreambooth | textual-inversion | lora | controlnet --images FOLDER`: from pictures to a tuned model."""
 
 from __future__ import annotations
 
@@ -53,7 +53,22 @@ def parser() -> Parser:
     _common(r, "1000", "1e-4, of a shipped model 4e-3")
     r.add_argument("--train-text-encoder", action="store_true", help="adapt the text encoders too")
     _lora(r)
+
+    c = methods.add_parser("controlnet", help="learn to follow a picture: edges, a sketch, a small or grey version",
+                           epilog=_EPILOG)  # fmt: skip
+    _common(c, "10000", "1e-5, of a shipped model 3e-4")
+    c.add_argument("--condition", choices=CONDITIONS, default="canny", help="what is made of each picture for the "
+                   "ControlNet to be shown; stored: pictures that the data set has beside")  # fmt: skip
+    c.add_argument("--start", "--controlnet-model-name-or-path", dest="start", metavar="PATH",
+                   help="a ControlNet that trains further (default: a copy of the base's encoder)")  # fmt: skip
+    c.add_argument("--validation-image", dest="conditions", type=Path, action="append", default=[], metavar="PICTURE",
+                   help="the condition of a --prompt, in their order; may be repeated")  # fmt: skip
+    c.add_argument("--proportion-empty-prompts", dest="drop", type=float, default=0.0, metavar="SHARE",
+                   help="captions that are left out, so that the picture says more (the authors: 0.5)")  # fmt: skip
     return p
+
+
+CONDITIONS = ("canny", "grey", "blur", "small", "stored")
 
 
 def _common(p: Parser, steps: str, rates: str) -> None:
@@ -150,6 +165,10 @@ def tree(args: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
     if args.method == "lora":
         return folder_runs.lora(choices)
+    if args.method == "controlnet":
+        return folder_runs.controlnet(
+            choices, condition=args.condition, start=args.start, conditions=args.conditions, drop=args.drop
+        )
     return folder_runs.inversion(
         choices, token=args.token, max_norm=args.max_norm, vectors=args.num_vectors, initializer=args.initializer or [],
         learn=args.learnable_property, templates=args.template,
@@ -165,7 +184,7 @@ def _pivotal(args: argparse.Namespace) -> dict[str, Any]:
 def _adapter(args: argparse.Namespace, low_rank: bool) -> dict[str, Any]:
     from ldm.models.shipped import SHIPPED
 
-    if args.method == "textual-inversion":
+    if args.method in ("textual-inversion", "controlnet"):
         return {}
     if not low_rank:
         return {"kind": "full", "text": args.train_text_encoder}
@@ -208,5 +227,7 @@ def main(argv: list[str]) -> int:
     if code == 0:
         from ldm import dist
 
-        dist.say(f"page: {config.out / 'page.html'}; pictures: ldm sample PROMPT --model {config.out}")
+        tuned = f"--model {config.out}"
+        how = f"--model {args.base} --control {config.out}:PICTURE" if args.method == "controlnet" else tuned
+        dist.say(f"page: {config.out / 'page.html'}; pictures: ldm sample PROMPT {how}")
     return code

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.cli import control
 from ldm.cli.options import TEXT_PRECISION_HELP, TEXT_PRECISIONS, Parser
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def parser() -> Parser:
     p.add_argument(
         "--embedding", action="append", default=[], metavar="PATH", help="add a textual-inversion file; may be repeated"
     )
+    control.add(p)
     p.add_argument(
         "--lenient", action="store_true", help="leave out, and name, unknown tensors of a file instead of refusing it"
     )
@@ -160,6 +162,7 @@ def main(argv: list[str]) -> int:
 
         print("\n".join(SAMPLERS))
         return 0
+    control.check(args)
     job = _job(args, recorded)
     settings = _settings(args, None)  # refuses before anything is loaded
     pipeline, settings, record = _loaded(args, settings)
@@ -258,6 +261,7 @@ def _loaded(args: argparse.Namespace, settings: Settings) -> tuple[TextToImage, 
     _adapt(pipeline, args.lora, args.embedding, args.lenient)
     if args.clean_captions:
         pipeline.clean_captions()
+    pipeline = control.controlled(pipeline, args)
     if args.offload:
         pipeline.offload(device)
     if args.compile:
@@ -266,7 +270,7 @@ def _loaded(args: argparse.Namespace, settings: Settings) -> tuple[TextToImage, 
     record |= {
         "size": list(pipeline.size(settings.size)), "precision": _PRECISIONS[str(pipeline.dtype)],
         "device": str(pipeline.device), "count": args.count or 1,
-        "weights": fingerprint([pipeline.network, pipeline.codec.autoencoder, *pipeline.text]),
+        "weights": fingerprint([pipeline.network, *pipeline.others]),
     }  # fmt: skip
     return pipeline, settings, record
 

@@ -7,7 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ldm.models.networks import AnyNetwork
-from ldm.models.unet import UNetConfig
+from ldm.models.transformers.flux import FluxConfig
+from ldm.models.transformers.flux_control import FluxControlConfig
+from ldm.models.transformers.sd3 import SD3Config
+from ldm.models.transformers.sd3_control import SD3ControlConfig
+from ldm.models.unet import ControlNetConfig, UNetConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,3 +105,47 @@ def _of_turbo(scheduler: Mapping[str, Any]) -> bool:
     euler = scheduler.get("_class_name") in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
     plain = scheduler.get("prediction_type", "epsilon") == "epsilon" and not scheduler.get("rescale_betas_zero_snr")
     return euler and plain and scheduler.get("timestep_spacing") == "trailing"
+
+
+AnyControlConfig = ControlNetConfig | SD3ControlConfig | FluxControlConfig
+
+
+def check_control(control: AnyControlConfig, network: AnyNetwork, name: str, base: str) -> None:
+    """Raise ValueError unless a ControlNet's features are those of the network; `name` and `base` call both."""
+    if isinstance(control, SD3ControlConfig | FluxControlConfig):
+        _check_transformer(control, network, name, base)
+        return
+    if not isinstance(network, UNetConfig):
+        raise ValueError(f"{name} is a ControlNet of {_of(control)}, but {base} is {family_of(network).title}")
+    half = control.unet
+    keys = ("block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type",
+            "projection_class_embeddings_input_dim", "class_embed_type")  # fmt: skip
+    told = [(key, _levels(half, key), _levels(network, key)) for key in keys]
+    odd = [f"{key} {mine} for {its}" for key, mine, its in told if mine != its]
+    if half.in_channels not in (network.out_channels, network.in_channels):
+        odd.append(f"in_channels {half.in_channels} for {network.in_channels}")
+    if odd:
+        mine, its = _of(control), family_of(network).title
+        families = f"of {mine}, but {base} is {its}" if mine != its else f"of another {mine} than {base}"
+        raise ValueError(f"{name} is a ControlNet {families}: {odd[0]}")
+
+
+def _check_transformer(
+    control: SD3ControlConfig | FluxControlConfig, network: AnyNetwork, name: str, base: str
+) -> None:
+    of, cls = (SD3, SD3Config) if isinstance(control, SD3ControlConfig) else (FLUX, FluxConfig)
+    if not isinstance(network, cls):
+        raise ValueError(f"{name} is a ControlNet of {of.title}, but {base} is {family_of(network).title}")
+    keys = ["width", "in_channels", "joint_attention_dim", "pooled_projection_dim"]
+    told = [(key, getattr(control, key), getattr(network, key)) for key in keys]
+    if odd := [f"{key} {mine} for {its}" for key, mine, its in told if mine != its]:
+        raise ValueError(f"{name} is a ControlNet of another {of.title} than {base}: {odd[0]}")
+
+
+def _of(control: ControlNetConfig) -> str:
+    return family_of(control.unet).title
+
+
+def _levels(config: UNetConfig, key: str) -> Any:
+    value = config.per_level(key) if key in ("layers_per_block", "cross_attention_dim") else getattr(config, key)
+    return list(value) if isinstance(value, tuple) else value

@@ -19,7 +19,8 @@ from ldm.models.networks import AnyNetwork, build
 from ldm.models.transformers.pixart import PixArtBlock
 from ldm.models.transformers.sd3 import SD3Config
 from ldm.models.unet.config import UNetConfig
-from ldm.models.unet.unet import Stage, UNet
+from ldm.models.unet.encoder import Stage
+from ldm.models.unet.unet import UNet
 
 DEPTHS: Mapping[str, Mapping[str, str]] = {
     "unet": {"layers_per_block": ""},

@@ -17,7 +17,7 @@ from ldm.models.text.captions import clean
 from ldm.models.text.prompts import count_chunks, cut_off, encode_prompts, notes
 from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline.memory import Placement
-from ldm.sampling.settings import Settings
+from ldm.sampling.settings import Settings, far_size, said
 from ldm.types import Cond
 
 PREPARED_BYTES = 1 << 28
@@ -31,6 +31,8 @@ class Conditioning:
     network: Network
     text: Sequence[TextEncoder]
     placement: Placement
+    prepare: bool = True
+    """Whether what the network makes of the text is kept in its place; ControlNets want the text."""
 
     def of(self, prompts: Sequence[str], settings: Settings, together: Sequence[str], own: tuple[int, int]) -> Cond:
         """What the network is told of prompts at every step, and what it makes of that alone, computed once.
@@ -47,7 +49,8 @@ class Conditioning:
             cond["guidance"] = torch.full((len(prompts),), settings.guidance, dtype=torch.float32, device=device)
         tokens = sum(value.shape[1] for key, value in cond.items() if key.partition(".")[0] == "text")
         size = 4 * self.network.prepared_numbers(2 * len(together), tokens)
-        if 0 < size <= PREPARED_BYTES:  # without `together` the other half may come from elsewhere, as text
+        # without `together` the other half may come from elsewhere, as text
+        if self.prepare and 0 < size <= PREPARED_BYTES:
             with self.placement.used(self.network), self.placement.autocast(self.network):
                 cond = self.network.prepared(cond)
         return cond
@@ -91,6 +94,14 @@ class Conditioning:
         device = self.placement.device_of(self.network)
         rows = {k: torch.tensor([v], dtype=torch.float32, device=device) for k, v in known.items()}
         return {key: row.expand(count, -1) for key, row in rows.items() if key in self.network.needs}
+
+    def cautions(
+        self, prompts: Sequence[str], settings: Settings, size: tuple[int, int], own: tuple[int, int]
+    ) -> list[str]:
+        """Sentences on what may not be drawn as it was meant; `size` is drawn, `own` is the model's (H, W)."""
+        lines = self.unsaid(prompts, settings) + said(settings, told=self.network.guidance_width is not None)
+        far = None if self.network.own_side is None else far_size(size, own)
+        return lines if far is None else [*lines, far]
 
     def unsaid(self, prompts: Sequence[str], settings: Settings) -> list[str]:
         """Sentences on parts of prompts that may not mean what was meant, and on what is cut off."""

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from ldm.checkpoint import students
+from ldm.checkpoint import control_files, students
 from ldm.checkpoint.convert import Components, open_model
 from ldm.checkpoint.scheduler_classes import OwnSampler
 from ldm.checkpoint.schedulers import scheduler_from_diffusers
 from ldm.diffusion.process import Process
+from ldm.diffusion.schedule import Flow
 from ldm.models.families import Family, family_of
 from ldm.models.network import Network
 from ldm.models.shipped import check_draws, named
-from ldm.models.text import TextEncoder, TextPrecision
+from ldm.models.text import TextEncoder, TextPrecision, TextTower
 from ldm.models.vae.latents import LatentCodec
 
 log = logging.getLogger(__name__)
@@ -62,6 +64,10 @@ def load_parts(
     for folder in (found, found / "export"):
         if (folder / "adapter.json").is_file():
             return _adapted(folder, lenient, dtype, text_precision)
+    if control_files.folder_of(found) is not None and not (found / "model_index.json").is_file():
+        raise ValueError(
+            f"{source}: a ControlNet; draw under it with --control {source}:PICTURE and its base as the model"
+        )
     if (found / "checkpoints").is_dir() and not (found / "export" / "model_index.json").is_file():
         raise ValueError(f"run {str(source)!r}: not exported yet; the export is written when training ends")
     own = found / "export" if (found / "export").is_dir() else found
@@ -95,3 +101,19 @@ def _adapted(folder: Path, lenient: bool, dtype: torch.dtype, text_precision: Te
         embeddings=(*base.embeddings, *(folder / name for name in told["embeddings"])),
         student=students.beside(folder, guided=base.network.guidance_width is None),
     )
+
+
+def family_with(network: Network, process: Process) -> Family:
+    """The family of a network that came without a scheduler's config, of which the process tells what matters."""
+    schedule = process.schedule
+    dynamic = isinstance(schedule, Flow) and schedule.dynamic is not None
+    return family_of(network.config, {"shift": getattr(schedule, "shift", None), "use_dynamic_shifting": dynamic})
+
+
+def habit_of(family: Family, network: Network, text: Sequence[TextEncoder]) -> tuple[str, int, float]:
+    """Sampler, steps, guidance where nothing else is asked for: a published transformer's, a Turbo's, or ours."""
+    if network.component != "transformer" and family.guidance != 1:
+        return students.PLAIN
+    if network.component == "transformer" and all(isinstance(encoder, TextTower) for encoder in text):
+        return students.PLAIN
+    return family.sampler, family.steps, family.guidance

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,8 +107,8 @@ def compiled(network: Network, device: torch.device, mode: str | None) -> Net | 
     graphs = "reduce-overhead" if device.type == "cuda" else "default"
     whole: Callable[..., Tensor] = torch.compile(network, fullgraph=True, mode=mode or graphs)
 
-    def call(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def call(x: Tensor, t: Tensor, cond: Cond, **more: Any) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        return whole(x, t, cond).clone()  # a graph writes its next answer over this one
+        return whole(x, t, cond, **more).clone()  # a graph writes its next answer over this one
 
     return call

@@ -23,17 +23,17 @@ from ldm.checkpoint.attached import attach_embedding, attach_lora
 from ldm.checkpoint.scheduler_classes import OwnSampler, Plan
 from ldm.data.grid import to_pil
 from ldm.diffusion.process import Process
-from ldm.diffusion.schedule import Flow
 from ldm.models.attention import sliced
-from ldm.models.families import Family, family_of
+from ldm.models.families import Family
 from ldm.models.layers import unchanging
 from ldm.models.network import Network
 from ldm.models.streaming import check_count
-from ldm.models.text import TextEncoder, TextPrecision, TextTower, check_text_precision
+from ldm.models.text import TextEncoder, TextPrecision, check_text_precision
 from ldm.models.transformers.times import known_times
 from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline.conditioning import Conditioning, clean_captions, inpainting, painter, warn
-from ldm.pipeline.loading import load_parts
+from ldm.pipeline.control import Control, Controls
+from ldm.pipeline.loading import family_with, habit_of, load_parts
 from ldm.pipeline.memory import Placement, compiled
 from ldm.pipeline.steps import OwnSteps, guided, skipped, visited
 from ldm.precision import chosen, compute_dtype
@@ -43,7 +43,7 @@ from ldm.sampling.guidance import told_guidance
 from ldm.sampling.memory import check_memory, enough_memory
 from ldm.sampling.run import Count as Progress
 from ldm.sampling.run import counted, whole
-from ldm.sampling.settings import Settings, Size, checked_size, far_size, said
+from ldm.sampling.settings import Settings, Size, checked_size
 from ldm.types import Cond, Denoise, Net
 
 Wrap = Callable[[Denoise], Denoise]
@@ -79,6 +79,7 @@ class TextToImage:
         self._loras: Loras | None = None
         self._place = Placement(next(network.parameters()).device, compute_dtype(precision))
         self._compiled: Net | None = None
+        self._controls = Controls(())
 
     @staticmethod
     def load(
@@ -121,22 +122,12 @@ class TextToImage:
     @property
     def family(self) -> Family:
         """What is usual of the family that the network, and the scheduler it was loaded with, tell."""
-        if self._family is not None:
-            return self._family
-        schedule = self.process.schedule
-        dynamic = isinstance(schedule, Flow) and schedule.dynamic is not None
-        how = {"shift": getattr(schedule, "shift", None), "use_dynamic_shifting": dynamic}
-        return family_of(self.network.config, how)
+        return family_with(self.network, self.process) if self._family is None else self._family
 
     @property
     def habit(self) -> tuple[str, int, float]:
         """Sampler, steps, guidance where nothing else is asked for: a published transformer's, a Turbo's, or ours."""
-        family = self.family
-        if self.network.component != "transformer" and family.guidance != 1:
-            return students.PLAIN
-        if self.network.component == "transformer" and all(isinstance(encoder, TextTower) for encoder in self.text):
-            return students.PLAIN
-        return family.sampler, family.steps, family.guidance
+        return habit_of(self.family, self.network, self.text)
 
     def clean_captions(self, on: bool = True) -> None:
         """Clean prompts as PixArt's pipelines do by their `clean_caption`, or put them in small letters alone.
@@ -158,12 +149,12 @@ class TextToImage:
 
     def to(self, device: str | torch.device) -> TextToImage:
         """Move all parts; returns itself. In half precision the network's convolutions take channels_last."""
-        self._place.move(device, self.network, self._others)
+        self._place.move(device, self.network, self.others)
         return self
 
     def offload(self, device: str | torch.device) -> TextToImage:
         """Keep all parts in the CPU's memory, and move each to `device` only while `sample` uses it; returns itself."""
-        self._place.offload(device, self.network, self._others)
+        self._place.offload(device, self.network, self.others)
         return self
 
     def stream(self, blocks: int, device: str | torch.device, *, offload: bool = True) -> TextToImage:
@@ -173,12 +164,13 @@ class TextToImage:
         same bit by bit. Raises ValueError for a number below 1.
         """
         self._compiled = None
-        self._place.stream(blocks, device, self.network, self._others, offload=offload)
+        self._place.stream(blocks, device, self.network, self.others, offload=offload)
         return self
 
     @property
-    def _others(self) -> list[torch.nn.Module]:
-        return [self.codec.autoencoder, *self.text]
+    def others(self) -> list[torch.nn.Module]:
+        """All parts beside the network."""
+        return [self.codec.autoencoder, *self.text, *self._controls.networks]
 
     def compile(self, mode: str | None = None) -> TextToImage:
         """Compile the network whole at its first call for each shape (minutes on a CPU); returns itself.
@@ -188,6 +180,12 @@ class TextToImage:
         """
         self._compiled = compiled(self.network, self._place.target, mode)
         return self
+
+    def controlled(self, controls: Sequence[Control]) -> TextToImage:
+        """This pipeline under ControlNets, which move to it; itself stays. Raises ValueError for another family's."""
+        other = copy.copy(self)
+        other._controls = Controls(controls).on(self.network, self.codec, self._place)
+        return other
 
     def load_lora(
         self, path: str | Path, weight: float = 1.0, *, name: str | None = None, lenient: bool = False
@@ -238,7 +236,7 @@ class TextToImage:
     @property
     def conditioning(self) -> Conditioning:
         """What turns prompts into conditioning."""
-        return Conditioning(self.network, self.text, self._place)
+        return Conditioning(self.network, self.text, self._place, prepare=not self._controls.networks)
 
     def __call__(self, prompt: str | Sequence[str], *, count: int = 1, **settings: Any) -> list[Image.Image]:
         """`count` pictures of each prompt, one prompt after the other; keywords are those of `Settings`.
@@ -295,7 +293,8 @@ class TextToImage:
             batch = [prompts[i] for i in places]
             wrap = None if guide is None else functools.partial(guide, prompts=batch)
             with enough_memory(self.size(settings.size), len(batch)):
-                images = self.decode(self.latents(batch, settings, rng, step, wrap=wrap), settings)
+                how = {"wrap": wrap, "given": self._controls.told(self.size(settings.size), places)}
+                images = self.decode(self.latents(batch, settings, rng, step, **how), settings)
             rows = [row for row, place in enumerate(places) if only is None or place in only]
             yield [places[row] for row in rows], images[rows]
 
@@ -310,12 +309,9 @@ class TextToImage:
         """
         if not prompts:
             raise ValueError("expected at least one prompt, got none")
-        lines = self.conditioning.unsaid(prompts, settings)
-        lines += said(settings, told=self.network.guidance_width is not None)
         size, own = self.size(settings.size), self.size(None)
+        lines = self.conditioning.cautions(prompts, settings, size, own)
         check_memory(self.codec, size, settings, self.device)
-        if self.network.own_side is not None and (far := far_size(size, own)):
-            lines.append(far)
         warn(lines, 3)
 
     @torch.no_grad()
@@ -354,12 +350,15 @@ class TextToImage:
         plan = self._plan(settings)
         plan = plan if times is None else Plan(times, whole=plan.whole)
         denoise = self.denoiser(settings, prompts, plan)
-        cond = self._cond(prompts, settings, prompts) | (given or {})
+        cond = self._cond(prompts, settings, prompts)
+        given = self._controls.told(self.codec.pixels(shape), range(len(prompts))) | (given or {})
+        cond |= {key: value.to(device) for key, value in given.items()}
         if wrap is None and "concat" not in cond and painter(self.network, self.codec) is not None:
             raise ValueError(f"the {self.network.title} is told a picture and a mask here: use `ldm edit inpaint`")
         x = (rng.normal("start", shape) if x is None else x) * (plan.scale if start is None else 1)
         with (
-            self._place.used(self.network),
+            self._place.used(self.network, *self._controls.networks),
+            self._controls.working(settings.steps),
             sliced(settings.queries),
             unchanging(self.network, settings.steps),
             known_times(self.network, [] if self._compiled else visited(plan, settings, self.process.schedule)),
@@ -399,18 +398,20 @@ class TextToImage:
         allocator.keep_freed_memory(self.device.type)
         plan = self._plan(settings) if plan is None else plan
         estimate = lambda net: self.process.denoiser(whole(net) if plan.whole else net)  # noqa: E731
-        denoise, skipping = estimate(self._net), skipped(self.network, self._net, settings)
+        skipping = skipped(self.network, self._net, settings)
+        net = self._controls.around(self._net, lambda: visited(plan, settings, self.process.schedule), self._place)
+        denoise = estimate(net)
         without = None if skipping is None else estimate(skipping)
         if self.network.guidance_width is not None:
             if not self.network.guidance_is_scale:
                 return told_guidance(denoise, settings.guidance)
             settings = replace(settings, guidance=1.0, guide="cfg", rescale=0.0)  # the conditioning has the scale
-        of = lambda prompt: self._cond([prompt], settings, prompts)  # noqa: E731
+        of = lambda prompt: self._cond([prompt], settings, prompts) | self._controls.unasked  # noqa: E731
         return guided(denoise, settings, self.process.schedule, of, without, plan.times)
 
-    def _net(self, x: Tensor, t: Tensor, cond: Cond, **skip: frozenset[int]) -> Tensor:
+    def _net(self, x: Tensor, t: Tensor, cond: Cond, **more: Any) -> Tensor:
         with self._place.autocast(self.network):
-            return (self._compiled or self.network)(x, t, cond) if not skip else self.network(x, t, cond, **skip)
+            return (self.network if "skip" in more else self._compiled or self.network)(x, t, cond, **more)
 
     def _cond(self, prompts: Sequence[str], settings: Settings, together: Sequence[str]) -> Cond:
         return self.conditioning.of(prompts, settings, together, self.size(settings.size))

@@ -7,10 +7,11 @@ from types import ModuleType
 from ldm.data.mixture import Data
 from ldm.models.frozen import check_storage
 from ldm.plan.report import Job
-from ldm.recipes import autoencoder, clip, distill, dreambooth, finetune, inversion, text_to_image
+from ldm.recipes import autoencoder, clip, controlnet, distill, dreambooth, finetune, inversion, text_to_image
 from ldm.recipes.autoencoder import AutoencoderTask
 from ldm.recipes.base import Assembly
 from ldm.recipes.clip import ClipTask
+from ldm.recipes.controlnet import ControlTask
 from ldm.recipes.distill import DistillTask
 from ldm.recipes.dreambooth import DreamboothTask
 from ldm.recipes.finetune import FinetuneTask
@@ -20,10 +21,20 @@ from ldm.recipes.text_to_image import TextToImageTask
 from ldm.train.trainer import TrainConfig
 from ldm.train.validate import LossOnHeldOut
 
-Task = AutoencoderTask | ClipTask | DistillTask | DreamboothTask | FinetuneTask | InversionTask | TextToImageTask
+Task = (
+    AutoencoderTask
+    | ClipTask
+    | ControlTask
+    | DistillTask
+    | DreamboothTask
+    | FinetuneTask
+    | InversionTask
+    | TextToImageTask
+)
 RECIPES: dict[type[Task], ModuleType] = {
     AutoencoderTask: autoencoder,
     ClipTask: clip,
+    ControlTask: controlnet,
     DistillTask: distill,
     DreamboothTask: dreambooth,
     FinetuneTask: finetune,

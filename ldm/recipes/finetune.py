@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -12,12 +12,14 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 
 from ldm import dist
+from ldm.adapters.control import ControlAdapter
 from ldm.adapters.full import FullAdapter, FullConfig
 from ldm.adapters.lora import LoraAdapter, LoraConfig
 from ldm.adapters.pivotal import PivotalAdapter, PivotalConfig
 from ldm.adapters.sites import all_sites
 from ldm.adapters.tokens import TokensAdapter, TokensConfig
 from ldm.checkpoint import embedding_files, files, lora_files
+from ldm.checkpoint.control_files import save_control
 from ldm.checkpoint.convert import save_diffusers
 from ldm.config.load import decode
 from ldm.data.encode import EncodeConfig, encode, finish
@@ -63,7 +65,7 @@ from ldm.train.trainer import TrainConfig, Trainer
 from ldm.types import Cond
 
 Density = UniformTimes | LogitNormal | Mode | CosMap | ShiftedUniform | FluxShift | Importance
-AnyAdapter = FullAdapter | LoraAdapter | TokensAdapter | PivotalAdapter
+AnyAdapter = FullAdapter | LoraAdapter | TokensAdapter | PivotalAdapter | ControlAdapter
 AnyConfig = FullConfig | LoraConfig | TokensConfig | PivotalConfig
 ADAPTER = "adapter.json"
 
@@ -110,7 +112,7 @@ def build(task: FinetuneTask, data: Data, train: TrainConfig, seed: int, workers
     return assembled(task, make_adapter(task.adapter), pipeline, data, train, seed, workers, task.images)
 
 
-def open_base(task: Finetuning, adapter: AnyConfig, train: TrainConfig) -> TextToImage:
+def open_base(task: Finetuning, adapter: AnyConfig | None, train: TrainConfig) -> TextToImage:
     """The base model with the loss's weighting and density; `assembled` stores what does not train as configured."""
     task.options.check(train.micro_batch(dist.world_size()))
     blocks = train.engine.blocks_on_device
@@ -158,8 +160,12 @@ def assembled(
     seed: int,
     workers: int,
     images: Path | None,
+    drawn: Callable[[Samples, TextToImage], SampleHook] = SampleHook,
 ) -> Assembly:
-    """Caches, adapter, objective, loader, sample pictures and export of a prepared data set."""
+    """Caches, adapter, objective, loader, sample pictures and export of a prepared data set.
+
+    `drawn` makes what draws the sample pictures.
+    """
     seed_torch(seed)  # initial weights of the adapter
     planned.check_patches(pipeline.network, pipeline.codec.factor, data)
     check_pictures(task.options.small, pipeline.network, pipeline.codec.factor, data)
@@ -194,16 +200,22 @@ def assembled(
             write_page(folder.parent, images, task.samples.prompts)
 
     return Assembly(
-        objective, loader, [FinetuneSamples(sized(task.samples, preview.network, data), preview, copies)], export
+        objective, loader, [FinetuneSamples(sized(task.samples, preview.network, data), preview, copies, drawn)], export
     )
 
 
 class FinetuneSamples:
     """Sample pictures of the model as it trains; `copies` of text towers that train are brought up to date first."""
 
-    def __init__(self, config: Samples, pipeline: TextToImage, copies: Sequence[TextEncoder]) -> None:
+    def __init__(
+        self,
+        config: Samples,
+        pipeline: TextToImage,
+        copies: Sequence[TextEncoder],
+        drawn: Callable[[Samples, TextToImage], SampleHook] = SampleHook,
+    ) -> None:
         self.every, self._copies = config.every, copies
-        self._hook = SampleHook(config, pipeline)
+        self._hook = drawn(config, pipeline)
 
     def __call__(self, trainer: Trainer, step: int) -> None:
         if self._copies and self._hook.config.prompts:
@@ -266,6 +278,9 @@ def _cached(
 
 def write_export(base: str, adapter: AnyAdapter, weights: dict[str, Tensor], folder: Path) -> None:
     """What others load: a diffusers folder for whole weights, else the adapter's files and what they belong to."""
+    if isinstance(adapter, ControlAdapter):
+        save_control(folder, adapter.control.config, adapter.export(weights))
+        return
     fresh = TextToImage.load(base)
     if isinstance(adapter, FullAdapter):
         found = adapter.export(weights)

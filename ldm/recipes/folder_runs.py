@@ -19,6 +19,7 @@ from ldm.recipes.pictures import is_set
 from ldm.recipes.sources import network_of, scheduler_of, vae_of
 
 RATES = {
+    "controlnet": (1.0e-5, 3.0e-4),
     "dreambooth": (5.0e-6, 1.0e-4),
     "dreambooth_lora": (1.0e-4, 4.0e-3),
     "dreambooth_pivotal": (1.0e-4, 4.0e-3),
@@ -26,7 +27,14 @@ RATES = {
     "textual_inversion": (5.0e-3, 1.0e-2),
 }
 """Learning rate by method: of models of Stable Diffusion's size, and of the small one that the package ships."""
-STEPS = {"dreambooth": 400, "dreambooth_lora": 500, "dreambooth_pivotal": 500, "lora": 1000, "textual_inversion": 500}
+STEPS = {
+    "controlnet": 10000,
+    "dreambooth": 400,
+    "dreambooth_lora": 500,
+    "dreambooth_pivotal": 500,
+    "lora": 1000,
+    "textual_inversion": 500,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +101,7 @@ class Choices:
         large, small = RATES[self.method]
         if self.lr is not None or self.family is None:
             return small if self.lr is None else self.lr
-        own = {"dreambooth": self.family.full_rate, "textual_inversion": large}
+        own = {"dreambooth": self.family.full_rate, "textual_inversion": large, "controlnet": large}
         return own.get(self.method, self.family.rate)
 
     @property
@@ -154,6 +162,25 @@ def lora(choices: Choices) -> dict[str, Any]:
         return _run(choices, "finetune", own, _own_shards(choices.images, choices.side), choices.prompts)
     own = {"images": str(choices.images), "adapter": choices.tuned}
     return _run(choices, "finetune", own, _shards(choices, "pictures", choices.side), choices.prompts)
+
+
+def controlnet(
+    choices: Choices, *, condition: str, start: str | None, conditions: Sequence[Path], drop: float
+) -> dict[str, Any]:
+    """A ControlNet on captioned pictures; `condition` is a kind of pair with its usual settings.
+
+    A built set is trained on where it lies. Raises ValueError for stored conditions of a folder that is not built.
+    """
+    built = is_set(choices.images)
+    if condition == "stored" and not built:
+        raise ValueError(f"--condition stored: {str(choices.images)!r} is a folder of pictures; `ldm data build` reads "
+                         "pairs from it into a data set, which --images takes")  # fmt: skip
+    own: dict[str, Any] = {} if built else {"images": str(choices.images)}
+    data = _own_shards(choices.images, choices.side) if built else _shards(choices, "pictures", choices.side)
+    own |= {"start": start, "conditions": [str(path) for path in conditions], "options": {"drop": drop}}
+    enlarged = {"enlarge": True} if condition == "small" else {}  # a ControlNet is shown the pictures' size
+    data |= {"pairs": {"condition": {"kind": condition, **enlarged}}}
+    return _run(choices, "controlnet", own, data, choices.prompts)
 
 
 def _own_shards(path: Path, side: int) -> dict[str, Any]:

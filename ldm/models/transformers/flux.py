@@ -6,9 +6,10 @@ Legend: B batch, C channels, H, W latent pixels, N image tokens, T text tokens, 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -99,32 +100,40 @@ class SingleBlock(nn.Module):
         return bounded(torch.addcmul(x, gate, self.proj_out(both)))
 
 
-class FluxTransformer(Transformer):
-    """Noisy latents, times and conditioning -> velocity, noise - x_0.
+class FluxResiduals(NamedTuple):
+    """What is added to the image's tokens (B, N, D) after joint and single blocks: each tensor for equally many."""
 
-    Latents are (B, C, H, W) with even sides; tokens of 2 x 2 pixels are made and unmade inside. `cond`: "text"
-    (B, T, D'), "pooled" (B, P) and, for FLUX.1 dev, "guidance" (B,), the guidance scale; or in their place "context"
-    (B, T, D) and "vector" (B, D), which `prepared` makes of them; "concat" (B, C'', H, W), added to the channels
-    (FLUX.1 Fill, Depth). A "mask" is not used: padding is attended to, as in training.
-    """
+    joint: tuple[Tensor, ...]
+    single: tuple[Tensor, ...]
 
-    title = "FLUX transformer"
+    def plus(self, other: FluxResiduals) -> FluxResiduals:
+        """Of two control networks together, of which one may have nothing for some blocks."""
+        return FluxResiduals(_sums(self.joint, other.joint), _sums(self.single, other.single))
+
+
+def _sums(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x + y for x, y in zip(a, b, strict=True)) if a and b else a or b
+
+
+def _after(residuals: tuple[Tensor, ...], block: int, count: int) -> Tensor:
+    """Of block number `block` of `count`."""
+    return residuals[block // math.ceil(count / len(residuals))]
+
+
+class FluxEncoder(Transformer):
+    """Embeddings and blocks, which the transformer and the networks that control it share; abstract."""
+
     groups: ClassVar = {
         "attention": r"\.attn\.",
         "time": r"^time_text_embed|norm",
         "feed_forward": r"\.ff|\.proj_mlp",
         "projection": r"^(x_embedder|context_embedder|proj_out)",
     }
-    guidance_is_scale: ClassVar[bool] = True
 
-    def __init__(self, config: FluxConfig) -> None:
+    def __init__(self, config: Any) -> None:
+        """`config` has the sizes under `FluxConfig`'s keys."""
         super().__init__()
-        self.config = config
         width, heads = config.width, config.num_attention_heads
-        self.in_channels, self.out_channels = config.in_channels // PATCH**2, config.token_channels // PATCH**2
-        self.latent_channels, self.multiple = self.out_channels, PATCH
-        self.needs = frozenset({"text", "pooled"} | ({"guidance"} if config.guidance_embeds else set()))
-        self.known = "context"
         self.time_text_embed = TimeTextEmbedding(width, config.pooled_projection_dim, guidance=config.guidance_embeds)
         self.context_embedder = Linear(config.joint_attention_dim, width)
         self.x_embedder = Linear(config.in_channels, width)
@@ -134,33 +143,6 @@ class FluxTransformer(Transformer):
         self.single_transformer_blocks = nn.ModuleList(
             SingleBlock(width, heads) for _ in range(config.num_single_layers)
         )
-        self.norm_out = Modulation(width, 2)
-        self.proj_out = Linear(width, config.token_channels)
-        self._start([self.proj_out])
-
-    def forward(self, x: Tensor, t: Tensor, cond: Cond, *, skip: frozenset[int] = NOTHING) -> Tensor:
-        """t is sigma x 1000. Blocks of `skip` count from the first joint one on to the last single one."""
-        size = (x.shape[2], x.shape[3])
-        x = self._latents(x, cond, self.config.in_channels // PATCH**2)
-        cond = self._ready(cond)
-        vector, text = self._vector(self.time_text_embed, t, cond["vector"]), cond["context"]
-        count, (h, w) = text.shape[1], (size[0] // PATCH, size[1] // PATCH)
-        rotary = rotary_positions(h, w, count, self.config.axes_dims_rope, x.device, x.dtype, self.averaged)
-        x = self.x_embedder(pack(x, PATCH))
-        routed = Routed(self.routing, cond.get("route"), h * w)
-        for i, block in enumerate(self.transformer_blocks):
-            if i not in skip:
-                x, text = self._run(block, routed.enter(i, x), text, vector, routed.rotary(i, rotary, count))
-                x = routed.leave(i, x)
-                self.pass_by(str(i), x)
-        x = torch.cat([text, x], dim=1)
-        for i, block in enumerate(self.single_transformer_blocks, len(self.transformer_blocks)):
-            if i not in skip:
-                x = self._run(block, routed.enter(i, x, count), vector, routed.rotary(i, rotary, count))
-                x = routed.leave(i, x, count)
-                self.pass_by(str(i), x[:, count:])
-        scale, shift = self.norm_out(vector)
-        return unpack(self.proj_out(norm_and_modulate(x[:, count:], shift, scale)), size, PATCH)
 
     def joined(self, cond: Cond) -> Cond:
         """T5's tokens and CLIP's pooled vector."""
@@ -179,6 +161,83 @@ class FluxTransformer(Transformer):
     @property
     def known_width(self) -> int:
         return self.config.width
+
+    def attention_layers(self) -> Iterator[tuple[str, nn.Module, Looks]]:
+        """Joint in all blocks, also in the single ones."""
+        for name, block in self.blocks():
+            yield f"{name}.attn", block.get_submodule("attn"), "joint"
+
+    def blocks(self) -> Iterator[tuple[str, nn.Module]]:
+        """ "transformer_blocks.0" and so on, then "single_transformer_blocks.0" and so on."""
+        for name in ("transformer_blocks", "single_transformer_blocks"):
+            for i, block in enumerate(self.get_submodule(name).children()):
+                yield f"{name}.{i}", block
+
+
+class FluxTransformer(FluxEncoder):
+    """Noisy latents, times and conditioning -> velocity, noise - x_0.
+
+    Latents are (B, C, H, W) with even sides; tokens of 2 x 2 pixels are made and unmade inside. `cond`: "text"
+    (B, T, D'), "pooled" (B, P) and, for FLUX.1 dev, "guidance" (B,), the guidance scale; or in their place "context"
+    (B, T, D) and "vector" (B, D), which `prepared` makes of them; "concat" (B, C'', H, W), added to the channels
+    (FLUX.1 Fill, Depth). A "mask" is not used: padding is attended to, as in training.
+    """
+
+    title = "FLUX transformer"
+    guidance_is_scale: ClassVar[bool] = True
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__(config)
+        self.config = config
+        width = config.width
+        self.in_channels, self.out_channels = config.in_channels // PATCH**2, config.token_channels // PATCH**2
+        self.latent_channels, self.multiple = self.out_channels, PATCH
+        self.needs = frozenset({"text", "pooled"} | ({"guidance"} if config.guidance_embeds else set()))
+        self.known = "context"
+        self.norm_out = Modulation(width, 2)
+        self.proj_out = Linear(width, config.token_channels)
+        self._start([self.proj_out])
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Cond,
+        *,
+        skip: frozenset[int] = NOTHING,
+        residuals: FluxResiduals | None = None,
+    ) -> Tensor:
+        """t is sigma x 1000. Blocks of `skip` count from the first joint one on to the last single one.
+
+        `residuals` are added to the image's tokens after each block.
+        """
+        size = (x.shape[2], x.shape[3])
+        x = self._latents(x, cond, self.config.in_channels // PATCH**2)
+        cond = self._ready(cond)
+        vector, text = self._vector(self.time_text_embed, t, cond["vector"]), cond["context"]
+        count, (h, w) = text.shape[1], (size[0] // PATCH, size[1] // PATCH)
+        rotary = rotary_positions(h, w, count, self.config.axes_dims_rope, x.device, x.dtype, self.averaged)
+        x = self.x_embedder(pack(x, PATCH))
+        routed = Routed(self.routing, cond.get("route"), h * w)
+        for i, block in enumerate(self.transformer_blocks):
+            if i not in skip:
+                x, text = self._run(block, routed.enter(i, x), text, vector, routed.rotary(i, rotary, count))
+                x = routed.leave(i, x)
+                if residuals is not None and residuals.joint:
+                    x = x + _after(residuals.joint, i, len(self.transformer_blocks))
+                self.pass_by(str(i), x)
+        x = torch.cat([text, x], dim=1)
+        for i, block in enumerate(self.single_transformer_blocks, len(self.transformer_blocks)):
+            if i not in skip:
+                x = self._run(block, routed.enter(i, x, count), vector, routed.rotary(i, rotary, count))
+                x = routed.leave(i, x, count)
+                if residuals is not None and residuals.single:
+                    place, singles = i - len(self.transformer_blocks), len(self.single_transformer_blocks)
+                    own = _after(residuals.single, place, singles)
+                    x = torch.cat([x[:, :count], x[:, count:] + own], dim=1)
+                self.pass_by(str(i), x[:, count:])
+        scale, shift = self.norm_out(vector)
+        return unpack(self.proj_out(norm_and_modulate(x[:, count:], shift, scale)), size, PATCH)
 
     @property
     def guidance_width(self) -> int | None:
@@ -205,14 +264,3 @@ class FluxTransformer(Transformer):
     def side(self) -> int:
         """Of pictures of 1024 pixels, which the published files do not tell."""
         return 128
-
-    def attention_layers(self) -> Iterator[tuple[str, nn.Module, Looks]]:
-        """Joint in all blocks, also in the single ones."""
-        for name, block in self.blocks():
-            yield f"{name}.attn", block.get_submodule("attn"), "joint"
-
-    def blocks(self) -> Iterator[tuple[str, nn.Module]]:
-        """ "transformer_blocks.0" and so on, then "single_transformer_blocks.0" and so on."""
-        for name in ("transformer_blocks", "single_transformer_blocks"):
-            for i, block in enumerate(self.get_submodule(name).children()):
-                yield f"{name}.{i}", block

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,16 +66,23 @@ class SD3Config:
         return self.num_attention_heads * self.attention_head_dim
 
 
-class SD3Transformer(Transformer):
-    """Noisy latents, times and conditioning -> velocity, noise - x_0.
+class BlockResiduals(NamedTuple):
+    """What is added to the image's tokens (B, N, D) after blocks: each tensor for as many blocks in turn."""
 
-    `cond`: "text" (B, T, D') and "pooled" (B, P), or what several encoders gave (see `joined`); or in their place
-    "context" (B, T, D) and "vector" (B, D), which `prepared` makes of them; "concat" (B, C'', H, W), added to the
-    channels. A "mask" is not used: padding is attended to, as in training. Sides are multiples of `patch_size`, up to
-    `pos_embed_max_size` patches.
-    """
+    blocks: tuple[Tensor, ...]
 
-    title = "SD3 transformer"
+    def after(self, block: int, count: int) -> Tensor:
+        """Of block number `block` of `count`."""
+        return self.blocks[int(block / (count / len(self.blocks)))]
+
+    def plus(self, other: BlockResiduals) -> BlockResiduals:
+        """Of two control networks together."""
+        return BlockResiduals(tuple(a + b for a, b in zip(self.blocks, other.blocks, strict=True)))
+
+
+class SD3Encoder(Transformer):
+    """Embeddings and joint blocks, which the transformer and the networks that control it share; abstract."""
+
     groups: ClassVar = {
         "attention": r"\.attn2?\.",
         "time": r"^time_text_embed|norm",
@@ -83,13 +90,10 @@ class SD3Transformer(Transformer):
         "projection": r"^(pos_embed|context_embedder|proj_out)",
     }
 
-    def __init__(self, config: SD3Config) -> None:
+    def __init__(self, config: Any, *, last: bool) -> None:
+        """`config` has the sizes under `SD3Config`'s keys; whether the last block leaves the text behind."""
         super().__init__()
-        self.config = config
-        width, patch, last = config.width, config.patch_size, config.num_layers - 1
-        self.out_channels = config.out_channels or config.in_channels
-        self.in_channels, self.latent_channels, self.multiple = config.in_channels, self.out_channels, patch
-        self.needs, self.known = frozenset({"text", "pooled"}), "context"
+        width, patch = config.width, config.patch_size
         self.pos_embed = PatchEmbed(
             config.in_channels,
             width,
@@ -105,28 +109,10 @@ class SD3Transformer(Transformer):
                 config.num_attention_heads,
                 qk_norm=config.qk_norm is not None,
                 dual=i in config.dual_attention_layers,
-                last=i == last,
+                last=last and i == config.num_layers - 1,
             )
             for i in range(config.num_layers)
         )
-        self.norm_out = Modulation(width, 2)
-        self.proj_out = Linear(width, patch * patch * self.out_channels)
-        self._start([self.proj_out])
-
-    def forward(self, x: Tensor, t: Tensor, cond: Cond, *, skip: frozenset[int] = NOTHING) -> Tensor:
-        """t is sigma x 1000, as the scheduler gives it."""
-        size = (x.shape[2], x.shape[3])
-        x = self.pos_embed(self._latents(x, cond, self.config.in_channels), self.averaged)
-        cond = self._ready(cond)
-        vector, text = self._vector(self.time_text_embed, t, cond["vector"]), cond["context"]
-        routed = Routed(self.routing, cond.get("route"), x.shape[1])
-        for i, block in enumerate(self.transformer_blocks):
-            if i not in skip:
-                x, text = self._run(block, routed.enter(i, x), text, vector)
-                x = routed.leave(i, x)
-                self.pass_by(str(i), x)
-        scale, shift = self.norm_out(vector)
-        return from_patches(self.proj_out(norm_and_modulate(x, shift, scale)), size, self.config.patch_size)
 
     def joined(self, cond: Cond) -> Cond:
         """CLIP's states side by side, filled up with zeros to D', then T5's tokens; the pooled vectors side by side.
@@ -167,3 +153,51 @@ class SD3Transformer(Transformer):
         """ "transformer_blocks.0" and so on."""
         for i, block in enumerate(self.transformer_blocks):
             yield f"transformer_blocks.{i}", block
+
+
+class SD3Transformer(SD3Encoder):
+    """Noisy latents, times and conditioning -> velocity, noise - x_0.
+
+    `cond`: "text" (B, T, D') and "pooled" (B, P), or what several encoders gave (see `joined`); or in their place
+    "context" (B, T, D) and "vector" (B, D), which `prepared` makes of them; "concat" (B, C'', H, W), added to the
+    channels. A "mask" is not used: padding is attended to, as in training. Sides are multiples of `patch_size`, up to
+    `pos_embed_max_size` patches.
+    """
+
+    title = "SD3 transformer"
+
+    def __init__(self, config: SD3Config) -> None:
+        super().__init__(config, last=True)
+        self.config = config
+        width, patch = config.width, config.patch_size
+        self.out_channels = config.out_channels or config.in_channels
+        self.in_channels, self.latent_channels, self.multiple = config.in_channels, self.out_channels, patch
+        self.needs, self.known = frozenset({"text", "pooled"}), "context"
+        self.norm_out = Modulation(width, 2)
+        self.proj_out = Linear(width, patch * patch * self.out_channels)
+        self._start([self.proj_out])
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Cond,
+        *,
+        skip: frozenset[int] = NOTHING,
+        residuals: BlockResiduals | None = None,
+    ) -> Tensor:
+        """t is sigma x 1000, as the scheduler gives it; `residuals` are added after the blocks, all but the last."""
+        size = (x.shape[2], x.shape[3])
+        x = self.pos_embed(self._latents(x, cond, self.config.in_channels), self.averaged)
+        cond = self._ready(cond)
+        vector, text = self._vector(self.time_text_embed, t, cond["vector"]), cond["context"]
+        routed = Routed(self.routing, cond.get("route"), x.shape[1])
+        for i, block in enumerate(self.transformer_blocks):
+            if i not in skip:
+                x, text = self._run(block, routed.enter(i, x), text, vector)
+                x = routed.leave(i, x)
+                if residuals is not None and i < len(self.transformer_blocks) - 1:
+                    x = x + residuals.after(i, len(self.transformer_blocks))
+                self.pass_by(str(i), x)
+        scale, shift = self.norm_out(vector)
+        return from_patches(self.proj_out(norm_and_modulate(x, shift, scale)), size, self.config.patch_size)

@@ -145,7 +145,7 @@ class Transformer2D(nn.Module):
         h = self.norm(x)
         h = self.proj_in(tokens(h)) if self.linear else tokens(self.proj_in(h))
         depth = len(self.transformer_blocks)
-        known = [None] * depth if kv is None else kv.chunk(depth, dim=-1)
+        known = [None] * depth if kv is None or not depth else kv.chunk(depth, dim=-1)
         again = self.recompute and self.training and torch.is_grad_enabled()
         for block, own in zip(self.transformer_blocks, known, strict=True):
             h = checkpoint(block, h, text, own, use_reentrant=False) if again else block(h, text, own)
@@ -156,4 +156,6 @@ class Transformer2D(nn.Module):
     def keys_values(self, text: Tensor) -> Tensor:
         """Keys and values of the text for every block's cross-attention, (B, T, 2C a block)."""
         blocks = cast("Iterable[TransformerBlock]", self.transformer_blocks)
+        if not len(self.transformer_blocks):
+            return text.new_zeros(*text.shape[:2], 0)
         return torch.cat([block.attn2.keys_values(text) for block in blocks], dim=-1)

@@ -36,6 +36,10 @@ class LatentCodec:
         """Image pixels per latent pixel, along one side."""
         return self.autoencoder.factor
 
+    def pixels(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """(H, W) of the pictures whose latents have a shape (..., h, w)."""
+        return shape[-2] * self.factor, shape[-1] * self.factor
+
     @property
     def channels(self) -> int:
         """Z."""

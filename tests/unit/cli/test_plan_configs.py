@@ -20,7 +20,7 @@ ROUNDS = {"progressive_emoji": 6}
 DRAWN = {"dreambooth": 100, "dreambooth_lora": 100, "dreambooth_pivotal": 100, "sdxl_dreambooth_lora": 100}
 LARGE = (
     "sdxl_lora", "sdxl_dreambooth_lora", "sd35_medium_lora", "flux_dev_lora", "pixart_sigma_lora", "sdxl_full",
-    "sd35_medium_full", "flux_dev_full", "pixart_sigma_full", "sd35_medium", "flux", "pixart_sigma",
+    "sd35_medium_full", "flux_dev_full", "pixart_sigma_full", "sd35_medium", "flux", "pixart_sigma", "sdxl_controlnet",
 )  # fmt: skip
 """Whose counting takes a minute."""
 WORLD = {"flux_dev_full": 16, "flux": 64, "sd35_medium": 16}
@@ -35,6 +35,8 @@ WEIGHTS = {
     "flux": 11_891_178_560,
     "pixart_sigma_full": 610_856_096,
     "pixart_sigma": 610_856_096,
+    "sd15_controlnet": 361_279_120,
+    "sdxl_controlnet": 1_251_014_160,
     "textual_inversion": 2 * 192,  # two vectors of the emoji tower's width
 }
 

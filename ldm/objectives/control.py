@@ -1,0 +1,81 @@
+"""Denoising under a condition picture, and how much the answer follows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm import dist
+from ldm.models.unet.controlnet import CONDITION
+from ldm.objectives.base import Objective, Whole
+from ldm.objectives.denoise import DenoiseObjective
+from ldm.rng import Rng
+from ldm.types import Batch, Metrics
+
+SENSITIVITY = "control_sensitivity"
+
+
+class ControlObjective(Objective):
+    """A denoising loss, and every `every` steps the control sensitivity of the same samples (0: never).
+
+    That is the loss with the right condition minus the loss with another sample's, at the same noise and times, without
+    gradients: 0 while the condition is ignored, and the further below 0 the more the answer follows it. The other
+    sample is the next in the micro-batch, of the next rank where a micro-batch is one sample, or else the last one
+    before; the first step of a process with that has no figure.
+    """
+
+    def __init__(self, denoise: DenoiseObjective, every: int) -> None:
+        super().__init__(denoise.trained)
+        self._denoise, self._every, self._step = (denoise,), every, 0  # in a tuple: `trained` is registered once
+        self._before: Tensor | None = None
+
+    @property
+    def denoise(self) -> DenoiseObjective:
+        """The loss that is minimised."""
+        return self._denoise[0]
+
+    def forward(self, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
+        if CONDITION not in batch:
+            raise ValueError(f"the batch has no {CONDITION!r}; data.pairs makes or reads one")
+        loss, metrics = self.denoise(batch, rng)
+        if self._due and torch.is_grad_enabled():
+            other = self._others(batch[CONDITION])
+            if other is not None:
+                metrics = metrics | {SENSITIVITY: self._gap(batch, other, rng)}
+        if self._every and len(rng) == 1 and dist.world_size() == 1:
+            self._before = batch[CONDITION]
+        return loss, metrics
+
+    @torch.no_grad()
+    def _gap(self, batch: Batch, other: Tensor, rng: Rng) -> Tensor:
+        right, wrong = (self.denoise({**batch, CONDITION: shown}, rng)[0] for shown in (batch[CONDITION], other))
+        return right - wrong
+
+    def _others(self, own: Tensor) -> Tensor | None:
+        """Each sample's condition is another sample's; None where there is none."""
+        if len(own) > 1:
+            return own.roll(1, 0)
+        if dist.world_size() == 1:
+            return self._before
+        every = dist.gather(own.to(dist.device()))
+        return every[(dist.rank() + 1) % dist.world_size()][None].to(own)
+
+    @property
+    def _due(self) -> bool:
+        return self._every > 0 and (self._step == 0 or (self._step + 1) % self._every == 0)
+
+    def after_step(self, step: int) -> None:
+        self._step = step
+        self.denoise.after_step(step)
+
+    def bind(self, whole: Whole) -> None:
+        super().bind(whole)
+        self.denoise.bind(whole)
+
+    def state(self) -> dict[str, Any]:
+        return self.denoise.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.denoise.load_state(state)

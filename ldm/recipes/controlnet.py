@@ -1,0 +1,188 @@
+"""Train a ControlNet over a frozen U-Net: what the network is shown comes from the data's pair `condition`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ldm import dist
+from ldm.adapters.control import ControlAdapter
+from ldm.checkpoint import control_files
+from ldm.data.decode import load
+from ldm.data.loader import DataConfig
+from ldm.data.mixture import Data
+from ldm.models.families import check_control
+from ldm.models.network import granularity
+from ldm.models.text import check_text_precision
+from ldm.models.unet.controlnet import CONDITION, ControlNet, ControlNetConfig
+from ldm.objectives.control import ControlObjective
+from ldm.objectives.denoise import DenoiseObjective
+from ldm.pipeline import Control, TextToImage
+from ldm.pipeline.control import as_condition
+from ldm.plan.report import Job
+from ldm.recipes import planned, planned_frozen, planned_models
+from ldm.recipes.base import Assembly
+from ldm.recipes.finetune import Finetuning, assembled, only_source, open_base, trained_process
+from ldm.recipes.pictures import prepare
+from ldm.recipes.text_to_image import SampleHook, Samples, told_options
+from ldm.rng import seed_torch
+from ldm.train.trainer import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlTask(Finetuning):
+    """Train a ControlNet on captioned pictures and their conditions, the pair `condition` of `data.pairs`.
+
+    `start`: a ControlNet that trains further; None: a copy of the base's encoder that adds nothing yet. `channels` of
+    the condition that the copy is shown. With `images`, a folder, they are written as the shards of `data.path` first.
+    `conditions`: pictures that the sample prompts are drawn under, one a prompt, at scale 1. `sensitivity`: every so
+    many steps the loss with the right condition minus that with another's is logged; None: as often as the log is
+    written, 0: never. Half of the captions are dropped as in the paper with `options.drop` 0.5.
+    """
+
+    kind: Literal["controlnet"] = "controlnet"
+    start: str | None = None
+    channels: int = 3
+    images: Path | None = None
+    conditions: tuple[Path, ...] = ()
+    sensitivity: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels: a condition has 1 or 3, got {self.channels}")
+        if self.sensitivity is not None and self.sensitivity < 0:
+            raise ValueError(f"sensitivity must be at least 0 steps, got {self.sensitivity}")
+        if self.options.small is not None:
+            raise ValueError("options.small: a ControlNet is shown whole pictures only; write null")
+        if len(self.conditions) != len(self.samples.prompts):
+            raise ValueError(
+                f"conditions: {len(self.conditions)} pictures for {len(self.samples.prompts)} samples.prompts; give "
+                "one for each"
+            )
+
+
+def build(task: ControlTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:
+    """The frozen base under its ControlNet, on pictures and conditions."""
+    check_data(task, data)
+    every = _every(task, train)
+    pipeline = open_base(task, None, train)
+    seed_torch(seed)
+    control = started(task, pipeline)
+    if task.images is not None:
+        source = only_source(data)
+        prepare(task.images, Path(source.path), None, source.size)
+
+    def drawn(samples: Samples, preview: TextToImage) -> SampleHook:
+        return SampleHook(samples, shown(task, samples, preview, control))
+
+    made = assembled(task, ControlAdapter(control), pipeline, data, train, seed, workers, task.images, drawn=drawn)
+    assert isinstance(made.objective, DenoiseObjective)
+    control.enable_gradient_checkpointing(task.gradient_checkpointing)
+    return replace(made, objective=ControlObjective(made.objective, every).to(dist.device()))
+
+
+def check_data(task: ControlTask, data: Data) -> None:
+    """Raise ValueError for data without conditions."""
+    for source in [data] if isinstance(data, DataConfig) else [s.data for s in data.sources]:
+        if CONDITION not in source.pairs:
+            raise ValueError(
+                f"data.pairs: no {CONDITION!r} for a ControlNet to be shown, only {sorted(source.pairs)}; such as "
+                "condition: {kind: canny}, or {kind: stored} for pictures that are stored beside"
+            )
+
+
+def _every(task: ControlTask, train: TrainConfig) -> int:
+    if task.sensitivity is None:
+        return train.log.every
+    if task.sensitivity % train.log.every:
+        raise ValueError(f"task.sensitivity: {task.sensitivity} is no multiple of train.log.every {train.log.every}, "
+                         "so it would be measured and not logged")  # fmt: skip
+    return task.sensitivity
+
+
+def started(task: ControlTask, base: TextToImage) -> ControlNet:
+    """The ControlNet that trains, in float32. Raises ValueError for a start of another family, and for no U-Net."""
+    if task.start is None:
+        try:
+            return ControlNet.copy_of(base.network, base.codec.factor, task.channels)
+        except ValueError as error:
+            raise ValueError(f"task.base {task.base!r}: {error}") from error
+    control = control_files.load_control(task.start)
+    _check_start(task, control.config, base)
+    assert isinstance(control, ControlNet)
+    return control
+
+
+def _check_start(task: ControlTask, config: control_files.AnyConfig, base: TextToImage) -> None:
+    check_control(config, base.network.config, f"task.start {task.start!r}", f"task.base {task.base!r}")
+    if not isinstance(config, ControlNetConfig):
+        raise ValueError(f"task.start {task.start!r}: ControlNets of Stable Diffusion 3 are drawn under, not trained")
+    if config.factor != base.codec.factor:
+        raise ValueError(f"task.start {task.start!r}: is shown pictures of {config.factor} times the latents' side, "
+                         f"but the base's are {base.codec.factor} times")  # fmt: skip
+
+
+def shown(task: ControlTask, samples: Samples, base: TextToImage, control: ControlNet) -> TextToImage:
+    """The pipeline that draws the sample prompts, each under its condition."""
+    if not task.conditions:
+        return base
+    size, channels = base.size(samples.settings.size), control.config.conditioning_channels
+    pictures = torch.stack([as_condition(load(path, stencil=True), size, channels) for path in task.conditions])
+    return base.controlled([Control(network=control, picture=pictures, name="task.conditions")])
+
+
+def job(task: ControlTask, data: Data, train: TrainConfig, asked: planned.Asked) -> Job:
+    """The base, frozen, under a ControlNet that trains, counted from its loss."""
+    check_data(task, data)
+    _every(task, train)
+    how, said = granularity(task.gradient_checkpointing), list[str]()
+    base = planned_models.whole(task.base, "task.base", said)
+    base.process = trained_process(task, base)
+    options = told_options(task.options, base.network)
+    planned.fits(base, data, "task.base", task.base)
+    check_text_precision(task.text_precision, [t.config for t in base.text], "task.text_precision")
+    config = _planned_config(task, base)
+    held = planned.copied(base)
+    streamed = planned_frozen.network(held.network, train.engine)
+
+    def build(recompute: bool) -> nn.Module:
+        model = planned.copied(held)
+        with torch.device("meta"):
+            control = ControlNet(config)
+        trained = ControlAdapter(control).attach(model.network, model.text)
+        for network in (model.network, control):
+            network.enable_gradient_checkpointing(planned.again(how, recompute))
+        return planned.Loss(
+            DenoiseObjective(trained, model.process, model.codec, planned.states(base), options, below=model.network)
+        )
+
+    def inputs(batch: int) -> tuple[Any, ...]:
+        side = planned.side(data)
+        pixels = torch.empty(batch, config.conditioning_channels, side, side, device="meta")
+        return (planned.latents(base, data, batch) | {CONDITION: pixels},)
+
+    cached = task.cache is not None or data.cached
+    planned.check_cache(task.cache, cached, said, base.text)
+    found = planned.loss_job(
+        asked, data, train, build, inputs,
+        frozen=planned.beside(base, data, cached, False, task.text_precision, train.engine.frozen),
+        recompute=how != "none", said=said, cached=cached, streamed=streamed,
+    )  # fmt: skip
+    count = None if task.images is None else planned.pictures_in(task.images)
+    return found if found.samples is not None or count is None else planned.told(found, count)
+
+
+def _planned_config(task: ControlTask, base: TextToImage) -> ControlNetConfig:
+    try:
+        config = None if task.start is None else control_files.open_control(task.start)[0]
+    except ValueError:  # plans need no weights to start from
+        config = None
+    if config is None:
+        return ControlNetConfig.of(base.network.config, base.codec.factor, task.channels)
+    _check_start(task, config, base)
+    assert isinstance(config, ControlNetConfig)
+    return config
