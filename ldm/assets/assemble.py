@@ -1,7 +1,7 @@
 """Put the shipped models together from finished runs: python ldm/assets/assemble.py [--unet RUN] (not imported by ldm).
 
 `--student EXPORT` only puts the few-step student, a distilled LoRA of the model `emoji`, in its place, and
-`--autoencoder-128 EXPORT` the autoencoder for 128 px.
+`--autoencoder-128 EXPORT` the autoencoder for 128 px, `--unet-128 EXPORT` the U-Net for 128 px.
 
 Without --unet the U-Net is random: the frozen parts must be in place, as stored in half precision, before the run that
 trains on them. The CLIP stores only what the text encoder of the pipeline's folder does not hold.
@@ -37,7 +37,11 @@ def main() -> None:
     parser.add_argument("--config", default="configs/train/text_to_image_emoji.yaml")
     parser.add_argument("--student", type=Path, help="export of a distillation of `emoji` as a LoRA")
     parser.add_argument("--autoencoder-128", type=Path, help="export of the autoencoder for 128 px")
+    parser.add_argument("--unet-128", type=Path, help="export of a text-to-image run for 128 px")
     args = parser.parse_args()
+    if args.unet_128 is not None:
+        unet_128(args.unet_128)
+        return
     if args.autoencoder_128 is not None:
         plain, weights = read_module(args.autoencoder_128 / "vae")
         config = {"_class_name": "AutoencoderKL", **plain}
@@ -68,6 +72,17 @@ def main() -> None:
     save_diffusers(
         folder, network=network, autoencoder=autoencoder, text=[tower], scheduler=scheduler, dtype=torch.float16
     )
+    report()
+
+
+def unet_128(export: Path) -> None:
+    """Store the 128 px U-Net in half precision with its scheduler, and its run's config in `made_by`."""
+    plain, weights = read_module(export / "unet")
+    folder = ASSETS / "emoji_128"
+    write_module(folder / "unet", weights, {"_class_name": "UNet2DConditionModel", **plain}, torch.float16)
+    shutil.copytree(export / "scheduler", folder / "scheduler", dirs_exist_ok=True)
+    config = export.parent / "config.yaml"
+    shutil.copyfile(config, ASSETS / "made_by" / f"{load_run(config).name}.yaml")
     report()
 
 

@@ -13,7 +13,10 @@ SHIPPED = {
     "clip_emoji": ASSETS / "clip_emoji",
     "emoji_128": ASSETS / "emoji_128",
 }
-PARTS = {"clip_emoji": "a CLIP, which judges", "emoji_128": "an autoencoder alone, for task.vae"}
+PARTS = {
+    "clip_emoji": "a CLIP, which judges",
+    "emoji_128": "an autoencoder for task.vae, with a U-Net that still trains",
+}
 """Those that do not draw."""
 
 
