@@ -15,7 +15,7 @@ SHIPPED = {
 }
 PARTS = {
     "clip_emoji": "a CLIP, which judges",
-    "emoji_128": "an autoencoder for task.vae, with a U-Net that still trains",
+    "emoji_128": "an autoencoder, beside a U-Net in training",
 }
 """Those that do not draw."""
 
