@@ -139,7 +139,7 @@ def waited(process: subprocess.Popen[bytes]) -> int:
                 code = process.wait()
                 return 75 if told else code
             except KeyboardInterrupt:  # which it has got too
-                continue
+                told.append(signal.SIGINT)
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -6,9 +6,7 @@ The authors' files hold no settings: those of Stable Diffusion 1 and 2 are told 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from ldm.checkpoint import maps, weights
 from ldm.checkpoint.convert import FORMATS, from_hub
+from ldm.checkpoint.files import whole_file, whole_folder
 from ldm.checkpoint.folder import STEM
 from ldm.checkpoint.opened import fill
 from ldm.checkpoint.pipelines import VERSION
@@ -24,10 +23,10 @@ from ldm.checkpoint.settings import read_json, write_json
 from ldm.checkpoint.weights import Source
 from ldm.config.load import decode, encode
 from ldm.models import presets
+from ldm.models.shipped import named
 from ldm.models.transformers.flux_control import FluxControlConfig, FluxControlNet
 from ldm.models.transformers.sd3_control import SD3ControlConfig, SD3ControlNet
 from ldm.models.unet import ControlNet, ControlNetConfig, UNetConfig
-from ldm.words import expanded
 
 AnyConfig = ControlNetConfig | SD3ControlConfig | FluxControlConfig
 AnyControl = ControlNet | SD3ControlNet | FluxControlNet
@@ -77,7 +76,7 @@ def load_control(source: str | Path, *, variant: str | None = None, dtype: torch
 
 def open_control(source: str | Path, *, variant: str | None = None) -> tuple[AnyConfig, Source]:
     """Its settings, and its tensors by native name, not read yet; a hub id is a folder, too."""
-    path = Path(expanded(str(source)))
+    path = named(source)
     if path.is_file():
         return _open_file(path)
     if not path.exists() and str(source).count("/") == 1 and not str(source).startswith((".", "/", "~")):
@@ -99,20 +98,8 @@ def save_control(
     """
     source = weights.of_state(state)
     weights.check_keys(f"{folder}: ControlNet", _shapes(config), weights.shapes(source))
-    whole_folder(folder, lambda beside: write_control(beside, config, source, dtype=dtype))
-
-
-def whole_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a folder beside, which then takes the place of an old one."""
-    beside = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        write(beside)
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with whole_folder(folder) as beside:
+        write_control(beside, config, source, dtype=dtype)
 
 
 def write_control(folder: Path, config: AnyConfig, source: Source, *, dtype: torch.dtype | None = None) -> None:
@@ -140,12 +127,8 @@ def write_single(path: Path, config: AnyConfig, source: Source, *, dtype: torch.
         raise ValueError(f"{path}: ControlNets of Stable Diffusion XL, 3 and FLUX.1 have no single file of their "
                          "authors; write diffusers' folder, whose weights every program reads")  # fmt: skip
     out = maps.prefixed(PREFIX, maps.follow(maps.renaming(names(config)), source, "ControlNet"))
-    new = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
+    with whole_file(path) as new:
         weights.write_file(new, out, dtype=dtype, metadata={_CONFIG: json.dumps(encode(config))})
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def names(config: ControlNetConfig) -> maps.Names:
@@ -274,7 +257,8 @@ def convert_control(
     weights.check_keys(f"{source}: ControlNet", _shapes(config), weights.shapes(found))
     target.parent.mkdir(parents=True, exist_ok=True)
     if to == "diffusers":
-        whole_folder(target, lambda folder: write_control(folder, config, found, dtype=dtype))
+        with whole_folder(target) as beside:
+            write_control(beside, config, found, dtype=dtype)
     else:
         write_single(target, config, found, dtype=dtype)
     return len(found)

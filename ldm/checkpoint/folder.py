@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +12,7 @@ import torch
 
 from ldm.checkpoint import maps, weights
 from ldm.checkpoint.families import FILES
+from ldm.checkpoint.files import whole_folder
 from ldm.checkpoint.index import UNUSED, check_index, read_scheduler
 from ldm.checkpoint.model_text import open_encoders, open_towers, usual, write_one
 from ldm.checkpoint.opened import Opened, component
@@ -53,16 +52,13 @@ def write_folder(
     out, as in the published folders. Raises ValueError for text encoders that the family's pipeline does not have.
     """
     check_text(model)
-    beside = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    with whole_folder(folder) as beside:
 
-    def part(name: str, config: Mapping[str, Any], source: weights.Source, stem: str) -> None:
-        (beside / name).mkdir()
-        write_json(beside / name / "config.json", config)
-        weights.write_folder(beside / name, stem, source, dtype=dtype, variant=variant, shard_bytes=shard_bytes)
+        def part(name: str, config: Mapping[str, Any], source: weights.Source, stem: str) -> None:
+            (beside / name).mkdir()
+            write_json(beside / name / "config.json", config)
+            weights.write_folder(beside / name, stem, source, dtype=dtype, variant=variant, shard_bytes=shard_bytes)
 
-    try:
         part(component(model.network_config), _network_json(model.network_config), model.network, STEM)
         vae = {"_class_name": "AutoencoderKL", "_diffusers_version": VERSION, **encode(model.vae_config)}
         part("vae", vae, model.vae, STEM)
@@ -78,9 +74,6 @@ def write_folder(
             scheduler["_class_name"] = "LCMScheduler"
         write_json(beside / "scheduler" / "scheduler_config.json", scheduler)
         write_json(beside / "model_index.json", index_of(model, scheduler["_class_name"]))
-        _replace(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def open_folder(folder: Path, *, variant: str | None = None, lenient: bool = False) -> Opened:
@@ -146,12 +139,3 @@ def _own(config: dict[str, Any], cls: str, where: Path) -> dict[str, Any]:
     if name not in (cls, f"Flax{cls}"):  # the same settings
         raise ValueError(f"{where}: _class_name {name!r} is not {cls!r}")
     return {k: v for k, v in config.items() if not k.startswith("_")}
-
-
-def _replace(beside: Path, folder: Path) -> None:
-    """Rename the new folder into place; the old one is kept until then."""
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(beside, folder)
-    shutil.rmtree(old, ignore_errors=True)

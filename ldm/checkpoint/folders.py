@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from ldm.checkpoint.files import whole_folder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -27,17 +28,13 @@ def write_module(
 
     Files of the old folder named in `keep` are carried over.
     """
-    beside = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
     tensors = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in weights.items()}
-    save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
-    (beside / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
-    for name in keep:
-        if (folder / name).is_file():
-            shutil.copy2(folder / name, beside / name)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(beside, folder)
+    with whole_folder(folder) as beside:
+        save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
+        (beside / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
+        for name in keep:
+            if (folder / name).is_file():
+                shutil.copy2(folder / name, beside / name)
 
 
 def read_module(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

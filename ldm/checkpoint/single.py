@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from ldm.checkpoint import maps, single_transformer, weights
+from ldm.checkpoint.files import whole_file
 from ldm.checkpoint.layouts import beside, cautions, one_layout, say_beside, say_left
 from ldm.checkpoint.opened import Opened, OpenedText, shapes_of
 from ldm.checkpoint.pipelines import check_text
@@ -96,12 +96,8 @@ def write_single(path: Path, model: Opened, *, dtype: torch.dtype | None = None)
         zero = isinstance(how.schedule, Discrete) and how.schedule.zero_terminal_snr
         for line in cautions(how.prediction.kind, zero, len(model.text), config.time_cond_proj_dim is not None):
             log.warning("%s: %s", path, line)
-    new = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
+    with whole_file(path) as new:
         weights.write_file(new, out, dtype=dtype, metadata=about)
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def tensors(model: Opened) -> dict[str, Entry]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,12 @@ def check(args: argparse.Namespace) -> None:
         check_use(scale, *args.control_steps, name=f"--control {entry!r}")
     if not args.control and (args.guess or tuple(args.control_steps) != (0.0, 1.0)):
         raise ValueError(f"{'--guess' if args.guess else '--control-steps'}: is of ControlNets; add --control")
+
+
+def digests(args: argparse.Namespace) -> dict[str, list[str]]:
+    """For the record of a picture: short hashes of the condition pictures' files, in their order."""
+    files = [parsed(entry)[1] for entry in args.control]
+    return {"conditions": [hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest() for path in files]}
 
 
 def controlled(pipeline: TextToImage, args: argparse.Namespace) -> TextToImage:

@@ -32,7 +32,7 @@ class Parser(options.Parser):
         "ckpt": ("model", "base"),
         "class-prompt": ("class",),
         "conditioning-image-column": ("pair",),
-        "controlnet": ("model",),
+        "controlnet": ("control", "model"),
         "data-dir": ("images", "data"),
         "dataset": ("data", "images"),
         "ddim-eta": ("eta",),

@@ -172,6 +172,8 @@ def main(argv: list[str]) -> int:
         _say([f"{args.from_png}: drawn with {told}: the picture will be another"])
     elif recorded.get("weights", record["weights"]) != record["weights"]:
         _say([f"{args.from_png}: drawn by a model of other weights than {args.model}: the picture will be another"])
+    if recorded.get("conditions", record["conditions"]) != record["conditions"]:
+        _say([f"{args.from_png}: drawn under other condition pictures: the picture will be another"])
     return _draw(_Drawing(job, pipeline, settings, record, args.out), args)
 
 
@@ -270,7 +272,7 @@ def _loaded(args: argparse.Namespace, settings: Settings) -> tuple[TextToImage, 
     record |= {
         "size": list(pipeline.size(settings.size)), "precision": _PRECISIONS[str(pipeline.dtype)],
         "device": str(pipeline.device), "count": args.count or 1,
-        "weights": fingerprint([pipeline.network, *pipeline.others]),
+        "weights": fingerprint([pipeline.network, *pipeline.others]), **control.digests(args),
     }  # fmt: skip
     return pipeline, settings, record
 
@@ -415,7 +417,7 @@ def _guide(pipeline: TextToImage, clip: str, scale: float) -> Guide | None:
 
 
 _NOT_SETTINGS = ("prompts", "from_file", "from_png", "index", "out", "list_samplers", "blocks_on_device")
-_TOLD = ("version", "prompt", "prompts", "index", "row", "rows", "weights", "device")
+_TOLD = ("version", "prompt", "prompts", "index", "row", "rows", "weights", "device", "conditions")
 """What pictures say beside the options."""
 _PRECISIONS = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
 

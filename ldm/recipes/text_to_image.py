@@ -258,11 +258,11 @@ def scheduler_for(process: Process, network: Network) -> dict[str, Any]:
 
     A U-Net's flow has a solver's, since Stable Diffusion's pipelines take no flow scheduler.
     """
-    schedule = process.schedule
+    schedule, variance = process.schedule, "fixed" if isinstance(network, PixArtTransformer) else process.variance
+    told = scheduler_to_diffusers(schedule, process.prediction, variance=variance)  # refuses what it cannot tell
     if isinstance(network, UNet) and isinstance(schedule, Flow) and schedule.dynamic is schedule.terminal is None:
         return flow_solver(schedule)
-    variance = "fixed" if isinstance(network, PixArtTransformer) else process.variance
-    return scheduler_to_diffusers(process.schedule, process.prediction, variance=variance)
+    return told
 
 
 def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:

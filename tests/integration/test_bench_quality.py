@@ -204,6 +204,10 @@ def test_told_to_stop_no_further_run_begins() -> None:
     child.stdout.readline()
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
     assert waited(child) == 75
+    child.stdout.close()
+    ours = f"import sys, time; time.sleep(1); sys.exit({worker.BUSY})"
+    threading.Timer(0.2, signal.raise_signal, (signal.SIGINT,)).start()
+    assert waited(subprocess.Popen([sys.executable, "-c", ours])) == 75
     assert waited(subprocess.Popen([sys.executable, "-c", f"raise SystemExit({worker.BUSY})"])) == worker.BUSY
 
 

@@ -53,9 +53,14 @@ def log(folder: Path) -> list[dict[str, Any]]:
     return [row for row in rows if "loss" in row]
 
 
-def test_one_process_trains_the_controlnet_alone_and_its_export_draws(project: Path) -> None:
+@pytest.fixture(scope="module")
+def out(project: Path) -> Path:
+    """A run that is done."""
     assert ranks.run(train, 1, config(project, "one"), timeout=SLOW) == [0]
-    out = project / "one"
+    return project / "one"
+
+
+def test_one_process_trains_the_controlnet_alone_and_its_export_draws(project: Path, out: Path) -> None:
     rows = log(out)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     # It adds nothing at first, and what the first step moves, the 1x1 convolutions, does not see the picture yet.
@@ -97,23 +102,39 @@ def test_two_processes_stage_3_resume_and_start(project: Path) -> None:
     assert set(before) == set(after)
 
 
-def test_the_command_draws_under_it(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if not (project / "one" / "export").is_dir():
-        pytest.skip("the training before it failed")
+def test_the_command_draws_under_it(project: Path, out: Path, tmp_path: Path) -> None:
     own = ["a red dot", "--model", str(project / "teacher"), "--steps", "2", "--device", "cpu"]
-    entry = f"{project / 'one'}:{project / 'edges.png'}:0.8"
+    entry = f"{out}:{project / 'edges.png'}:0.8"
     assert cli.main([*own, "--control", entry, "--control-steps", "0", "0.5", "--out", str(tmp_path)]) == 0
     assert any(tmp_path.glob("0000*.png"))
     for bad, line in (
-        ([*own, "--control", f"{project / 'one'}:{project / 'edges.png'}:-1"], r"scale must be at least 0, got -1\.0"),
-        ([*own, "--control", f"{project / 'one'}:{project / 'nothing.png'}"], "no such picture"),
+        ([*own, "--control", f"{out}:{project / 'edges.png'}:-1"], r"scale must be at least 0, got -1\.0"),
+        ([*own, "--control", f"{out}:{project / 'nothing.png'}"], "no such picture"),
         ([*own, "--control", "one"], "expected CONTROLNET:PICTURE"),
         ([*own, "--control", f"{project / 'teacher'}:{project / 'edges.png'}"], "no ControlNet: it is a whole model"),
+        ([*own, "--control", f"emoji:{project / 'edges.png'}"], "emoji: no ControlNet: it is a whole model"),
         ([*own, "--control", entry, "--control-steps", "0.9", "0.1"], "0 <= start < end <= 1"),
         ([*own, "--guess"], "--guess: is of ControlNets; add --control"),
     ):
         with pytest.raises(ValueError, match=line):
             cli.main(bad)
+
+
+def test_a_picture_is_drawn_again_under_the_same_condition_and_says_if_it_is_another(
+    project: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edges = tmp_path / "edges.png"
+    edges.write_bytes((project / "edges.png").read_bytes())
+    own = ["a red dot", "--model", str(project / "teacher"), "--steps", "2", "--device", "cpu"]
+    assert cli.main([*own, "--control", f"{out}:{edges}:0.8", "--out", str(tmp_path / "first")]) == 0
+    (first,) = (tmp_path / "first").glob("0000*.png")
+    capsys.readouterr()
+    assert cli.main(["--from-png", str(first), "--out", str(tmp_path / "second")]) == 0
+    assert "another" not in capsys.readouterr().err
+    assert np.array_equal(Image.open(first), Image.open(tmp_path / "second" / first.name))
+    Image.open(edges).rotate(90).resize((24, 24)).save(edges)
+    assert cli.main(["--from-png", str(first), "--out", str(tmp_path / "third")]) == 0
+    assert "drawn under other condition pictures: the picture will be another" in capsys.readouterr().err
 
 
 def test_one_command_writes_the_whole_config(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.diffusion.prediction import Velocity
+from ldm.diffusion.prediction import Sample, Velocity
 from ldm.diffusion.process import Process
 from ldm.diffusion.schedule import Flow
 from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
@@ -127,6 +127,12 @@ def test_a_flow_of_a_unet_is_drawn_by_stable_diffusions_pipeline(shift: float, n
     expected = pipe(PROMPT, negative_prompt=NEGATIVE, latents=noise, **STEPS).images * 2 - 1
     compare(tmp_path / "ours", expected, pipe, noise)
     assert TextToImage.load(tmp_path / "ours").process == process
+
+
+def test_a_flow_of_a_unet_that_predicts_otherwise_is_refused() -> None:
+    """diffusers' solvers on flow sigmas would read the network's answer as a velocity."""
+    with pytest.raises(ValueError, match="prediction 'sample': diffusers' flow scheduler takes 'velocity' only"):
+        scheduler_for(Process(schedule=Flow(), prediction=Sample()), make("sd1").network)
 
 
 def test_long_prompts_are_those_of_their_chunks_joined(tmp_path: Path, noise: Tensor) -> None:

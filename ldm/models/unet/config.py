@@ -140,9 +140,7 @@ class UNetConfig:
         """A setting as one value a level, finest first; raises ValueError for another number of values."""
         value = getattr(self, name)
         values = value if isinstance(value, tuple) else (value,) * self.levels
-        least = (
-            0 if name == "transformer_layers_per_block" else 1
-        )  # without layers a projection stays (SDXL's ControlNets)
+        least = 0 if name == "transformer_layers_per_block" else 1  # SDXL's small ControlNets have projections alone
         if len(values) != self.levels or min(values) < least:
             raise ValueError(f"{name} {value!r}: expected a positive number, or one for each of {self.levels} levels")
         return values

@@ -92,3 +92,24 @@ def test_write_text_is_whole_or_nothing(tmp_path: Path, monkeypatch: pytest.Monk
         files.write_text(path, json.dumps({"a": 2}))
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["note.json"]
+
+
+def test_a_folder_and_a_file_are_replaced_by_whole_ones_alone(tmp_path: Path) -> None:
+    """Where writing fails, the old one stays as it was, and nothing lies beside it."""
+    folder, file = tmp_path / "model", tmp_path / "model.safetensors"
+    for text in ("first", "second"):
+        with files.whole_folder(folder) as beside, files.whole_file(file) as new:
+            assert folder.exists() == file.exists() == (text == "second")
+            (beside / text).write_text(text)
+            new.write_text(text)
+
+    def fail(place: Path) -> None:
+        (place / "part" if place.is_dir() else place).write_text("half")
+        raise OSError("the disk is full")
+
+    for whole in (files.whole_folder(folder), files.whole_file(file)):
+        with pytest.raises(OSError, match="the disk is full"), whole as beside:
+            fail(beside)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["model", "model.safetensors"]
+    assert [p.name for p in folder.iterdir()] == ["second"]
+    assert file.read_text() == "second"
