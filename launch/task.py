@@ -7,6 +7,7 @@ SLURM_LAUNCH_NODE_IPADDR is the host that submitted.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -15,10 +16,10 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from launch import hostlist, local
 from launch.job import RUN_AGAIN
@@ -26,6 +27,8 @@ from launch.job import RUN_AGAIN
 _STOP = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 _PORTS = range(10000, 30000)  # below Linux's ephemeral ports
 _TAIL = 20
+_READ = 0.1  # seconds for its last lines to be read
+_SETTLE = 0.5  # seconds in which the first failure may be told after others
 
 
 def variables(env: Mapping[str, str]) -> dict[str, str]:
@@ -101,14 +104,52 @@ def run(command: Sequence[str], log_dir: Path) -> int:
         _note(log_dir / f"again-{restart}", "port")
         return 0
     child = _Child()
-    code = child.run(local.resolve(fill(command, os.environ)), {**os.environ, **own}, _Log(log_dir, rank, restart))
+    log, here = _Log(log_dir, rank, restart), socket.gethostname()
+
+    def ended(code: int) -> None:
+        if code in (0, RUN_AGAIN):
+            return
+        try:
+            _report(log_dir, restart, _Failure(child.since(code), code, rank, here, list(child.tail)))
+        except OSError as error:  # a full disk, say: the exit code is still told
+            local.say(f"rank {rank} on {here} ended with exit code {code}, which could not be noted: {error}")
+
+    code = child.run(local.resolve(fill(command, os.environ)), {**os.environ, **own}, log, ended)
     if code == RUN_AGAIN:
-        _note(log_dir / f"again-{restart}", f"{rank} {socket.gethostname()}")
+        _note(log_dir / f"again-{restart}", f"{rank} {here}")
         return 0
-    if code and _note(log_dir / f"failed-{restart}", f"{code} {rank} {socket.gethostname()}"):
-        shown = "\n  ".join(child.tail)
-        local.say(f"rank {rank} on {socket.gethostname()} ended with exit code {code}; its last lines:\n  {shown}")
     return code
+
+
+class _Failure(NamedTuple):
+    """A rank that ended badly; `since` orders them."""
+
+    since: float
+    code: int
+    rank: int
+    host: str
+    tail: list[str]
+
+
+def _report(log_dir: Path, restart: int, failure: _Failure) -> None:
+    """Tell of a failure, and, as the first to do so, of all that others tell within a moment blame one.
+
+    Who takes longer to end may have failed first: its end made the others fail.
+    """
+    mine = log_dir / f"failed-{restart}.{failure.rank:05d}"
+    beside = mine.with_suffix(f"{mine.suffix}.tmp")
+    beside.write_text(json.dumps(failure), encoding="utf-8")
+    beside.replace(mine)
+    if not _note(log_dir / f"failing-{restart}", str(failure.rank)):
+        return
+    time.sleep(_SETTLE)
+    told = sorted(log_dir.glob(f"failed-{restart}.[0-9]*[0-9]"))
+    first = min(_Failure(*json.loads(path.read_text(encoding="utf-8"))) for path in told)
+    if _note(log_dir / f"failed-{restart}", f"{first.code} {first.rank} {first.host}"):  # or this one is late
+        shown = "\n  ".join(first.tail)
+        local.say(f"rank {first.rank} on {first.host} ended with exit code {first.code}; its last lines:\n  {shown}")
+    for path in (*told, log_dir / f"failing-{restart}"):
+        path.unlink(missing_ok=True)
 
 
 class _Child:
@@ -122,8 +163,10 @@ class _Child:
         self._process: subprocess.Popen[bytes] | None = None
         self._pending = False
         self.tail: deque[str] = deque(maxlen=_TAIL)
+        self._spoke = self._ended = 0.0
 
-    def run(self, command: Sequence[str], env: Mapping[str, str], log: _Log) -> int:
+    def run(self, command: Sequence[str], env: Mapping[str, str], log: _Log, ended: Callable[[int], None]) -> int:
+        """Its exit code, which `ended` is told before what it left behind is waited for and killed."""
         for number in _STOP:
             signal.signal(number, self._stop)
         self._process = subprocess.Popen(
@@ -141,11 +184,18 @@ class _Child:
         pump = threading.Thread(target=self._copy, args=(self._process.stdout, log), daemon=True)
         pump.start()
         code = local.exit_code(self._process.wait())
+        self._ended = time.time()
+        pump.join(timeout=_READ)
+        ended(code)
         pump.join(timeout=1)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)  # what it left behind
         pump.join(timeout=5)
         return code
+
+    def since(self, code: int) -> float:
+        """When it failed: at its last line, as a program still clears away behind it; by a signal at its end."""
+        return self._ended if code > 128 or not self._spoke else min(self._spoke, self._ended)
 
     def _stop(self, number: int, frame: object) -> None:
         self._pending = True
@@ -156,6 +206,7 @@ class _Child:
         for raw in source:
             line = raw.decode(errors="replace").rstrip("\r\n").rsplit("\r", 1)[-1]  # the last state of a progress bar
             self.tail.append(line)
+            self._spoke = time.time()
             log.write(line)
 
 

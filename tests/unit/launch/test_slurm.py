@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,46 @@ def test_variables_of_a_rank() -> None:
     with pytest.raises(ValueError, match=r"SLURM_PROCID, SLURM_LOCALID, .*: not set; `launch task` runs under srun"):
         task.variables({})
     assert task.fill(["{job}-{array}.txt"], {"SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}) == ["7-2.txt"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [  # it is held up by what it left behind; by its own clearing away; it said nothing; it was killed
+        ('sleep 30 & echo "something is wrong here"; touch gone; exit 7', "sleep 0.3; echo a peer is gone; exit 1"),
+        ('echo "something is wrong here"; touch gone; sleep 0.3; exit 7', "echo a peer is gone; exit 1"),
+        ("touch gone; exit 7", "sleep 0.1; echo a peer is gone; exit 1"),
+        ('echo "something is wrong here"; touch gone; kill -9 $$', "sleep 0.1; echo a peer is gone; exit 1"),
+    ],
+)
+def test_the_rank_that_failed_first_is_blamed_whichever_ends_first(first: str, second: str, tmp_path: Path) -> None:
+    others = {"SLURM_PROCID": "2", "SLURM_LOCALID": "0"}
+    waits = "until [ -e gone ]; do sleep 0.02; done; "
+    ranks = []
+    for script, env in ((first, STEP), (waits + second, STEP | others)):
+        command = [sys.executable, "-m", "launch", "task", "--log-dir", "logs", "--", "bash", "-c", script]
+        ranks.append(subprocess.Popen(
+            command, env={**os.environ, **env, "PYTHONPATH": str(Path(__file__).parents[3])}, cwd=tmp_path,
+            stderr=subprocess.PIPE, text=True,
+        ))  # fmt: skip
+    told = "".join(rank.communicate(timeout=60)[1] for rank in ranks)
+    code = 137 if "kill" in first else 7
+    assert [rank.returncode for rank in ranks] == [code, 1]
+    logs = tmp_path / "logs"
+    assert (logs / "failed-0").read_text().split()[:2] == [str(code), "3"]
+    assert sorted(path.name for path in logs.iterdir()) == ["failed-0", "rank-00002.log", "rank-00003.log"]
+    assert told.count("its last lines:") == 1
+    said = "\n  something is wrong here" if "echo" in first else ""
+    assert f"ended with exit code {code}; its last lines:{said}" in told
+
+
+def test_a_failure_that_cannot_be_noted_keeps_its_exit_code(tmp_path: Path) -> None:
+    """A folder lies where the note would be written."""
+    (tmp_path / "logs" / "failed-0.00003").mkdir(parents=True)
+    command = [sys.executable, "-m", "launch", "task", "--log-dir", "logs", "--", "bash", "-c", "exit 7"]
+    env = {**os.environ, **STEP, "PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 7
+    assert "ended with exit code 7, which could not be noted: " in done.stderr
 
 
 def test_preflight_blames_the_right_host() -> None:
