@@ -39,14 +39,14 @@ def main(argv: list[str]) -> int:
     from ldm.config.schema import load_run
     from ldm.data.mixture import main_source
     from ldm.demo import run as demo
-    from ldm.models.shipped import ASSETS
+    from ldm.models.shipped import ASSETS, DEFAULT
     from ldm.pipeline import Settings, TextToImage
 
     file = ASSETS / "demo.yaml"
     overrides = [f"out={args.out}", f"task.cache={args.out / 'cache'}", *args.overrides]
     config = load_run(file, overrides)
     settings = Settings(sampler="dpmpp_2m", steps=20, guidance=3.0, seed=args.seed, batch=32)
-    shipped = TextToImage.load("emoji", precision="auto")
+    shipped = TextToImage.load(DEFAULT, precision="auto")
     args.out.mkdir(parents=True, exist_ok=True)
     job = demo.Demo(config, args.out, shipped, demo.Scorer("clip_emoji", main_source(config.data).path), settings, say)
     page = demo.run(job, file, overrides, args.procs)

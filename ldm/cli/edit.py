@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.options import TEXT_PRECISION_HELP, TEXT_PRECISIONS, Parser
+from ldm.models.shipped import DEFAULT
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def _common() -> Parser:
     """What all verbs take."""
     common = Parser(add_help=False)
-    common.add_argument("--model", default="emoji", help="shipped name, run or diffusers folder, file or hub id")
+    common.add_argument("--model", default=DEFAULT, help="shipped name, run or diffusers folder, file or hub id")
     common.add_argument(
         "--lenient", action="store_true", help="leave out, and name, unknown tensors of a file instead of refusing it"
     )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.cli import control
 from ldm.cli.options import TEXT_PRECISION_HELP, TEXT_PRECISIONS, Parser
+from ldm.models.shipped import DEFAULT
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,7 +39,7 @@ def parser() -> Parser:
         help="draw this picture again with the settings stored in it; other options given change them; also reads "
         "A1111's and ComfyUI's, as far as they are known here",
     )  # fmt: skip
-    p.add_argument("--model", default="emoji", help="shipped name, run or diffusers folder, single file or hub id")
+    p.add_argument("--model", default=DEFAULT, help="shipped name, run or diffusers folder, single file or hub id")
     p.add_argument(
         "--lora",
         action="append",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ldm.cli.options import TEXT_PRECISION_HELP, TEXT_PRECISIONS, Parser
+from ldm.models.shipped import DEFAULT, SHIPPED
 
 EXAMPLES = ("a red apple", "a smiling face with sunglasses", "woman firefighter, medium-dark skin tone", "a red heart")
 
@@ -13,7 +14,7 @@ def parser() -> Parser:
         prog="ldm serve",
         description="Draw pictures of prompts in a browser. Needs `pip install 'ldm[web]'`.",
     )
-    p.add_argument("--model", default="emoji", help="shipped name, run or diffusers folder, single file or hub id")
+    p.add_argument("--model", default=DEFAULT, help="shipped name, run or diffusers folder, single file or hub id")
     p.add_argument(
         "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="what the network computes in"
     )
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
         usable(args.model, "--model"), device=args.device or dist.device(), precision=args.precision,
         text_precision=args.text_precision,
     )  # fmt: skip
-    app = build_app(pipeline, args.model, EXAMPLES if args.model == "emoji" else ())
+    app = build_app(pipeline, args.model, EXAMPLES if args.model in SHIPPED else ())
     try:
         app.launch(server_name=args.host, server_port=args.port, quiet=False, share=False)
     except OSError as error:

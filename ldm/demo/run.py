@@ -10,29 +10,25 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.checkpoint.convert import load_network
 from ldm.config.schema import RunConfig
 from ldm.data.grid import sheet, to_pil
-from ldm.data.loader import Loader
+from ldm.data.loader import DataConfig, Loader
 from ldm.data.mixture import main_source
-from ldm.demo import edits
+from ldm.demo import edits, models
 from ldm.demo.page import DemoResults, RetrievalFigure, write_demo_page
 from ldm.diffusion import Discrete, Flow
 from ldm.evaluate import measure
 from ldm.metrics.clip_score import nearest
 from ldm.metrics.retrieval import Retrieval
-from ldm.models import networks
 from ldm.pipeline import Settings, TextToImage
 from ldm.precision import DTYPES
 from ldm.recipes.sources import load_clip
-from ldm.recipes.text_to_image import TextToImageTask
-from ldm.rng import Rng, seed_torch
+from ldm.rng import Rng
 from ldm.web.chart import Curve
 from ldm.web.gallery import Fact, Picture
 
@@ -47,6 +43,8 @@ HERO = (
 STEP_COUNTS = (1, 2, 4, 8, 16, 50, 250, 1000)
 ROWS = {"ddpm": 1000, "ddim": 1000, "dpmpp_2m": 250, "unipc": 50, "euler": 50, "heun": 50}
 FEW_STEPS = (1, 2, 4, 8)
+STUDENT = ("emoji", "emoji_lcm")
+"""The teacher and what was distilled from it."""
 SCALES = (1.0, 2.0, 3.0, 5.0, 8.0, 12.0)
 
 
@@ -81,11 +79,9 @@ class Scorer:
             images = pipeline.sample(drawn.captions, settings=settings)
         return measure.retrieval_of(images, drawn.captions, drawn.pool, self.clip, self.config)
 
-    @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
         """Unit image features (N, D)."""
-        clip: Any = self.clip
-        return torch.cat([clip.encode_image(part, normalize=True).float() for part in images.split(64)])
+        return measure.clip_features(images, self.clip, self.config)
 
 
 @dataclass
@@ -100,6 +96,10 @@ class Demo:
     say: Callable[[str], None]
     clock: Clock = field(default_factory=Clock)
     results: DemoResults = field(default_factory=DemoResults)
+
+    def shown(self, **changes: object) -> DataConfig:
+        """The training pictures, as large as the shipped model draws."""
+        return replace(main_source(self.config.data), size=self.shipped.size(None)[0], **changes)  # type: ignore[arg-type]
 
     def draw(self, pipeline: TextToImage, prompts: Sequence[str], **changes: object) -> list[Image.Image]:
         """One picture a prompt, from the same noise whatever the pipeline."""
@@ -123,7 +123,7 @@ def train(config: Path, overrides: Sequence[str], procs: int) -> None:
 def run(demo: Demo, config_file: Path, overrides: Sequence[str], procs: int) -> Path:
     """Everything; the page's path."""
     r, say = demo.results, demo.say
-    data = Loader(replace(main_source(demo.config.data), captions="first", shuffle=True), seed=1, micro_batch=64)
+    data = Loader(demo.shown(captions="first", shuffle=True), seed=1, micro_batch=64)
     batch = data.batch(0, 0)
     pictures = to_pil(batch["image"])
     r.data = [Picture(p, c) for p, c in zip(pictures[:40], batch["caption"][:40], strict=True)]
@@ -131,17 +131,13 @@ def run(demo: Demo, config_file: Path, overrides: Sequence[str], procs: int) -> 
     noising(demo, batch["image"][:1])
     demo.clock.lap("reading the data, noising a picture")
 
-    seed_torch(demo.config.seed)
-    assert isinstance(demo.config.task, TextToImageTask)
-    assert demo.config.task.network is not None
-    untrained = demo.shipped.with_network(networks.build(demo.config.task.network).eval().requires_grad_(False))
     r.prompts = PROMPTS
-    stages = {"before": demo.draw(untrained, PROMPTS)}
+    stages = {"before": demo.draw(models.untrained(demo.config), PROMPTS)}
     demo.clock.lap("drawing before training")
     say(f"training a small U-Net on {procs} processes ...")
     train(config_file, overrides, procs)
     minutes = demo.clock.lap("encoding the data once, and training") / 60
-    trained = demo.shipped.with_network(load_network(demo.out / "export" / "unet").eval().requires_grad_(False))
+    trained = models.trained(demo.out)
     spent = f"{minutes:.0f} minute{'' if round(minutes) == 1 else 's'}"
     stages[f"after {spent}"] = demo.draw(trained, PROMPTS)
     stages["the shipped model"] = demo.draw(demo.shipped, PROMPTS)
@@ -215,12 +211,12 @@ def samplers(demo: Demo, trained: TextToImage) -> None:
 
 
 def few_steps(demo: Demo, trained: TextToImage) -> None:
-    """The shipped model and its distilled student, the same noise at each count of steps."""
+    """A shipped student and its teacher, the same noise at each count of steps."""
     precision = next(name for name, dtype in DTYPES.items() if dtype == demo.shipped.dtype)
-    student = TextToImage.load("emoji_lcm", device=demo.shipped.device, precision=precision)
+    whole, student = (TextToImage.load(n, device=demo.shipped.device, precision=precision) for n in STUDENT)
     prompts = ("a red apple", "cat", "police car")
     scale = demo.settings.guidance
-    teacher = [demo.draw(demo.shipped, prompts, sampler="ddim", steps=n) for n in FEW_STEPS]
+    teacher = [demo.draw(whole, prompts, sampler="ddim", steps=n) for n in FEW_STEPS]
     own = [demo.draw(student, prompts, sampler="lcm", steps=n, guidance=1.0) for n in FEW_STEPS]
     rows: dict[str, list[Image.Image | None]] = {}
     for i, prompt in enumerate(prompts):
@@ -240,7 +236,7 @@ def guidance(demo: Demo, trained: TextToImage) -> None:
 def heldout(demo: Demo, trained: TextToImage) -> None:
     """Prompts of both held-out splits beside the true pictures."""
     for split, into in (("compositional", "compositional"), ("heldout", "heldout")):
-        plain = replace(main_source(demo.config.data), split=split, captions="first", shuffle=True)
+        plain = demo.shown(split=split, captions="first", shuffle=True)
         batch = Loader(plain, seed=3, micro_batch=6).batch(0, 0)
         prompts = [p for p in batch["caption"] for _ in range(4)]
         drawn = demo.draw(demo.shipped, prompts)
@@ -276,7 +272,7 @@ def retrieval(demo: Demo, trained: TextToImage) -> None:
 
 def neighbours(demo: Demo, trained: TextToImage) -> None:
     """Training pictures nearest in CLIP's image features to pictures made."""
-    plain = replace(main_source(demo.config.data), captions="first", shuffle=False)
+    plain = demo.shown(captions="first", shuffle=False)
     bank = Loader(plain, seed=0, micro_batch=len(Loader(plain, seed=0, micro_batch=1).samples)).batch(0, 0)
     features = demo.scorer.image_features(bank["image"])
     prompts = [*PROMPTS[:4], *demo.results.compositional][:8]

@@ -13,9 +13,10 @@ SHIPPED = {
     "clip_emoji": ASSETS / "clip_emoji",
     "emoji_128": ASSETS / "emoji_128",
 }
+DEFAULT = "emoji_128"
+"""Draws where no model is asked for."""
 PARTS = {
     "clip_emoji": "a CLIP, which judges",
-    "emoji_128": "an autoencoder, beside a U-Net in training",
 }
 """Those that do not draw."""
 

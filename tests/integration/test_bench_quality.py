@@ -149,11 +149,11 @@ def test_only_training_is_counted_and_marks_are_met_once(tmp_path: Path) -> None
     assert seconds_a_step(lambda: setattr(ticks, "at", ticks.at + 3.0), 1, 5, ticks) == 3.0
 
 
-def test_the_base_is_what_the_demo_trains() -> None:
-    demo, base = load_run(ROOT / "ldm/assets/demo.yaml"), rows.load("base").run
+def test_the_demo_trains_a_measured_recipe() -> None:
+    demo, best = load_run(ROOT / "ldm/assets/demo.yaml"), rows.load("best").run
     for part in ("network", "process", "options", "vae", "text"):
-        assert encode(getattr(base.task, part)) == encode(getattr(demo.task, part))
-    assert (base.train.optim, base.train.batch, base.train.ema, base.data) == (
+        assert encode(getattr(best.task, part)) == encode(getattr(demo.task, part))
+    assert (best.train.optim, best.train.batch, best.train.ema, best.data) == (
         demo.train.optim, demo.train.batch, demo.train.ema, demo.data,
     )  # fmt: skip
 
