@@ -1,4 +1,4 @@
-"""Options of verbs that open a model: which of the weights that a folder or a single file holds, and how it predicts."""
+"""Options of verbs that open a model: which of its weights are read, and what its network predicts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def add(p: Parser) -> None:
     """The options, with the names of `ldm convert`."""
     p.add_argument("--variant", help="of a folder: read the weights of this variant, such as fp16")
     p.add_argument("--ema", action="store_true", help="of a single file: read its averaged weights, if it holds both")
-    p.add_argument("--prediction", choices=("epsilon", "v_prediction", "sample"),
-                   help="of a single file: what its network predicts, where its tensors do not tell")  # fmt: skip
+    p.add_argument("--prediction", choices=("epsilon", "v"),
+                   help="what an SD 2.x single file predicts")  # fmt: skip
 
 
 def which(args: argparse.Namespace) -> Which:

@@ -57,7 +57,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"optim": {"lrr": 1.0, "bettas": [0, 0], "plugh": 3}},
-        "config.optim: unknown key(s) ['bettas', 'lrr', 'plugh']; Optim has betas, clip, lr; did you mean 'betas', 'lr'?",
+        "config.optim: unknown key(s) ['bettas', 'lrr', 'plugh']; Optim has betas, clip, lr; did you mean 'betas', "
+        "'lr'?",
     ),
     (
         {"xyzzy": 1, "plugh": 2},
