@@ -120,8 +120,13 @@ def open_model(
     path = Path(expanded(str(source)))
     given = Given(_there(text, "--text", folder=True), _there(vae, "--vae"))
     if path.is_file():
+        if variant:
+            raise ValueError(f"--variant: {variant!r} is of folders; {path.name} is one file")
         opened = open_single(path, ema=ema, prediction=prediction, lenient=lenient, given=given)
         return opened.fitted(lenient=lenient)
+    if ema or prediction:
+        what = f"--prediction: {prediction!r}" if prediction else "--ema"
+        raise ValueError(f"{what}: is for single files; a folder's own files tell it")
     if given != Given():
         raise ValueError(f"{'--text' if given.text else '--vae'}: is for single files; a folder has all parts in it")
     if path.is_dir():

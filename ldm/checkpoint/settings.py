@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm.checkpoint.downloads import instead
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """Keys and values of a file; ValueError if it is missing or something else."""
@@ -15,7 +17,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+        raise ValueError(f"{path}: not JSON: {instead(path) or error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path}: expected keys and values")
     return data

@@ -20,7 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ldm.checkpoint.downloads import instead
 from ldm.checkpoint.pickled import named_tensors, read_pickled
+from ldm.checkpoint.settings import read_json
 
 log = logging.getLogger(__name__)
 SHARD_BYTES = 10 * 1000**3
@@ -107,7 +109,7 @@ def open_file(path: Path, *, prefix: str = "") -> dict[str, Entry]:
         raise ValueError(f"{prefix}{path}: expected {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     try:
         if is_pickled(path):
-            if what := _instead(path):
+            if what := instead(path):
                 raise ValueError(f"{path}: not readable as weights: {what}")
             return plain_names(of_state(named_tensors(read_pickled(path), path)))
         return unscaled(plain_names(_open_safetensors(path)), path)
@@ -220,23 +222,9 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         return json.loads(file.read(length)), 8 + length
 
 
-def _instead(path: Path) -> str | None:
-    """What a file is instead of weights, as far as its first bytes tell."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(512).lstrip()
-    if not start:
-        return f"it is empty ({size} bytes); download or copy it again"
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a git-LFS pointer; `git lfs pull` fetches the weights"
-    if start[:1] == b"<":
-        return "it is a web page (HTML), as a download without a login gives; download it again"
-    return None
-
-
 def _damage(path: Path) -> str | None:
     """What is wrong with a safetensors file that cannot be read, as far as its beginning and its size tell."""
-    if what := _instead(path):
+    if what := instead(path):
         return what
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -294,7 +282,7 @@ def _variants(folder: Path, stem: str) -> list[str]:
 
 
 def _open_shards(folder: Path, index: Path) -> dict[str, Entry]:
-    where: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    where: dict[str, str] = read_json(index).get("weight_map", {})
     out: dict[str, Entry] = {}
     for name in sorted(set(where.values())):
         if Path(name).name != name:

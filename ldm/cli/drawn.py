@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,12 +43,12 @@ class Album:
 
     def add(self, picture: Image.Image, place: int, words: str, record: Mapping[str, Any]) -> Path:
         """Write a picture with its settings under its number and words."""
-        slug = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")[:60]
-        return self._write(picture, f"{self.first + place:04d}" + (f"-{slug or 'empty'}" if words else ""), record)
+        name = f"-{slug(words) or 'empty'}" if words else ""
+        return self._write(picture, f"{self.first + place:04d}{name}", record)
 
     def name(self, picture: Image.Image, name: str, record: Mapping[str, Any]) -> Path:
         """Write a picture with its settings under a name, or that name and a number if it is taken."""
-        return self._write(picture, re.sub(r"[/\\\0]", "-", name)[:100], record)
+        return self._write(picture, short(re.sub(r"[/\\\0]", "-", name), 100), record)
 
     def _write(self, picture: Image.Image, stem: str, record: Mapping[str, Any]) -> Path:
         from PIL.PngImagePlugin import PngInfo
@@ -64,6 +65,21 @@ class Album:
                 return path
             except FileExistsError:
                 again += 1
+
+
+def slug(words: str) -> str:
+    """Words as a part of a file's name: letters, marks and digits of any script, in small letters, others as one -."""
+    plain = unicodedata.normalize("NFC", words.lower())
+    kept = "".join(c if unicodedata.category(c)[0] in "LMN" else "-" for c in plain)
+    return short(re.sub("-+", "-", kept).strip("-"), 60).strip("-")
+
+
+def short(name: str, most: int) -> str:
+    """At most so many characters, and twice as many bytes, of a name: file systems count bytes, 255 at most."""
+    name = name[:most]
+    while len(name.encode("utf-8", "surrogateescape")) > 2 * most:
+        name = name[:-1]
+    return name
 
 
 def _write_new(path: Path, data: bytes) -> None:

@@ -1,4 +1,7 @@
-"""`ldm finetune dreambooth | textual-inversion | lora | controlnet --images FOLDER`: from pictures to a tuned model."""
+"""`ldm finetune dreambooth | textual-inversion | lora | controlnet --images FOLDER`: from pictures to a tuned model.
+
+`ldm finetune --from FILE` is `ldm.cli.finetune_from`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import starts
+from ldm.cli import finetune_from, starts
 from ldm.cli.options import TEXT_PRECISION_HELP, TEXT_PRECISIONS, Parser, is_override
 
 _EPILOG = (
@@ -18,7 +21,8 @@ _EPILOG = (
 def parser() -> Parser:
     """Options of the verb; their names are those of diffusers' scripts where they have one."""
     p = Parser(prog="ldm finetune", description="Fine-tune a model on a folder of pictures.")
-    methods = p.add_subparsers(dest="method", required=True)
+    finetune_from.add(p)
+    methods = p.add_subparsers(dest="method")
 
     d = methods.add_parser(
         "dreambooth", help="teach a subject from 3 to 10 pictures, under a rare word", epilog=_EPILOG
@@ -197,8 +201,12 @@ def _adapter(args: argparse.Namespace, low_rank: bool) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     """Run the verb; ValueError for users' mistakes."""
+    if finetune_from.asked(argv):
+        return finetune_from.main(argv)
     options = parser()
     args, words = options.parse_known_args(argv)
+    if args.method is None:
+        options.error("the following arguments are required: method")
     if wrong := [w for w in words if not is_override(w)]:
         raise ValueError(f"override {wrong[0]!r}: expected key=value, such as train.steps=100")
     args.overrides = [*args.overrides, *words]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import control
+from ldm.cli import control, opening
 from ldm.cli.options import TEXT_PRECISION_HELP, TEXT_PRECISIONS, Parser
 from ldm.models.shipped import DEFAULT
 
@@ -54,6 +54,7 @@ def parser() -> Parser:
     p.add_argument(
         "--lenient", action="store_true", help="leave out, and name, unknown tensors of a file instead of refusing it"
     )
+    opening.add(p)
     p.add_argument(
         "--clean-captions", action="store_true",
         help="clean prompts of links, markup, names of files and more, as PixArt's pipelines do (clean_caption); needs "
@@ -257,7 +258,7 @@ def _loaded(args: argparse.Namespace, settings: Settings) -> tuple[TextToImage, 
     device = args.device or dist.device()
     pipeline = TextToImage.load(
         usable(args.model, "--model"), device=device, precision=args.precision, lenient=args.lenient, text=args.text,
-        vae=args.vae, text_precision=args.text_precision, blocks_on_device=args.blocks_on_device,
+        vae=args.vae, text_precision=args.text_precision, blocks_on_device=args.blocks_on_device, **opening.which(args),
     )  # fmt: skip
     settings = _settings(args, pipeline.student, pipeline.habit)
     args.sampler, args.steps, args.guidance = settings.sampler, settings.steps, settings.guidance

@@ -21,6 +21,8 @@ FORMS: dict[type, Forms] = {}
 _SCALARS = {int: "int", float: "float", str: "str", bool: "bool"}
 _WHOLE = re.compile(r"[-+]?[0-9_]+(\.[0-9_]*)?[eE]\+?[0-9]+")
 
+MOST_NAMED = 12
+"""Keys of a class that are named where no key is near to one that is unknown."""
 OTHERS = {
     "adam_beta1": "train.optim.betas", "adam_beta2": "train.optim.betas", "adam_epsilon": "train.optim.eps",
     "adam_weight_decay": "train.optim.weight_decay", "batch_size": "train.batch", "bs": "train.batch",
@@ -179,9 +181,7 @@ class Decoder:
         fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
         unknown = sorted(set(map(str, data)) - set(fields))
         if unknown:
-            hint = near(unknown[0], fields) or self._elsewhere(unknown[0], where)
-            text = f"{where}: unknown key(s) {unknown}; {cls.__name__} has {sorted(fields)}{hint}"
-            raise WrongValue(f"{where}.{unknown[0]}", text)
+            raise WrongValue(f"{where}.{unknown[0]}", self._unknown(unknown, cls, fields, where))
         hints = typing.get_type_hints(cls)
         values = {k: self.decode(hints[k], v, f"{where}.{k}") for k, v in data.items()}
         required = {
@@ -195,6 +195,17 @@ class Decoder:
             return cls(**values)
         except ValueError as error:
             raise WrongValue(where, f"{where}: {error}") from error
+
+    def _unknown(self, unknown: list[str], cls: Any, fields: typing.Iterable[str], where: str) -> str:
+        """What to say of unknown keys: what each is near to; of those near to nothing, what there is."""
+        hints = [near(name, fields) or self._elsewhere(name, where) for name in unknown]
+        found = [hint.removeprefix("; did you mean ").removesuffix("?") for hint in hints if hint]
+        said = f"{where}: unknown key(s) {unknown}"
+        if len(found) < len(unknown):
+            names = sorted(fields)
+            more = f", ... ({len(names)} in all)" if len(names) > MOST_NAMED else ""
+            said += f"; {cls.__name__} has {', '.join(names[:MOST_NAMED])}{more}"
+        return said + (f"; did you mean {', '.join(found)}?" if found else "")
 
     def _elsewhere(self, name: str, where: str) -> str:
         """A hint at the key of that name, or of that meaning, in another place of the tree."""

@@ -21,6 +21,7 @@ from ldm.data.loader import DataConfig, Loader
 from ldm.data.mixture import main_source
 from ldm.demo import edits, models
 from ldm.demo.page import DemoResults, RetrievalFigure, write_demo_page
+from ldm.demo.shown import shown
 from ldm.diffusion import Discrete, Flow
 from ldm.evaluate import measure
 from ldm.metrics.clip_score import nearest
@@ -126,7 +127,7 @@ def run(demo: Demo, config_file: Path, overrides: Sequence[str], procs: int) -> 
     data = Loader(demo.shown(captions="first", shuffle=True), seed=1, micro_batch=64)
     batch = data.batch(0, 0)
     pictures = to_pil(batch["image"])
-    r.data = [Picture(p, c) for p, c in zip(pictures[:40], batch["caption"][:40], strict=True)]
+    r.data = [Picture(pictures[i], batch["caption"][i]) for i in shown(batch["caption"], 40)]
     r.data_text = _data_text(len(data.samples), demo)
     noising(demo, batch["image"][:1])
     demo.clock.lap("reading the data, noising a picture")

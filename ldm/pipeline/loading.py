@@ -7,9 +7,10 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
+from typing_extensions import Unpack  # typing has it from Python 3.11 on; torch needs the package
 
 from ldm.checkpoint import control_files, students
 from ldm.checkpoint.convert import Components, open_model
@@ -24,6 +25,14 @@ from ldm.models.text import TextEncoder, TextPrecision, TextTower
 from ldm.models.vae.latents import LatentCodec
 
 log = logging.getLogger(__name__)
+
+
+class Which(TypedDict, total=False):
+    """Which weights are read: a folder's `variant` ("fp16"), a single file's averaged ones; what these predict."""
+
+    variant: str
+    ema: bool
+    prediction: str
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,7 @@ def load_parts(
     vae: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
     text_precision: TextPrecision | None = None,
+    **which: Unpack[Which],
 ) -> Loaded:
     """From a shipped model's name (emoji), a run folder, a diffusers folder, a single file or a hub id.
 
@@ -63,7 +73,7 @@ def load_parts(
     check_draws(source)
     for folder in (found, found / "export"):
         if (folder / "adapter.json").is_file():
-            return _adapted(folder, lenient, dtype, text_precision)
+            return _adapted(folder, lenient, dtype, text_precision, which)
     if control_files.folder_of(found) is not None and not (found / "model_index.json").is_file():
         raise ValueError(
             f"{source}: a ControlNet; draw under it with --control {source}:PICTURE and its base as the model"
@@ -71,7 +81,7 @@ def load_parts(
     if (found / "checkpoints").is_dir() and not (found / "export" / "model_index.json").is_file():
         raise ValueError(f"run {str(source)!r}: not exported yet; the export is written when training ends")
     own = found / "export" if (found / "export").is_dir() else found
-    parts = open_model(own, lenient=lenient, text=text, vae=vae).load(dtype, torch.float32, text_precision)
+    parts = open_model(own, lenient=lenient, text=text, vae=vae, **which).load(dtype, torch.float32, text_precision)
     family = family_of(parts.network.config, parts.scheduler)
     how = scheduler_from_diffusers(parts.scheduler, grid=family.grid)
     network = parts.network.eval().requires_grad_(False)
@@ -91,10 +101,12 @@ def _variance(parts: Components, told: Literal["fixed", "learned"]) -> Literal["
     return "learned" if parts.network.out_channels == 2 * parts.codec.channels else told
 
 
-def _adapted(folder: Path, lenient: bool, dtype: torch.dtype, text_precision: TextPrecision | None) -> Loaded:
+def _adapted(
+    folder: Path, lenient: bool, dtype: torch.dtype, text_precision: TextPrecision | None, which: Which
+) -> Loaded:
     """The base model of a fine-tuning with its adapter's files."""
     told = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
-    base = load_parts(told["base"], lenient=lenient, dtype=dtype, text_precision=text_precision)
+    base = load_parts(told["base"], lenient=lenient, dtype=dtype, text_precision=text_precision, **which)
     return replace(
         base,
         loras=(*base.loras, *(folder / name for name in told["loras"])),

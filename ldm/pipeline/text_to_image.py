@@ -92,6 +92,7 @@ class TextToImage:
         vae: str | Path | None = None,
         text_precision: TextPrecision | None = None,
         blocks_on_device: int | None = None,
+        **which: Any,
     ) -> TextToImage:
         """From a shipped model's name (emoji), a run folder, a diffusers folder, a single file or a hub id.
 
@@ -99,14 +100,16 @@ class TextToImage:
         of norms, softmax, the sampler and the autoencoder stay in float32. `text_precision`: fp32, bf16, fp16 or int8,
         of the text encoders alone. `lenient` leaves unknown tensors out and names them. `text` and `vae`: folders that
         hold what a transformer's single file lacks. `blocks_on_device` is of `stream`, None for all. Raises ValueError
-        when it is none of these.
+        when it is none of these. `which`: `ldm.pipeline.loading.Which`, of several weights in a file or folder.
         """
         check_count(blocks_on_device)
         if text_precision is not None:
             check_text_precision(text_precision)
         precision = chosen(precision, device)
         dtype = compute_dtype(precision)
-        found = load_parts(source, lenient=lenient, text=text, vae=vae, dtype=dtype, text_precision=text_precision)
+        found = load_parts(
+            source, lenient=lenient, text=text, vae=vae, dtype=dtype, text_precision=text_precision, **which
+        )
         pipeline = TextToImage(
             found.network, found.codec, found.text, found.process, spacing=found.spacing, offset=found.offset,
             end=found.end, precision=precision,

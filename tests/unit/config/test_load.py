@@ -53,19 +53,24 @@ GOOD: dict[str, Any] = {"name": "a", "steps": 10}
 BAD: list[tuple[dict[str, Any], str]] = [
     (
         {"optim": {"lrr": 1.0}},
-        "config.optim: unknown key(s) ['lrr']; Optim has ['betas', 'clip', 'lr']; did you mean 'lr'?",
+        "config.optim: unknown key(s) ['lrr']; did you mean 'lr'?",
+    ),
+    (
+        {"optim": {"lrr": 1.0, "bettas": [0, 0], "plugh": 3}},
+        "config.optim: unknown key(s) ['bettas', 'lrr', 'plugh']; Optim has betas, clip, lr; did you mean 'betas', "
+        "'lr'?",
     ),
     (
         {"xyzzy": 1, "plugh": 2},
-        "config: unknown key(s) ['plugh', 'xyzzy']; Run has ['adapter', 'ema', 'name', 'optim', 'out', 'precision', "
-        "'prior', 'size', 'steps', 'weights', 'widths']",
+        "config: unknown key(s) ['plugh', 'xyzzy']; Run has adapter, ema, name, optim, out, precision, prior, size, "
+        "steps, weights, widths",
     ),
     (
         {"adapter": {"kind": "lorra"}},
         "config.adapter.kind: 'lorra' is not one of ['full', 'lora']; did you mean 'lora'?",
     ),
     ({"adapter": {"rank": 4}}, "config.adapter.kind: missing; one of ['full', 'lora']"),
-    ({"adapter": {"kind": "full", "rank": 4}}, "config.adapter: unknown key(s) ['rank']; Full has ['kind']"),
+    ({"adapter": {"kind": "full", "rank": 4}}, "config.adapter: unknown key(s) ['rank']; Full has kind"),
     ({"adapter": {"kind": "lora", "rank": 0}}, "config.adapter: rank must be at least 1, got 0"),
     ({"adapter": {"kind": "lora", "rank": 4.0}}, "config.adapter.rank: expected int, got 4.0 (float)"),
     ({"name": True}, "config.name: expected str, got True (bool); quote it in YAML?"),
@@ -89,7 +94,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"weights": {"a": "b"}}, "config.weights.a: expected float, got 'b' (str)"),
     ({"weights": [1.0]}, "config.weights: expected keys and values, got [1.0]"),
     ({"size": "64"}, "config.size: expected int, got '64' (str); or config.size: expected a list, got '64'"),
-    ({"prior": {"lr": 1.0, "x": 2}}, "config.prior: unknown key(s) ['x']; Optim has ['betas', 'clip', 'lr']"),
+    ({"prior": {"lr": 1.0, "x": 2}}, "config.prior: unknown key(s) ['x']; Optim has betas, clip, lr"),
 ]
 
 

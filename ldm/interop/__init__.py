@@ -1,0 +1,1 @@
+"""Configurations of other trainers become ours: one file a format, each key told what became of it."""

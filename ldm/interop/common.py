@@ -1,0 +1,194 @@
+"""What the formats share: optimizers, learning-rate schedules, precisions, sample prompts, epochs in steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ldm.data.sources import captions_beside, find
+from ldm.interop.sheet import Sheet
+from ldm.recipes.folder_runs import Choices
+from ldm.recipes.sources import scheduler_of
+
+OPTIMIZERS = {
+    "adamw": "adamw",
+    "adamw8bit": "adamw8bit",
+    "pagedadamw8bit": "adamw8bit",
+    "lion": "lion",
+}
+"""Their names in small letters, and ours; what else they have (Prodigy, Adafactor, ...) is not here."""
+SAMPLERS = {
+    "ddim": "ddim", "ddpm": "ddpm", "pndm": "pndm", "plms": "plms", "lms": "lms", "k_lms": "lms", "euler": "euler",
+    "k_euler": "euler", "euler_a": "euler_ancestral", "k_euler_a": "euler_ancestral", "heun": "heun",
+    "dpm_2": "kdpm2", "k_dpm_2": "kdpm2", "dpmsolver": "dpm_solver_2m", "dpmsolver++": "dpmpp_2m", "lcm": "lcm",
+    "flowmatch": "euler", "unipc": "unipc", "deis": "deis",
+}  # fmt: skip
+POLYNOMIAL_END = 1e-7
+"""The rate at which diffusers' and transformers' polynomial schedule ends."""
+SHIFTS = {"sd3": 3.0}
+"""The flow's shift that a family's own scheduler has in training, where a density of times comes on top of it."""
+
+
+def optimizer(sheet: Sheet, key: str, name: str, *, paged: str = "") -> None:
+    """The algorithm. Refused where it is not here."""
+    bare = name.lower().replace("_", "").replace("torch.optim.", "").replace("bitsandbytes.optim.", "")
+    if (ours := OPTIMIZERS.get(bare)) is None:
+        sheet.refuse(key, f"{name}: not here; train.optim.algorithm has adamw, adamw8bit, lion, muon and sgd")
+        return
+    note = "its pages are left out, which only save memory" if bare.startswith("paged") else paged
+    sheet.keep(key, "train.optim.algorithm", ours, note)
+
+
+def optimizer_arguments(sheet: Sheet, key: str, given: Mapping[str, Any]) -> None:
+    """Keyword arguments of an optimizer: weight decay, betas and eps."""
+    kept, lacking = {}, []
+    for name, value in given.items():
+        try:
+            if name in ("weight_decay", "eps"):
+                kept[name] = float(value)
+            elif name == "betas":
+                parts = value if isinstance(value, (list, tuple)) else str(value).strip("()[] ").split(",")
+                kept[name] = [float(v) for v in parts]
+            elif str(value).lower() not in ("false", "none"):
+                lacking.append(name)
+        except ValueError as error:
+            raise ValueError(f"{sheet.program}: {key}: {name}: expected numbers, got {value!r}") from error
+    if lacking:
+        sheet.refuse(key, f"{', '.join(lacking)}: not here; weight_decay, betas and eps are")
+        return
+    for name, value in kept.items():
+        sheet.keep(key, f"train.optim.{name}", value)
+
+
+def schedule(sheet: Sheet, key: str, *, warmup_key: str, warmup: int, rate: float, cycles: float = 1.0,
+             power: float = 1.0) -> None:  # fmt: skip
+    """The learning rate's course after diffusers' names; `warmup` in optimizer steps."""
+    name = sheet.text(key, "constant")
+    if name == "constant":
+        sheet.keep(key, "train.optim.decay", "constant")
+        if warmup:
+            sheet.leave("their schedule `constant` has no warm-up, whatever is written", warmup_key)
+        sheet.told(warmup_key)
+        return
+    ours, final, why = {"constant_with_warmup": "constant", "cosine": "cosine", "linear": "linear"}.get(name), 0.0, ""
+    if name == "cosine_with_restarts" and cycles == 1:
+        ours, why = "cosine", "one cycle, no restart"
+    elif name == "polynomial" and power == 1:
+        ours, final, why = "linear", min(1.0, POLYNOMIAL_END / rate), "of power 1, a line"
+    if ours is None:
+        sheet.refuse(key, f"{name}: not here; train.optim.decay has constant, cosine and linear")
+        return
+    sheet.keep(key, "train.optim.decay", ours, why)
+    if final:
+        sheet.put("train.optim.final", final)
+    sheet.keep(warmup_key, "train.optim.warmup", warmup)
+
+
+def precision(sheet: Sheet, key: str, name: str) -> None:
+    """What is computed in: their fp16 is ours where there is a GPU, which it needs."""
+    import torch
+
+    names = {"no": "fp32", "fp32": "fp32", "float32": "fp32", "float": "fp32", "bf16": "bf16", "bfloat16": "bf16",
+             "fp16": "fp16", "float16": "fp16"}  # fmt: skip
+    ours = names.get(name.lower())
+    if ours is None:
+        sheet.refuse(key, f"{name}: not here; train.engine.precision has fp32, bf16 and fp16")
+    elif ours == "fp16" and not torch.cuda.is_available():
+        sheet.near(key, "train.engine.precision", "auto", "there is no GPU here, which fp16 needs: bf16 or fp32")
+    else:
+        sheet.keep(key, "train.engine.precision", ours)
+
+
+def pairs(texts: Iterable[str], sign: str = "=") -> dict[str, str]:
+    """Texts such as KEY=VALUE as keys and values."""
+    return {text.partition(sign)[0]: text.partition(sign)[2] for text in texts}
+
+
+def count(folder: str | Path) -> int | None:
+    """Pictures of a folder times the repeats that its name tells, None where it is not here."""
+    try:
+        return sum(item.repeats for item in find(Path(folder), "none") if item.problem is None)
+    except ValueError:
+        return None
+
+
+def captioned(folder: str | Path) -> tuple[int, int] | None:
+    """How many pictures of a folder have captions, and how many have none; None where it is not here."""
+    try:
+        items = [item for item in find(Path(folder)) if item.problem is None]
+    except ValueError:
+        return None
+    named = [item.caption_file is not None or bool(item.captions) for item in items]
+    return sum(named), len(named) - sum(named)
+
+
+def captions_with(folder: str | Path, words: tuple[str, ...]) -> str | None:
+    """The name of a picture whose caption holds one of the words."""
+    for item in find(Path(folder)):
+        if item.problem is None and any(word in text for text, _ in captions_beside(item) for word in words):
+            return item.name
+    return None
+
+
+def steps_of_epochs(sheet: Sheet, key: str, epochs: int, pictures: int | None, batch: int, accumulate: int) -> int:
+    """Optimizer steps of so many epochs: each is its batches, rounded up, divided by the accumulation, rounded up.
+
+    Without the pictures the sheet says that it needs them.
+    """
+    if pictures is None:
+        sheet.need(
+            f"{key}: {epochs} epochs are steps only where the pictures can be counted, and their folder is not here; "
+            "give train.steps=N"
+        )
+        return 1
+    return epochs * epoch(pictures, batch, accumulate)
+
+
+def epoch(pictures: int, batch: int, accumulate: int) -> int:
+    """Optimizer steps of an epoch."""
+    return max(1, math.ceil(math.ceil(pictures / batch) / accumulate))
+
+
+def drawing(base: str) -> dict[str, Any]:
+    """How samples are drawn of a base where nothing is said."""
+    return Choices(method="lora", images=Path(), base=base).drawing
+
+
+def prediction(sheet: Sheet, key: str, base: str, wanted: str) -> None:
+    """What the network predicts, which is the base's own: told as such, refused where the base says otherwise."""
+    try:
+        own = str(scheduler_of(base).get("prediction_type", "epsilon"))
+    except (ValueError, OSError):
+        sheet.near(key, "", None, f"the base's own files tell it; see that it is {wanted}")
+        return
+    if own == wanted:
+        sheet.leave(f"the base's own files say so: {own}", key)
+    else:
+        sheet.refuse(key, f"{wanted}, but the base's own files say {own}, which is what trains")
+
+
+def min_snr(sheet: Sheet, key: str) -> None:
+    """Min-SNR: the same weight of the same error, for noise and velocity."""
+    if sheet.has(key) and sheet.number(key) > 0:
+        sheet.keep(key, "task.weighting", {"kind": "min_snr", "gamma": sheet.number(key)})
+    else:
+        sheet.leave("none, as here", key)
+
+
+def on_top_of(shift: float, own: float) -> dict[str, Any]:
+    """A logit-normal's mean and uniform times' shift that together with a schedule's `own` shift make `shift`."""
+    rest = shift / own
+    return {} if math.isclose(rest, 1.0) else {"mean": math.log(rest), "shift": rest}
+
+
+def times(shape: str, *, shift: float = 1.0, own: float = 1.0, std: float = 1.0) -> dict[str, Any]:
+    """A density of a flow's times: "sigmoid" is logit-normal, "uniform"; in all shifted by `shift`.
+
+    logit of s u / (1 + (s - 1) u) is logit(u) + log s, so that both shapes are exact.
+    """
+    more = on_top_of(shift, own)
+    if shape == "sigmoid":
+        return {"kind": "logit_normal", "mean": more.get("mean", 0.0), "std": std}
+    return {"kind": "shifted_uniform", "shift": more["shift"]} if more else {"kind": "uniform"}

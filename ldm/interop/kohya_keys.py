@@ -1,0 +1,88 @@
+"""Arguments of sd-scripts that change nothing that is trained here, and those that are not here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+LEFT_OUT: dict[str, tuple[str, ...]] = {
+    "logging": (
+        "logging_dir", "log_with", "log_prefix", "log_tracker_name", "log_tracker_config", "log_config",
+        "wandb_run_name", "wandb_api_key", "console_log_level", "console_log_file", "console_log_simple",
+    ),
+    "about files that are written": (
+        "save_model_as", "save_precision", "save_state", "save_state_on_train_end", "save_last_n_epochs",
+        "save_last_n_epochs_state", "save_last_n_steps", "save_last_n_steps_state", "save_n_epoch_ratio",
+        "training_comment", "metadata_title", "metadata_author", "metadata_description", "metadata_license",
+        "metadata_tags", "no_metadata", "output_config", "config_file", "use_safetensors", "mem_eff_save",
+        "huggingface_repo_id", "huggingface_repo_type", "huggingface_path_in_repo", "huggingface_token",
+        "huggingface_repo_visibility", "save_state_to_huggingface", "async_upload",
+    ),
+    "about the machine": (
+        "xformers", "mem_eff_attn", "sdpa", "split_attn", "lowram", "highvram", "lowvram",
+        "disable_mmap_load_safetensors", "persistent_data_loader_workers", "vae_batch_size",
+        "text_encoder_batch_size", "no_half_vae", "torch_compile", "dynamo_backend", "ddp_timeout",
+        "ddp_gradient_as_bucket_view", "ddp_static_graph", "tokenizer_cache_dir", "cache_info", "skip_cache_check",
+        "cpu_offload_checkpointing", "blockwise_fused_optimizers", "fused_backward_pass",
+        "num_machines", "gpu_ids", "num_cpu_threads_per_process", "debug_dataset", "full_path", "zero3_init_flag",
+        "zero3_save_16bit_model", "save_t5xxl", "offload_optimizer_nvme_path", "offload_param_nvme_path",
+        "max_validation_steps", "validation_seed",
+    ),
+    "memory alone; train.engine.blocks_on_device does it here": ("blocks_to_swap", "split_mode"),
+    "the shipped samples are drawn before, too": ("sample_at_first",),
+    "the same command resumes": ("initial_step", "initial_epoch", "skip_until_initial_step"),
+}  # fmt: skip
+"""Why, and the keys."""
+
+_LOSS = "not here: the loss is the squared error"
+LACKING: dict[str, tuple[Any, ...]] = {
+    "loss_type": (_LOSS, "l2"),
+    "huber_schedule": ("of huber losses, which are not here", "snr", "constant", "exponential"),
+    "huber_c": ("of huber losses, which are not here", 0.1),
+    "huber_scale": ("of huber losses, which are not here", 1.0),
+    "v_pred_like_loss": ("not here; task.weighting has min_snr, debiased, snr, p2, ...",),
+    "noise_offset_random_strength": ("not here: task.options.offset_noise is of one strength",),
+    "ip_noise_gamma_random_strength": ("not here: task.options.input_perturbation is of one strength",),
+    "adaptive_noise_scale": ("not here", 0),
+    "multires_noise_iterations": ("multi-resolution noise: not here", 0),
+    "multires_noise_discount": ("multi-resolution noise: not here", 0.3),
+    "zero_terminal_snr": ("not here in fine-tuning: the schedule is the base's",),
+    "min_timestep": ("a range of times: not here", 0),
+    "max_timestep": ("a range of times: not here", 1000),
+    "masked_loss": ("not here",),
+    "alpha_mask": ("not here",),
+    "conditioning_data_dir": ("of masked losses, which are not here",),
+    "network_dropout": ("dropout of the rank: not here; task.adapter.dropout is of the layer's input", 0),
+    "network_weights": ("going on from a file: not here",),
+    "dim_from_weights": ("going on from a file: not here",),
+    "base_weights": ("merging files into the base: `ldm convert` does it",),
+    "base_weights_multiplier": ("merging files into the base: `ldm convert` does it",),
+    "network_train_text_encoder_only": ("not here: the network trains",),
+    "scale_weight_norms": ("a bound of the LoRA's norm: not here",),
+    "loraplus_lr_ratio": ("LoRA+: not here", 1),
+    "block_lr": ("rates by block: not here",),
+    "resume": ("its own state of a training: not read here",),
+    "vae": ("another autoencoder than the base's: not here; write it into a folder with the base",),
+    "clip_skip": ("another layer of the text encoder than the base's: not here", 1),
+    "max_token_length": ("captions of several windows: not here in training", 75),
+    "t5xxl_max_token_length": ("not here: the family's own length", 512),
+    "full_fp16": ("weights that train in half precision: not here; train.engine keeps float32 masters",),
+    "full_bf16": ("weights that train in half precision: not here; train.engine keeps float32 masters",),
+    "apply_t5_attn_mask": ("not here: the networks of SD3 and FLUX.1 see the padding",),
+    "apply_lg_attn_mask": ("not here",),
+    "weighted_captions": ("not here in training",),
+    "lr_scheduler_type": ("not here",),
+    "lr_scheduler_args": ("not here",),
+    "lr_decay_steps": ("not here", 0),
+    "lr_scheduler_timescale": ("not here",),
+    "lr_scheduler_min_lr_ratio": ("not here; train.optim.final is what cosine and linear end at", 0),
+    "stop_text_encoder_training": ("not here: text encoders train throughout or not at all", -1),
+    "diffusers_xformers": ("not here",),
+    "tokenizer": ("not here: the base's own",),
+    "training_shift": ("of flows alone", 1),
+    "model_type": ("not here", "flux"),
+    "guidance_scale": ("of FLUX.1 alone",),
+    "validation_split": ("held-out loss: not here in fine-tuning", 0),
+    "validate_every_n_steps": ("held-out loss: not here in fine-tuning",),
+    "validate_every_n_epochs": ("held-out loss: not here in fine-tuning",),
+}
+"""Why it is refused, then the values that are met all the same."""

@@ -1,0 +1,168 @@
+"""ai-toolkit's jobs with the settings of its published examples; times against its own definition."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ldm.config.schema import RunConfig, load_run
+from ldm.diffusion.schedule import Flow
+from ldm.interop import ai_toolkit
+from ldm.interop.sheet import Converted
+from ldm.recipes.finetune import FinetuneTask
+from tests.unit.interop.pictures import folder
+
+JOB: dict[str, Any] = {
+    "job": "extension",
+    "config": {"name": "my_first_flux_lora_v1", "process": [{
+        "type": "sd_trainer", "training_folder": "output", "device": "cuda:0",
+        "network": {"type": "lora", "linear": 16, "linear_alpha": 16},
+        "save": {"dtype": "float16", "save_every": 250, "max_step_saves_to_keep": 4, "push_to_hub": False},
+        "datasets": [{"folder_path": "images", "caption_ext": "txt", "caption_dropout_rate": 0.05,
+                      "shuffle_tokens": False, "cache_latents_to_disk": True, "resolution": [512, 768, 1024]}],
+        "train": {"batch_size": 1, "steps": 2000, "gradient_accumulation_steps": 1, "train_unet": True,
+                  "train_text_encoder": False, "gradient_checkpointing": True, "noise_scheduler": "flowmatch",
+                  "optimizer": "adamw8bit", "lr": "1e-4", "ema_config": {"use_ema": True, "ema_decay": 0.99},
+                  "dtype": "bf16"},
+        "model": {"name_or_path": "black-forest-labs/FLUX.1-dev", "is_flux": True, "quantize": True},
+        "sample": {"sampler": "flowmatch", "sample_every": 250, "sample_start_step": 0, "width": 1024, "height": 768,
+                   "prompts": ["[trigger] holding a sign", "a horse is a DJ"], "neg": "", "seed": 42,
+                   "walk_seed": True, "guidance_scale": 4, "sample_steps": 20},
+    }]},
+    "meta": {"name": "[name]", "version": "1.0"},
+}  # fmt: skip
+"""config/examples/train_lora_flux_24gb.yaml, with a height of its own."""
+
+
+def job(**changes: Any) -> dict[str, Any]:
+    """The job with other settings, SECTION__KEY=value; None takes one out."""
+    tree = copy.deepcopy(JOB)
+    process = tree["config"]["process"][0]
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        place: dict[str, Any] = process
+        if key:
+            place = process["datasets"][0] if section == "data" else process[section]
+        place[key or section] = value
+        if value is None:
+            del place[key or section]
+    return tree
+
+
+def read(tree: dict[str, Any]) -> tuple[Converted, RunConfig]:
+    found = ai_toolkit.convert(tree)
+    return found, load_run(found.tree)
+
+
+def test_the_flux_example() -> None:
+    found, run = read(job(trigger_word="p3r5on"))
+    assert found.refused == []
+    task = run.task
+    assert isinstance(task, FinetuneTask)
+    assert task.adapter.kind == "lora"
+    assert (task.adapter.rank, task.adapter.alpha, task.adapter.text) == (16, 16.0, False)
+    assert (run.name, run.out) == ("my_first_flux_lora_v1", Path("output/my_first_flux_lora_v1"))
+    assert (run.train.optim.algorithm, run.train.optim.lr, run.train.optim.eps) == ("adamw8bit", 1e-4, 1e-6)
+    assert run.train.ema is not None
+    assert (run.train.ema.decay, run.train.ema.warmup) == (0.99, False)
+    assert (run.train.engine.frozen, run.train.engine.precision) == ("int8", "bf16")
+    assert (run.train.checkpoint.every, run.train.checkpoint.keep) == (250, 4)
+    assert run.data.kind == "mixture"
+    assert [s.data.size for s in run.data.sources] == [512, 768, 1024]
+    assert {s.share for s in run.data.sources} == {"size"}
+    assert {s.data.template for s in run.data.sources} == {"p3r5on {}"}
+    assert (task.options.drop, task.options.guidance, task.cache is not None) == (0.05, 1.0, True)
+    assert task.samples.prompts == ("p3r5on holding a sign", "a horse is a DJ")
+    settings = task.samples.settings
+    assert (settings.sampler, settings.steps, settings.guidance, settings.size) == ("euler", 20, 4.0, (768, 1024))
+    assert len(found.before) == 3
+    assert {row.key for row in found.rows if row.fate == "near"} == {"model.quantize", "network.type", "trigger_word"}
+
+
+SAME = [
+    ({"train__min_snr_gamma": 5.0, "model__is_flux": None, "model__is_xl": True, "train__noise_scheduler": "ddpm"},
+     "task.weighting.gamma", 5.0),
+    ({"train__noise_offset": 0.05}, "task.options.offset_noise", 0.05),
+    ({"train__gradient_accumulation_steps": 4}, "train.steps", 500),
+    ({"train__gradient_accumulation_steps": 4}, "train.batch", 4),
+    ({"train__gradient_accumulation_steps": None, "train__gradient_accumulation": 4}, "train.steps", 2000),
+    ({"train__gradient_accumulation_steps": None, "train__gradient_accumulation": 4}, "train.accumulate", 4),
+    ({"train__optimizer": "adamw", "train__optimizer_params": {"weight_decay": 1e-4}},
+     "train.optim.weight_decay", 1e-4),
+    ({"train__ema_config": {"use_ema": False}}, "train.ema", None),
+    ({"network": None, "train__lr": 1e-5}, "task.adapter.kind", "full"),
+    ({"data__resolution": 512, "data__flip_x": True}, "data.flip", True),
+    ({"data__resolution": [1024], "data__num_repeats": 3}, "data.repeats", 3),
+    ({"data__resolution": 512, "data__shuffle_tokens": True}, "data.tags.keep", 0),
+    ({"data__resolution": 512, "data__buckets": False}, "data.buckets", False),
+    ({"train__disable_sampling": True}, "task.samples.prompts", ()),
+    ({"model__quantize": False}, "train.engine.frozen", "fp32"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "key", "value"), SAME, ids=[f"{next(iter(c))}-{k}" for c, k, _ in SAME])
+def test_key_by_key(changes: dict[str, Any], key: str, value: Any) -> None:
+    found, run = read(job(**changes))
+    assert found.refused == []
+    value_here: Any = run
+    for name in key.split("."):
+        value_here = getattr(value_here, name)
+    assert value_here == value
+
+
+REFUSED = [
+    ({"train__optimizer": "prodigy"}, "train.optimizer"),
+    ({"train__diff_output_preservation": True}, "train.diff_output_preservation"),
+    ({"train__timestep_type": "weighted"}, "train.timestep_type"),
+    ({"train__content_or_style": "style"}, "train.content_or_style"),
+    ({"model__assistant_lora_path": "a/b"}, "model.assistant_lora_path"),
+    ({"network__type": "lokr"}, "network.type"),
+    ({"train__train_unet": False}, "train.train_unet"),
+    ({"data__default_caption": "a photo"}, "datasets[0].default_caption"),
+    ({"train__something_new": 3}, "train.something_new"),
+    ({"model__is_flux": None, "model__arch": "qwen_image", "train__noise_scheduler": "ddpm"}, "model.arch"),
+]
+
+
+@pytest.mark.parametrize(("changes", "key"), REFUSED, ids=[k for _, k in REFUSED])
+def test_what_is_not_here_is_refused_by_name(changes: dict[str, Any], key: str) -> None:
+    assert [row.key for row in ai_toolkit.convert(job(**changes)).refused] == [key]
+
+
+@pytest.mark.parametrize(
+    ("arch", "name", "shift"),
+    [("is_v3", "stabilityai/stable-diffusion-3.5-large", 3.0), ("zimage", "Tongyi-MAI/Z-Image-Turbo", 3.0),
+     ("zimage", "Tongyi-MAI/Z-Image", 6.0)],
+)  # fmt: skip
+@pytest.mark.parametrize("how", ["linear", "sigmoid"])
+def test_times_are_theirs_through_the_schedules_own_shift(arch: str, name: str, shift: float, how: str) -> None:
+    """set_train_timesteps: "linear" is even, "sigmoid" is sigmoid(N(0, 1)), neither shifted."""
+    model = {"name_or_path": name, arch: True} if arch.startswith("is_") else {"name_or_path": name, "arch": arch}
+    task = read(job(model=model, train__timestep_type=how))[1].task
+    assert isinstance(task, FinetuneTask)
+    u = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+    density: Any = task.density
+    times = Flow(shift=shift).sample(density.warp(u)).double() / 1000
+    expected = u if how == "linear" else torch.sigmoid(torch.special.ndtri(u))
+    torch.testing.assert_close(times, expected, atol=1e-6, rtol=0)
+
+
+def test_a_trigger_word_that_captions_have_already(tmp_path: Path) -> None:
+    place = folder(tmp_path / "a", 2)
+    clean = job(trigger_word="p3r5on", data__folder_path=str(place), data__resolution=512)
+    assert ai_toolkit.convert(clean).refused == []
+    (place / "1.txt").write_text("[trigger] in the rain")
+    rows = ai_toolkit.convert(clean).refused
+    assert [row.key for row in rows] == ["trigger_word"]
+    assert "1.png" in rows[0].note
+
+
+def test_jobs_that_do_not_train() -> None:
+    with pytest.raises(ValueError, match=r"process\[0\]\.type: 'textual_inversion_trainer': not here; allowed are sd"):
+        ai_toolkit.convert(job(type="textual_inversion_trainer"))
+    with pytest.raises(ValueError, match=r"datasets\[0\]\.folder_path: missing"):
+        ai_toolkit.convert(job(data__folder_path=None))
