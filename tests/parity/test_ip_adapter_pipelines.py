@@ -112,7 +112,7 @@ def test_under_a_controlnet_and_with_a_lora(family: str, tmp_path: Path) -> None
     )
     pipe = cls.from_pretrained(folder, controlnet=peer)
     torch.manual_seed(0)
-    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k", "to_v"]))
+    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_k", "to_v", "to_out.0", "proj_out"]))
     for key, value in pipe.unet.named_parameters():
         if "lora" in key:
             torch.nn.init.normal_(value, std=0.2)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ldm.models.text.base import own_precision
+from ldm.models.text.config import ClipConfig
+from ldm.models.text.openclip import AnyClip
 from ldm.models.wide import quickened
 
 Triple = tuple[float, float, float]
@@ -158,6 +160,20 @@ def _middle(picture: Image.Image, sight: Sight) -> Image.Image:
         picture = picture.resize(size, filters[sight.filter])
     left, top = ((side - sight.size) // 2 for side in picture.size)
     return picture.crop((left, top, left + sight.size, top + sight.size))
+
+
+def of_clip(clip: nn.Module, config: AnyClip, name: str) -> ImageEncoder:
+    """The image tower of a CLIP of both towers, ours or open_clip's, which sees pictures as it is asked to elsewhere.
+
+    Raises ValueError, which begins with `name`, for one that is no plain vision transformer, or pads its pictures.
+    """
+    if isinstance(config, ClipConfig):
+        half = (0.5, 0.5, 0.5)
+        return ImageEncoder(clip.get_submodule("visual"), Sight(config.image_size, half, half, "bilinear", True), name)
+    if config.resize_mode == "longest":
+        raise ValueError(f"{name}: sees pictures with borders (resize_mode 'longest'); use one that cuts or stretches")
+    sight = Sight(config.image_size, config.mean, config.std, config.interpolation, config.resize_mode == "squash")
+    return ImageEncoder(clip.get_submodule("model.visual"), sight, name)
 
 
 def build_vision(config: VisionConfig) -> nn.Module:

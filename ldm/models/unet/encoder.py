@@ -205,7 +205,7 @@ class Encoder(Network):
     def _told(self, text: Tensor, cond: Cond) -> Iterator[Told]:
         """Of each transformer in running order."""
         known = cond["kv"].split(self._kv_widths, dim=-1) if "kv" in cond else [None] * len(self._kv_widths)
-        images = [value.to(self._dtype) for key, value in sorted(cond.items()) if is_image(key)]
+        images = [value for key, value in sorted(cond.items()) if is_image(key)]
         if not images:
             return ((text, kv) for kv in known)
         each = zip(*(value.split(self._kv_widths, dim=-1) for value in images))

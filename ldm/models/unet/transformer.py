@@ -53,7 +53,7 @@ class Attention(nn.Module):
             weights = self.control(probabilities(q.transpose(1, 2), k.transpose(1, 2)))
             out = (weights @ v.transpose(1, 2)).transpose(1, 2)
         for one in image:
-            k, v = (y.unflatten(-1, (self.heads, -1)) for y in one.chunk(2, dim=-1))
+            k, v = (y.unflatten(-1, (self.heads, -1)) for y in one.to(q.dtype).chunk(2, dim=-1))
             out = out + attention(q, k, v)
         return self.to_out[0](out.flatten(2))
 
