@@ -66,7 +66,7 @@ def parser() -> Parser:
     c.add_argument("--proportion-empty-prompts", dest="drop", type=float, default=0.0, metavar="SHARE",
                    help="captions that are left out, so that the picture says more (the authors: 0.5)")  # fmt: skip
 
-    i = methods.add_parser("ip-adapter", aliases=["ip_adapter"], epilog=_EPILOG,
+    i = methods.add_parser("ip-adapter", epilog=_EPILOG,
                            help="learn to take a picture as a prompt beside the words")  # fmt: skip
     _common(i, "10000", "1e-4, of a shipped model 3e-4")
     i.add_argument("--image-encoder", "--image-encoder-path", dest="image_encoder", default="clip_emoji",
@@ -144,7 +144,6 @@ def tree(args: argparse.Namespace) -> dict[str, Any]:
     """The run's config as plain data."""
     from ldm.recipes import folder_runs
 
-    args.method = {"ip_adapter": "ip-adapter"}.get(args.method, args.method)
     booth = args.method == "dreambooth"
     pivotal = booth and args.pivotal
     low_rank = args.method == "lora" or (booth and (args.lora or pivotal))
@@ -216,7 +215,8 @@ def _adapter(args: argparse.Namespace, low_rank: bool) -> dict[str, Any]:
 def main(argv: list[str]) -> int:
     """Run the verb; ValueError for users' mistakes."""
     options = parser()
-    args, words = options.parse_known_args(argv)
+    method = [word.replace("_", "-") for word in argv[:1]]  # as a config calls it
+    args, words = options.parse_known_args([*method, *argv[1:]])
     if wrong := [w for w in words if not is_override(w)]:
         raise ValueError(f"override {wrong[0]!r}: expected key=value, such as train.steps=100")
     args.overrides = [*args.overrides, *words]
