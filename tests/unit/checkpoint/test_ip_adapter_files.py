@@ -30,8 +30,13 @@ def tensors(kind: str = "plain") -> dict[str, Tensor]:
         shapes |= {"proj.0.weight": (10, 10), "proj.0.bias": (10,), "proj.2.weight": (12, 10), "proj.2.bias": (12,),
                    "proj.3.weight": (12,), "proj.3.bias": (12,)}  # fmt: skip
     else:
-        shapes |= {"latents": (1, 5, 20), "proj_in.weight": (20, 10), "proj_in.bias": (20,), "proj_out.weight": (12, 20),
-                   "proj_out.bias": (12,), "norm_out.weight": (12,), "norm_out.bias": (12,)}  # fmt: skip
+        shapes |= {"latents": (1, 5, 20), "proj_in.weight": (20, 10), "proj_in.bias": (20,)}
+        shapes |= {
+            "proj_out.weight": (12, 20),
+            "proj_out.bias": (12,),
+            "norm_out.weight": (12,),
+            "norm_out.bias": (12,),
+        }
         for i in range(2):
             for norm in ("0.norm1", "0.norm2", "1.0"):
                 shapes |= {f"layers.{i}.{norm}.weight": (20,), f"layers.{i}.{norm}.bias": (20,)}

@@ -14,7 +14,7 @@ from ldm.objectives.image_prompt import ImagePromptObjective
 from ldm.objectives.inputs import LatentFeed
 from ldm.rng import Rng
 
-COUNT = 20_000
+COUNT = 4_000
 
 
 class Eyes:
@@ -48,7 +48,7 @@ def test_captions_and_pictures_are_dropped_as_published() -> None:
         assert abs(float(lost.float().mean()) - 0.05) < 4 * (0.05 * 0.95 / COUNT) ** 0.5
 
 
-@pytest.mark.parametrize(("drop", "both", "captions"), [(0.3, 0.0, 0.2), (0.2, 0.2, 0.5), (1.0, 0.0, 0.0)])
+@pytest.mark.parametrize(("drop", "both", "captions"), [(0.3, 0.0, 0.2), (0.2, 0.2, 0.5)])
 def test_other_shares(drop: float, both: float, captions: float) -> None:
     rng = Rng(5, tuple(range(COUNT)))
     gone = objective(drop, both, captions).prepared({STATES: torch.ones(COUNT, 3)}, rng)[STATES][:, 0] == -1
