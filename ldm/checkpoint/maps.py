@@ -73,6 +73,11 @@ _HF_TOP = {
     "final_layer_norm.weight": "ln_final.weight",
     "final_layer_norm.bias": "ln_final.bias",
 }
+_HF_EYE = {
+    "embeddings.class_embedding": "class_embedding",
+    "embeddings.patch_embedding.weight": "conv1.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+}
 _NATIVE_LAYER = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)$")
 _UNUSED = re.compile(r"(.*\.)?(position_ids|logit_scale|attn_mask)$|(vision_model|visual_projection|visual)\.")
 
@@ -127,7 +132,28 @@ def text_from_hf(names: Iterable[str]) -> Plan:
     prefix = "text_model." if any(n.startswith("text_model.") for n in names) else ""
     layers = re.compile(re.escape(prefix) + r"encoder\.layers\.(\d+)\.")
     count = 1 + max((int(m[1]) for m in map(layers.match, names) if m), default=-1)
-    plan = {native: Part((prefix + hf,)) for hf, native in _HF_TOP.items()}
+    plan = {native: Part((prefix + hf,)) for hf, native in _HF_TOP.items()} | _layers_from_hf(prefix, count)
+    if "text_projection.weight" in names:
+        plan["text_projection"] = Part(("text_projection.weight",), _transpose)
+    return plan
+
+
+def vision_from_hf(names: Iterable[str]) -> Plan:
+    """HF names of a `CLIPVisionModelWithProjection` -> plan for those of open_clip's image tower."""
+    head = "vision_model."
+    layers = re.compile(re.escape(head) + r"encoder\.layers\.(\d+)\.")
+    count = 1 + max((int(m[1]) for m in map(layers.match, names) if m), default=-1)
+    plan = {native: Part((head + hf,)) for hf, native in _HF_EYE.items()}
+    plan["proj"] = Part(("visual_projection.weight",), _transpose)
+    for kind in ("weight", "bias"):
+        plan[f"ln_pre.{kind}"] = Part((f"{head}pre_layrnorm.{kind}",))
+        plan[f"ln_post.{kind}"] = Part((f"{head}post_layernorm.{kind}",))
+    return plan | _layers_from_hf(head, count)
+
+
+def _layers_from_hf(prefix: str, count: int) -> Plan:
+    """The layers of a tower."""
+    plan: Plan = {}
     for i in range(count):
         old, new = f"{prefix}encoder.layers.{i}.", f"transformer.resblocks.{i}."
         for kind in ("weight", "bias"):
@@ -135,8 +161,6 @@ def text_from_hf(names: Iterable[str]) -> Plan:
                 plan[f"{new}{native}.{kind}"] = Part((f"{old}{hf}.{kind}",))
             qkv = tuple(f"{old}self_attn.{letter}_proj.{kind}" for letter in "qkv")
             plan[f"{new}attn.in_proj_{kind}"] = Part(qkv, _join)
-    if "text_projection.weight" in names:
-        plan["text_projection"] = Part(("text_projection.weight",), _transpose)
     return plan
 
 

@@ -31,16 +31,27 @@ def add(p: argparse.ArgumentParser) -> None:
 
 def parsed(entry: str) -> tuple[str, Path, float]:
     """ControlNet, picture and scale of an entry. Raises ValueError for another form and where there is no picture."""
-    head, colon, last = entry.rpartition(":")
-    scale = 1.0
-    if colon and not Path(last).exists():
-        with contextlib.suppress(ValueError):
-            scale, (head, colon, last) = float(last), head.rpartition(":")
+    both, scale = picture_and_scale(entry)
+    head, _, last = both.rpartition(":")
     if not (head and last):
         raise ValueError(f"--control {entry!r}: expected CONTROLNET:PICTURE or CONTROLNET:PICTURE:SCALE")
     if not Path(last).is_file():
         raise ValueError(f"--control {entry!r}: {last!r}: no such picture")
     return head, Path(last), scale
+
+
+def picture_and_scale(entry: str) -> tuple[str, float]:
+    """What stands before the last colon and the number behind it; all of the entry and 1 where there is none."""
+    head, colon, last = entry.rpartition(":")
+    if colon and not Path(last).exists():
+        with contextlib.suppress(ValueError):
+            return head, float(last)
+    return entry, 1.0
+
+
+def digest(path: Path) -> str:
+    """A short hash of a file."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 
 def check(args: argparse.Namespace) -> None:
@@ -56,8 +67,7 @@ def check(args: argparse.Namespace) -> None:
 
 def digests(args: argparse.Namespace) -> dict[str, list[str]]:
     """For the record of a picture: short hashes of the condition pictures' files, in their order."""
-    files = [parsed(entry)[1] for entry in args.control]
-    return {"conditions": [hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest() for path in files]}
+    return {"conditions": [digest(parsed(entry)[1]) for entry in args.control]}
 
 
 def controlled(pipeline: TextToImage, args: argparse.Namespace) -> TextToImage:

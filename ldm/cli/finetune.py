@@ -1,4 +1,4 @@
-"""`ldm finetune dreambooth | textual-inversion | lora | controlnet --images FOLDER`: from pictures to a tuned model.
+"""`ldm finetune METHOD --images FOLDER` (dreambooth, lora, controlnet, ...): from pictures to a tuned model.
 
 `ldm finetune --from FILE` is `ldm.cli.finetune_from`.
 """
@@ -69,6 +69,19 @@ def parser() -> Parser:
                    help="the condition of a --prompt, in their order; may be repeated")  # fmt: skip
     c.add_argument("--proportion-empty-prompts", dest="drop", type=float, default=0.0, metavar="SHARE",
                    help="captions that are left out, so that the picture says more (the authors: 0.5)")  # fmt: skip
+
+    i = methods.add_parser("ip-adapter", epilog=_EPILOG,
+                           help="learn to take a picture as a prompt beside the words")  # fmt: skip
+    _common(i, "10000", "1e-4, of a shipped model 3e-4")
+    i.add_argument("--image-encoder", "--image-encoder-path", dest="image_encoder", default="clip_emoji",
+                   help="what sees the pictures: transformers' folder (models/image_encoder of the published ones), "
+                   "clip_emoji, open_clip:ARCH:WEIGHTS, or a CLIP trained here")  # fmt: skip
+    i.add_argument("--form", choices=("plain", "plus"), default="plain", help="plain: told of the picture as a whole; "
+                   "plus: of its places")  # fmt: skip
+    i.add_argument("--start", "--pretrained-ip-adapter-path", dest="start", metavar="PATH",
+                   help="an IP-Adapter that trains further (default: keys and values of the text)")  # fmt: skip
+    i.add_argument("--validation-image", dest="references", type=Path, action="append", default=[], metavar="PICTURE",
+                   help="the picture that a --prompt is drawn with, in their order; may be repeated")  # fmt: skip
     return p
 
 
@@ -173,6 +186,10 @@ def tree(args: argparse.Namespace) -> dict[str, Any]:
         return folder_runs.controlnet(
             choices, condition=args.condition, start=args.start, conditions=args.conditions, drop=args.drop
         )
+    if args.method == "ip-adapter":
+        return folder_runs.ip_adapter(
+            choices, image_encoder=args.image_encoder, form=args.form, start=args.start, references=args.references
+        )
     return folder_runs.inversion(
         choices, token=args.token, max_norm=args.max_norm, vectors=args.num_vectors, initializer=args.initializer or [],
         learn=args.learnable_property, templates=args.template,
@@ -188,7 +205,7 @@ def _pivotal(args: argparse.Namespace) -> dict[str, Any]:
 def _adapter(args: argparse.Namespace, low_rank: bool) -> dict[str, Any]:
     from ldm.models.shipped import SHIPPED
 
-    if args.method in ("textual-inversion", "controlnet"):
+    if args.method in ("textual-inversion", "controlnet", "ip-adapter"):
         return {}
     if not low_rank:
         return {"kind": "full", "text": args.train_text_encoder}
@@ -204,7 +221,8 @@ def main(argv: list[str]) -> int:
     if finetune_from.asked(argv):
         return finetune_from.main(argv)
     options = parser()
-    args, words = options.parse_known_args(argv)
+    method = [word.replace("_", "-") for word in argv[:1]]  # as a config calls it
+    args, words = options.parse_known_args([*method, *argv[1:]])
     if args.method is None:
         options.error("the following arguments are required: method")
     if wrong := [w for w in words if not is_override(w)]:
@@ -236,6 +254,9 @@ def main(argv: list[str]) -> int:
         from ldm import dist
 
         tuned = f"--model {config.out}"
-        how = f"--model {args.base} --control {config.out}:PICTURE" if args.method == "controlnet" else tuned
+        how = {
+            "controlnet": f"--model {args.base} --control {config.out}:PICTURE",
+            "ip-adapter": f"--model {args.base} --image-prompt PICTURE --ip-adapter {config.out}",
+        }.get(args.method, tuned)
         dist.say(f"page: {config.out / 'page.html'}; pictures: ldm sample PROMPT {how}")
     return code

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import control, opening
+from ldm.cli import control, image_prompt, opening
 from ldm.cli.options import TEXT_PRECISION_HELP, TEXT_PRECISIONS, Parser
 from ldm.models.shipped import DEFAULT
 
@@ -51,6 +51,7 @@ def parser() -> Parser:
         "--embedding", action="append", default=[], metavar="PATH", help="add a textual-inversion file; may be repeated"
     )
     control.add(p)
+    image_prompt.add(p)
     p.add_argument(
         "--lenient", action="store_true", help="leave out, and name, unknown tensors of a file instead of refusing it"
     )
@@ -165,6 +166,7 @@ def main(argv: list[str]) -> int:
         print("\n".join(SAMPLERS))
         return 0
     control.check(args)
+    image_prompt.check(args)
     job = _job(args, recorded)
     settings = _settings(args, None)  # refuses before anything is loaded
     pipeline, settings, record = _loaded(args, settings)
@@ -174,8 +176,9 @@ def main(argv: list[str]) -> int:
         _say([f"{args.from_png}: drawn with {told}: the picture will be another"])
     elif recorded.get("weights", record["weights"]) != record["weights"]:
         _say([f"{args.from_png}: drawn by a model of other weights than {args.model}: the picture will be another"])
-    if recorded.get("conditions", record["conditions"]) != record["conditions"]:
-        _say([f"{args.from_png}: drawn under other condition pictures: the picture will be another"])
+    for key, what in (("conditions", "under other condition pictures"), ("references", "with other image prompts")):
+        if recorded.get(key, record[key]) != record[key]:
+            _say([f"{args.from_png}: drawn {what}: the picture will be another"])
     return _draw(_Drawing(job, pipeline, settings, record, args.out), args)
 
 
@@ -265,7 +268,7 @@ def _loaded(args: argparse.Namespace, settings: Settings) -> tuple[TextToImage, 
     _adapt(pipeline, args.lora, args.embedding, args.lenient)
     if args.clean_captions:
         pipeline.clean_captions()
-    pipeline = control.controlled(pipeline, args)
+    pipeline = image_prompt.prompted(control.controlled(pipeline, args), args)
     if args.offload:
         pipeline.offload(device)
     if args.compile:
@@ -275,6 +278,7 @@ def _loaded(args: argparse.Namespace, settings: Settings) -> tuple[TextToImage, 
         "size": list(pipeline.size(settings.size)), "precision": _PRECISIONS[str(pipeline.dtype)],
         "device": str(pipeline.device), "count": args.count or 1,
         "weights": fingerprint([pipeline.network, *pipeline.others]), **control.digests(args),
+        **image_prompt.digests(args),
     }  # fmt: skip
     return pipeline, settings, record
 
@@ -419,7 +423,7 @@ def _guide(pipeline: TextToImage, clip: str, scale: float) -> Guide | None:
 
 
 _NOT_SETTINGS = ("prompts", "from_file", "from_png", "index", "out", "list_samplers", "blocks_on_device")
-_TOLD = ("version", "prompt", "prompts", "index", "row", "rows", "weights", "device", "conditions")
+_TOLD = ("version", "prompt", "prompts", "index", "row", "rows", "weights", "device", "conditions", "references")
 """What pictures say beside the options."""
 _PRECISIONS = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
 

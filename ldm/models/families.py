@@ -11,7 +11,8 @@ from ldm.models.transformers.flux import FluxConfig
 from ldm.models.transformers.flux_control import FluxControlConfig
 from ldm.models.transformers.sd3 import SD3Config
 from ldm.models.transformers.sd3_control import SD3ControlConfig
-from ldm.models.unet import ControlNetConfig, UNetConfig
+from ldm.models.unet import ControlNetConfig, IPAdapterConfig, UNetConfig
+from ldm.models.unet.image_prompt import places
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,3 +150,23 @@ def _of(control: ControlNetConfig) -> str:
 def _levels(config: UNetConfig, key: str) -> Any:
     value = config.per_level(key) if key in ("layers_per_block", "cross_attention_dim") else getattr(config, key)
     return list(value) if isinstance(value, tuple) else value
+
+
+def check_ip_adapter(adapter: IPAdapterConfig, network: AnyNetwork, name: str, base: str) -> None:
+    """Raise ValueError unless an IP-Adapter's layers are those of the network; `name` and `base` call both."""
+    known = {(16, 768): SD15, (16, 1024): SD2, (70, 2048): SDXL}.get((len(adapter.layers), adapter.width))
+    mine = "a U-Net of its own" if known is None else known.title
+    if not isinstance(network, UNetConfig):
+        raise ValueError(f"{name} is an IP-Adapter of {mine}, but {base} is {family_of(network).title}")
+    layers = tuple(channels for _, channels in sorted(places(network)))
+    widths = sorted(set(network.per_level("cross_attention_dim")))
+    odd = [] if [adapter.width] == widths else [f"tokens of {adapter.width} for {', '.join(map(str, widths))}"]
+    if adapter.layers != layers:
+        count = f"{len(adapter.layers)} cross-attentions for {len(layers)}"
+        differ = [(i, a, b) for i, (a, b) in enumerate(zip(adapter.layers, layers)) if a != b]
+        odd.append(count if len(adapter.layers) != len(layers) else
+                   f"cross-attention {differ[0][0]} of {differ[0][1]} channels for {differ[0][2]}")  # fmt: skip
+    if odd:
+        its = family_of(network).title
+        families = f"of {mine}, but {base} is {its}" if mine != its else f"of another {mine} than {base}"
+        raise ValueError(f"{name} is an IP-Adapter {families}: {odd[0]}")

@@ -26,9 +26,11 @@ class ControlObjective(Objective):
     before; the first step of a process with that has no figure.
     """
 
-    def __init__(self, denoise: DenoiseObjective, every: int) -> None:
+    def __init__(self, denoise: DenoiseObjective, every: int, key: str = CONDITION, name: str = SENSITIVITY) -> None:
+        """`key` of the batch is the condition, `name` is what the figure is logged as."""
         super().__init__(denoise.trained)
         self._denoise, self._every, self._step = (denoise,), every, 0  # in a tuple: `trained` is registered once
+        self._key, self._name = key, name
         self._before: Tensor | None = None
 
     @property
@@ -37,20 +39,25 @@ class ControlObjective(Objective):
         return self._denoise[0]
 
     def forward(self, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
-        if CONDITION not in batch:
-            raise ValueError(f"the batch has no {CONDITION!r}; data.pairs makes or reads one")
-        loss, metrics = self.denoise(batch, rng)
+        if self._key not in batch:
+            raise ValueError(f"the batch has no {self._key!r}; data.pairs makes or reads one")
+        loss, metrics = self.denoise(self.prepared(batch, rng), rng)
         if self._due and torch.is_grad_enabled():
-            other = self._others(batch[CONDITION])
+            other = self._others(batch[self._key])
             if other is not None:
-                metrics = metrics | {SENSITIVITY: self._gap(batch, other, rng)}
+                metrics = metrics | {self._name: self._gap(batch, other, rng)}
         if self._every and len(rng) == 1 and dist.world_size() == 1:
-            self._before = batch[CONDITION]
+            self._before = batch[self._key]
         return loss, metrics
+
+    def prepared(self, batch: Batch, rng: Rng) -> Batch:
+        """What the denoising loss is given."""
+        return batch
 
     @torch.no_grad()
     def _gap(self, batch: Batch, other: Tensor, rng: Rng) -> Tensor:
-        right, wrong = (self.denoise({**batch, CONDITION: shown}, rng)[0] for shown in (batch[CONDITION], other))
+        each = [self.prepared({**batch, self._key: shown}, rng) for shown in (batch[self._key], other)]
+        right, wrong = (self.denoise(one, rng)[0] for one in each)
         return right - wrong
 
     def _others(self, own: Tensor) -> Tensor | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.models.unet.controlnet import CONDITION
+from ldm.models.unet.image_prompt import STATES
 from ldm.models.vae.latents import LatentCodec
 from ldm.rng import Rng
 from ldm.sampling.texts import encoder_of, is_sequence, is_text, lengthened, mask_of, padded, trimmed
@@ -83,8 +84,9 @@ class LatentFeed:
                 out = self._emptied(out, self._encoded([""], device), rng, None, device, part)
         else:
             out = self._frozen(batch, rng, dropped, device, part)
-        if CONDITION in batch:
-            out[CONDITION] = batch[CONDITION].to(device, non_blocking=True)
+        for key in (CONDITION, STATES):
+            if key in batch:
+                out[key] = batch[key].to(device, non_blocking=True)
         if all(name in batch for name in SIZES):
             out["time_ids"] = torch.cat([batch[name].to(device) for name in SIZES], dim=1).float()
         return out

@@ -186,10 +186,11 @@ class Controls:
                     continue
                 shown = {**plain, CONDITION: _shown(cond, i, control).to(x.device)}
                 with place.autocast(control.network):
-                    found = control.network(x, t, shown, control.scale, guess=control.guess)
-                if control.halved:
-                    found = _masked(found, cond[ASKED])
-                added = found if added is None else added.plus(found)
+                    found = _asked(control, x, t, shown, cond[ASKED]) if control.halved else control.network(
+                        x, t, shown, control.scale, guess=control.guess
+                    )  # fmt: skip
+                if found is not None:
+                    added = found if added is None else added.plus(found)
             return net(x, t, plain) if added is None else net(x, t, plain, residuals=added)  # type: ignore[call-arg]
 
         return controlled
@@ -205,9 +206,20 @@ def _shown(cond: Cond, i: int, control: Control) -> Tensor:
     return cond[_key(i)]
 
 
-def _masked(added: Residuals, rows: Tensor) -> Residuals:
-    rows = rows.view(-1, 1, 1, 1)
-    return Residuals(tuple(part * rows.to(part) for part in added.down), added.mid * rows.to(added.mid))
+def _asked(control: Control, x: Tensor, t: Tensor, cond: Cond, asked: Tensor) -> Residuals | None:
+    """What is added to the rows of the prompt, and zeros to the others, which the ControlNet does not see.
+
+    None where there are no rows of the prompt.
+    """
+    rows = asked.nonzero().flatten()
+    if not len(rows):
+        return None
+    mine = {key: value[rows] if len(value) == len(x) else value for key, value in cond.items() if key != "copies"}
+    found = control.network(x[rows], t[rows] if len(t) == len(x) else t, mine, control.scale, guess=control.guess)
+    if len(rows) == len(x):
+        return found
+    whole = [part.new_zeros(len(x), *part.shape[1:]).index_copy_(0, rows, part) for part in (*found.down, found.mid)]
+    return Residuals(tuple(whole[:-1]), whole[-1])
 
 
 def span(times: Sequence[float], start: float, end: float) -> tuple[float, float] | None:

@@ -12,7 +12,7 @@ from typing import Literal, TypedDict
 import torch
 from typing_extensions import Unpack  # typing has it from Python 3.11 on; torch needs the package
 
-from ldm.checkpoint import control_files, students
+from ldm.checkpoint import control_files, ip_adapter_files, students
 from ldm.checkpoint.convert import Components, open_model
 from ldm.checkpoint.scheduler_classes import OwnSampler
 from ldm.checkpoint.schedulers import scheduler_from_diffusers
@@ -78,6 +78,9 @@ def load_parts(
         raise ValueError(
             f"{source}: a ControlNet; draw under it with --control {source}:PICTURE and its base as the model"
         )
+    if ip_adapter_files.ip_adapter_in(found) not in (None, found) and not (found / "model_index.json").is_file():
+        raise ValueError(f"{source}: an IP-Adapter; draw with it by --image-prompt PICTURE --ip-adapter {source} and "
+                         "its base as the model")  # fmt: skip
     if (found / "checkpoints").is_dir() and not (found / "export" / "model_index.json").is_file():
         raise ValueError(f"run {str(source)!r}: not exported yet; the export is written when training ends")
     own = found / "export" if (found / "export").is_dir() else found

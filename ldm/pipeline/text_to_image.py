@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm import allocator
-from ldm.adapters.low_rank import Loras
 from ldm.checkpoint import students
-from ldm.checkpoint.attached import attach_embedding, attach_lora
 from ldm.checkpoint.scheduler_classes import OwnSampler, Plan
 from ldm.data.grid import to_pil
 from ldm.diffusion.process import Process
@@ -31,8 +29,10 @@ from ldm.models.streaming import check_count
 from ldm.models.text import TextEncoder, TextPrecision, check_text_precision
 from ldm.models.transformers.times import known_times
 from ldm.models.vae.latents import LatentCodec
+from ldm.pipeline.adapted import Adapted
 from ldm.pipeline.conditioning import Conditioning, clean_captions, inpainting, painter, warn
 from ldm.pipeline.control import Control, Controls
+from ldm.pipeline.image_prompt import ImagePrompt, ImagePrompts
 from ldm.pipeline.loading import family_with, habit_of, load_parts
 from ldm.pipeline.memory import Placement, compiled
 from ldm.pipeline.steps import OwnSteps, guided, skipped, visited
@@ -51,7 +51,7 @@ Guide = Callable[..., Denoise]
 """(denoise, *, prompts) -> a denoiser that steers these prompts' batch."""
 
 
-class TextToImage:
+class TextToImage(Adapted):
     """A denoising network, a latent codec, text towers and the process that the network was trained for."""
 
     def __init__(
@@ -79,7 +79,7 @@ class TextToImage:
         self._loras: Loras | None = None
         self._place = Placement(next(network.parameters()).device, compute_dtype(precision))
         self._compiled: Net | None = None
-        self._controls = Controls(())
+        self._controls, self._images = Controls(()), ImagePrompts(())
 
     @staticmethod
     def load(
@@ -173,7 +173,7 @@ class TextToImage:
     @property
     def others(self) -> list[torch.nn.Module]:
         """All parts beside the network."""
-        return [self.codec.autoencoder, *self.text, *self._controls.networks]
+        return [self.codec.autoencoder, *self.text, *self._controls.networks, *self._images.modules]
 
     def compile(self, mode: str | None = None) -> TextToImage:
         """Compile the network whole at its first call for each shape (minutes on a CPU); returns itself.
@@ -190,37 +190,14 @@ class TextToImage:
         other._controls = Controls(controls).on(self.network, self.codec, self._place)
         return other
 
-    def load_lora(
-        self, path: str | Path, weight: float = 1.0, *, name: str | None = None, lenient: bool = False
-    ) -> str:
-        """Merge a LoRA file, a PEFT folder or a run into the weights; the name to change or unload it by.
+    def image_prompted(self, prompts: Sequence[ImagePrompt]) -> TextToImage:
+        """This pipeline with pictures as prompts, whose IP-Adapters move to it; itself stays.
 
-        Embeddings that the file bundles are added too. Raises ValueError for a file that does not fit this model; with
-        `lenient` what does not fit is left out and named, as long as something fits.
+        Raises ValueError for one of another family.
         """
-        name = Path(path).stem if name is None else name
-        return attach_lora(self._merged(), self.network, self.text, path, weight, name, lenient)
-
-    def set_loras(self, weights: Mapping[str, float]) -> None:
-        """Change the weights of loaded LoRAs by name; 0 is as without."""
-        self._merged().set(weights)
-
-    def unload_loras(self, *names: str) -> None:
-        """Take out the LoRAs named, or all; the model's weights are then exactly what they were."""
-        self._merged().remove(*names)
-
-    def load_embedding(self, path: str | Path, token: str | None = None) -> list[str]:
-        """Teach the towers the tokens of a textual-inversion file (diffusers' or A1111's) or run; what prompts say.
-
-        A file of one token is called by its own name too. `token` renames the only one. Raises ValueError when it does
-        not fit, or the token exists.
-        """
-        return attach_embedding(self.text, path, token)
-
-    def _merged(self) -> Loras:
-        if self._loras is None:
-            self._loras = Loras(self.network, self.text)
-        return self._loras
+        other = copy.copy(self)
+        other._images = ImagePrompts(prompts).on(self.network, self._place)
+        return other
 
     @property
     def device(self) -> torch.device:
@@ -296,7 +273,7 @@ class TextToImage:
             batch = [prompts[i] for i in places]
             wrap = None if guide is None else functools.partial(guide, prompts=batch)
             with enough_memory(self.size(settings.size), len(batch)):
-                how = {"wrap": wrap, "given": self._controls.told(self.size(settings.size), places)}
+                how = {"wrap": wrap, "given": self._told(self.size(settings.size), places)}
                 images = self.decode(self.latents(batch, settings, rng, step, **how), settings)
             rows = [row for row, place in enumerate(places) if only is None or place in only]
             yield [places[row] for row in rows], images[rows]
@@ -354,7 +331,7 @@ class TextToImage:
         plan = plan if times is None else Plan(times, whole=plan.whole)
         denoise = self.denoiser(settings, prompts, plan)
         cond = self._cond(prompts, settings, prompts)
-        given = self._controls.told(self.codec.pixels(shape), range(len(prompts))) | (given or {})
+        given = self._told(self.codec.pixels(shape), range(len(prompts))) | (given or {})
         cond |= {key: value.to(device) for key, value in given.items()}
         if wrap is None and "concat" not in cond and painter(self.network, self.codec) is not None:
             raise ValueError(f"the {self.network.title} is told a picture and a mask here: use `ldm edit inpaint`")
@@ -409,8 +386,13 @@ class TextToImage:
             if not self.network.guidance_is_scale:
                 return told_guidance(denoise, settings.guidance)
             settings = replace(settings, guidance=1.0, guide="cfg", rescale=0.0)  # the conditioning has the scale
-        of = lambda prompt: self._cond([prompt], settings, prompts) | self._controls.unasked  # noqa: E731
+        unasked = self._controls.unasked | self._images.unasked
+        of = lambda prompt: self._cond([prompt], settings, prompts) | unasked  # noqa: E731
         return guided(denoise, settings, self.process.schedule, of, without, plan.times)
+
+    def _told(self, size: tuple[int, int], rows: Sequence[int]) -> Cond:
+        """What pictures tell the network and its ControlNets, for H x W pixels; `rows`: the places in all prompts."""
+        return self._controls.told(size, rows) | self._images.told(rows)
 
     def _net(self, x: Tensor, t: Tensor, cond: Cond, **more: Any) -> Tensor:
         with self._place.autocast(self.network):

@@ -7,7 +7,17 @@ from types import ModuleType
 from ldm.data.mixture import Data
 from ldm.models.frozen import check_storage
 from ldm.plan.report import Job
-from ldm.recipes import autoencoder, clip, controlnet, distill, dreambooth, finetune, inversion, text_to_image
+from ldm.recipes import (
+    autoencoder,
+    clip,
+    controlnet,
+    distill,
+    dreambooth,
+    finetune,
+    inversion,
+    ip_adapter,
+    text_to_image,
+)
 from ldm.recipes.autoencoder import AutoencoderTask
 from ldm.recipes.base import Assembly
 from ldm.recipes.clip import ClipTask
@@ -16,6 +26,7 @@ from ldm.recipes.distill import DistillTask
 from ldm.recipes.dreambooth import DreamboothTask
 from ldm.recipes.finetune import FinetuneTask
 from ldm.recipes.inversion import InversionTask
+from ldm.recipes.ip_adapter import IPAdapterTask
 from ldm.recipes.planned import Asked
 from ldm.recipes.text_to_image import TextToImageTask
 from ldm.train.trainer import TrainConfig
@@ -29,6 +40,7 @@ Task = (
     | DreamboothTask
     | FinetuneTask
     | InversionTask
+    | IPAdapterTask
     | TextToImageTask
 )
 RECIPES: dict[type[Task], ModuleType] = {
@@ -39,6 +51,7 @@ RECIPES: dict[type[Task], ModuleType] = {
     DreamboothTask: dreambooth,
     FinetuneTask: finetune,
     InversionTask: inversion,
+    IPAdapterTask: ip_adapter,
     TextToImageTask: text_to_image,
 }
 """The recipe of a kind of task: `build` puts the method together, `job` tells the planner what it takes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -77,7 +78,7 @@ def build(task: ControlTask, data: Data, train: TrainConfig, seed: int, workers:
         prepare(task.images, Path(source.path), None, source.size)
 
     def drawn(samples: Samples, preview: TextToImage) -> SampleHook:
-        return SampleHook(samples, shown(task, samples, preview, control))
+        return SampleHook(samples, preview, lambda places: shown(task, samples, preview, control, places))
 
     made = assembled(task, ControlAdapter(control), pipeline, data, train, seed, workers, task.images, drawn=drawn)
     assert isinstance(made.objective, DenoiseObjective)
@@ -126,12 +127,16 @@ def _check_start(task: ControlTask, config: control_files.AnyConfig, base: TextT
                          f"but the base's are {base.codec.factor} times")  # fmt: skip
 
 
-def shown(task: ControlTask, samples: Samples, base: TextToImage, control: ControlNet) -> TextToImage:
-    """The pipeline that draws the sample prompts, each under its condition."""
+def shown(
+    task: ControlTask, samples: Samples, base: TextToImage, control: ControlNet, places: Sequence[int]
+) -> TextToImage:
+    """The pipeline that draws the sample prompts at some places, each under its condition."""
     if not task.conditions:
         return base
     size, channels = base.size(samples.settings.size), control.config.conditioning_channels
-    pictures = torch.stack([as_condition(load(path, stencil=True), size, channels) for path in task.conditions])
+    pictures = torch.stack(
+        [as_condition(load(path, stencil=True), size, channels) for path in (task.conditions[i] for i in places)]
+    )
     return base.controlled([Control(network=control, picture=pictures, name="task.conditions")])
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ldm import dist
 from ldm.adapters.control import ControlAdapter
 from ldm.adapters.full import FullAdapter, FullConfig
+from ldm.adapters.image_prompt import ImagePromptAdapter
 from ldm.adapters.lora import LoraAdapter, LoraConfig
 from ldm.adapters.pivotal import PivotalAdapter, PivotalConfig
 from ldm.adapters.sites import all_sites
@@ -21,6 +22,7 @@ from ldm.adapters.tokens import TokensAdapter, TokensConfig
 from ldm.checkpoint import embedding_files, files, lora_files
 from ldm.checkpoint.control_files import save_control
 from ldm.checkpoint.convert import save_diffusers
+from ldm.checkpoint.ip_adapter_files import About, save_ip_adapter
 from ldm.config.load import decode
 from ldm.data.encode import EncodeConfig, encode, finish
 from ldm.data.loader import DataConfig
@@ -48,6 +50,7 @@ from ldm.models.text import (
     pad_with,
 )
 from ldm.models.vae.latents import LatentCodec
+from ldm.objectives.align import FEATURES
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.objectives.inputs import EncodeText
 from ldm.pipeline import TextToImage
@@ -65,7 +68,7 @@ from ldm.train.trainer import TrainConfig, Trainer
 from ldm.types import Cond
 
 Density = UniformTimes | LogitNormal | Mode | CosMap | ShiftedUniform | FluxShift | Importance
-AnyAdapter = FullAdapter | LoraAdapter | TokensAdapter | PivotalAdapter | ControlAdapter
+AnyAdapter = FullAdapter | LoraAdapter | TokensAdapter | PivotalAdapter | ControlAdapter | ImagePromptAdapter
 AnyConfig = FullConfig | LoraConfig | TokensConfig | PivotalConfig
 ADAPTER = "adapter.json"
 
@@ -101,6 +104,14 @@ class FinetuneTask(Finetuning):
     kind: Literal["finetune"] = "finetune"
     images: Path | None = None
     adapter: FullConfig | LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass(frozen=True)
+class CachedFeatures:
+    """What a frozen network has of pictures (B, 3, H, W) in [-1, 1]; `told` names it with its weights."""
+
+    encode: Callable[[Tensor], Tensor]
+    told: str
 
 
 def build(task: FinetuneTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:
@@ -161,10 +172,11 @@ def assembled(
     workers: int,
     images: Path | None,
     drawn: Callable[[Samples, TextToImage], SampleHook] = SampleHook,
+    features: CachedFeatures | None = None,
 ) -> Assembly:
     """Caches, adapter, objective, loader, sample pictures and export of a prepared data set.
 
-    `drawn` makes what draws the sample pictures.
+    `drawn` makes what draws the sample pictures; `features` are cached beside the latents.
     """
     seed_torch(seed)  # initial weights of the adapter
     planned.check_patches(pipeline.network, pipeline.codec.factor, data)
@@ -177,7 +189,9 @@ def assembled(
         )
     expect = cache_hashes(codec.autoencoder, None if live else towers)
     if task.cache is not None:
-        data = with_caches(data, task.cache, lambda data, folder: _cached(folder, data, codec, towers, expect))
+        expect |= {} if features is None else {FEATURES: features.told}
+        how = None if features is None else features.encode
+        data = with_caches(data, task.cache, lambda data, folder: _cached(folder, data, codec, towers, expect, how))
     loader = training_data(data, train, seed, workers, expect=expect if data.cached else None)
     storage, whole = train.engine.frozen, isinstance(adapter, FullAdapter)
     pipeline = store_network(pipeline, storage, trains=whole, blocks=train.engine.blocks_on_device)
@@ -251,7 +265,12 @@ def _live(towers: Sequence[TextEncoder]) -> EncodeText:
 
 
 def _cached(
-    folder: Path, data: DataConfig, codec: LatentCodec, towers: Sequence[TextEncoder], hashes: dict[str, str]
+    folder: Path,
+    data: DataConfig,
+    codec: LatentCodec,
+    towers: Sequence[TextEncoder],
+    hashes: dict[str, str],
+    features: Callable[[Tensor], Tensor] | None = None,
 ) -> Path:
     """Encode pictures, and captions if the hashes name the text, into a folder; all ranks share the work."""
     config = EncodeConfig(
@@ -266,6 +285,7 @@ def _cached(
         moments=codec.moments,
         text=(lambda texts: dict(encode_text(texts))) if "text" in hashes else None,
         hashes=hashes,
+        features=features,
         rank=dist.rank(),
         world=dist.world_size(),
     )
@@ -280,6 +300,10 @@ def write_export(base: str, adapter: AnyAdapter, weights: dict[str, Tensor], fol
     """What others load: a diffusers folder for whole weights, else the adapter's files and what they belong to."""
     if isinstance(adapter, ControlAdapter):
         save_control(folder, adapter.control.config, adapter.export(weights))
+        return
+    if isinstance(adapter, ImagePromptAdapter):
+        told = About(base, adapter.encoder)
+        save_ip_adapter(folder, adapter.adapter.config, adapter.export(weights), told)
         return
     fresh = TextToImage.load(base)
     if isinstance(adapter, FullAdapter):

@@ -23,6 +23,7 @@ RATES = {
     "dreambooth": (5.0e-6, 1.0e-4),
     "dreambooth_lora": (1.0e-4, 4.0e-3),
     "dreambooth_pivotal": (1.0e-4, 4.0e-3),
+    "ip_adapter": (1.0e-4, 3.0e-4),
     "lora": (1.0e-4, 4.0e-3),
     "textual_inversion": (5.0e-3, 1.0e-2),
 }
@@ -32,6 +33,7 @@ STEPS = {
     "dreambooth": 400,
     "dreambooth_lora": 500,
     "dreambooth_pivotal": 500,
+    "ip_adapter": 10000,
     "lora": 1000,
     "textual_inversion": 500,
 }
@@ -101,7 +103,8 @@ class Choices:
         large, small = RATES[self.method]
         if self.lr is not None or self.family is None:
             return small if self.lr is None else self.lr
-        own = {"dreambooth": self.family.full_rate, "textual_inversion": large, "controlnet": large}
+        own = {"dreambooth": self.family.full_rate, "textual_inversion": large, "controlnet": large,
+               "ip_adapter": large}  # fmt: skip
         return own.get(self.method, self.family.rate)
 
     @property
@@ -181,6 +184,18 @@ def controlnet(
     enlarged = {"enlarge": True} if condition == "small" else {}  # a ControlNet is shown the pictures' size
     data |= {"pairs": {"condition": {"kind": condition, **enlarged}}}
     return _run(choices, "controlnet", own, data, choices.prompts)
+
+
+def ip_adapter(
+    choices: Choices, *, image_encoder: str, form: str, start: str | None, references: Sequence[Path]
+) -> dict[str, Any]:
+    """An IP-Adapter on captioned pictures; a built set is trained on where it lies."""
+    built = is_set(choices.images)
+    own: dict[str, Any] = {} if built else {"images": str(choices.images)}
+    data = _own_shards(choices.images, choices.side) if built else _shards(choices, "pictures", choices.side)
+    own |= {"image_encoder": image_encoder, "form": form, "start": start}
+    own |= {"references": [str(path) for path in references]}
+    return _run(choices, "ip_adapter", own, data, choices.prompts)
 
 
 def _own_shards(path: Path, side: int) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def usable(source: str | Path, key: str = "model") -> str:
     """
     text = str(source)
     if text in SHIPPED:
-        if key.rpartition(".")[2] not in ("vae", "text"):  # which take a model's part
+        if key.rpartition(".")[2] not in ("vae", "text", "image_encoder"):  # which take a part
             check_draws(text, key)
         return text
     text = expanded(text)

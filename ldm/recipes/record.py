@@ -18,13 +18,14 @@ from ldm.data.fingerprint import fingerprint
 from ldm.data.loader import DataConfig
 from ldm.data.manifest import Manifest, resolve
 from ldm.models.shipped import SHIPPED, named
+from ldm.models.text import openclip
 from ldm.train.changes import Record
 from ldm.words import near
 
 _TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "text_encoder_3", "tokenizer_3")
 PARTS = {"vae": ("vae",), "text": ("clip", *_TEXT)}
 """Of a model's folder, what the keys `task.vae` and `task.text` take."""
-MODELS = ("vae", "text", "start", "base", "teacher")
+MODELS = ("vae", "text", "start", "base", "teacher", "image_encoder")
 """Keys of tasks that name a model."""
 _WHOLE = (*NETWORKS, "vae", "scheduler", *PARTS["text"])
 _FILES = (".safetensors", ".json", ".txt", ".bin", ".ckpt", ".model")
@@ -73,6 +74,8 @@ def _data(config: DataConfig, written: bool) -> dict[str, Any] | None:
 
 
 def _model(name: str, source: str | None) -> str | None:
+    if source is not None and source.startswith(openclip.PREFIX):
+        return source
     try:
         return None if source is None else model_hash(source, PARTS.get(name))
     except ValueError as error:

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ldm import dist
-from ldm.checkpoint import convert
+from ldm.checkpoint import convert, vision
 from ldm.checkpoint.folder import NETWORKS, network_in, open_network, open_vae
 from ldm.checkpoint.folders import read_module
+from ldm.checkpoint.ip_adapter_files import ABOUT
 from ldm.checkpoint.opened import load_encoder
+from ldm.checkpoint.vision import is_image_encoder
 from ldm.config.load import decode, encode
 from ldm.data.mixture import Data, open_data
 from ldm.data.stream import Stream, Tokenize
@@ -36,6 +38,7 @@ from ldm.models.text import (
     text_dtype,
 )
 from ldm.models.text.openclip import AnyClip
+from ldm.models.text.vision import ImageEncoder, of_clip
 from ldm.models.vae.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.pipeline import TextToImage
 from ldm.types import Cond
@@ -73,7 +76,9 @@ def training_data(
 
 def is_model(folder: Path) -> bool:
     """Whether a folder is a model, one of its parts, or an adapter with its base's name."""
-    return any((folder / n).is_file() for n in ("model_index.json", ADAPTER, *(f"{p}config.json" for p in _PARTS)))
+    return any(
+        (folder / n).is_file() for n in ("model_index.json", ADAPTER, ABOUT, *(f"{p}config.json" for p in _PARTS))
+    )
 
 
 def place(source: str, key: str = "model") -> Path:
@@ -181,6 +186,17 @@ def load_clip(source: str) -> tuple[nn.Module, AnyClip]:
     clip = build_clip(config)
     clip.load_state_dict(weights, strict=True)
     return clip.requires_grad_(False).eval(), config
+
+
+def load_image_encoder(source: str) -> ImageEncoder:
+    """A frozen image encoder: transformers' folder of one, or the image tower of what `load_clip` takes.
+
+    Raises ValueError where there is none.
+    """
+    folder = named(source)
+    if is_image_encoder(folder):
+        return vision.load_image_encoder(folder)
+    return of_clip(*load_clip(source), name=source)
 
 
 def clip_tower(source: str) -> TextTower:

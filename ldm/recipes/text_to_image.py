@@ -146,8 +146,14 @@ def _same(a: Any, b: Any) -> bool:
 class SampleHook:
     """Draws the fixed prompts on all ranks together, each its share, and writes one picture."""
 
-    def __init__(self, config: Samples, pipeline: TextToImage) -> None:
-        self.every, self.config, self.pipeline = config.every, config, pipeline
+    def __init__(
+        self,
+        config: Samples,
+        pipeline: TextToImage,
+        under: Callable[[Sequence[int]], TextToImage] | None = None,
+    ) -> None:
+        """`under`: the pipeline that draws some of the prompts, by their places, where they have pictures of theirs."""
+        self.every, self.config, self.pipeline, self._under = config.every, config, pipeline, under
 
     def __call__(self, trainer: Trainer, step: int) -> None:
         prompts = list(self.config.prompts)
@@ -157,7 +163,8 @@ class SampleHook:
         share = math.ceil(len(prompts) / world)  # equal on all ranks: the network may be divided over them
         indices = [(rank * share + i) % len(prompts) for i in range(share)]
         with trainer.averaged(), trainer.engine.autocast(), without_dropout(self.pipeline.network):
-            own = self.pipeline.sample([prompts[i] for i in indices], settings=self.config.settings, indices=indices)
+            pipeline = self.pipeline if self._under is None else self._under(indices)
+            own = pipeline.sample([prompts[i] for i in indices], settings=self.config.settings, indices=indices)
         images = dist.gather(own)[: len(prompts)]
         if rank == 0:
             save_grid(images, trainer.out / "samples" / f"step-{step:07d}.png", columns=math.ceil(len(prompts) ** 0.5))

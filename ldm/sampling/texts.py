@@ -20,8 +20,11 @@ _WHOLE = ("vector", "pooled")
 
 
 def is_text(key: str) -> bool:
-    """Whether a key is part of what is told of a prompt, and nothing else (sizes, pictures, guidance)."""
-    return key.partition(".")[0] in ("text", "pooled", "mask") or key in (*_SEQUENCES, *_WHOLE)
+    """Whether a key is part of what is told of a prompt, and nothing else (sizes, conditions, guidance).
+
+    A picture that is a prompt ("image_kv.N") enters where the text does.
+    """
+    return key.partition(".")[0] in ("text", "pooled", "mask", "image_kv") or key in (*_SEQUENCES, *_WHOLE)
 
 
 def encoder_of(key: str) -> int:

@@ -110,6 +110,20 @@ def test_the_steps_are_theirs(count: int, start: float, end: float) -> None:
     assert found == keeps
 
 
+@pytest.mark.parametrize("use", [{"guess": True}, {"pool": True}, {}])
+def test_guess_mode_computes_the_prompts_half_alone(use: dict[str, Any], tmp_path: Path) -> None:
+    """As in diffusers, whose ControlNet is given the prompt's rows there."""
+    parts = make("sd1")
+    save(parts, tmp_path / "ours")
+    (net,), _ = networks(tmp_path, parts, [use])
+    rows = []
+    net.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    how = {k: v for k, v in use.items() if k != "pool"}
+    noise = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(1))
+    drawn(tmp_path / "ours", noise, [Control(network=net, picture=picture(7, (16, 24)), **how)], steps=2)
+    assert set(rows) == {1 if use else 2}
+
+
 def test_each_prompt_has_its_picture_whatever_the_batch(tmp_path: Path) -> None:
     parts = make("sd1")
     save(parts, tmp_path / "ours")

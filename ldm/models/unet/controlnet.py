@@ -19,7 +19,7 @@ from ldm.config.load import accepts
 from ldm.models import others
 from ldm.models.network import Network
 from ldm.models.unet.config import DOWN, UP, UNetConfig
-from ldm.models.unet.encoder import Encoder, Residuals
+from ldm.models.unet.encoder import Encoder, Residuals, is_image
 from ldm.models.unet.unet import needs
 from ldm.types import Cond
 
@@ -210,7 +210,8 @@ class ControlNet(Encoder):
         """
         self.check(cond, x)
         dropped = {"kv", "guidance", *(["concat"] if x.shape[1] == self.in_channels else [])}
-        mid, skips, *_ = self._halfway(x, t, {k: v for k, v in cond.items() if k not in dropped})
+        told = {k: v for k, v in cond.items() if k not in dropped and not is_image(k)}
+        mid, skips, *_ = self._halfway(x, t, told)
         down = [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
         found = [*down, self.controlnet_mid_block(mid)]
         if self.config.global_pool_conditions:

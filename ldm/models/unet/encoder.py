@@ -18,6 +18,10 @@ from ldm.models.unet.config import DOWN, MID, UNetConfig
 from ldm.models.unet.transformer import Attention, Transformer2D
 from ldm.types import Cond
 
+IMAGE_KV = "image_kv"
+"""Of `cond`, with a point and a number behind it, one for each picture: (B, N, ...), keys and values of all
+cross-attentions in running order, as `ldm.models.unet.image_prompt` makes them."""
+
 
 class Stage(nn.Module):
     """Resnets of one resolution, each followed by a transformer where there is cross-attention, and a resampling."""
@@ -39,10 +43,10 @@ class Stage(nn.Module):
         self.downsamplers = nn.ModuleList([Downsample(width, symmetric=True)]) if down else None
         self.upsamplers = nn.ModuleList([Upsample(width)]) if up else None
 
-    def step(self, index: int, x: Tensor, time: Tensor, text: Tensor, kv: Tensor | None) -> Tensor:
-        """Resnet number `index`, and its transformer."""
+    def step(self, index: int, x: Tensor, time: Tensor, *told: Any) -> Tensor:
+        """Resnet number `index`, and its transformer, which is `told` of the text and of pictures."""
         x = self.resnets[index](x, time)
-        return x if self.attentions is None else self.attentions[index](x, text, kv)
+        return x if self.attentions is None else self.attentions[index](x, *told)
 
     def layers(self) -> Iterator[tuple[str, nn.Module]]:
         """Names and modules in the order in which they run."""
@@ -63,10 +67,11 @@ class Middle(nn.Module):
         self.attentions = nn.ModuleList([_transformer(config, config.levels - 1)] if attend else [])
         self.resnets = nn.ModuleList(_resnet(config, width, width) for _ in range(1 + attend))
 
-    def forward(self, x: Tensor, time: Tensor, text: Tensor, kv: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, *told: Any) -> Tensor:
+        """`told`: of the text and of pictures, as `Told` has it."""
         x = self.resnets[0](x, time)
         for attend, resnet in zip(self.attentions, self.resnets[1:], strict=True):
-            x = attend(x, text, kv)
+            x = attend(x, *told)
             x = resnet(x, repeated(time, len(x)))
         return x
 
@@ -109,6 +114,11 @@ def _down_stages(config: UNetConfig) -> nn.ModuleList:
         inputs = [widths[max(i - 1, 0)]] + [widths[i]] * (layers[i] - 1)
         stages.append(Stage(config, i, inputs, attend=kind == DOWN[0], down=i < config.levels - 1))
     return stages
+
+
+Told = tuple[Any, ...]
+"""What a transformer is told beside its input: the text, its keys and values where they are known, and those of
+pictures where there are any."""
 
 
 class Residuals(NamedTuple):
@@ -165,10 +175,8 @@ class Encoder(Network):
         down = [(f"down_blocks.{i}", cast("Stage", stage)) for i, stage in enumerate(self.down_blocks)]
         return [*down, ("mid_block", self.mid_block)]
 
-    def _halfway(
-        self, x: Tensor, t: Tensor, cond: Cond
-    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Iterator[Tensor | None]]:
-        """(middle features, skips, activated time embedding, text, what is known of the rest's keys and values)."""
+    def _halfway(self, x: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, list[Tensor], Tensor, Iterator[Told]]:
+        """(middle features, skips, activated time embedding, what the transformers of the rest are told)."""
         if "copies" in cond:
             x, t, cond = _once(x, t, cond)
         if "concat" in cond:
@@ -177,42 +185,50 @@ class Encoder(Network):
             raise ValueError(f"the {self.title} takes {self.in_channels} channels, got {x.shape[1]} (with concat)")
         x = x.to(self._dtype)
         text = cond["text"].to(x.dtype) if "text" in cond else x.new_zeros(0)
-        known = iter(cond["kv"].split(self._kv_widths, dim=-1) if "kv" in cond else [None] * len(self._kv_widths))
+        told = self._told(text, cond)
         time = nn.functional.silu(self.time(t, cond, len(x), x.dtype))
         x = self._entered(self.conv_in(x), cond)
         skips = [x]
         for number, stage in enumerate(cast("Iterable[Stage]", self.down_blocks)):
             for i in range(len(stage.resnets)):
-                kv = None if stage.attentions is None else next(known)
-                x = self._step(stage, i, x, repeated(time, len(x)), text, kv)
+                own = () if stage.attentions is None else next(told)
+                x = self._step(stage, i, x, repeated(time, len(x)), own)
                 skips.append(x)
             self.pass_by(f"down_blocks.{number}", x)
             if stage.downsamplers is not None:
                 x = stage.downsamplers[0](x)
                 skips.append(x)
-        kv = next(known) if len(self.mid_block.attentions) else None
-        x = self._across(x, repeated(time, len(x)), text, kv)
+        x = self._across(x, repeated(time, len(x)), next(told) if len(self.mid_block.attentions) else ())
         self.pass_by("mid_block", x)
-        return x, skips, time, text, known
+        return x, skips, time, told
+
+    def _told(self, text: Tensor, cond: Cond) -> Iterator[Told]:
+        """Of each transformer in running order."""
+        known = cond["kv"].split(self._kv_widths, dim=-1) if "kv" in cond else [None] * len(self._kv_widths)
+        images = [value for key, value in sorted(cond.items()) if is_image(key)]
+        if not images:
+            return ((text, kv) for kv in known)
+        each = zip(*(value.split(self._kv_widths, dim=-1) for value in images))
+        return ((text, kv, seen) for kv, seen in zip(known, each, strict=True))
 
     def _entered(self, x: Tensor, cond: Cond) -> Tensor:
         """What the first stage is given of what `conv_in` gives."""
         return x
 
-    def _step(self, stage: Stage, index: int, x: Tensor, time: Tensor, text: Tensor, kv: Tensor | None) -> Tensor:
+    def _step(self, stage: Stage, index: int, x: Tensor, time: Tensor, told: Told) -> Tensor:
         if not self._one_by_one:
-            return self._run(stage.step, index, x, time, text, kv)
+            return self._run(stage.step, index, x, time, *told)
         x = self._run(stage.resnets[index], x, time)
-        return x if stage.attentions is None else self._run(stage.attentions[index], x, text, kv)
+        return x if stage.attentions is None else self._run(stage.attentions[index], x, *told)
 
-    def _across(self, x: Tensor, time: Tensor, text: Tensor, kv: Tensor | None) -> Tensor:
+    def _across(self, x: Tensor, time: Tensor, told: Told) -> Tensor:
         """The middle."""
         if not self._one_by_one:
-            return self._run(self.mid_block, x, time, text, kv)
+            return self._run(self.mid_block, x, time, *told)
         first, *rest = self.mid_block.resnets
         x = self._run(first, x, time)
         for attend, resnet in zip(self.mid_block.attentions, rest, strict=True):
-            x = self._run(attend, x, text, kv)
+            x = self._run(attend, x, *told)
             x = self._run(resnet, x, repeated(time, len(x)))
         return x
 
@@ -307,10 +323,19 @@ def _group(name: str) -> str:
     return "convolution" if ".resnets." in name or "samplers." in name else "other"
 
 
+def is_image(key: str) -> bool:
+    """Whether a key of `cond` has the keys and values of a picture that is a prompt."""
+    return key.partition(".")[0] == IMAGE_KV
+
+
 def _once(x: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Cond]:
     """The first of the equal parts, with the text of all."""
     rows = x.shape[0] // cond["copies"].shape[0]
-    return x[:rows], t[:rows], {k: v if k in ("text", "kv") else v[:rows] for k, v in cond.items() if k != "copies"}
+    return (
+        x[:rows],
+        t[:rows],
+        {k: v if k in ("text", "kv") or is_image(k) else v[:rows] for k, v in cond.items() if k != "copies"},
+    )
 
 
 def _class_embedding(config: UNetConfig) -> nn.Module | None:

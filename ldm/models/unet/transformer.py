@@ -5,7 +5,7 @@ Legend: B batch, N pixels, T text tokens, C channels, D width of the text, H hea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
@@ -34,8 +34,13 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([Linear(channels, channels)])
         self.control: Control | None = None
 
-    def forward(self, x: Tensor, text: Tensor | None = None, kv: Tensor | None = None) -> Tensor:
-        """`kv` (B, T, 2C) are the keys and values that `keys_values` gave for the text, instead of the text."""
+    def forward(
+        self, x: Tensor, text: Tensor | None = None, kv: Tensor | None = None, image: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """`kv` (B, T, 2C) are the keys and values that `keys_values` gave for the text, instead of the text.
+
+        `image`: others of pictures (B, N, 2C), each looked at by itself; what is found in them is added.
+        """
         if kv is None:
             source = x if text is None else text
             k, v = self.to_k(source), self.to_v(source)
@@ -47,6 +52,9 @@ class Attention(nn.Module):
         else:
             weights = self.control(probabilities(q.transpose(1, 2), k.transpose(1, 2)))
             out = (weights @ v.transpose(1, 2)).transpose(1, 2)
+        for one in image:
+            k, v = (y.unflatten(-1, (self.heads, -1)) for y in one.to(q.dtype).chunk(2, dim=-1))
+            out = out + attention(q, k, v)
         return self.to_out[0](out.flatten(2))
 
     def keys_values(self, text: Tensor) -> Tensor:
@@ -107,8 +115,8 @@ class TransformerBlock(nn.Module):
         self.norm3 = LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, text: Tensor, kv: Tensor | None = None) -> Tensor:
-        """`kv` (B, T, 2C): the keys and values of the text, if they are known already.
+    def forward(self, x: Tensor, text: Tensor, kv: Tensor | None = None, image: Sequence[Tensor] = ()) -> Tensor:
+        """`kv` (B, T, 2C): the keys and values of the text, if they are known already; `image`: those of pictures.
 
         Of x the first rows of B will do where the others are copies: they part where they meet the text.
         """
@@ -117,7 +125,7 @@ class TransformerBlock(nn.Module):
             x = repeated(x, rows)
         x = x + self._drop(self.attn1(self.norm1(x)))
         x = repeated(x, rows)
-        x = x + self._drop(self.attn2(self.norm2(x), text, kv))
+        x = x + self._drop(self.attn2(self.norm2(x), text, kv, image))
         return x + self._drop(self.ff(self.norm3(x)))
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -140,15 +148,18 @@ class Transformer2D(nn.Module):
         self.proj_out = Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.channels, self.recompute = channels, False
 
-    def forward(self, x: Tensor, text: Tensor, kv: Tensor | None = None) -> Tensor:
-        """`kv` (B, T, 2C a block): the keys and values of the text for all blocks, if they are known already."""
+    def forward(self, x: Tensor, text: Tensor, kv: Tensor | None = None, image: Sequence[Tensor] = ()) -> Tensor:
+        """`kv` (B, T, 2C a block): the keys and values of the text for all blocks, if they are known already; `image`:
+        those of pictures (B, N, 2C a block)."""
         h = self.norm(x)
         h = self.proj_in(tokens(h)) if self.linear else tokens(self.proj_in(h))
         depth = len(self.transformer_blocks)
         known = [None] * depth if kv is None or not depth else kv.chunk(depth, dim=-1)
+        seen = list(zip(*(one.chunk(depth, dim=-1) for one in image))) if image and depth else [()] * depth
         again = self.recompute and self.training and torch.is_grad_enabled()
-        for block, own in zip(self.transformer_blocks, known, strict=True):
-            h = checkpoint(block, h, text, own, use_reentrant=False) if again else block(h, text, own)
+        for block, own, shown in zip(self.transformer_blocks, known, seen, strict=True):
+            more = (text, own, shown) if shown else (text, own)
+            h = checkpoint(block, h, *more, use_reentrant=False) if again else block(h, *more)
         size = x.shape[2:]
         h = pixels(self.proj_out(h), size) if self.linear else self.proj_out(pixels(h, size))
         return repeated(x, len(h)) + h

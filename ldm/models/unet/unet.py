@@ -77,19 +77,19 @@ class UNet(Encoder):
 
         `cond`: "text" (B, T, D), or "kv" that `keys_values` made of it; "concat" (B, C'', H, W), added to the channels;
         "class" (B,) or (B, P); "pooled" (B, P) with "time_ids" (B, 6); "guidance" (B,), the w of w-conditioned models,
-        which is the guidance scale - 1. "copies" (n, 0) tells that x, t and all but the text are n times the same rows,
-        as guidance has them: they are computed once up to the first cross-attention. `residuals` are added to the skips
-        and the middle.
+        which is the guidance scale - 1; "image_kv.N" (B, M, ...), of pictures that are prompts. "copies" (n, 0) tells
+        that x, t and all but the text are n times the same rows, as guidance has them: they are computed once up to the
+        first cross-attention. `residuals` are added to the skips and the middle.
         """
         rows = x.shape[0]
-        x, skips, time, text, known = self._halfway(x, t, cond)
+        x, skips, time, told = self._halfway(x, t, cond)
         if residuals is not None:
             x, skips = residuals.onto(x, skips)
         for number, stage in enumerate(cast("Iterable[Stage]", self.up_blocks)):
             for i in range(len(stage.resnets)):
-                kv = None if stage.attentions is None else next(known)
+                own = () if stage.attentions is None else next(told)
                 x = torch.cat([x, repeated(skips.pop(), len(x))], dim=1)
-                x = self._step(stage, i, x, repeated(time, len(x)), text, kv)
+                x = self._step(stage, i, x, repeated(time, len(x)), own)
             self.pass_by(f"up_blocks.{number}", x)
             if stage.upsamplers is not None:
                 h, w = skips[-1].shape[2:]

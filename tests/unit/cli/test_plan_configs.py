@@ -37,6 +37,7 @@ WEIGHTS = {
     "pixart_sigma": 610_856_096,
     "sd15_controlnet": 361_279_120,
     "sdxl_controlnet": 1_251_014_160,
+    "sd15_ip_adapter": 1024 * 3072 + 3072 + 2 * 768 + 2 * 768 * (5 * 320 + 5 * 640 + 6 * 1280),
     "textual_inversion": 2 * 192,  # two vectors of the emoji tower's width
 }
 
