@@ -1,4 +1,4 @@
-"""`ldm finetune dreambooth | textual-inversion | lora | controlnet --images FOLDER`: from pictures to a tuned model."""
+"""`ldm finetune METHOD --images FOLDER`: from pictures to a tuned model."""
 
 from __future__ import annotations
 
@@ -65,9 +65,24 @@ def parser() -> Parser:
                    help="the condition of a --prompt, in their order; may be repeated")  # fmt: skip
     c.add_argument("--proportion-empty-prompts", dest="drop", type=float, default=0.0, metavar="SHARE",
                    help="captions that are left out, so that the picture says more (the authors: 0.5)")  # fmt: skip
+    for method, (help, steps, rates) in CONCAT.items():
+        one = methods.add_parser(method, help=help, epilog=_EPILOG)
+        _common(one, steps, rates)
+        one.add_argument("--validation-image", dest="pictures", type=Path, action="append", default=[],
+                         metavar="PICTURE", help="what a --prompt is drawn with, in their order")  # fmt: skip
+        if method == "inpaint":
+            one.add_argument("--validation-mask", dest="masks", type=Path, action="append", default=[],
+                             metavar="MASK", help="where it is painted (white), in their order")  # fmt: skip
+        one.add_argument("--proportion-empty-prompts", dest="drop", type=float, metavar="SHARE",
+                         help="captions that are left out, for guidance (default: 0.1)")  # fmt: skip
     return p
 
 
+CONCAT = {
+    "inpaint": ("learn to paint what is under a mask, from a base that draws", "10000",
+                "1e-5, of a shipped model 3e-4"),
+}  # fmt: skip
+"""Methods that widen the base: help, usual steps and rates."""
 CONDITIONS = ("canny", "grey", "blur", "small", "stored")
 
 
@@ -169,6 +184,9 @@ def tree(args: argparse.Namespace) -> dict[str, Any]:
         return folder_runs.controlnet(
             choices, condition=args.condition, start=args.start, conditions=args.conditions, drop=args.drop
         )
+    if args.method in CONCAT:
+        masks = getattr(args, "masks", [])
+        return folder_runs.concat(choices, args.method, pictures=args.pictures, masks=masks, drop=args.drop)
     return folder_runs.inversion(
         choices, token=args.token, max_norm=args.max_norm, vectors=args.num_vectors, initializer=args.initializer or [],
         learn=args.learnable_property, templates=args.template,
@@ -186,6 +204,8 @@ def _adapter(args: argparse.Namespace, low_rank: bool) -> dict[str, Any]:
 
     if args.method in ("textual-inversion", "controlnet"):
         return {}
+    if args.method in CONCAT:
+        return {"kind": "full"}
     if not low_rank:
         return {"kind": "full", "text": args.train_text_encoder}
     return {
@@ -229,5 +249,6 @@ def main(argv: list[str]) -> int:
 
         tuned = f"--model {config.out}"
         how = f"--model {args.base} --control {config.out}:PICTURE" if args.method == "controlnet" else tuned
-        dist.say(f"page: {config.out / 'page.html'}; pictures: ldm sample PROMPT {how}")
+        verb = f"edit {args.method} PICTURE" + " MASK" * (args.method == "inpaint") if args.method in CONCAT else "sample"
+        dist.say(f"page: {config.out / 'page.html'}; pictures: ldm {verb} PROMPT {how}")
     return code

@@ -31,7 +31,8 @@ from ldm.models.streaming import check_count
 from ldm.models.text import TextEncoder, TextPrecision, check_text_precision
 from ldm.models.transformers.times import known_times
 from ldm.models.vae.latents import LatentCodec
-from ldm.pipeline.conditioning import Conditioning, clean_captions, inpainting, painter, warn
+from ldm.pipeline.concat import Concat
+from ldm.pipeline.conditioning import Conditioning, clean_captions, warn
 from ldm.pipeline.control import Control, Controls
 from ldm.pipeline.loading import family_with, habit_of, load_parts
 from ldm.pipeline.memory import Placement, compiled
@@ -130,15 +131,12 @@ class TextToImage:
         return habit_of(self.family, self.network, self.text)
 
     def clean_captions(self, on: bool = True) -> None:
-        """Clean prompts as PixArt's pipelines do by their `clean_caption`, or put them in small letters alone.
-
-        Raises ValueError for other families, and without the packages that this needs.
-        """
+        """Clean prompts as PixArt's `clean_caption` does, or only lower them; ValueError for others, or no packages."""
         clean_captions(self.text, self.family.title, on)
 
     @property
     def unet(self) -> Network:
-        """`network`, by the name that diffusers' pipelines have for it in Stable Diffusion."""
+        """`network`, as diffusers calls it."""
         return self.network
 
     def with_network(self, network: Network) -> TextToImage:
@@ -185,6 +183,12 @@ class TextToImage:
         """This pipeline under ControlNets, which move to it; itself stays. Raises ValueError for another family's."""
         other = copy.copy(self)
         other._controls = Controls(controls).on(self.network, self.codec, self._place)
+        return other
+
+    def shown(self, given: Cond) -> TextToImage:
+        """This pipeline, told more at every picture: rows (1, ...), or (N, ...), one a prompt; itself stays."""
+        other = copy.copy(self)
+        other._controls = self._controls.beside(given)
         return other
 
     def load_lora(
@@ -340,7 +344,7 @@ class TextToImage:
     ) -> Tensor:
         """Scaled latents (B, Z, h, w) of one batch; `x`, `start` and `times` as in `ldm.sampling.sample`.
 
-        `wrap` changes the guided denoiser; `given` is more that the network is told, such as `inpainting` gives.
+        `wrap` changes the guided denoiser; `given` is more that the network is told, such as `concat` makes.
         """
         shape, device = self.latent_shape(settings.size) if x is None else tuple(x.shape[1:]), self.device
         own = self.at((shape[1], shape[2]), settings.steps)
@@ -353,8 +357,7 @@ class TextToImage:
         cond = self._cond(prompts, settings, prompts)
         given = self._controls.told(self.codec.pixels(shape), range(len(prompts))) | (given or {})
         cond |= {key: value.to(device) for key, value in given.items()}
-        if wrap is None and "concat" not in cond and painter(self.network, self.codec) is not None:
-            raise ValueError(f"the {self.network.title} is told a picture and a mask here: use `ldm edit inpaint`")
+        self.concat.check(cond, wrapped=wrap is not None)
         x = (rng.normal("start", shape) if x is None else x) * (plan.scale if start is None else 1)
         with (
             self._place.used(self.network, *self._controls.networks),
@@ -424,14 +427,10 @@ class TextToImage:
         """What the network is given for prompts; SDXL's also for pictures of a size in pixels that are not cropped."""
         return self.conditioning.plain(prompts, self.size(size))
 
-    @torch.no_grad()
-    def inpainting(self, images: Tensor, mask: Tensor) -> Cond:
-        """What an inpainting network is told of pictures (B, 3, H, W) in [-1, 1] and a mask (B or 1, 1, H, W).
-
-        The mask is 1 where the picture is drawn anew; beside it the picture's latents with grey in the mask's place.
-        Raises ValueError for a network that is not told of one.
-        """
-        return inpainting(self.network, self.codec, self._place, images, mask)
+    @property
+    def concat(self) -> Concat:
+        """What makes of pictures what the network is told by more channels."""
+        return Concat(self.network, self.codec, self._place)
 
     def latent_shape(self, size: Size | None) -> tuple[int, int, int]:
         """(Z, h, w) for a size in pixels. Raises ValueError unless it is a multiple of 8, or of more for some."""

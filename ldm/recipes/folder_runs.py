@@ -23,6 +23,7 @@ RATES = {
     "dreambooth": (5.0e-6, 1.0e-4),
     "dreambooth_lora": (1.0e-4, 4.0e-3),
     "dreambooth_pivotal": (1.0e-4, 4.0e-3),
+    "inpaint": (1.0e-5, 3.0e-4),
     "lora": (1.0e-4, 4.0e-3),
     "textual_inversion": (5.0e-3, 1.0e-2),
 }
@@ -32,9 +33,16 @@ STEPS = {
     "dreambooth": 400,
     "dreambooth_lora": 500,
     "dreambooth_pivotal": 500,
+    "inpaint": 10000,
     "lora": 1000,
     "textual_inversion": 500,
 }
+
+
+PAIRS: dict[str, dict[str, Any]] = {
+    "inpaint": {"inpaint_mask": {"kind": "random_mask"}, "masked": {"kind": "masked"}},
+}
+"""Of methods that tell the network a picture by more channels: the pairs that it is made of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +110,7 @@ class Choices:
         if self.lr is not None or self.family is None:
             return small if self.lr is None else self.lr
         own = {"dreambooth": self.family.full_rate, "textual_inversion": large, "controlnet": large}
-        return own.get(self.method, self.family.rate)
+        return own.get(self.method, large if self.method in PAIRS else self.family.rate)
 
     @property
     def tuned(self) -> dict[str, Any]:
@@ -171,16 +179,37 @@ def controlnet(
 
     A built set is trained on where it lies. Raises ValueError for stored conditions of a folder that is not built.
     """
-    built = is_set(choices.images)
-    if condition == "stored" and not built:
-        raise ValueError(f"--condition stored: {str(choices.images)!r} is a folder of pictures; `ldm data build` reads "
-                         "pairs from it into a data set, which --images takes")  # fmt: skip
-    own: dict[str, Any] = {} if built else {"images": str(choices.images)}
-    data = _own_shards(choices.images, choices.side) if built else _shards(choices, "pictures", choices.side)
+    own, data = _of_images(choices, "--condition stored" if condition == "stored" else None)
     own |= {"start": start, "conditions": [str(path) for path in conditions], "options": {"drop": drop}}
     enlarged = {"enlarge": True} if condition == "small" else {}  # a ControlNet is shown the pictures' size
     data |= {"pairs": {"condition": {"kind": condition, **enlarged}}}
     return _run(choices, "controlnet", own, data, choices.prompts)
+
+
+def concat(
+    choices: Choices, method: str, *, pictures: Sequence[Path], masks: Sequence[Path], drop: float | None
+) -> dict[str, Any]:
+    """All weights of a base that is told a picture by more channels, on captioned pictures and their pairs."""
+    pairs = PAIRS[method]
+    own, data = _of_images(choices, method if any(p["kind"] == "stored" for p in pairs.values()) else None)
+    own |= {"adapter": choices.adapter, "options": {"drop": 0.1 if drop is None else drop, "concat": {"kind": method}}}
+    made = _run(choices, "finetune", own, data | {"pairs": pairs}, choices.prompts)
+    drawn = {"pictures": [str(p) for p in pictures], "masks": [str(p) for p in masks]}
+    made["task"]["samples"] |= {key: paths for key, paths in drawn.items() if paths}
+    return made
+
+
+def _of_images(choices: Choices, stored: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what the task is told of them, the data) of a folder or a built set, which is trained on where it lies.
+
+    Raises ValueError for a folder where `stored`, as messages call it, takes pairs of a built set.
+    """
+    if is_set(choices.images):
+        return {}, _own_shards(choices.images, choices.side)
+    if stored is not None:
+        raise ValueError(f"{stored}: {str(choices.images)!r} is a folder of pictures; `ldm data build` reads "
+                         "pairs from it into a data set, which --images takes")  # fmt: skip
+    return {"images": str(choices.images)}, _shards(choices, "pictures", choices.side)
 
 
 def _own_shards(path: Path, side: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ldm.models.control import controlled
 from ldm.models.text.openclip import AnyClip, fitted, tokenizer_of
 from ldm.models.transformers.base import Transformer
 from ldm.pipeline import Guide, Progress, Settings, TextToImage
-from ldm.pipeline.conditioning import filling, painter
+from ldm.pipeline.concat import filling
 from ldm.pipeline.places import Places
 from ldm.pipeline.steps import OwnSteps
 from ldm.rng import Rng
@@ -197,8 +197,8 @@ def inpaint(
         raise ValueError(
             f"mask: {mask.size[0]} x {mask.size[1]} pixels, the picture has {image.width} x {image.height}"
         )
-    kind, channels, takes = painter(pipe.network, pipe.codec), pipe.codec.channels, pipe.network.in_channels
-    if kind is None and takes != channels:
+    kind, channels, takes = pipe.concat.kind, pipe.codec.channels, pipe.network.in_channels
+    if kind not in ("mask", "fill") and takes != channels:
         raise ValueError(
             f"inpainting: the {pipe.network.title} takes {takes} channels, expected {channels} or {2 * channels + 1}"
         )
