@@ -74,13 +74,17 @@ def parser() -> Parser:
             one.add_argument("--validation-mask", dest="masks", type=Path, action="append", default=[],
                              metavar="MASK", help="where it is painted (white), in their order")  # fmt: skip
         one.add_argument("--proportion-empty-prompts", dest="drop", type=float, metavar="SHARE",
-                         help="captions that are left out, for guidance (default: 0.1)")  # fmt: skip
+                         help="captions that are left out, for guidance (default: 0.1; instruct: 0.05, and as many "
+                         "pictures, and both)")  # fmt: skip
     return p
 
 
 CONCAT = {
     "inpaint": ("learn to paint what is under a mask, from a base that draws", "10000",
                 "1e-5, of a shipped model 3e-4"),
+    "instruct": ("learn to edit pictures by instructions, from pairs of pictures", "10000",
+                 "5e-5, of a shipped model 3e-4"),
+    "upscale": ("learn to enlarge pictures, from a base that draws", "10000", "5e-5, of a shipped model 3e-4"),
 }  # fmt: skip
 """Methods that widen the base: help, usual steps and rates."""
 CONDITIONS = ("canny", "grey", "blur", "small", "stored")
@@ -249,6 +253,8 @@ def main(argv: list[str]) -> int:
 
         tuned = f"--model {config.out}"
         how = f"--model {args.base} --control {config.out}:PICTURE" if args.method == "controlnet" else tuned
-        verb = f"edit {args.method} PICTURE" + " MASK" * (args.method == "inpaint") if args.method in CONCAT else "sample"
+        verb = (
+            f"edit {args.method} PICTURE" + " MASK" * (args.method == "inpaint") if args.method in CONCAT else "sample"
+        )
         dist.say(f"page: {config.out / 'page.html'}; pictures: ldm {verb} PROMPT {how}")
     return code

@@ -20,7 +20,7 @@ from ldm.models.vae.latents import LatentCodec
 from ldm.objectives import partners, repeats
 from ldm.objectives.align import Alignment, AlignOptions
 from ldm.objectives.base import Objective, by_noise
-from ldm.objectives.concat import Concat
+from ldm.objectives.concat import Concat, Drop, Instruct
 from ldm.objectives.inputs import EncodeText, LatentFeed
 from ldm.objectives.routing import RouteOptions, kept, set_span
 from ldm.objectives.small import SmallOptions, can_be_small, shrunk, side_at
@@ -94,6 +94,9 @@ class DenoiseOptions:
             raise ValueError(f"assign_among must be at least 2 samples, got {self.assign_among}")
         if not 1 <= self.repeats <= repeats.MOST:
             raise ValueError(f"repeats must be in [1, {repeats.MOST}], got {self.repeats}")
+        if isinstance(self.concat, Instruct) and self.drop + self.concat.drop + self.concat.both > 1:
+            shares = f"{self.drop}, concat.drop {self.concat.drop} and concat.both {self.concat.both}"
+            raise ValueError(f"drop {shares} must not be more than 1 together")
         if self.concat is not None and self.small is not None:
             raise ValueError("small: pictures that are concatenated are not averaged; write null")
         if self.repeats > 1 and self.align is not None:
@@ -133,7 +136,8 @@ class DenoiseObjective(Objective):
         self._of = (network if below is None else below,)  # in a tuple: not registered, it trains as `trained` alone
         self.process, self.options = process, options
         self._codec = codec
-        self._feed = LatentFeed(codec, encode_text, options.drop, each=options.drop_each, live=live)
+        drop = options.drop + (0.0 if options.concat is None else options.concat.both)
+        self._feed = LatentFeed(codec, encode_text, drop, each=options.drop_each, live=live)
         if options.guidance is not None and getattr(self._of[0], "guidance_width", None) is None:
             raise ValueError(f"guidance {options.guidance}: the network is told no guidance scale; write null")
         if process.variance == "learned" and getattr(options.concat, "outside", 1) != 1:
@@ -271,7 +275,8 @@ class DenoiseObjective(Objective):
         cond = self._feed.cond(batch, rng, self.device, part)
         if self.options.concat is not None:
             with torch.no_grad():
-                cond |= self.options.concat.cond(batch, rng, self._codec, self.device)
+                drop = Drop(self.options.drop, part)
+                cond |= self.options.concat.cond(batch, rng, self._codec, self.device, drop)
         if self.options.guidance is None:
             return cond
         low, high = _span(self.options.guidance)

@@ -11,14 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.diffusion.augmentation import NoiseAugmentation
 from ldm.models.concat import Kind, kind_of
 from ldm.models.network import Network
 from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline.memory import Placement
 from ldm.types import Cond
 
-_VERBS = {"mask": "inpaint", "fill": "inpaint"}
-_TOLD = {"mask": "a picture and a mask", "fill": "a picture and a mask"}
+_VERBS = {"mask": "inpaint", "fill": "inpaint", "source": "instruct", "small": "upscale"}
+_TOLD = {
+    "mask": "a picture and a mask", "fill": "a picture and a mask", "source": "the picture before an edit",
+    "small": "a small picture",
+}  # fmt: skip
 
 
 def painter(network: Network, codec: LatentCodec) -> Kind | None:
@@ -40,6 +44,7 @@ class Concat:
     network: Network
     codec: LatentCodec
     place: Placement
+    augmentation: NoiseAugmentation | None = None
 
     @property
     def kind(self) -> Kind | None:
@@ -72,6 +77,40 @@ class Concat:
                 [small_mask(mask, self.codec.factor).to(known).expand(len(known), -1, -1, -1), known], 1
             )
         }
+
+    def original(self, images: Tensor) -> Cond:
+        """Of pictures (B, 3, H, W) in [-1, 1] before an edit: their latents, not scaled, of the posterior's mode.
+
+        Raises ValueError for a network that is not told of them.
+        """
+        if self.kind != "source":
+            z, title, takes = self.codec.channels, self.network.title, self.network.in_channels
+            raise ValueError(f"editing by an instruction: needs a {title} with {2 * z} channels, got {takes}")
+        with self.place.used(self.codec.autoencoder):
+            moments = self.codec.moments(images.to(self.place.device_of(self.network)))
+        return {"concat": moments.chunk(2, dim=1)[0]}
+
+    def check_level(self, level: int) -> None:
+        """Raise ValueError for a network that is told no small picture, and for a level that it is not told."""
+        if self.kind != "small":
+            z, title, takes = self.codec.channels, self.network.title, self.network.in_channels
+            raise ValueError(
+                f"super-resolution: needs a {title} with {z + 3} channels and classes for levels of noise, got {takes} "
+                "channels"
+            )
+        most = (self.augmentation or NoiseAugmentation()).levels
+        if not 0 <= level < most:
+            raise ValueError(f"level of the noise on the small picture: must be in [0, {most - 1}], got {level}")
+
+    def small(self, images: Tensor, level: int, noise: Tensor) -> Cond:
+        """Of small pictures (B, 3, h, w) in [-1, 1], a pixel for each of the latents', with noise of a level.
+
+        Raises ValueError as `check_level` does.
+        """
+        self.check_level(level)
+        levels = torch.full((len(images),), level)
+        shown = (self.augmentation or NoiseAugmentation()).add(images, noise.to(images), levels)
+        return {"concat": shown, "class": levels}
 
 
 def small_mask(mask: Tensor, factor: int) -> Tensor:

@@ -22,6 +22,7 @@ from ldm.checkpoint import students
 from ldm.checkpoint.attached import attach_embedding, attach_lora
 from ldm.checkpoint.scheduler_classes import OwnSampler, Plan
 from ldm.data.grid import to_pil
+from ldm.diffusion.augmentation import NoiseAugmentation
 from ldm.diffusion.process import Process
 from ldm.models.attention import sliced
 from ldm.models.families import Family
@@ -75,6 +76,7 @@ class TextToImage:
         self.student: students.FewSteps | None = None
         self._family: Family | None = None
         self.own: OwnSampler | None = None
+        self.augmentation: NoiseAugmentation | None = None
         self.pixels: Size | None = None
         """The size that is drawn where none is asked for; None is the network's own."""
         self._loras: Loras | None = None
@@ -113,6 +115,7 @@ class TextToImage:
             end=found.end, precision=precision,
         )  # fmt: skip
         pipeline.student, pipeline.own, pipeline._family = found.student, found.own, found.family
+        pipeline.augmentation = found.augmentation
         pipeline.to(device) if blocks_on_device is None else pipeline.stream(blocks_on_device, device)
         for path in found.loras:
             pipeline.load_lora(path)
@@ -187,8 +190,7 @@ class TextToImage:
 
     def shown(self, given: Cond) -> TextToImage:
         """This pipeline, told more at every picture: rows (1, ...), or (N, ...), one a prompt; itself stays."""
-        other = copy.copy(self)
-        other._controls = self._controls.beside(given)
+        (other := copy.copy(self))._controls = self._controls.beside(given)
         return other
 
     def load_lora(
@@ -249,8 +251,8 @@ class TextToImage:
         """
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
-        repeated = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(count)]
-        return to_pil(self.sample(repeated, settings=Settings.of(settings)))
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        return to_pil(self.sample([p for p in prompts for _ in range(count)], settings=Settings.of(settings)))
 
     @torch.no_grad()
     def sample(
@@ -297,8 +299,8 @@ class TextToImage:
             batch = [prompts[i] for i in places]
             wrap = None if guide is None else functools.partial(guide, prompts=batch)
             with enough_memory(self.size(settings.size), len(batch)):
-                how = {"wrap": wrap, "given": self._controls.told(self.size(settings.size), places)}
-                images = self.decode(self.latents(batch, settings, rng, step, **how), settings)
+                given = self._controls.told(self.size(settings.size), places)
+                images = self.decode(self.latents(batch, settings, rng, step, wrap=wrap, given=given), settings)
             rows = [row for row, place in enumerate(places) if only is None or place in only]
             yield [places[row] for row in rows], images[rows]
 
@@ -430,7 +432,7 @@ class TextToImage:
     @property
     def concat(self) -> Concat:
         """What makes of pictures what the network is told by more channels."""
-        return Concat(self.network, self.codec, self._place)
+        return Concat(self.network, self.codec, self._place, self.augmentation)
 
     def latent_shape(self, size: Size | None) -> tuple[int, int, int]:
         """(Z, h, w) for a size in pixels. Raises ValueError unless it is a multiple of 8, or of more for some."""

@@ -11,19 +11,29 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm import dist
 from ldm.data.decode import load, load_mask
 from ldm.data.images import to_float
 from ldm.data.loader import DataConfig
 from ldm.data.mixture import Data
+from ldm.data.pairs import Pair, Small
+from ldm.diffusion.augmentation import NoiseAugmentation
+from ldm.editing.upscale import LEVEL
 from ldm.models import concat as channels
 from ldm.models.networks import AnyNetwork
 from ldm.models.unet import UNetConfig
+from ldm.models.vae.autoencoder import Autoencoder
 from ldm.models.vae.latents import LatentCodec
-from ldm.objectives.concat import Concat
+from ldm.models.vae.scaling import at_scale
+from ldm.objectives.concat import SMALL, Concat, Upscale
 from ldm.pipeline import TextToImage
 from ldm.plan.report import Frozen
+from ldm.rng import Rng
 from ldm.sampling.settings import Size
 from ldm.types import Batch, Cond
+
+UPSCALERS = 0.08333
+"""The scaling factor that diffusers' pipeline of upscalers gives each autoencoder."""
 
 
 def wide_config(concat: Concat | None, config: AnyNetwork) -> AnyNetwork:
@@ -35,6 +45,28 @@ def widened(concat: Concat | None, pipeline: TextToImage) -> TextToImage:
     """The base with a network that takes these channels, and answers as before."""
     network = channels.widened(pipeline.network, wide_config(concat, pipeline.network.config))
     return pipeline if network is pipeline.network else pipeline.with_network(network)
+
+
+def augmentation(concat: Concat | None) -> NoiseAugmentation | None:
+    """The noise on small pictures that are told, None where none are."""
+    return concat.noise if isinstance(concat, Upscale) else None
+
+
+def check_noise(concat: Concat | None, base: NoiseAugmentation | None, key: str) -> None:
+    """Raise ValueError where a base was trained with other noise on small pictures."""
+    if isinstance(concat, Upscale) and base is not None and base != concat.noise:
+        raise ValueError(f"task.options.concat.noise: {concat.noise}, but {key} has {base}; write that")
+
+
+def exported(concat: Concat | None, autoencoder: Autoencoder) -> Autoencoder:
+    """The autoencoder as it is exported: diffusers' upscaler takes any for one of the published scaling factor."""
+    if not isinstance(concat, Upscale) or autoencoder.config.scaling_factor == UPSCALERS:
+        return autoencoder
+    try:
+        return at_scale(autoencoder, UPSCALERS)
+    except ValueError as error:
+        dist.say(f"export: diffusers' StableDiffusionUpscalePipeline would decode it wrongly: {error}")
+        return autoencoder
 
 
 def more(concat: Concat | None, codec: LatentCodec) -> int:
@@ -56,6 +88,11 @@ def check(concat: Concat | None, config: AnyNetwork, takes: int, codec: LatentCo
         return
     if not isinstance(config, UNetConfig):
         raise ValueError(f"task.options.concat: {key} is no U-Net, which alone is told a picture so; write null")
+    if isinstance(concat, Upscale) and (config.num_class_embeds or 0) < concat.noise.levels:
+        raise ValueError(
+            f"{key} has num_class_embeds {config.num_class_embeds}, but task.options.concat.noise.levels is "
+            f"{concat.noise.levels}; write {channels.LEVELS} as a fresh one has"
+        )
     for source in [data] if isinstance(data, DataConfig) else [s.data for s in data.sources]:
         for name, how in concat.pairs.items():
             if name not in source.pairs and not (source.cached and not source.pairs):
@@ -63,10 +100,23 @@ def check(concat: Concat | None, config: AnyNetwork, takes: int, codec: LatentCo
                     f"data.pairs: no {name!r}, which task.options.concat {concat.kind!r} takes, only "
                     f"{sorted(source.pairs)}; such as {name}: {how}"
                 )
+            _check_small(source.pairs.get(name), name, codec)
+
+
+def _check_small(pair: Pair | None, name: str, codec: LatentCodec) -> None:
+    """A small picture has a pixel for each of the latents'."""
+    if name == SMALL and pair is not None:
+        if not isinstance(pair, Small) or pair.enlarge:
+            raise ValueError(f"data.pairs.{name}: expected {{kind: small, factor: {codec.factor}}}, not enlarged")
+        if pair.factor != codec.factor:
+            raise ValueError(
+                f"data.pairs.{name}.factor: {pair.factor}, but the autoencoder's latents are {codec.factor} times "
+                "smaller than pictures"
+            )
 
 
 def _hint(config: UNetConfig, codec: LatentCodec) -> str:
-    kinds = {"mask": "inpaint"}
+    kinds = {"mask": "inpaint", "source": "instruct", "small": "upscale"}
     kind = channels.kind_of(config, config.in_channels, codec.channels, codec.factor)
     return f"; task.options.concat: {{kind: {kinds[kind]}}} gives the others" if kind in kinds else ""
 
@@ -85,6 +135,8 @@ class Shown:
             inside = [_mask(path, image) for path, image in zip(masks, images, strict=True)]
             whites = [mask.resize((width, height), Image.Resampling.BILINEAR) for mask in inside]
             self._masks = torch.from_numpy(np.stack([np.asarray(mask) > 127 for mask in whites])).float()[:, None]
+        if concat.told == "small":
+            height, width = height // pipeline.codec.factor, width // pipeline.codec.factor
         small = [image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC) for image in images]
         self._images = to_float(np.stack([np.array(image, np.uint8) for image in small]))
 
@@ -93,7 +145,12 @@ class Shown:
         return self._pipeline.shown(self._given(list(indices)))
 
     def _given(self, rows: list[int]) -> Cond:
-        assert self._masks is not None
+        if isinstance(self._concat, Upscale):
+            noise = Rng(0, tuple(rows)).normal("low resolution", self._images.shape[1:])
+            level = min(LEVEL, self._concat.noise.levels - 1)
+            return self._pipeline.concat.small(self._images[rows], level, noise)
+        if self._masks is None:
+            return self._pipeline.concat.original(self._images[rows])
         return self._pipeline.concat.inpainting(self._images[rows], self._masks[rows])
 
     def finished(self, indices: Sequence[int], drawn: Tensor) -> Tensor:

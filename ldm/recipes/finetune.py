@@ -51,6 +51,7 @@ from ldm.models.text import (
     pad_with,
 )
 from ldm.models.vae.latents import LatentCodec
+from ldm.objectives.concat import Concat
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.objectives.inputs import EncodeText
 from ldm.pipeline import TextToImage
@@ -176,6 +177,8 @@ def assembled(
     `drawn` makes what draws the sample pictures, where it is not `sample_hook`.
     """
     seed_torch(seed)  # initial weights of the adapter
+    concat.check_noise(task.options.concat, pipeline.augmentation, f"task.base {task.base!r}")
+    pipeline.augmentation = concat.augmentation(task.options.concat)
     drawn = drawn or partial(sample_hook, options=task.options)
     network, title = pipeline.network, f"task.base {task.base!r}: its {pipeline.network.title}"
     concat.check(task.options.concat, network.config, network.in_channels, pipeline.codec, data, title)
@@ -207,7 +210,7 @@ def assembled(
     store_beside(storage, None, later, task.text_precision)  # the empty prompt is as the cache's captions are
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
-        write_export(task.base, adapter, weights, folder)
+        write_export(task.base, adapter, weights, folder, task.options.concat)
         if folder.name == "export":  # `ldm export` writes elsewhere, where there is no run to show
             write_page(folder.parent, images, task.samples.prompts)
 
@@ -288,8 +291,13 @@ def _cached(
     return folder
 
 
-def write_export(base: str, adapter: AnyAdapter, weights: dict[str, Tensor], folder: Path) -> None:
-    """What others load: a diffusers folder for whole weights, else the adapter's files and what they belong to."""
+def write_export(
+    base: str, adapter: AnyAdapter, weights: dict[str, Tensor], folder: Path, told: Concat | None = None
+) -> None:
+    """What others load: a diffusers folder for whole weights, else the adapter's files and what they belong to.
+
+    `told`: the picture that a network is told by more channels.
+    """
     if isinstance(adapter, ControlAdapter):
         save_control(folder, adapter.control.config, adapter.export(weights))
         return
@@ -302,8 +310,8 @@ def write_export(base: str, adapter: AnyAdapter, weights: dict[str, Tensor], fol
         for i, tower in enumerate(fresh.text):
             load_tower(tower, found, i)
         save_diffusers(
-            folder, network=fresh.network, autoencoder=fresh.codec.autoencoder, text=fresh.text,
-            scheduler=scheduler_of(base),
+            folder, network=fresh.network, autoencoder=concat.exported(told, fresh.codec.autoencoder), text=fresh.text,
+            scheduler=scheduler_of(base), augmentation=concat.augmentation(told),
         )  # fmt: skip
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,9 @@ RATES = {
     "dreambooth_lora": (1.0e-4, 4.0e-3),
     "dreambooth_pivotal": (1.0e-4, 4.0e-3),
     "inpaint": (1.0e-5, 3.0e-4),
+    "instruct": (5.0e-5, 3.0e-4),
     "lora": (1.0e-4, 4.0e-3),
+    "upscale": (5.0e-5, 3.0e-4),
     "textual_inversion": (5.0e-3, 1.0e-2),
 }
 """Learning rate by method: of models of Stable Diffusion's size, and of the small one that the package ships."""
@@ -34,13 +36,17 @@ STEPS = {
     "dreambooth_lora": 500,
     "dreambooth_pivotal": 500,
     "inpaint": 10000,
+    "instruct": 10000,
     "lora": 1000,
+    "upscale": 10000,
     "textual_inversion": 500,
 }
 
 
 PAIRS: dict[str, dict[str, Any]] = {
     "inpaint": {"inpaint_mask": {"kind": "random_mask"}, "masked": {"kind": "masked"}},
+    "instruct": {"original": {"kind": "stored", "cache": "latents"}},
+    "upscale": {"small": {"kind": "small"}},
 }
 """Of methods that tell the network a picture by more channels: the pairs that it is made of."""
 
@@ -131,6 +137,13 @@ class Choices:
         return self.family is not None and self.family.recompute
 
 
+def factor_of(base: str) -> int:
+    """Pixels for each of the latents' along a side."""
+    if (folder := named(base)).is_dir() and (folder / "adapter.json").is_file():
+        return factor_of(json.loads((folder / "adapter.json").read_text(encoding="utf-8"))["base"])
+    return 2 ** (len(vae_of(base).block_out_channels) - 1)
+
+
 def own_side(base: str) -> int:
     """The side in pixels that a model draws by itself, without reading its weights."""
     with torch.device("meta"):
@@ -191,8 +204,13 @@ def concat(
 ) -> dict[str, Any]:
     """All weights of a base that is told a picture by more channels, on captioned pictures and their pairs."""
     pairs = PAIRS[method]
+    if method == "upscale":
+        pairs = {"small": pairs["small"] | {"factor": factor_of(choices.base)}}
     own, data = _of_images(choices, method if any(p["kind"] == "stored" for p in pairs.values()) else None)
-    own |= {"adapter": choices.adapter, "options": {"drop": 0.1 if drop is None else drop, "concat": {"kind": method}}}
+    usual = 0.05 if method == "instruct" else 0.1
+    told: dict[str, Any] = {"kind": method}
+    told |= {"drop": drop, "both": drop} if method == "instruct" and drop is not None else {}
+    own |= {"adapter": choices.adapter, "options": {"drop": usual if drop is None else drop, "concat": told}}
     made = _run(choices, "finetune", own, data | {"pairs": pairs}, choices.prompts)
     drawn = {"pictures": [str(p) for p in pictures], "masks": [str(p) for p in masks]}
     made["task"]["samples"] |= {key: paths for key, paths in drawn.items() if paths}

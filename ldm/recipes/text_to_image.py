@@ -336,13 +336,15 @@ def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, work
     store_beside(storage, autoencoder, towers if caches else [], task.text_precision)
     loader = training_data(data, train, seed, workers, expect=expect)
     pipeline = TextToImage(network, codec, towers, task.process)
+    pipeline.augmentation = concat.augmentation(task.options.concat)
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
         whole = filled(networks.build(network.config), without_projector(weights))
         scheduler = scheduler_for(task.process, whole)
         text = towers if task.text_precision == storage == "fp32" else load_towers(task.text)
         vae = autoencoder if storage == "fp32" else load_autoencoder(task.vae)
-        save_diffusers(folder, network=whole, autoencoder=vae, text=text, scheduler=scheduler)
+        noise, vae = concat.augmentation(task.options.concat), concat.exported(task.options.concat, vae)
+        save_diffusers(folder, network=whole, autoencoder=vae, text=text, scheduler=scheduler, augmentation=noise)
         files.write_text(folder / "trained.json", json.dumps({"steps": train.steps, "batch": train.batch}))
 
     return Assembly(

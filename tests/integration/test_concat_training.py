@@ -24,12 +24,22 @@ from tests.integration.test_finetune import SLOW, exported, train
 torch.set_num_threads(1)
 MASK = (slice(4, 12), slice(2, 14))
 """Of the fixed mask: whole latent pixels."""
+NOISE = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 KINDS: dict[str, dict[str, Any]] = {
     "inpaint": {
         "pairs": {"inpaint_mask": {"kind": "random_mask"}, "masked": {"kind": "masked"}},
         "network": {"in_channels": 9},
         "pipeline": "StableDiffusionInpaintPipeline",
-        "cached": ("pair.inpaint_mask", "pair.masked.moments"),
+    },
+    "instruct": {
+        "pairs": {"original": {"kind": "blur", "sigma": 2.0, "cache": "latents"}},
+        "network": {"in_channels": 8},
+        "pipeline": "StableDiffusionInstructPix2PixPipeline",
+    },
+    "upscale": {
+        "pairs": {"small": {"kind": "small", "factor": 2}},
+        "network": {"in_channels": 7, "num_class_embeds": 1000},
+        "pipeline": "StableDiffusionUpscalePipeline",
     },
 }
 
@@ -68,11 +78,25 @@ def config(root: Path, kind: str, out: str, *, base: bool = False, stage: int = 
 
 
 def given(pipe: TextToImage, kind: str, image: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    return pipe.concat.inpainting(image, mask)
+    if kind == "upscale":
+        return pipe.concat.small(shrunk(image), 20, NOISE)
+    return pipe.concat.inpainting(image, mask) if kind == "inpaint" else pipe.concat.original(image)
+
+
+def shrunk(image: Tensor) -> Tensor:
+    return torch.nn.functional.avg_pool2d(image, 2)
 
 
 def theirs(pipe: Any, kind: str, image: Tensor, mask: Tensor, how: dict[str, Any], tell: Any) -> Tensor:
     """Their picture in [-1, 1]. They draw from the posterior of the masked picture; here its mode is taken."""
+    if kind == "upscale":
+        import diffusers
+
+        module = diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_upscale
+        tell.setattr(module, "randn_tensor", lambda *_, **__: NOISE)
+        return pipe(image=(shrunk(image) + 1) / 2, noise_level=20, **how).images * 2 - 1
+    if kind == "instruct":
+        return pipe(image=image, image_guidance_scale=1.5, **how).images * 2 - 1
     tell.setattr(pipe, "_encode_vae_image", lambda image, generator: pipe.vae.encode(image).latent_dist.mode()
                  * pipe.vae.config.scaling_factor)  # fmt: skip
     return pipe(image=image, mask_image=mask, **how).images * 2 - 1
@@ -95,7 +119,7 @@ def test_from_a_base_in_one_process(kind: str, project: Path, monkeypatch: pytes
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
     mask = torch.from_numpy(np.asarray(Image.open(project / "mask.png")) / 255.0)[None, None].float()
     ours, noise = TextToImage.load(out), torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    settings = Settings(steps=6, guidance=3.0)
+    settings = Settings(steps=6, guidance=3.0, image_guidance=1.5 if kind == "instruct" else None)
     how = {"prompt": "a red dot", "latents": noise, "num_inference_steps": 6, "guidance_scale": 3.0,
            "output_type": "pt"}  # fmt: skip
 
@@ -162,3 +186,30 @@ def test_bad_inpainting_is_refused_in_one_line(project: Path) -> None:
     assert "takes 4 channels, but 9 are given with task.options.concat 'inpaint'; adapter full widens" in line(lora)
     control = {"kind": "controlnet", "base": str(project / "teacher"), "options": {"concat": {"kind": "inpaint"}}}
     assert "options.concat: a ControlNet's base is told no picture itself" in line(plain | {"task": control})
+
+
+def test_bad_upscaling_is_refused_in_one_line(project: Path) -> None:
+    plain = config(project, "upscale", "bad")
+    for pair, says in (
+        (
+            {"kind": "small", "factor": 4},
+            "pairs.small.factor: 4, but the autoencoder's latents are 2 times smaller",
+        ),
+        ({"kind": "small", "factor": 2, "enlarge": True}, "expected {kind: small, factor: 2}, not enlarged"),
+        ({"kind": "blur"}, "data.pairs.small: expected {kind: small, factor: 2}"),
+    ):
+        assert says in line(plain | {"data": plain["data"] | {"pairs": {"small": pair}}})
+    classes = lambda count: plain["task"]["network"] | {"num_class_embeds": count}  # noqa: E731
+    assert "has num_class_embeds 100, but task.options.concat.noise.levels is 350" in line(
+        config(project, "upscale", "bad", network=classes(100))
+    )
+    assert "has num_class_embeds None" in line(config(project, "upscale", "bad", network=classes(None)))
+
+
+def test_bad_edits_are_refused_in_one_line(project: Path) -> None:
+    plain = config(project, "instruct", "bad")
+    assert "data.pairs: no 'original'" in line(plain | {"data": plain["data"] | {"pairs": {}}})
+    masked = {"samples": samples(project, "inpaint")}
+    assert "samples.masks: the network is told of none" in line(config(project, "instruct", "bad", **masked))
+    latents = config(project, "instruct", "bad", options={"concat": {"kind": "instruct", "drop": 0.9, "both": 0.2}})
+    assert "must not be more than 1 together" in line(latents)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ldm.diffusion import Process
-from ldm.objectives.concat import MASK, Inpaint
+from ldm.objectives.concat import MASK, Inpaint, Instruct, Upscale
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.rng import Rng
 
@@ -110,3 +110,54 @@ def test_a_batch_without_its_pair_is_named() -> None:
     made, _ = objective(DenoiseOptions(drop=0.0, concat=Inpaint()))
     with pytest.raises(ValueError, match=r"no 'inpaint_mask'; data\.pairs makes or reads one: inpaint_mask: \{kind"):
         made(batch_of(), Rng(0, (0, 1)))
+
+
+def edited(rows: int) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(2)
+    return batch_of(rows) | {"original": torch.rand(rows, 3, 8, 8, generator=g)}
+
+
+@pytest.mark.parametrize("part", [1.0, 0.5])
+def test_edits_are_told_the_mode_and_drop_text_picture_or_both(part: float) -> None:
+    """Unscaled means; by one draw a sample: text alone below 0.2, both up to 0.3, the picture alone up to 0.6."""
+    concat, rows = Instruct(drop=0.3, both=0.1), 64
+    made, net = objective(DenoiseOptions(drop=0.2, drop_warmup=0 if part == 1 else 10, concat=concat))
+    made.after_step(5)
+    batch, rng = edited(rows), Rng(7, tuple(range(rows)))
+    made(batch, rng)
+    u = rng.uniform("drop") / part
+    text_gone = net.cond["text"].flatten() == 0
+    picture_gone = (net.cond["concat"] == 0).flatten(1).all(1)
+    assert torch.equal(text_gone, u < 0.2 + 0.1)
+    assert torch.equal(picture_gone, (u >= 0.2) & (u < 0.6))
+    assert 0 < int((text_gone & picture_gone).sum()) < int(picture_gone.sum()) < rows
+    mean = (2 * batch["original"] - 1).unfold(2, 2, 2).unfold(3, 2, 2).mean((4, 5))
+    assert torch.allclose(net.cond["concat"][~picture_gone], mean[~picture_gone], atol=1e-6)
+    cached = {k: v for k, v in batch.items() if k != "original"}
+    made(cached | {"original.moments": Codec().moments(2 * batch["original"] - 1)}, rng)
+    assert torch.allclose(net.cond["concat"][~picture_gone], mean[~picture_gone], atol=1e-6)
+
+
+def test_shares_that_are_none_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"both must be in \[0, 1\], got -0\.1"):
+        Instruct(both=-0.1)
+    with pytest.raises(ValueError, match=r"drop 0\.5, concat\.drop 0\.4 and concat\.both 0\.2 must not be more than 1"):
+        DenoiseOptions(drop=0.5, concat=Instruct(drop=0.4, both=0.2))
+
+
+def test_upscalers_are_told_a_small_picture_with_noise_of_a_level() -> None:
+    """By the schedule of Stable Diffusion's x4 upscaler in float64; levels below 350, evenly."""
+    made, net = objective(DenoiseOptions(drop=0.0, concat=Upscale()))
+    rows = 200
+    batch, rng = batch_of(rows), Rng(7, tuple(range(rows)))
+    small = torch.rand(rows, 3, 4, 4, generator=torch.Generator().manual_seed(4))
+    made(batch | {"small": small}, rng)
+    level = net.cond["class"]
+    assert level.dtype == torch.int64
+    assert 0 <= int(level.min()) < 20
+    assert 330 < int(level.max()) < 350
+    assert abs(level.float().mean() - 174.5) < 25
+    betas = np.linspace(0.0001**0.5, 0.02**0.5, 1000) ** 2
+    bar = torch.from_numpy(np.cumprod(1 - betas))[level].view(-1, 1, 1, 1)
+    want = bar.sqrt() * (2 * small.double() - 1) + (1 - bar).sqrt() * rng.normal("low resolution", (3, 4, 4)).double()
+    assert torch.allclose(net.cond["concat"].double(), want, atol=1e-5)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from ldm import dist
 from ldm.cli import finetune
 from ldm.config.schema import load_run
 from ldm.recipes import plan_job
 from ldm.recipes.planned import Asked
+from ldm.recipes.text_to_image import SampleHook, Samples
 from tests import miniature
 from tests.integration.test_concat_training import KINDS
 
@@ -62,3 +67,35 @@ def test_one_command_writes_the_whole_config(kind: str, root: Path, capsys: pyte
     assert set(tree["data"]["pairs"]) == set(KINDS[kind]["pairs"])
     assert tree["task"]["samples"]["pictures"] == ["a.png"]
     assert tree["task"]["samples"]["masks"] == (["m.png"] if kind == "inpaint" else [])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_rank_draws_its_prompts_with_their_own_pictures(rank: int, tmp_path: Path, monkeypatch: Any) -> None:
+    """Three prompts on two ranks: the second has the third one, and the first again."""
+    asked: list[Any] = []
+
+    class Pipeline:
+        network = SimpleNamespace(training=False, has_dropout=False, train=lambda was: None)
+
+        def sample(self, prompts: list[str], *, settings: Any, indices: list[int]) -> torch.Tensor:
+            asked.append((prompts, indices))
+            return torch.zeros(len(prompts), 3, 8, 8)
+
+    class Seen:
+        def under(self, indices: list[int]) -> Any:
+            asked.append(list(indices))
+            return Pipeline()
+
+        def finished(self, indices: list[int], drawn: torch.Tensor) -> torch.Tensor:
+            asked.append(list(indices))
+            return drawn
+
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "rank", lambda: rank)
+    monkeypatch.setattr(dist, "gather", lambda own: own.repeat(2, 1, 1, 1))
+    engine = SimpleNamespace(autocast=contextlib.nullcontext)
+    trainer = SimpleNamespace(averaged=contextlib.nullcontext, engine=engine, out=tmp_path)
+    hook = SampleHook(Samples(prompts=("a", "b", "c")), Pipeline(), Seen())  # type: ignore[arg-type]
+    hook(trainer, 1)  # type: ignore[arg-type]
+    rows = [[0, 1], [2, 0]][rank]
+    assert asked == [rows, (["abc"[i] for i in rows], rows), rows]
