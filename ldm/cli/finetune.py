@@ -65,17 +65,7 @@ def parser() -> Parser:
                    help="the condition of a --prompt, in their order; may be repeated")  # fmt: skip
     c.add_argument("--proportion-empty-prompts", dest="drop", type=float, default=0.0, metavar="SHARE",
                    help="captions that are left out, so that the picture says more (the authors: 0.5)")  # fmt: skip
-    for method, (help, steps, rates) in CONCAT.items():
-        one = methods.add_parser(method, help=help, epilog=_EPILOG)
-        _common(one, steps, rates)
-        one.add_argument("--validation-image", dest="pictures", type=Path, action="append", default=[],
-                         metavar="PICTURE", help="what a --prompt is drawn with, in their order")  # fmt: skip
-        if method == "inpaint":
-            one.add_argument("--validation-mask", dest="masks", type=Path, action="append", default=[],
-                             metavar="MASK", help="where it is painted (white), in their order")  # fmt: skip
-        one.add_argument("--proportion-empty-prompts", dest="drop", type=float, metavar="SHARE",
-                         help="captions that are left out, for guidance (default: 0.1; instruct: 0.05, and as many "
-                         "pictures, and both)")  # fmt: skip
+    _concat(methods)
     return p
 
 
@@ -88,6 +78,21 @@ CONCAT = {
 }  # fmt: skip
 """Methods that widen the base: help, usual steps and rates."""
 CONDITIONS = ("canny", "grey", "blur", "small", "stored")
+
+
+def _concat(methods: Any) -> None:
+    """Methods that tell the network a picture by more channels."""
+    for method, (help, steps, rates) in CONCAT.items():
+        one = methods.add_parser(method, help=help, epilog=_EPILOG)
+        _common(one, steps, rates)
+        one.add_argument("--validation-image", dest="pictures", type=Path, action="append", default=[],
+                         metavar="PICTURE", help="what a --prompt is drawn with, in their order")  # fmt: skip
+        if method == "inpaint":
+            one.add_argument("--validation-mask", dest="masks", type=Path, action="append", default=[],
+                             metavar="MASK", help="where it is painted (white), in their order")  # fmt: skip
+        one.add_argument("--proportion-empty-prompts", dest="drop", type=float, metavar="SHARE",
+                         help="captions that are left out, for guidance (default: 0.1; instruct: 0.05, and as many "
+                         "pictures, and both)")  # fmt: skip
 
 
 def _common(p: Parser, steps: str, rates: str) -> None:
