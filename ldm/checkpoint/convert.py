@@ -17,6 +17,7 @@ from ldm.checkpoint.opened import empty as _empty
 from ldm.checkpoint.single import open_single, write_single
 from ldm.checkpoint.single_transformer import Given
 from ldm.checkpoint.towers import open_text
+from ldm.diffusion.augmentation import NoiseAugmentation
 from ldm.models.network import Network
 from ldm.models.networks import AnyNetwork
 from ldm.models.shipped import SHIPPED
@@ -53,11 +54,13 @@ def save_diffusers(
     autoencoder: Autoencoder,
     text: Sequence[TextEncoder],
     scheduler: Mapping[str, Any],
+    augmentation: NoiseAugmentation | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = weights.SHARD_BYTES,
 ) -> None:
     """Write a folder that diffusers' pipelines load, as `folder.write_folder`; `dtype` is that of the file."""
-    write_folder(Path(folder), Opened.of(network, autoencoder, text, scheduler), dtype=dtype, shard_bytes=shard_bytes)
+    model = Opened.of(network, autoencoder, text, scheduler, augmentation)
+    write_folder(Path(folder), model, dtype=dtype, shard_bytes=shard_bytes)
 
 
 def load_diffusers(folder: Path, *, variant: str | None = None, dtype: torch.dtype = torch.float32) -> Components:

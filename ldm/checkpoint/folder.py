@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ldm.checkpoint import maps, weights
+from ldm.checkpoint import low_res, maps, weights
 from ldm.checkpoint.families import FILES
 from ldm.checkpoint.files import whole_folder
 from ldm.checkpoint.index import UNUSED, check_index, read_scheduler
@@ -18,6 +18,7 @@ from ldm.checkpoint.model_text import open_encoders, open_towers, usual, write_o
 from ldm.checkpoint.opened import Opened, component
 from ldm.checkpoint.pipelines import (
     LCM,
+    UPSCALE,
     VERSION,
     check_text,
     index_of,
@@ -73,6 +74,8 @@ def write_folder(
         if pipeline_of(model) == LCM and scheduler["_class_name"] == "DDIMScheduler":  # which their pipeline cannot use
             scheduler["_class_name"] = "LCMScheduler"
         write_json(beside / "scheduler" / "scheduler_config.json", scheduler)
+        if pipeline_of(model) == UPSCALE:
+            low_res.write(beside, model.augmentation)
         write_json(beside / "model_index.json", index_of(model, scheduler["_class_name"]))
 
 
@@ -92,7 +95,8 @@ def open_folder(folder: Path, *, variant: str | None = None, lenient: bool = Fal
     else:
         text = open_towers(folder, index, variant=variant, lenient=lenient)
     vae_config, vae = open_vae(folder / "vae", variant=variant)
-    return Opened(str(folder), config, network, vae_config, vae, text, scheduler)
+    augmentation = low_res.read(folder, index) if index.get("_class_name") == UPSCALE else None
+    return Opened(str(folder), config, network, vae_config, vae, text, scheduler, augmentation)
 
 
 _VAE_DEFAULTS = {"block_out_channels": [64], "layers_per_block": 1, "sample_size": 32}

@@ -18,6 +18,7 @@ from ldm.checkpoint.pipelines import (
     TEXT_CLASSES,
     TOKENIZERS,
     TWO,
+    UPSCALE,
     kind_of,
     numbered,
 )
@@ -26,7 +27,7 @@ from ldm.checkpoint.schedulers import scheduler_from_diffusers
 from ldm.checkpoint.settings import read_json
 
 log = logging.getLogger(__name__)
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
 KEYS = frozenset(key for defaults in DEFAULTS.values() for key in defaults)
 """Every key that some scheduler class takes; files carry those of other classes along."""
 _HARMLESS = ("requires_safety_checker", "add_watermarker", "force_zeros_for_empty_prompt")
@@ -52,11 +53,8 @@ _OTHERS = {
     "Wuerstchen": "Wuerstchen",
     "Kolors": "Kolors, whose text encoder is ChatGLM",
     "StableUnCLIP": "Stable unCLIP, which draws from picture embeddings",
-    "StableDiffusionUpscale": "an upscaler",
     "StableDiffusionLatentUpscale": "an upscaler",
     "StableDiffusionDepth2Img": "conditioned by depth",
-    "StableDiffusionInstructPix2Pix": "an editor by instructions",
-    "StableDiffusionXLInstructPix2Pix": "an editor by instructions",
     "StableVideoDiffusion": "a video model",
     "AnimateDiff": "a video model",
     "TextToVideo": "a video model",
@@ -81,13 +79,15 @@ def check_index(index: Mapping[str, Any], where: Path) -> str:
     if cls in TWO and there.keys() >= {"text_encoder_2"} and "text_encoder" not in there and "unet" in there:
         raise ValueError(f"{where}: has no text_encoder: SDXL's refiner is not supported, only its base model is")
     classes = _classes(kind)
-    known = [*classes, *UNUSED, "scheduler"]
+    upscales = cls == UPSCALE
+    known = [*classes, *UNUSED, "scheduler", *["low_res_scheduler"] * upscales]
     if unknown := sorted(k for k in there if k not in known):
         raise ValueError(f"{where}: has part(s) {unknown}; known are {known}")
     for name, found in there.items():
         if name in classes and found not in classes[name]:
             raise ValueError(f"{where}: {name} {found!r} is not one of {list(classes[name])}")
     rest = {k: v for k, v in index.items() if k not in parts and not k.startswith("_") and k not in _HARMLESS}
+    rest = {k: v for k, v in rest.items() if not (upscales and k == "max_noise_level")}
     if changing := sorted(k for k, v in rest.items() if v not in (None, False)):
         raise ValueError(f"{where}: {changing[0]} {index[changing[0]]!r} is not supported; known are {list(_HARMLESS)}")
     return kind

@@ -13,6 +13,7 @@ from torch import nn
 
 from ldm.checkpoint import weights
 from ldm.checkpoint.weights import Source
+from ldm.diffusion.augmentation import NoiseAugmentation
 from ldm.models import networks
 from ldm.models.network import Network
 from ldm.models.networks import AnyNetwork
@@ -37,13 +38,17 @@ AnyConfig = AnyNetwork | AutoencoderConfig | AnyText
 
 @dataclass
 class Components:
-    """The parts of one model; `scheduler` is the dictionary of diffusers' `scheduler_config.json`."""
+    """The parts of one model; `scheduler` is the dictionary of diffusers' `scheduler_config.json`.
+
+    `augmentation`: the noise on the small picture that an upscaler is told.
+    """
 
     network: Network
     autoencoder: Autoencoder
     codec: LatentCodec
     text: list[TextEncoder]
     scheduler: dict[str, Any]
+    augmentation: NoiseAugmentation | None = None
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,15 @@ class Opened:
     vae: Source
     text: tuple[OpenedText, ...]
     scheduler: Mapping[str, Any]
+    augmentation: NoiseAugmentation | None = None
 
     @staticmethod
     def of(
-        network: Network, autoencoder: Autoencoder, text: Sequence[TextEncoder], scheduler: Mapping[str, Any]
+        network: Network,
+        autoencoder: Autoencoder,
+        text: Sequence[TextEncoder],
+        scheduler: Mapping[str, Any],
+        augmentation: NoiseAugmentation | None = None,
     ) -> Opened:
         """Modules in memory."""
         return Opened(
@@ -79,6 +89,7 @@ class Opened:
             weights.of_state(autoencoder.state_dict()),
             tuple(OpenedText(t.config, weights.of_state(t.model.state_dict())) for t in text),
             scheduler,
+            augmentation,
         )
 
     def fitted(self, *, lenient: bool = False) -> Opened:
@@ -129,7 +140,8 @@ class Opened:
         assert isinstance(network, Network)
         assert isinstance(autoencoder, Autoencoder)
         towers = [load_encoder(tower, text or dtype, f"{self.where}: text encoder") for tower in self.text]
-        return Components(network, autoencoder, LatentCodec.of(autoencoder), towers, dict(self.scheduler))
+        codec = LatentCodec.of(autoencoder)
+        return Components(network, autoencoder, codec, towers, dict(self.scheduler), self.augmentation)
 
 
 def title(config: AnyNetwork) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from ldm.checkpoint.families import FILES
 from ldm.checkpoint.families.base import PICTURES
 from ldm.checkpoint.opened import Opened, component
+from ldm.diffusion.augmentation import NoiseAugmentation
 from ldm.models.text.config import MissingConfig, TextConfig
 from ldm.models.transformers.flux import FluxConfig
 from ldm.models.unet import UNetConfig
@@ -15,9 +16,13 @@ from ldm.models.unet import UNetConfig
 VERSION = "0.30.0"  # of diffusers, whose format this is
 SD, XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
 INPAINT, XL_INPAINT = "StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline"
+PIX2PIX, XL_PIX2PIX = "StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline"
+UPSCALE = "StableDiffusionUpscalePipeline"
 LCM = "LatentConsistencyModelPipeline"
-ONE = (SD, INPAINT, "StableDiffusionImg2ImgPipeline", LCM, "LatentConsistencyModelImg2ImgPipeline")
-TWO = (XL, XL_INPAINT, "StableDiffusionXLImg2ImgPipeline")
+ONE = (
+    SD, INPAINT, PIX2PIX, UPSCALE, "StableDiffusionImg2ImgPipeline", LCM, "LatentConsistencyModelImg2ImgPipeline",
+)  # fmt: skip
+TWO = (XL, XL_INPAINT, XL_PIX2PIX, "StableDiffusionXLImg2ImgPipeline")
 """Pipelines of U-Nets whose folders are read here, with one text encoder and with two."""
 _CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection")
 TEXT_CLASSES = {"clip": _CLIP, "t5": ("T5EncoderModel",), "qwen": ("Qwen3Model", "Qwen3ForCausalLM")}
@@ -63,6 +68,10 @@ def _unet_pipeline(config: UNetConfig, two: bool, scheduler: Mapping[str, Any]) 
         return LCM
     if config.in_channels == 2 * config.out_channels + 1:
         return XL_INPAINT if two else INPAINT
+    if config.in_channels == config.out_channels + 3 and config.num_class_embeds is not None and not two:
+        return UPSCALE
+    if config.in_channels == 2 * config.out_channels:
+        return XL_PIX2PIX if two else PIX2PIX
     return XL if two else SD
 
 
@@ -84,7 +93,9 @@ def index_of(model: Opened, scheduler: str) -> dict[str, Any]:
     config, two = model.network_config, len(model.text) > 1
     unet = isinstance(config, UNetConfig)
     index: dict[str, Any] = {"_class_name": pipeline_of(model), "_diffusers_version": VERSION}
+    upscales = index["_class_name"] == UPSCALE
     nothing = (*PICTURES, *["safety_checker"] * (not two)) if unet else FILES[config.kind].nothing
+    nothing = ("feature_extractor", "safety_checker", "watermarker") if upscales else nothing
     index |= {key: [None, None] for key in nothing}
     index |= {component(config): ["diffusers", network_class(config)], "vae": ["diffusers", "AutoencoderKL"]}
     index |= {"scheduler": ["diffusers", scheduler]}
@@ -96,6 +107,9 @@ def index_of(model: Opened, scheduler: str) -> dict[str, Any]:
             continue
         cls = TEXT_CLASSES[kind][projected(model, i) if kind == "clip" else 0]
         index |= {text: ["transformers", cls], tokenizer: ["transformers", TOKENIZERS[kind][0]]}
+    if upscales:
+        levels = (model.augmentation or NoiseAugmentation()).levels
+        return index | {"low_res_scheduler": ["diffusers", "DDPMScheduler"], "max_noise_level": levels}
     if unet and two:
         index["force_zeros_for_empty_prompt"] = getattr(model.text[0].config, "zero_empty", False)
     elif unet:

@@ -1,7 +1,7 @@
 """CompVis and Stability single files: one file with the U-Net, the autoencoder and the text towers, strict both ways.
 
-Strangers' files are recognised by their shapes (SD 1.x, SD 2.x, SDXL base, and their inpainting forms). Ours carry
-their configs as JSON in the file's metadata, so that a model of any shape comes back.
+Strangers' files are recognised by their shapes (SD 1.x, SD 2.x, SDXL base, their inpainting forms and editors). Ours
+carry their configs as JSON in the file's metadata, so that a model of any shape comes back.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ldm.checkpoint.schedulers import scheduler_from_diffusers, scheduler_to_dif
 from ldm.checkpoint.single_transformer import Given, kind_of, open_transformer, relative
 from ldm.checkpoint.weights import Entry, Source
 from ldm.config.load import decode, encode
+from ldm.diffusion.augmentation import NoiseAugmentation
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.schedule import Discrete
 from ldm.models import presets
@@ -76,7 +77,9 @@ def open_single(
     left["file"] = [k for k in source if not k.startswith(known) and not beside(k)]
     say_left(path, left, len(source), lenient=lenient)
     say_beside(source, path, ema=ema)
-    return Opened(str(path), unet_config, unet, vae_config, vae, text, scheduler)
+    told = json.loads(about[CONFIG]).get("augmentation") if CONFIG in about else None
+    noise = None if told is None else decode(NoiseAugmentation, told, f"{path}: augmentation")
+    return Opened(str(path), unet_config, unet, vae_config, vae, text, scheduler, noise)
 
 
 def write_single(path: Path, model: Opened, *, dtype: torch.dtype | None = None) -> None:
@@ -124,6 +127,8 @@ def _about(model: Opened) -> dict[str, str]:
         "text": [encode(t.config) for t in model.text],
         "scheduler": dict(model.scheduler),
     }
+    if model.augmentation is not None:
+        config["augmentation"] = encode(model.augmentation)
     return {
         CONFIG: json.dumps(config),
         "modelspec.sai_model_spec": "1.0.0",

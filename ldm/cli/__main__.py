@@ -18,7 +18,7 @@ VERBS = {
     "distill": "make a model that draws in 1 to 8 steps: LCM, TCD, DMD, progressive distillation",
     "finetune": "teach a model from a folder of pictures: DreamBooth, textual inversion, LoRA",
     "sample": "draw pictures of prompts",
-    "edit": "change pictures: img2img, inpaint, invert, prompt-to-prompt, attention maps",
+    "edit": "change pictures: img2img, inpaint, instruct, upscale, invert, prompt-to-prompt, attention maps",
     "data": "build, index, inspect and encode (cache) data sets",
     "convert": "turn one model format into another: diffusers, CompVis, LoRA, kohya",
     "export": "write a run's weights as a model folder, also while it trains",
@@ -30,7 +30,8 @@ VERBS = {
 }
 _OTHERS = {
     "txt2img": "sample", "generate": "sample", "draw": "sample", "infer": "sample", "inference": "sample",
-    "img2img": "edit", "inpaint": "edit", "fit": "train", "finetuning": "finetune", "dreambooth": "finetune",
+    "img2img": "edit", "inpaint": "edit", "upscale": "edit", "instruct": "edit", "fit": "train",
+    "finetuning": "finetune", "dreambooth": "finetune",
     "lora": "finetune", "textual-inversion": "finetune", "eval": "evaluate", "test": "evaluate", "web": "serve",
     "ui": "serve", "gui": "serve", "prepare": "data", "encode": "data", "lcm": "distill",
     "diagnose": "doctor", "env": "doctor", "check": "doctor", "info": "doctor",

@@ -1,4 +1,4 @@
-"""`ldm edit img2img|inpaint|invert|prompt|maps`: change pictures with a text-to-image model."""
+"""`ldm edit img2img|inpaint|instruct|upscale|invert|prompt|maps`: change pictures with a text-to-image model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def _common() -> Parser:
     )
     common.add_argument("--sampler", help="see `ldm sample --list-samplers` (ddim; euler for SD3 and FLUX.1)")
     common.add_argument("--steps", type=int, default=50, help="sampling steps")
-    common.add_argument("--guidance", type=float, help="guidance scale, 1 is none (3; SD3, FLUX.1 and PixArt: theirs)")
+    common.add_argument(
+        "--guidance", type=float, help="guidance scale, 1 is none (3; instruct: 7.5; SD3, FLUX.1 and PixArt: theirs)"
+    )
     common.add_argument("--negative", default="", help="negative prompt")
     common.add_argument("--seed", type=int, default=0, help="any whole number")
     common.add_argument("--count", type=int, default=1, help="how many results")
@@ -68,6 +70,21 @@ def parser() -> Parser:
     one.add_argument("mask", type=Path, help="a picture: white is drawn anew, black is kept")
     one.add_argument("prompt", help="what to draw")
     one.add_argument("--strength", type=float, default=1.0, help="1: nothing of what was under the white is left")
+    one = verbs.add_parser(
+        "instruct", parents=[common], help='change a picture as an instruction says, such as "make it night"'
+    )
+    one.add_argument("image", type=Path, help="a picture file")
+    one.add_argument("instruction", help="what to change")
+    one.add_argument(
+        "--image-guidance", type=float, help="guidance by the picture: higher changes less, 1 is none (1.5)"
+    )
+    one = verbs.add_parser("upscale", parents=[common], help="enlarge a picture, by a model for it")
+    one.add_argument("image", type=Path, help="a picture file")
+    one.add_argument("--prompt", default="", help="what the picture shows")
+    one.add_argument("--noise-level", type=int, default=20, help="noise on the picture: more for worse ones (20)")
+    one.add_argument("--tile", type=int, metavar="PIXELS", help="larger pictures are drawn in tiles of so many of "
+                     "their pixels a side (the model's own size)")  # fmt: skip
+    one.add_argument("--overlap", type=int, metavar="PIXELS", help="of neighbouring tiles (a quarter of a tile)")
     one = verbs.add_parser(
         "invert",
         parents=[common],
@@ -205,6 +222,33 @@ def _inpaint(args: argparse.Namespace, pipe: TextToImage, settings: Settings) ->
         return _numbered(inpaint(pipe, image, mask, args.prompt, strength=args.strength, **how))
 
 
+def _instruct(args: argparse.Namespace, pipe: TextToImage, settings: Settings) -> dict[str, Image.Image]:
+    from dataclasses import replace
+
+    from ldm.editing import instruct
+    from ldm.progress import Bar
+
+    if args.image_guidance is not None:
+        settings = replace(settings, image_guidance=args.image_guidance)
+    if args.guidance is None:
+        settings = replace(settings, guidance=7.5)
+    image = _open(args.image)
+    with Bar("drawing", "steps", leave=False) as bar:
+        how: dict[str, Any] = {"settings": settings, "count": args.count, "progress": bar.to}
+        return _numbered(instruct(pipe, image, args.instruction, **how))
+
+
+def _upscale(args: argparse.Namespace, pipe: TextToImage, settings: Settings) -> dict[str, Image.Image]:
+    from ldm.editing import upscale
+    from ldm.progress import Bar
+
+    image = _open(args.image)
+    with Bar("drawing", "steps", leave=False) as bar:
+        how: dict[str, Any] = {"settings": settings, "count": args.count, "progress": bar.to}
+        how |= {"level": args.noise_level, "tile": args.tile, "overlap": args.overlap}
+        return _numbered(upscale(pipe, image, args.prompt, **how))
+
+
 def _invert(args: argparse.Namespace, pipe: TextToImage, settings: Settings) -> dict[str, Image.Image]:
     from dataclasses import replace
 
@@ -242,4 +286,12 @@ def _maps(args: argparse.Namespace, pipe: TextToImage, settings: Settings) -> di
     return {"picture": picture, **{f"word-{w}": image for w, image in words.items()}}
 
 
-_VERBS = {"img2img": _img2img, "inpaint": _inpaint, "invert": _invert, "prompt": _prompt, "maps": _maps}
+_VERBS = {
+    "img2img": _img2img,
+    "inpaint": _inpaint,
+    "instruct": _instruct,
+    "upscale": _upscale,
+    "invert": _invert,
+    "prompt": _prompt,
+    "maps": _maps,
+}

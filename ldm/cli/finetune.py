@@ -82,10 +82,34 @@ def parser() -> Parser:
                    help="an IP-Adapter that trains further (default: keys and values of the text)")  # fmt: skip
     i.add_argument("--validation-image", dest="references", type=Path, action="append", default=[], metavar="PICTURE",
                    help="the picture that a --prompt is drawn with, in their order; may be repeated")  # fmt: skip
+    _concat(methods)
     return p
 
 
+CONCAT = {
+    "inpaint": ("learn to paint what is under a mask, from a base that draws", "10000",
+                "1e-5, of a shipped model 3e-4"),
+    "instruct": ("learn to edit pictures by instructions, from pairs of pictures", "10000",
+                 "5e-5, of a shipped model 3e-4"),
+    "upscale": ("learn to enlarge pictures, from a base that draws", "10000", "5e-5, of a shipped model 3e-4"),
+}  # fmt: skip
+"""Methods that widen the base: help, usual steps and rates."""
 CONDITIONS = ("canny", "grey", "blur", "small", "stored")
+
+
+def _concat(methods: Any) -> None:
+    """Methods that tell the network a picture by more channels."""
+    for method, (help, steps, rates) in CONCAT.items():
+        one = methods.add_parser(method, help=help, epilog=_EPILOG)
+        _common(one, steps, rates)
+        one.add_argument("--validation-image", dest="pictures", type=Path, action="append", default=[],
+                         metavar="PICTURE", help="what a --prompt is drawn with, in their order")  # fmt: skip
+        if method == "inpaint":
+            one.add_argument("--validation-mask", dest="masks", type=Path, action="append", default=[],
+                             metavar="MASK", help="where it is painted (white), in their order")  # fmt: skip
+        one.add_argument("--proportion-empty-prompts", dest="drop", type=float, metavar="SHARE",
+                         help="captions that are left out, for guidance (default: 0.1; instruct: 0.05, and as many "
+                         "pictures, and both)")  # fmt: skip
 
 
 def _common(p: Parser, steps: str, rates: str) -> None:
@@ -190,6 +214,9 @@ def tree(args: argparse.Namespace) -> dict[str, Any]:
         return folder_runs.ip_adapter(
             choices, image_encoder=args.image_encoder, form=args.form, start=args.start, references=args.references
         )
+    if args.method in CONCAT:
+        masks = getattr(args, "masks", [])
+        return folder_runs.concat(choices, args.method, pictures=args.pictures, masks=masks, drop=args.drop)
     return folder_runs.inversion(
         choices, token=args.token, max_norm=args.max_norm, vectors=args.num_vectors, initializer=args.initializer or [],
         learn=args.learnable_property, templates=args.template,
@@ -207,6 +234,8 @@ def _adapter(args: argparse.Namespace, low_rank: bool) -> dict[str, Any]:
 
     if args.method in ("textual-inversion", "controlnet", "ip-adapter"):
         return {}
+    if args.method in CONCAT:
+        return {"kind": "full"}
     if not low_rank:
         return {"kind": "full", "text": args.train_text_encoder}
     return {
@@ -258,5 +287,8 @@ def main(argv: list[str]) -> int:
             "controlnet": f"--model {args.base} --control {config.out}:PICTURE",
             "ip-adapter": f"--model {args.base} --image-prompt PICTURE --ip-adapter {config.out}",
         }.get(args.method, tuned)
-        dist.say(f"page: {config.out / 'page.html'}; pictures: ldm sample PROMPT {how}")
+        verb = (
+            f"edit {args.method} PICTURE" + " MASK" * (args.method == "inpaint") if args.method in CONCAT else "sample"
+        )
+        dist.say(f"page: {config.out / 'page.html'}; pictures: ldm {verb} PROMPT {how}")
     return code

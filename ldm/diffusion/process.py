@@ -153,10 +153,16 @@ class Process:
         before = self.before(t, torch.float64) if isinstance(self.weighting, VLB) else None
         return self.weighting.weight(alpha, sigma, self.prediction, before).float()
 
-    def loss(self, out: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Weighted squared error (B,) float32: the mean over all but the batch axis comes first, then the weight."""
+    def loss(self, out: Tensor, x0: Tensor, noise: Tensor, t: Tensor, region: Tensor | None = None) -> Tensor:
+        """Weighted squared error (B,) float32: the mean over all but the batch axis comes first, then the weight.
+
+        `region` (B, 1, H, W): weights of pixels in that mean.
+        """
         error = (out.float() - self.target(x0, noise, t).float()) ** 2
-        return error.flatten(1).mean(1) * self.weight(t)
+        if region is None:
+            return error.flatten(1).mean(1) * self.weight(t)
+        whole = region.float().flatten(1).sum(1).clamp(min=torch.finfo(torch.float32).tiny)
+        return (error * region).mean(1).flatten(1).sum(1) / whole * self.weight(t)
 
     def denoiser(self, net: Net) -> Denoise:
         """The network as an estimate of x_0, in the dtype of x; a `LearnedDenoise` if its variance is learned."""

@@ -57,13 +57,26 @@ def told(network: Network, configs: tuple[AnyText, ...], batch: int = 1) -> Cond
 def sizes(network: Network, batch: int = 1) -> Cond:
     """What a network is told beside text, without memory."""
     shapes = {"time_ids": (batch, 6), "guidance": (batch,), "resolution": (batch, 2), "aspect_ratio": (batch,)}
-    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items() if key in network.needs}
+    found = {key: torch.empty(shape, device="meta") for key, shape in shapes.items() if key in network.needs}
+    if getattr(network.config, "num_class_embeds", None) is not None:
+        found["class"] = torch.zeros(batch, dtype=torch.int64, device="meta")
+    return found
 
 
 def check_fit(
-    network: AnyNetwork, text: tuple[AnyText, ...], channels: int, *, text_key: str, vae_key: str, network_key: str
+    network: AnyNetwork,
+    text: tuple[AnyText, ...],
+    channels: int,
+    *,
+    text_key: str,
+    vae_key: str,
+    network_key: str,
+    more: int = 0,
 ) -> None:
-    """Raise ValueError, naming keys and values, where the network cannot take what the other parts give."""
+    """Raise ValueError, naming keys and values, where the network cannot take what the other parts give.
+
+    `more`: channels that are concatenated to the latents.
+    """
     if isinstance(network, UNetConfig):
         towers = tuple(c for c in text if isinstance(c, TextConfig))
         if len(towers) != len(text):
@@ -78,8 +91,11 @@ def check_fit(
             built.prepared(told(built, text))
         except ValueError as error:
             raise ValueError(f"{network_key}: does not fit {text_key}: {error}") from None
-    if takes != channels:
-        raise ValueError(f"{network_key}.in_channels: {takes}, but {vae_key} has latents of {channels} channels")
+    if takes != channels + more:
+        beside = f", to which task.options.concat adds {more}" if more else ""
+        raise ValueError(
+            f"{network_key}.in_channels: {takes}, but {vae_key} has latents of {channels} channels{beside}"
+        )
 
 
 def _check_unet(network: UNetConfig, text: tuple[TextConfig, ...], text_key: str, network_key: str) -> None:

@@ -44,6 +44,19 @@ _EMOJI = UNetConfig(
 UNETS: dict[str, UNetConfig] = {
     "sd15": _SD15,
     "sd15_inpainting": replace(_SD15, in_channels=9),
+    "sd15_pix2pix": replace(_SD15, in_channels=8),
+    "x4_upscaler": UNetConfig(
+        sample_size=128,
+        in_channels=7,
+        block_out_channels=(256, 512, 512, 1024),
+        down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * 3),
+        up_block_types=(*["CrossAttnUpBlock2D"] * 3, "UpBlock2D"),
+        cross_attention_dim=1024,
+        attention_head_dim=8,
+        only_cross_attention=(True, True, True, False),
+        use_linear_projection=True,
+        num_class_embeds=1000,
+    ),
     "lcm_sd15": replace(_SD15, time_cond_proj_dim=256),
     "sd21": _SD21,
     "sd21_base": replace(_SD21, sample_size=64),
@@ -65,6 +78,7 @@ _KL_16 = AutoencoderConfig(sample_size=1024, latent_channels=16, use_quant_conv=
 
 AUTOENCODERS: dict[str, AutoencoderConfig] = {
     "kl_f8": AutoencoderConfig(),
+    "kl_f4_upscaler": AutoencoderConfig(block_out_channels=(128, 256, 512), sample_size=256, scaling_factor=0.08333),
     "kl_f8_sdxl": AutoencoderConfig(sample_size=1024, scaling_factor=0.13025),
     "kl_f8_sd3": replace(_KL_16, scaling_factor=1.5305, shift_factor=0.0609),
     "kl_f8_flux": replace(_KL_16, scaling_factor=0.3611, shift_factor=0.1159),

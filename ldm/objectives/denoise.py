@@ -20,6 +20,7 @@ from ldm.models.vae.latents import LatentCodec
 from ldm.objectives import partners, repeats
 from ldm.objectives.align import Alignment, AlignOptions
 from ldm.objectives.base import Objective, by_noise
+from ldm.objectives.concat import Concat, Drop, Instruct
 from ldm.objectives.inputs import EncodeText, LatentFeed
 from ldm.objectives.routing import RouteOptions, kept, set_span
 from ldm.objectives.small import SmallOptions, can_be_small, shrunk, side_at
@@ -44,6 +45,7 @@ class DenoiseOptions:
     `assign_among` consecutive ones. `repeats`: how often each encoded sample is used, at times and with noises of its
     own. `align`: features inside of the network are drawn towards those that another has of the clean picture. `small`:
     the first steps are of averaged, small latents. `route`: of a transformer's tokens some are led around its middle.
+    `concat`: a picture that a U-Net is told by more channels (`ldm.objectives.concat`).
     """
 
     drop: float = 0.1
@@ -60,6 +62,7 @@ class DenoiseOptions:
     align: AlignOptions | None = None
     small: SmallOptions | None = None
     route: RouteOptions | None = None
+    concat: Concat | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop <= 1:
@@ -91,7 +94,11 @@ class DenoiseOptions:
             raise ValueError(f"assign_among must be at least 2 samples, got {self.assign_among}")
         if not 1 <= self.repeats <= repeats.MOST:
             raise ValueError(f"repeats must be in [1, {repeats.MOST}], got {self.repeats}")
-
+        if isinstance(self.concat, Instruct) and self.drop + self.concat.drop + self.concat.both > 1:
+            shares = f"{self.drop}, concat.drop {self.concat.drop} and concat.both {self.concat.both}"
+            raise ValueError(f"drop {shares} must not be more than 1 together")
+        if self.concat is not None and self.small is not None:
+            raise ValueError("small: pictures that are concatenated are not averaged; write null")
         if self.repeats > 1 and self.align is not None:
             raise ValueError(f"repeats: {self.repeats} with align: features are those of one use a picture; write 1")
 
@@ -128,9 +135,13 @@ class DenoiseObjective(Objective):
         self._step = 0
         self._of = (network if below is None else below,)  # in a tuple: not registered, it trains as `trained` alone
         self.process, self.options = process, options
-        self._feed = LatentFeed(codec, encode_text, options.drop, each=options.drop_each, live=live)
+        self._codec = codec
+        drop = options.drop + (0.0 if options.concat is None else options.concat.both)
+        self._feed = LatentFeed(codec, encode_text, drop, each=options.drop_each, live=live)
         if options.guidance is not None and getattr(self._of[0], "guidance_width", None) is None:
             raise ValueError(f"guidance {options.guidance}: the network is told no guidance scale; write null")
+        if process.variance == "learned" and getattr(options.concat, "outside", 1) != 1:
+            raise ValueError("options.concat.outside: has no meaning with process.variance 'learned'; write 1")
         if options.contrastive and process.variance == "learned":
             raise ValueError(
                 f"options.contrastive: {options.contrastive} has no meaning with process.variance 'learned'; write 0"
@@ -169,17 +180,18 @@ class DenoiseObjective(Objective):
             noised = noised.contiguous(memory_format=torch.channels_last)
         if self.options.route is not None and torch.is_grad_enabled():
             cond = self._routed(cond, rng, noised)
+        region = self._region(batch, latents, count)
         out, similarity = self._answer(noised, t, cond, batch, side)
         if self.process.variance == "learned":
             weight = self.options.bound_weight
             losses = hybrid_loss(self.process, out, latents, noise, t, weight=weight, added=added)
         else:
-            losses = self.process.loss(out, latents, noise, t)
+            losses = self.process.loss(out, latents, noise, t, region)
         if self._history is not None and torch.is_grad_enabled():
             self._history.see(rng.positions, t, losses)
         metrics = by_noise(losses.detach(), t / self.process.schedule.last)
         if self.options.contrastive and torch.is_grad_enabled():
-            apart = self.process.loss(out, partners.swapped(latents), partners.swapped(noise), t)
+            apart = self.process.loss(out, partners.swapped(latents), partners.swapped(noise), t, region)
             losses = losses - self.options.contrastive * apart
             metrics["loss_contrastive"] = apart.detach().mean()
         weights = weights.to(losses)
@@ -193,6 +205,11 @@ class DenoiseObjective(Objective):
         # 1 - similarity: with a loss above 0 switching it off is no jump up, which guards would take for a spike
         term = ((1 - similarity) * batch["weight"].to(similarity)).mean()
         return loss + self.options.align.weight * term, metrics | {"alignment": similarity.detach().mean()}
+
+    def _region(self, batch: Batch, latents: Tensor, count: int) -> Tensor | None:
+        """The weights (B, 1, h, w) of latent pixels in the loss, None where all are alike."""
+        region = None if self.options.concat is None else self.options.concat.region(batch, self._codec)
+        return None if region is None else repeats.rows_of(region.to(latents), count)
 
     def _answer(self, noised: Tensor, t: Tensor, cond: Cond, batch: Batch, side: int) -> tuple[Tensor, Tensor | None]:
         """The network's answer, and the similarity (B,) of its features to the clean picture's where they align."""
@@ -256,6 +273,10 @@ class DenoiseObjective(Objective):
         """Text states, with the dropped ones replaced by those of the empty prompt, and the guidance that is told."""
         part = self._dropping if torch.is_grad_enabled() else 1.0
         cond = self._feed.cond(batch, rng, self.device, part)
+        if self.options.concat is not None:
+            with torch.no_grad():
+                drop = Drop(self.options.drop, part)
+                cond |= self.options.concat.cond(batch, rng, self._codec, self.device, drop)
         if self.options.guidance is None:
             return cond
         low, high = _span(self.options.guidance)

@@ -5,17 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from ldm.models.network import Network
 from ldm.models.text import MissingT5, T5Encoder, T5Tokenizer, TextEncoder, encode_texts
 from ldm.models.text.captions import clean
 from ldm.models.text.prompts import count_chunks, cut_off, encode_prompts, notes
-from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline.memory import Placement
 from ldm.sampling.settings import Settings, far_size, said
 from ldm.types import Cond
@@ -124,41 +120,6 @@ def clean_captions(text: Sequence[TextEncoder], title: str, on: bool) -> None:
         clean("")  # says what is missing before anything is drawn
     for tokenizer in told:
         tokenizer.clean = on
-
-
-def painter(network: Network, codec: LatentCodec) -> Literal["mask", "fill"] | None:
-    """How an inpainting network is told of a mask, None for one that is not told.
-
-    "mask": one channel of latent pixels before the latents of the rest (2 Z + 1 channels; Stable Diffusion's); "fill":
-    all of the mask's pixels after them (2 Z + factor^2; FLUX.1 Fill's).
-    """
-    told = network.in_channels - 2 * codec.channels
-    return "mask" if told == 1 else "fill" if told == codec.factor**2 else None
-
-
-def filling(mask: Tensor, rest: Tensor, factor: int) -> Tensor:
-    """The latents (B, Z, h, w) of the rest of the picture, and under each of them its pixels of the mask (B or 1, 1, H,
-    W): (B, Z + factor^2, h, w)."""
-    below = F.pixel_unshuffle(mask.to(rest), factor).expand(len(rest), -1, -1, -1)
-    return torch.cat([rest, below], dim=1)
-
-
-def inpainting(network: Network, codec: LatentCodec, placement: Placement, images: Tensor, mask: Tensor) -> Cond:
-    """What an inpainting network is told of pictures (B, 3, H, W) and a mask (B or 1, 1, H, W).
-
-    The mask is 1 where to draw. Raises ValueError for a network that is no `painter`.
-    """
-    kind = painter(network, codec)
-    if kind is None:
-        z, takes = codec.channels, network.in_channels
-        raise ValueError(f"inpainting: needs a {network.title} with {2 * z + 1} channels, got {takes}")
-    mask = (mask >= 0.5).to(images)
-    with placement.used(codec.autoencoder):
-        known = codec.encode(images * (1 - mask))
-    if kind == "fill":
-        return {"concat": filling(mask, known, codec.factor)}
-    small = mask[..., :: codec.factor, :: codec.factor].expand(len(images), -1, -1, -1)
-    return {"concat": torch.cat([small.to(known), known], dim=1)}
 
 
 def warn(lines: Sequence[str], level: int) -> None:

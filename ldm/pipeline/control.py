@@ -5,6 +5,7 @@ Legend: B pictures of a batch, K channels of a condition, H, W its pixels.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -104,10 +105,13 @@ def as_condition(picture: Image.Image, size: tuple[int, int], channels: int) -> 
 
 
 class Controls:
-    """Several ControlNets over one U-Net; what they add is summed."""
+    """Several ControlNets over one U-Net; what they add is summed.
 
-    def __init__(self, controls: Sequence[Control]) -> None:
-        self.controls = list(controls)
+    `given` is what the network itself is told beside, rows (1 or N, ...).
+    """
+
+    def __init__(self, controls: Sequence[Control], given: Cond | None = None) -> None:
+        self.controls, self._given = list(controls), given or {}
         self._codec: LatentCodec | None = None
         self._place: Placement | None = None
 
@@ -123,6 +127,12 @@ class Controls:
             if not any(p.requires_grad for p in control.network.parameters()):
                 control.network.to(device=place.target, dtype=dtype)
         return self
+
+    def beside(self, given: Cond) -> Controls:
+        """These, with more that the network is told."""
+        other = copy.copy(self)
+        other._given = self._given | given
+        return other
 
     @property
     def networks(self) -> list[AnyControl]:
@@ -142,6 +152,7 @@ class Controls:
                     raise ValueError(f"{control.name}: {len(pixels)} conditions, but more prompts")
                 pixels = pixels[list(rows)]
             found[_key(i)] = self._taken(control, pixels)
+        found |= {key: value if len(value) == 1 else value[list(rows)] for key, value in self._given.items()}
         if any(control.halved for control in self.controls):
             found[ASKED] = torch.ones(1)
         return found

@@ -16,6 +16,7 @@ from ldm.checkpoint import control_files, ip_adapter_files, students
 from ldm.checkpoint.convert import Components, open_model
 from ldm.checkpoint.scheduler_classes import OwnSampler
 from ldm.checkpoint.schedulers import scheduler_from_diffusers
+from ldm.diffusion.augmentation import NoiseAugmentation
 from ldm.diffusion.process import Process
 from ldm.diffusion.schedule import Flow
 from ldm.models.families import Family, family_of
@@ -51,6 +52,7 @@ class Loaded:
     own: OwnSampler | None
     loras: tuple[Path, ...] = ()
     embeddings: tuple[Path, ...] = ()
+    augmentation: NoiseAugmentation | None = None
 
 
 def load_parts(
@@ -96,6 +98,7 @@ def load_parts(
         Process(schedule=how.schedule, prediction=how.prediction, variance=_variance(parts, how.variance)),
         spacing=how.spacing, offset=how.offset, end="data" if how.last_alpha_one else "first",
         family=family, student=students.few_steps(parts.scheduler, guided=network.guidance_width is None), own=how.own,
+        augmentation=parts.augmentation,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from ldm.models.transformers.base import Transformer
 from ldm.sampling.guidance import (
     classifier_free,
     interval_of_steps,
+    of_text_and_picture,
     perpendicular,
     projected,
     pushed,
@@ -90,6 +91,9 @@ def guided(
     `without`: the estimate without the blocks that skip-layer guidance leaves out, at some of the times `path`.
     """
     scale, push = settings.guidance, None
+    if settings.image_guidance is not None:
+        told = (of(settings.negative), scale, settings.image_guidance, settings.rescale)
+        return of_text_and_picture(denoise, *told, times_of(settings.interval, schedule.last))
     if without is not None:
         path = visited(Plan(path), settings, schedule)
         push = skip_layers(without, settings.skip_scale, interval_of_steps(path, settings.skip_interval))

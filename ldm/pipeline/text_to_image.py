@@ -20,6 +20,7 @@ from ldm import allocator
 from ldm.checkpoint import students
 from ldm.checkpoint.scheduler_classes import OwnSampler, Plan
 from ldm.data.grid import to_pil
+from ldm.diffusion.augmentation import NoiseAugmentation
 from ldm.diffusion.process import Process
 from ldm.models.attention import sliced
 from ldm.models.families import Family
@@ -30,7 +31,8 @@ from ldm.models.text import TextEncoder, TextPrecision, check_text_precision
 from ldm.models.transformers.times import known_times
 from ldm.models.vae.latents import LatentCodec
 from ldm.pipeline.adapted import Adapted
-from ldm.pipeline.conditioning import Conditioning, clean_captions, inpainting, painter, warn
+from ldm.pipeline.concat import Concat
+from ldm.pipeline.conditioning import Conditioning, clean_captions, warn
 from ldm.pipeline.control import Control, Controls
 from ldm.pipeline.image_prompt import ImagePrompt, ImagePrompts
 from ldm.pipeline.loading import family_with, habit_of, load_parts
@@ -74,6 +76,7 @@ class TextToImage(Adapted):
         self.student: students.FewSteps | None = None
         self._family: Family | None = None
         self.own: OwnSampler | None = None
+        self.augmentation: NoiseAugmentation | None = None
         self.pixels: Size | None = None
         """The size that is drawn where none is asked for; None is the network's own."""
         self._loras: Loras | None = None
@@ -115,6 +118,7 @@ class TextToImage(Adapted):
             end=found.end, precision=precision,
         )  # fmt: skip
         pipeline.student, pipeline.own, pipeline._family = found.student, found.own, found.family
+        pipeline.augmentation = found.augmentation
         pipeline.to(device) if blocks_on_device is None else pipeline.stream(blocks_on_device, device)
         for path in found.loras:
             pipeline.load_lora(path)
@@ -133,15 +137,12 @@ class TextToImage(Adapted):
         return habit_of(self.family, self.network, self.text)
 
     def clean_captions(self, on: bool = True) -> None:
-        """Clean prompts as PixArt's pipelines do by their `clean_caption`, or put them in small letters alone.
-
-        Raises ValueError for other families, and without the packages that this needs.
-        """
+        """Clean prompts as PixArt's `clean_caption` does, or only lower them; ValueError for others, or no packages."""
         clean_captions(self.text, self.family.title, on)
 
     @property
     def unet(self) -> Network:
-        """`network`, by the name that diffusers' pipelines have for it in Stable Diffusion."""
+        """`network`, as diffusers calls it."""
         return self.network
 
     def with_network(self, network: Network) -> TextToImage:
@@ -190,8 +191,14 @@ class TextToImage(Adapted):
         other._controls = Controls(controls).on(self.network, self.codec, self._place)
         return other
 
+    def shown(self, given: Cond) -> TextToImage:
+        """This pipeline, told more at every picture: rows (1, ...), or (N, ...), one a prompt; itself stays."""
+        (other := copy.copy(self))._controls = self._controls.beside(given)
+        return other
+
     def image_prompted(self, prompts: Sequence[ImagePrompt]) -> TextToImage:
         """This pipeline with pictures as prompts, whose IP-Adapters move to it; itself stays.
+
 
         Raises ValueError for one of another family.
         """
@@ -225,8 +232,8 @@ class TextToImage(Adapted):
         """
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
-        repeated = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(count)]
-        return to_pil(self.sample(repeated, settings=Settings.of(settings)))
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        return to_pil(self.sample([p for p in prompts for _ in range(count)], settings=Settings.of(settings)))
 
     @torch.no_grad()
     def sample(
@@ -273,8 +280,8 @@ class TextToImage(Adapted):
             batch = [prompts[i] for i in places]
             wrap = None if guide is None else functools.partial(guide, prompts=batch)
             with enough_memory(self.size(settings.size), len(batch)):
-                how = {"wrap": wrap, "given": self._told(self.size(settings.size), places)}
-                images = self.decode(self.latents(batch, settings, rng, step, **how), settings)
+                given = self._told(self.size(settings.size), places)
+                images = self.decode(self.latents(batch, settings, rng, step, wrap=wrap, given=given), settings)
             rows = [row for row, place in enumerate(places) if only is None or place in only]
             yield [places[row] for row in rows], images[rows]
 
@@ -320,7 +327,7 @@ class TextToImage(Adapted):
     ) -> Tensor:
         """Scaled latents (B, Z, h, w) of one batch; `x`, `start` and `times` as in `ldm.sampling.sample`.
 
-        `wrap` changes the guided denoiser; `given` is more that the network is told, such as `inpainting` gives.
+        `wrap` changes the guided denoiser; `given` is more that the network is told, such as `concat` makes.
         """
         shape, device = self.latent_shape(settings.size) if x is None else tuple(x.shape[1:]), self.device
         own = self.at((shape[1], shape[2]), settings.steps)
@@ -333,8 +340,7 @@ class TextToImage(Adapted):
         cond = self._cond(prompts, settings, prompts)
         given = self._told(self.codec.pixels(shape), range(len(prompts))) | (given or {})
         cond |= {key: value.to(device) for key, value in given.items()}
-        if wrap is None and "concat" not in cond and painter(self.network, self.codec) is not None:
-            raise ValueError(f"the {self.network.title} is told a picture and a mask here: use `ldm edit inpaint`")
+        self.concat.check(cond, wrapped=wrap is not None)
         x = (rng.normal("start", shape) if x is None else x) * (plan.scale if start is None else 1)
         with (
             self._place.used(self.network, *self._controls.networks),
@@ -409,14 +415,10 @@ class TextToImage(Adapted):
         """What the network is given for prompts; SDXL's also for pictures of a size in pixels that are not cropped."""
         return self.conditioning.plain(prompts, self.size(size))
 
-    @torch.no_grad()
-    def inpainting(self, images: Tensor, mask: Tensor) -> Cond:
-        """What an inpainting network is told of pictures (B, 3, H, W) in [-1, 1] and a mask (B or 1, 1, H, W).
-
-        The mask is 1 where the picture is drawn anew; beside it the picture's latents with grey in the mask's place.
-        Raises ValueError for a network that is not told of one.
-        """
-        return inpainting(self.network, self.codec, self._place, images, mask)
+    @property
+    def concat(self) -> Concat:
+        """What makes of pictures what the network is told by more channels."""
+        return Concat(self.network, self.codec, self._place, self.augmentation)
 
     def latent_shape(self, size: Size | None) -> tuple[int, int, int]:
         """(Z, h, w) for a size in pixels. Raises ValueError unless it is a multiple of 8, or of more for some."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm import dist
 from ldm.adapters.control import ControlAdapter
@@ -57,6 +57,8 @@ class ControlTask(Finetuning):
             raise ValueError(f"channels: a condition has 1 or 3, got {self.channels}")
         if self.sensitivity is not None and self.sensitivity < 0:
             raise ValueError(f"sensitivity must be at least 0 steps, got {self.sensitivity}")
+        if self.options.concat is not None:
+            raise ValueError("options.concat: a ControlNet's base is told no picture itself; write null")
         if self.options.small is not None:
             raise ValueError("options.small: a ControlNet is shown whole pictures only; write null")
         if len(self.conditions) != len(self.samples.prompts):
@@ -78,7 +80,7 @@ def build(task: ControlTask, data: Data, train: TrainConfig, seed: int, workers:
         prepare(task.images, Path(source.path), None, source.size)
 
     def drawn(samples: Samples, preview: TextToImage) -> SampleHook:
-        return SampleHook(samples, preview, lambda places: shown(task, samples, preview, control, places))
+        return SampleHook(samples, preview, Conditions(task, samples, preview, control) if task.conditions else None)
 
     made = assembled(task, ControlAdapter(control), pipeline, data, train, seed, workers, task.images, drawn=drawn)
     assert isinstance(made.objective, DenoiseObjective)
@@ -127,17 +129,22 @@ def _check_start(task: ControlTask, config: control_files.AnyConfig, base: TextT
                          f"but the base's are {base.codec.factor} times")  # fmt: skip
 
 
-def shown(
-    task: ControlTask, samples: Samples, base: TextToImage, control: ControlNet, places: Sequence[int]
-) -> TextToImage:
-    """The pipeline that draws the sample prompts at some places, each under its condition."""
-    if not task.conditions:
-        return base
-    size, channels = base.size(samples.settings.size), control.config.conditioning_channels
-    pictures = torch.stack(
-        [as_condition(load(path, stencil=True), size, channels) for path in (task.conditions[i] for i in places)]
-    )
-    return base.controlled([Control(network=control, picture=pictures, name="task.conditions")])
+class Conditions:
+    """What the sample prompts are drawn under, each its own."""
+
+    def __init__(self, task: ControlTask, samples: Samples, base: TextToImage, control: ControlNet) -> None:
+        self._base, self._control = base, control
+        size, channels = base.size(samples.settings.size), control.config.conditioning_channels
+        self._pictures = torch.stack([as_condition(load(p, stencil=True), size, channels) for p in task.conditions])
+
+    def under(self, indices: Sequence[int]) -> TextToImage:
+        """The pipeline that draws the prompts of these places."""
+        pictures = self._pictures[list(indices)]
+        return self._base.controlled([Control(network=self._control, picture=pictures, name="task.conditions")])
+
+    def finished(self, indices: Sequence[int], drawn: Tensor) -> Tensor:
+        """The pictures as they are."""
+        return drawn
 
 
 def job(task: ControlTask, data: Data, train: TrainConfig, asked: planned.Asked) -> Job:

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -39,6 +40,8 @@ from ldm.diffusion.density import (
 )
 from ldm.diffusion.process import Process
 from ldm.diffusion.weighting import P2, SNR, VLB, X0, CosMapWeight, Debiased, MinSNR, SigmaSqrt, SoftMinSNR, Uniform
+from ldm.models.concat import config_of
+from ldm.models.concat import widened as wide
 from ldm.models.network import Granularity, granularity
 from ldm.models.text import (
     T5Padding,
@@ -51,18 +54,19 @@ from ldm.models.text import (
 )
 from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.align import FEATURES
+from ldm.objectives.concat import Concat
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.objectives.inputs import EncodeText
 from ldm.pipeline import TextToImage
 from ldm.plan.report import Job
-from ldm.recipes import planned, planned_frozen, planned_models
+from ldm.recipes import concat, planned, planned_frozen, planned_models
 from ldm.recipes.base import Assembly
 from ldm.recipes.frozen_parts import open_on, store_beside, store_network
 from ldm.recipes.page import write_page
 from ldm.recipes.pictures import prepare
 from ldm.recipes.smaller import check_pictures
 from ldm.recipes.sources import cache_hashes, scheduler_of, text_encoder, training_data
-from ldm.recipes.text_to_image import SampleHook, Samples, filled, sized, told_options
+from ldm.recipes.text_to_image import SampleHook, Samples, filled, sample_hook, sized, told_options
 from ldm.rng import seed_torch
 from ldm.train.trainer import TrainConfig, Trainer
 from ldm.types import Cond
@@ -99,7 +103,11 @@ class Finetuning:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneTask(Finetuning):
-    """Train on captioned pictures. With `images`, a folder, they are written as the shards of `data.path` first."""
+    """Train on captioned pictures. With `images`, a folder, they are written as the shards of `data.path` first.
+
+    With the adapter `full` and `options.concat` a base that is told no picture is widened, and answers as before at
+    first.
+    """
 
     kind: Literal["finetune"] = "finetune"
     images: Path | None = None
@@ -117,6 +125,8 @@ class CachedFeatures:
 def build(task: FinetuneTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:
     """The base model with its adapter on captioned pictures."""
     pipeline = open_base(task, task.adapter, train)
+    if isinstance(task.adapter, FullConfig):
+        pipeline = concat.widened(task.options.concat, pipeline)
     if task.images is not None:
         source = only_source(data)
         prepare(task.images, Path(source.path), None, source.size)
@@ -171,14 +181,20 @@ def assembled(
     seed: int,
     workers: int,
     images: Path | None,
-    drawn: Callable[[Samples, TextToImage], SampleHook] = SampleHook,
+    drawn: Callable[[Samples, TextToImage], SampleHook] | None = None,
     features: CachedFeatures | None = None,
 ) -> Assembly:
     """Caches, adapter, objective, loader, sample pictures and export of a prepared data set.
 
-    `drawn` makes what draws the sample pictures; `features` are cached beside the latents.
+    `drawn` makes what draws the sample pictures, where it is not `sample_hook`; `features` are cached beside the
+    latents.
     """
     seed_torch(seed)  # initial weights of the adapter
+    concat.check_noise(task.options.concat, pipeline.augmentation, f"task.base {task.base!r}")
+    pipeline.augmentation = concat.augmentation(task.options.concat)
+    drawn = drawn or partial(sample_hook, options=task.options)
+    network, title = pipeline.network, f"task.base {task.base!r}: its {pipeline.network.title}"
+    concat.check(task.options.concat, network.config, network.in_channels, pipeline.codec, data, title)
     planned.check_patches(pipeline.network, pipeline.codec.factor, data)
     check_pictures(task.options.small, pipeline.network, pipeline.codec.factor, data)
     codec, towers, live = pipeline.codec, pipeline.text, adapter.trains_text
@@ -209,7 +225,7 @@ def assembled(
     store_beside(storage, None, later, task.text_precision)  # the empty prompt is as the cache's captions are
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
-        write_export(task.base, adapter, weights, folder)
+        write_export(task.base, adapter, weights, folder, task.options.concat)
         if folder.name == "export":  # `ldm export` writes elsewhere, where there is no run to show
             write_page(folder.parent, images, task.samples.prompts)
 
@@ -226,7 +242,7 @@ class FinetuneSamples:
         config: Samples,
         pipeline: TextToImage,
         copies: Sequence[TextEncoder],
-        drawn: Callable[[Samples, TextToImage], SampleHook] = SampleHook,
+        drawn: Callable[[Samples, TextToImage], SampleHook],
     ) -> None:
         self.every, self._copies = config.every, copies
         self._hook = drawn(config, pipeline)
@@ -296,8 +312,13 @@ def _cached(
     return folder
 
 
-def write_export(base: str, adapter: AnyAdapter, weights: dict[str, Tensor], folder: Path) -> None:
-    """What others load: a diffusers folder for whole weights, else the adapter's files and what they belong to."""
+def write_export(
+    base: str, adapter: AnyAdapter, weights: dict[str, Tensor], folder: Path, told: Concat | None = None
+) -> None:
+    """What others load: a diffusers folder for whole weights, else the adapter's files and what they belong to.
+
+    `told`: the picture that a network is told by more channels.
+    """
     if isinstance(adapter, ControlAdapter):
         save_control(folder, adapter.control.config, adapter.export(weights))
         return
@@ -310,12 +331,12 @@ def write_export(base: str, adapter: AnyAdapter, weights: dict[str, Tensor], fol
         found = adapter.export(weights)
         own = f"{fresh.network.component}."
         network = {k.removeprefix(own): v for k, v in found.items() if k.startswith(own)}
-        filled(fresh.network, network)
+        fresh.network = filled(wide(fresh.network, config_of(fresh.network.config, network)), network)
         for i, tower in enumerate(fresh.text):
             load_tower(tower, found, i)
         save_diffusers(
-            folder, network=fresh.network, autoencoder=fresh.codec.autoencoder, text=fresh.text,
-            scheduler=scheduler_of(base),
+            folder, network=fresh.network, autoencoder=concat.exported(told, fresh.codec.autoencoder), text=fresh.text,
+            scheduler=scheduler_of(base), augmentation=concat.augmentation(told),
         )  # fmt: skip
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -371,11 +392,16 @@ def adapted_job(task: Finetuning, config: AnyConfig, data: Data, train: TrainCon
     base = planned_models.whole(task.base, "task.base", said)
     base.process = trained_process(task, base)
     options = told_options(task.options, base.network)
-    planned.fits(base, data, "task.base", task.base)
+    held_in, whole, told = train.engine.frozen, isinstance(config, FullConfig), task.options.concat
+    base = concat.widened(told, base) if whole else base
+    title = f"task.base {task.base!r}: its {base.network.title}"
+    concat.check(told, base.network.config, base.network.in_channels, base.codec, data, title)
+    concat.check_samples(told, task.samples.prompts, task.samples.pictures, task.samples.masks)
+    planned.fits(base, data, "task.base", task.base, concat.more(told, base.codec))
     live = make_adapter(config).trains_text
     check_text_precision(task.text_precision, [t.config for t in base.text], "task.text_precision", trains=live)
 
-    held, whole = planned.copied(base), isinstance(config, FullConfig)
+    held = planned.copied(base)
     streamed = None if whole else planned_frozen.network(held.network, train.engine)
 
     def build(recompute: bool) -> nn.Module:
@@ -390,10 +416,11 @@ def adapted_job(task: Finetuning, config: AnyConfig, data: Data, train: TrainCon
     cached = task.cache is not None or data.cached
     said += planned.attention(asked.gpu) if live else []
     planned.check_cache(task.cache, cached, said, base.text)
-    held_in = train.engine.frozen
+    beside = planned.beside(base, data, cached, live, task.text_precision, held_in, whole and live)
+    pictures = partial(concat.example, told, base.codec, planned.side(data))
     return planned.loss_job(
-        asked, data, train, build, lambda batch: (planned.latents(base, data, batch),),
-        frozen=planned.beside(base, data, cached, live, task.text_precision, held_in, whole and live),
+        asked, data, train, build, lambda batch: (planned.latents(base, data, batch) | pictures(batch),),
+        frozen=concat.planned_frozen(told, beside, cached=cached),
         recompute=how != "none", said=said, cached=cached, streamed=streamed,
-        reads=("moments",) if live else ("moments", *planned.TEXT),
+        reads=("moments", *([] if live else planned.TEXT), *pictures(1)),
     )  # fmt: skip

@@ -24,7 +24,10 @@ RATES = {
     "dreambooth_lora": (1.0e-4, 4.0e-3),
     "dreambooth_pivotal": (1.0e-4, 4.0e-3),
     "ip_adapter": (1.0e-4, 3.0e-4),
+    "inpaint": (1.0e-5, 3.0e-4),
+    "instruct": (5.0e-5, 3.0e-4),
     "lora": (1.0e-4, 4.0e-3),
+    "upscale": (5.0e-5, 3.0e-4),
     "textual_inversion": (5.0e-3, 1.0e-2),
 }
 """Learning rate by method: of models of Stable Diffusion's size, and of the small one that the package ships."""
@@ -34,9 +37,20 @@ STEPS = {
     "dreambooth_lora": 500,
     "dreambooth_pivotal": 500,
     "ip_adapter": 10000,
+    "inpaint": 10000,
+    "instruct": 10000,
     "lora": 1000,
+    "upscale": 10000,
     "textual_inversion": 500,
 }
+
+
+PAIRS: dict[str, dict[str, Any]] = {
+    "inpaint": {"inpaint_mask": {"kind": "random_mask"}, "masked": {"kind": "masked"}},
+    "instruct": {"original": {"kind": "stored", "cache": "latents"}},
+    "upscale": {"small": {"kind": "small"}},
+}
+"""Of methods that tell the network a picture by more channels: the pairs that it is made of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +119,7 @@ class Choices:
             return small if self.lr is None else self.lr
         own = {"dreambooth": self.family.full_rate, "textual_inversion": large, "controlnet": large,
                "ip_adapter": large}  # fmt: skip
-        return own.get(self.method, self.family.rate)
+        return own.get(self.method, large if self.method in PAIRS else self.family.rate)
 
     @property
     def tuned(self) -> dict[str, Any]:
@@ -124,6 +138,13 @@ class Choices:
         if self.gradient_checkpointing is not None:
             return self.gradient_checkpointing
         return self.family is not None and self.family.recompute
+
+
+def factor_of(base: str) -> int:
+    """Pixels for each of the latents' along a side."""
+    if (folder := named(base)).is_dir() and (folder / "adapter.json").is_file():
+        return factor_of(json.loads((folder / "adapter.json").read_text(encoding="utf-8"))["base"])
+    return 2 ** (len(vae_of(base).block_out_channels) - 1)
 
 
 def own_side(base: str) -> int:
@@ -174,12 +195,7 @@ def controlnet(
 
     A built set is trained on where it lies. Raises ValueError for stored conditions of a folder that is not built.
     """
-    built = is_set(choices.images)
-    if condition == "stored" and not built:
-        raise ValueError(f"--condition stored: {str(choices.images)!r} is a folder of pictures; `ldm data build` reads "
-                         "pairs from it into a data set, which --images takes")  # fmt: skip
-    own: dict[str, Any] = {} if built else {"images": str(choices.images)}
-    data = _own_shards(choices.images, choices.side) if built else _shards(choices, "pictures", choices.side)
+    own, data = _of_images(choices, "--condition stored" if condition == "stored" else None)
     own |= {"start": start, "conditions": [str(path) for path in conditions], "options": {"drop": drop}}
     enlarged = {"enlarge": True} if condition == "small" else {}  # a ControlNet is shown the pictures' size
     data |= {"pairs": {"condition": {"kind": condition, **enlarged}}}
@@ -196,6 +212,37 @@ def ip_adapter(
     own |= {"image_encoder": image_encoder, "form": form, "start": start}
     own |= {"references": [str(path) for path in references]}
     return _run(choices, "ip_adapter", own, data, choices.prompts)
+
+
+def concat(
+    choices: Choices, method: str, *, pictures: Sequence[Path], masks: Sequence[Path], drop: float | None
+) -> dict[str, Any]:
+    """All weights of a base that is told a picture by more channels, on captioned pictures and their pairs."""
+    pairs = PAIRS[method]
+    if method == "upscale":
+        pairs = {"small": pairs["small"] | {"factor": factor_of(choices.base)}}
+    own, data = _of_images(choices, method if any(p["kind"] == "stored" for p in pairs.values()) else None)
+    usual = 0.05 if method == "instruct" else 0.1
+    told: dict[str, Any] = {"kind": method}
+    told |= {"drop": drop, "both": drop} if method == "instruct" and drop is not None else {}
+    own |= {"adapter": choices.adapter, "options": {"drop": usual if drop is None else drop, "concat": told}}
+    made = _run(choices, "finetune", own, data | {"pairs": pairs}, choices.prompts)
+    drawn = {"pictures": [str(p) for p in pictures], "masks": [str(p) for p in masks]}
+    made["task"]["samples"] |= {key: paths for key, paths in drawn.items() if paths}
+    return made
+
+
+def _of_images(choices: Choices, stored: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what the task is told of them, the data) of a folder or a built set, which is trained on where it lies.
+
+    Raises ValueError for a folder where `stored`, as messages call it, takes pairs of a built set.
+    """
+    if is_set(choices.images):
+        return {}, _own_shards(choices.images, choices.side)
+    if stored is not None:
+        raise ValueError(f"{stored}: {str(choices.images)!r} is a folder of pictures; `ldm data build` reads "
+                         "pairs from it into a data set, which --images takes")  # fmt: skip
+    return {"images": str(choices.images)}, _shards(choices, "pictures", choices.side)
 
 
 def _own_shards(path: Path, side: int) -> dict[str, Any]:

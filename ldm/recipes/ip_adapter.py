@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm import dist
 from ldm.adapters.image_prompt import ImagePromptAdapter
@@ -113,7 +113,7 @@ def build(task: IPAdapterTask, data: Data, train: TrainConfig, seed: int, worker
     features = CachedFeatures(lambda x: encoder(encoder.fitted((x + 1) / 2), states=states), told(encoder, states))
 
     def drawn(samples: Samples, preview: TextToImage) -> SampleHook:
-        return SampleHook(samples, preview, lambda places: shown(task, preview, adapter, encoder, places))
+        return SampleHook(samples, preview, References(task, preview, adapter, encoder) if task.references else None)
 
     made = assembled(
         task, ImagePromptAdapter(adapter, task.image_encoder), pipeline, data, train, seed, workers, task.images,
@@ -167,15 +167,24 @@ def _check_start(task: IPAdapterTask, config: IPAdapterConfig, base: TextToImage
                          f"{task.start!r} takes {config.features}")  # fmt: skip
 
 
-def shown(
-    task: IPAdapterTask, base: TextToImage, adapter: IPAdapter, encoder: ImageEncoder, places: Sequence[int]
-) -> TextToImage:
-    """The pipeline that draws the sample prompts at some places, each with its picture."""
-    if not task.references:
-        return base
-    pictures = [load(task.references[i]) for i in places]
-    prompt = ImagePrompt(adapter=adapter, encoder=encoder, picture=pictures, each=True, name="task.references")
-    return base.image_prompted([prompt])
+class References:
+    """The pictures that the sample prompts are drawn with, each its own."""
+
+    def __init__(self, task: IPAdapterTask, base: TextToImage, adapter: IPAdapter, encoder: ImageEncoder) -> None:
+        self._base, self._adapter, self._encoder = base, adapter, encoder
+        self._pictures = [load(path) for path in task.references]
+
+    def under(self, indices: Sequence[int]) -> TextToImage:
+        """The pipeline that draws the prompts of these places."""
+        pictures = [self._pictures[i] for i in indices]
+        prompt = ImagePrompt(
+            adapter=self._adapter, encoder=self._encoder, picture=pictures, each=True, name="task.references"
+        )
+        return self._base.image_prompted([prompt])
+
+    def finished(self, indices: Sequence[int], drawn: Tensor) -> Tensor:
+        """The pictures as they are."""
+        return drawn
 
 
 def job(task: IPAdapterTask, data: Data, train: TrainConfig, asked: planned.Asked) -> Job:

@@ -184,7 +184,7 @@ def loss_job(
 ) -> Job:
     """A job whose step is counted from its loss. `reads`: what of a batch is stored in a cache."""
     batch = inputs(1)[0]
-    encoded = 2.0 * sum(value.numel() for key, value in batch.items() if key.partition(".")[0] in reads)
+    encoded = 2.0 * sum(value.numel() for key, value in batch.items() if {key, key.partition(".")[0]} & {*reads})
     samples, size = samples_of(data, encoded, cached, said)
     return Job(
         name=asked.name, build=build, inputs=inputs, flops=None, batch=train.batch, steps=train.steps,
@@ -203,12 +203,16 @@ def attention(gpu: bool) -> list[str]:
     return ["attention of text and picture towers that train is counted in float32"] if gpu else []
 
 
-def fits(model: TextToImage, data: Data, key: str, source: str) -> None:
-    """Raise ValueError where the model's parts do not fit each other, or the data's size does not fit it."""
+def fits(model: TextToImage, data: Data, key: str, source: str, more: int = 0) -> None:
+    """Raise ValueError where the model's parts do not fit each other, or the data's size does not fit it.
+
+    `more`: channels that are concatenated to the latents.
+    """
     told = f"{key} {source!r}"
     check_fit(
         model.network.config, tuple(t.config for t in model.text), model.codec.channels,
         network_key=f"{told}: {model.network.title}", text_key="its text tower", vae_key="its autoencoder",
+        more=more,
     )  # fmt: skip
     check_size(side(data), model.codec.factor, "data.size")
     check_patches(model.network, model.codec.factor, data)

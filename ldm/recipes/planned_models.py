@@ -26,6 +26,8 @@ from ldm.recipes.sources import load_towers, network_of
 
 FAMILIES = {
     "sd15": ("sd15", "kl_f8", "sd15"),
+    "sd15_pix2pix": ("sd15_pix2pix", "kl_f8", "sd15"),
+    "x4_upscaler": ("x4_upscaler", "kl_f4_upscaler", "sd21"),
     "sd21": ("sd21", "kl_f8", "sd21"),
     "sd21_base": ("sd21_base", "kl_f8", "sd21"),
     "sdxl": ("sdxl", "kl_f8_sdxl", "sdxl"),
@@ -41,6 +43,8 @@ FAMILIES = {
 }
 """Presets of network, autoencoder and text encoders by a family's name."""
 _PATTERNS = (  # of published models' names, the first that is found
+    (r"x4[-_]?upscaler", "x4_upscaler"),
+    (r"instruct[-_]?pix2pix", "sd15_pix2pix"),
     (r"pixart[-_]?sigma", "pixart_sigma"),
     (r"z[-_]?image", "zimage"),
     (r"(stable-diffusion|sd)[-_]?3[-_.]?5[-_]?medium", "sd35_medium"),

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from ldm.data.pairs import enough
 from ldm.diffusion.process import Process
 from ldm.diffusion.schedule import Flow
 from ldm.models import networks
+from ldm.models.concat import widened
 from ldm.models.families import family_of
 from ldm.models.fit import check_fit, given, told
 from ldm.models.growing import check_growth, grown, with_free
@@ -42,7 +43,7 @@ from ldm.pipeline import Settings, TextToImage
 from ldm.plan.flops import count_flops
 from ldm.plan.report import Job
 from ldm.progress import Bar
-from ldm.recipes import planned, planned_models
+from ldm.recipes import concat, planned, planned_models
 from ldm.recipes.aligning import AlignTarget, aligned, plan_lines
 from ldm.recipes.base import Assembly
 from ldm.recipes.frozen_parts import store_beside
@@ -62,11 +63,16 @@ from ldm.train.trainer import TrainConfig, Trainer
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Pictures of fixed prompts and noise, drawn with the averaged weights every `every` steps (0: at the end only)."""
+    """Pictures of fixed prompts and noise, drawn with the averaged weights every `every` steps (0: at the end only).
+
+    `pictures`, one a prompt, are what a network with `options.concat` is told; `masks` are white where it paints.
+    """
 
     prompts: tuple[str, ...] = ()
     every: int = 1000
     settings: Settings = field(default_factory=Settings)
+    pictures: tuple[Path, ...] = ()
+    masks: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +117,7 @@ def settled(task: TextToImageTask) -> TextToImageTask:
     if task.start is None:
         return task
     try:
-        own = network_of(task.start)
+        own = concat.wide_config(task.options.concat, network_of(task.start))
     except ValueError as error:
         if task.network is not None:  # plans and exports need no weights to start from
             return task
@@ -143,17 +149,25 @@ def _same(a: Any, b: Any) -> bool:
     return a == b
 
 
+class Sees(Protocol):
+    """What sample prompts are drawn with beside their words."""
+
+    def under(self, indices: Sequence[int]) -> TextToImage:
+        """The pipeline that draws the prompts of these places."""
+        ...
+
+    def finished(self, indices: Sequence[int], drawn: Tensor) -> Tensor:
+        """Their pictures as they are looked at."""
+        ...
+
+
 class SampleHook:
     """Draws the fixed prompts on all ranks together, each its share, and writes one picture."""
 
-    def __init__(
-        self,
-        config: Samples,
-        pipeline: TextToImage,
-        under: Callable[[Sequence[int]], TextToImage] | None = None,
-    ) -> None:
-        """`under`: the pipeline that draws some of the prompts, by their places, where they have pictures of theirs."""
-        self.every, self.config, self.pipeline, self._under = config.every, config, pipeline, under
+    def __init__(self, config: Samples, pipeline: TextToImage, sees: Sees | None = None) -> None:
+        self.every, self.config, self.pipeline, self._sees = config.every, config, pipeline, sees
+        if sees is None:
+            concat.check_samples(None, config.prompts, config.pictures, config.masks)
 
     def __call__(self, trainer: Trainer, step: int) -> None:
         prompts = list(self.config.prompts)
@@ -163,11 +177,18 @@ class SampleHook:
         share = math.ceil(len(prompts) / world)  # equal on all ranks: the network may be divided over them
         indices = [(rank * share + i) % len(prompts) for i in range(share)]
         with trainer.averaged(), trainer.engine.autocast(), without_dropout(self.pipeline.network):
-            pipeline = self.pipeline if self._under is None else self._under(indices)
+            pipeline = self.pipeline if self._sees is None else self._sees.under(indices)
             own = pipeline.sample([prompts[i] for i in indices], settings=self.config.settings, indices=indices)
+        own = own if self._sees is None else self._sees.finished(indices, own)
         images = dist.gather(own)[: len(prompts)]
         if rank == 0:
             save_grid(images, trainer.out / "samples" / f"step-{step:07d}.png", columns=math.ceil(len(prompts) ** 0.5))
+
+
+def sample_hook(config: Samples, pipeline: TextToImage, options: DenoiseOptions) -> SampleHook:
+    """Sample pictures, each with the picture that the network is told where it is told one."""
+    seen = (config.settings.size, config.prompts, config.pictures, config.masks)
+    return SampleHook(config, pipeline, concat.shown(options.concat, pipeline, *seen))
 
 
 @contextmanager
@@ -272,6 +293,12 @@ def scheduler_for(process: Process, network: Network) -> dict[str, Any]:
     return told
 
 
+def _started(task: TextToImageTask, start: str) -> Network:
+    """The network of `start`, with the channels of a picture that it is told from now on."""
+    network = load_network(start)
+    return widened(network, concat.wide_config(task.options.concat, network.config))
+
+
 def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, workers: int) -> Assembly:
     """The network, the frozen parts, the data (encoded once, if so configured) and sample pictures."""
     task.options.check(train.micro_batch(dist.world_size()))
@@ -283,7 +310,7 @@ def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, work
     codec = LatentCodec.of(autoencoder)
     task = settled(task)
     assert task.network is not None
-    network = networks.build(task.network) if task.start is None else load_network(task.start)
+    network = networks.build(task.network) if task.start is None else _started(task, task.start)
     if task.grow:
         network = grown(network, task.network)
     network.config = task.network
@@ -293,9 +320,10 @@ def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, work
     check_pictures(task.options.small, network, codec.factor, data)
     check_fit(
         network.config, tuple(t.config for t in towers), codec.channels, text_key=f"task.text {task.text!r}",
-        vae_key=f"task.vae {task.vae!r}",
+        vae_key=f"task.vae {task.vae!r}", more=concat.more(task.options.concat, codec),
         network_key="task.network" if task.start is None else f"task.start's {network.title}",
     )  # fmt: skip
+    concat.check(task.options.concat, network.config, network.in_channels, codec, data, f"the {network.title}")
     encode_text = text_encoder(towers)
     storage, caches = train.engine.frozen, task.cache is not None or data.cached
     store_beside(storage, None, [] if caches else towers, task.text_precision)
@@ -308,25 +336,32 @@ def build(task: TextToImageTask, data: Data, train: TrainConfig, seed: int, work
     store_beside(storage, autoencoder, towers if caches else [], task.text_precision)
     loader = training_data(data, train, seed, workers, expect=expect)
     pipeline = TextToImage(network, codec, towers, task.process)
+    pipeline.augmentation = concat.augmentation(task.options.concat)
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
         whole = filled(networks.build(network.config), without_projector(weights))
         scheduler = scheduler_for(task.process, whole)
         text = towers if task.text_precision == storage == "fp32" else load_towers(task.text)
         vae = autoencoder if storage == "fp32" else load_autoencoder(task.vae)
-        save_diffusers(folder, network=whole, autoencoder=vae, text=text, scheduler=scheduler)
+        noise, vae = concat.augmentation(task.options.concat), concat.exported(task.options.concat, vae)
+        save_diffusers(folder, network=whole, autoencoder=vae, text=text, scheduler=scheduler, augmentation=noise)
         files.write_text(folder / "trained.json", json.dumps({"steps": train.steps, "batch": train.batch}))
 
-    return Assembly(objective, loader, [SampleHook(sized(task.samples, network, data), pipeline)], export)
+    return Assembly(
+        objective, loader, [sample_hook(sized(task.samples, network, data), pipeline, task.options)], export
+    )
 
 
 def job(task: TextToImageTask, data: Data, train: TrainConfig, asked: planned.Asked) -> Job:
     """The network's own step; frozen parts run in it where nothing is cached."""
     said: list[str] = []
     settings = planned_models.network(task.network, None if task.grow else task.start, said)
+    if task.start is not None and not task.grow:
+        settings = concat.wide_config(task.options.concat, settings)
     vae, vae_settings = planned_models.vae(task.vae, settings, said)
     towers = planned_models.towers(task.text, settings, said)
     channels, configs = vae_settings.latent_channels, tuple(tower.config for tower in towers)
+    codec = LatentCodec.of(vae)
     check_text_precision(task.text_precision, configs, "task.text_precision")
     how = granularity(task.gradient_checkpointing)
 
@@ -340,7 +375,10 @@ def job(task: TextToImageTask, data: Data, train: TrainConfig, asked: planned.As
     check_fit(
         settings, configs, channels, text_key=f"task.text {task.text!r}", vae_key=f"task.vae {task.vae!r}",
         network_key="task.network" if task.start is None else f"task.start's {network.title}",
+        more=concat.more(task.options.concat, codec),
     )  # fmt: skip
+    concat.check(task.options.concat, settings, network.in_channels, codec, data, f"the {network.title}")
+    concat.check_samples(task.options.concat, task.samples.prompts, task.samples.pictures, task.samples.masks)
     pixels = planned.side(data)
     side = planned.check_size(pixels, vae.factor, "data.size")
     planned.check_patches(network, vae.factor, data)
@@ -357,11 +395,13 @@ def job(task: TextToImageTask, data: Data, train: TrainConfig, asked: planned.As
         return x, torch.empty(batch, device="meta"), told(network, configs, batch)
 
     encoded = 2.0 * (2 * channels * side * side + sum(value.numel() for value in given(configs).values()))
+    encoded += concat.planned_bytes(task.options.concat, pixels, codec)
+    beside = planned.frozen(vae, towers, pixels, cached, task.text_precision, train.engine.frozen)
     samples, size = planned.samples_of(data, encoded, cached, said)
     return Job(
         name=asked.name, build=build, inputs=inputs, flops=float(count_flops(network, *inputs(1))),
         batch=train.batch, steps=train.steps, layout=planned.layout(train, asked), recompute=how != "none",
         precision=planned.precision(train, asked.gpu),
-        frozen=tuple(planned.frozen(vae, towers, pixels, cached, task.text_precision, train.engine.frozen)),
+        frozen=tuple(concat.planned_frozen(task.options.concat, beside, cached=cached)),
         samples=samples, sample_bytes=size, warnings=tuple(said),
     )  # fmt: skip

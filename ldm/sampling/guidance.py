@@ -108,6 +108,35 @@ def classifier_free(
     return LearnedDenoise(both)
 
 
+def of_text_and_picture(
+    denoise: Denoise,
+    uncond: Cond,
+    scale: float,
+    picture_scale: float,
+    rescale: float = 0.0,
+    interval: tuple[float, float] | None = None,
+) -> Denoise:
+    """Guidance by a text and a picture, i.e. cond "concat": n + s_p (p - n) + s_t (c - p) (arXiv 2211.09800, eq. 3).
+
+    p is the estimate under the picture and the empty or negative prompt `uncond`, n that under `uncond` and zeros for
+    the picture. One call of three times the batch.
+    """
+    check_fraction("rescale", rescale)
+    check_interval(interval)
+    if scale == picture_scale == 1:
+        return denoise
+
+    def guided(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        if "concat" not in cond:
+            raise ValueError("guidance by a picture: the network is told none")
+        blank = {"concat": torch.zeros_like(cond["concat"][:1])}
+        c, p, n = together(denoise, x, t, [cond, uncond, uncond | blank])
+        out = n + picture_scale * (p - n) + scale * (c - p)
+        return within(interval, t, rescaled(out, c, rescale), c)
+
+    return guided
+
+
 def told_guidance(denoise: Denoise, scale: float, *, is_scale: bool = False) -> Denoise:
     """For networks distilled with guidance inside (arXiv 2210.03142): one call, told what `told_scale` makes of it."""
 

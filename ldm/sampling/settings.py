@@ -24,6 +24,7 @@ class Settings:
     told of a picture, in pixels (H, W): `original` and `target` sizes (None: the size drawn), `crop` its top and left.
     Less memory: `tile`, pixels a side of the parts in which pictures are decoded; `slices`, one picture decoded at a
     time; `queries`, how many pixels attend at a time. `guide`: see `ldm.sampling.guidance`; `interval` in shares of T.
+    `image_guidance`: of the picture that an editor by instructions is told, beside `guidance` of the text.
     Skip-layer guidance: the blocks `skip_layers` are left out, `skip_interval` in shares of the steps.
     """
 
@@ -50,6 +51,7 @@ class Settings:
     skip_layers: tuple[int, ...] = ()
     skip_scale: float = 2.8
     skip_interval: tuple[float, float] = (0.01, 0.2)
+    image_guidance: float | None = None
 
     @staticmethod
     def of(given: Mapping[str, Any]) -> Settings:
@@ -68,6 +70,10 @@ class Settings:
             raise ValueError(f"seed must be a whole number, got {self.seed!r}")
         if not (math.isfinite(self.guidance) and self.guidance >= 0):
             raise ValueError(f"guidance must be at least 0, got {self.guidance}")
+        if self.image_guidance is not None and not (math.isfinite(self.image_guidance) and self.image_guidance >= 0):
+            raise ValueError(f"image_guidance must be at least 0, got {self.image_guidance}")
+        if self.image_guidance is not None and (self.guide != "cfg" or self.skip_layers):
+            raise ValueError("image_guidance: goes with guide 'cfg' alone, and without skip_layers")
         check_guide(self.guide, self.rescale, self.interval)
         if self.batch < 1:
             raise ValueError(f"batch must be at least 1, got {self.batch}")

@@ -54,6 +54,9 @@ def make(family: str) -> Components:
         "sd2": UNET | {"use_linear_projection": True},
         "sdxl": UNET | XL | {"use_linear_projection": True, "cross_attention_dim": 64},
         "inpainting": UNET | {"in_channels": 9},
+        "instruct": UNET | {"in_channels": 8},
+        "instruct_xl": UNET | XL | {"use_linear_projection": True, "cross_attention_dim": 64, "in_channels": 8},
+        "upscale": UNET | {"in_channels": 7, "num_class_embeds": 1000, "only_cross_attention": (True, False)},
         "lcm": UNET | {"time_cond_proj_dim": 16},
     }[family]
     text = {
@@ -63,7 +66,7 @@ def make(family: str) -> Components:
             tower(output="penultimate", zero_empty=True),
             tower(output="penultimate", projection=20, pad="zero", activation="gelu", zero_empty=True),
         ],
-    }.get(family) or [tower()]
+    }.get(family.removeprefix("instruct_").replace("xl", "sdxl") if "_" in family else family) or [tower()]
     model = UNet(UNetConfig(**unet))
     for parameter in model.parameters():  # nothing may start at zero
         torch.nn.init.normal_(parameter, std=0.05)
@@ -80,6 +83,7 @@ def save(parts: Components, folder: Path, **options: Any) -> None:
         autoencoder=parts.autoencoder,
         text=parts.text,
         scheduler=parts.scheduler,
+        augmentation=parts.augmentation,
         **options,
     )
 

@@ -93,7 +93,7 @@ def test_inpainting(noise: Tensor, tmp_path: Path) -> None:
     )
 
     def given(ours: TextToImage) -> Any:
-        return ours.inpainting(pixels, torch.from_numpy(inside / 255.0)[None, None].float())
+        return ours.concat.inpainting(pixels, torch.from_numpy(inside / 255.0)[None, None].float())
 
     compare(tmp_path / "ours", expected, pipe, noise, given=given)
     with pytest.raises(ValueError, match="is told a picture and a mask here"):

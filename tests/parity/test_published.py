@@ -266,8 +266,12 @@ SD = "StableDiffusionPipeline"
         ({"_class_name": "StableDiffusion3Pipeline", **PARTS}, r"has part\(s\) \['unet'\]; known are \['transformer'"),
         ({"_class_name": "FluxControlPipeline"}, "FluxControlPipeline.*FLUX.1 conditioned by a picture"),
         ({"_class_name": "IFPipeline"}, "IFPipeline.*DeepFloyd"),
-        ({"_class_name": "StableDiffusionUpscalePipeline", **PARTS}, "UpscalePipeline.*an upscaler"),
-        ({"_class_name": "StableDiffusionInstructPix2PixPipeline", **PARTS}, "InstructPix2Pix.*instructions"),
+        ({"_class_name": "StableDiffusionLatentUpscalePipeline", **PARTS}, "UpscalePipeline.*an upscaler"),
+        ({"_class_name": SD, **PARTS, "low_res_scheduler": ["diffusers", "DDPMScheduler"]}, "part.*low_res_scheduler"),
+        (
+            {**TWO, "_class_name": "StableDiffusionXLInstructPix2PixPipeline", "is_cosxl_edit": True},
+            "is_cosxl_edit True is not supported",
+        ),
         ({"_class_name": "MyPipeline", **PARTS}, "_class_name 'MyPipeline' is not one of"),
         (
             {**TWO, "text_encoder": [None, None], "tokenizer": [None, None], "requires_aesthetics_score": True},

@@ -34,7 +34,7 @@ def shapes_only(config: Any) -> dict[str, Entry]:
 def family(name: str) -> Opened:
     """A published family at its real shape, on the meta device."""
     vae = presets.AUTOENCODERS["kl_f8_sdxl" if name == "sdxl" else "kl_f8"]
-    text = presets.TEXTS[{"sd15_inpainting": "sd15"}.get(name, name)]
+    text = presets.TEXTS[name.partition("_")[0]]
     return Opened(
         name,
         presets.UNETS[name],
@@ -46,7 +46,7 @@ def family(name: str) -> Opened:
     )
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd15_inpainting", "sd21", "sdxl"])
+@pytest.mark.parametrize("name", ["sd15", "sd15_inpainting", "sd15_pix2pix", "sd21", "sdxl"])
 def test_unet_and_autoencoder_names_are_those_diffusers_reads(name: str) -> None:
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 
@@ -100,7 +100,7 @@ def test_text_names_are_those_diffusers_reads(index: int) -> None:
     assert all(torch.equal(theirs[k], hf[k]) for k in hf)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd15_inpainting", "sd21", "sdxl"])
+@pytest.mark.parametrize("name", ["sd15", "sd15_inpainting", "sd15_pix2pix", "sd21", "sdxl"])
 def test_strangers_files_are_recognised(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = family(name)
     stored = single.tensors(model)

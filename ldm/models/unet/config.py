@@ -20,7 +20,6 @@ _FIXED = {
     "act_fn": "silu",
     "encoder_hid_dim": None,
     "encoder_hid_dim_type": None,
-    "only_cross_attention": False,
     "dual_cross_attention": False,
     "resnet_skip_time_act": False,
     "resnet_out_scale_factor": 1.0,
@@ -81,7 +80,7 @@ class UNetConfig:
     act_fn: str = "silu"
     encoder_hid_dim: int | None = None
     encoder_hid_dim_type: str | None = None
-    only_cross_attention: bool = False
+    only_cross_attention: bool | tuple[bool, ...] = False
     dual_cross_attention: bool = False
     resnet_skip_time_act: bool = False
     resnet_out_scale_factor: float = 1.0
@@ -113,6 +112,8 @@ class UNetConfig:
         for width, heads in zip(self.block_out_channels, self.heads, strict=True):
             if heads < 1 or width % heads:
                 raise ValueError(f"attention_head_dim (number of heads) {heads} must divide block_out_channels {width}")
+        if len(self.only_cross) != levels:
+            raise ValueError(f"only_cross_attention {list(self.only_cross)}: expected one for each of {levels} levels")
         for name in ("layers_per_block", "transformer_layers_per_block", "cross_attention_dim"):
             self.per_level(name)
         needs_input = self.class_embed_type in ("projection", "simple_projection") or self.addition_embed_type
@@ -130,6 +131,12 @@ class UNetConfig:
     def heads(self) -> tuple[int, ...]:
         """Number of attention heads of each level."""
         return self.per_level("attention_head_dim" if self.num_attention_heads is None else "num_attention_heads")
+
+    @property
+    def only_cross(self) -> tuple[bool, ...]:
+        """Of each level: whether its transformers attend to the text twice, and never to the picture itself."""
+        value = self.only_cross_attention
+        return value if isinstance(value, tuple) else (value,) * self.levels
 
     @property
     def time_width(self) -> int:

@@ -39,7 +39,8 @@ class Stage(nn.Module):
         super().__init__()
         width = config.block_out_channels[level]
         self.resnets = nn.ModuleList(_resnet(config, cin, width) for cin in inputs)
-        self.attentions = nn.ModuleList(_transformer(config, level) for _ in inputs) if attend else None
+        only_cross = config.only_cross[level]
+        self.attentions = nn.ModuleList(_transformer(config, level, only_cross) for _ in inputs) if attend else None
         self.downsamplers = nn.ModuleList([Downsample(width, symmetric=True)]) if down else None
         self.upsamplers = nn.ModuleList([Upsample(width)]) if up else None
 
@@ -95,7 +96,7 @@ def _resnet(config: UNetConfig, cin: int, cout: int) -> ResnetBlock:
     )
 
 
-def _transformer(config: UNetConfig, level: int) -> Transformer2D:
+def _transformer(config: UNetConfig, level: int, only_cross: bool = False) -> Transformer2D:
     return Transformer2D(
         config.block_out_channels[level],
         heads=config.heads[level],
@@ -104,6 +105,7 @@ def _transformer(config: UNetConfig, level: int) -> Transformer2D:
         groups=config.norm_num_groups,
         linear=config.use_linear_projection,
         dropout=config.dropout,
+        only_cross=only_cross,
     )
 
 

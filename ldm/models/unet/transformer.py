@@ -103,13 +103,16 @@ class LayerNorm(nn.LayerNorm):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward, each after a norm and with a residual."""
+    """Self-attention, cross-attention and feed-forward, each after a norm and with a residual.
 
-    def __init__(self, channels: int, *, heads: int, text: int, dropout: float = 0.0) -> None:
+    With `only_cross` the first attention is on the text too.
+    """
+
+    def __init__(self, channels: int, *, heads: int, text: int, dropout: float = 0.0, only_cross: bool = False) -> None:
         super().__init__()
-        self.dropout = dropout
+        self.dropout, self.only_cross = dropout, only_cross
         self.norm1 = LayerNorm(channels)
-        self.attn1 = Attention(channels, heads=heads)
+        self.attn1 = Attention(channels, heads=heads, text=text if only_cross else None)
         self.norm2 = LayerNorm(channels)
         self.attn2 = Attention(channels, heads=heads, text=text)
         self.norm3 = LayerNorm(channels)
@@ -121,9 +124,9 @@ class TransformerBlock(nn.Module):
         Of x the first rows of B will do where the others are copies: they part where they meet the text.
         """
         rows = len(text if kv is None else kv)
-        if self.attn1.control is not None:
+        if self.attn1.control is not None or self.only_cross:
             x = repeated(x, rows)
-        x = x + self._drop(self.attn1(self.norm1(x)))
+        x = x + self._drop(self.attn1(self.norm1(x), text if self.only_cross else None))
         x = repeated(x, rows)
         x = x + self._drop(self.attn2(self.norm2(x), text, kv, image))
         return x + self._drop(self.ff(self.norm3(x)))
@@ -136,14 +139,24 @@ class Transformer2D(nn.Module):
     """Pixels (B, C, H, W) as tokens through transformer blocks, with a residual around all of them."""
 
     def __init__(
-        self, channels: int, *, heads: int, depth: int, text: int, groups: int, linear: bool, dropout: float = 0.0
+        self,
+        channels: int,
+        *,
+        heads: int,
+        depth: int,
+        text: int,
+        groups: int,
+        linear: bool,
+        dropout: float = 0.0,
+        only_cross: bool = False,
     ) -> None:
         super().__init__()
         self.linear = linear
         self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(channels, heads=heads, text=text, dropout=dropout) for _ in range(depth)
+            TransformerBlock(channels, heads=heads, text=text, dropout=dropout, only_cross=only_cross)
+            for _ in range(depth)
         )
         self.proj_out = Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.channels, self.recompute = channels, False

@@ -116,12 +116,12 @@ class UNet(Encoder):
 
     def prepared(self, cond: Cond) -> Cond:
         """With "kv", all keys and values of the cross-attentions, in place of "text"."""
-        if "text" not in cond or not self._kv_widths:
+        if "text" not in cond or not self._kv_widths or any(self.config.only_cross):  # whose first attention wants it
             return cond
         return {k: v for k, v in cond.items() if k != "text"} | {"kv": self.keys_values(cond["text"])}
 
     def prepared_numbers(self, rows: int, tokens: int) -> int:
-        return rows * tokens * sum(self._kv_widths)
+        return 0 if any(self.config.only_cross) else rows * tokens * sum(self._kv_widths)
 
     def places(self) -> dict[str, int]:
         """After the last layer of each resolution, before it is resampled, and of the middle."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -278,3 +279,34 @@ def test_pictures_given_in_python_are_seen_as_viewers_show_them(pipe: TextToImag
     lying.getexif()[0x0112] = 6
     upright = _in(files).transpose(Image.Transpose.ROTATE_270)
     assert torch.equal(editing.encode(pipe, lying), editing.encode(pipe, upright))
+
+
+@pytest.mark.parametrize(
+    ("verb", "channels"), [("instruct", {"in_channels": 8}), ("upscale", {"in_channels": 7, "num_class_embeds": 1000})]
+)
+def test_models_that_are_told_a_picture(
+    verb: str, channels: dict[str, int], pipe: TextToImage, files: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """The verb writes what the call gives; other models and values that cannot be end in one line."""
+    torch.manual_seed(2)
+    unet = UNet(dataclasses.replace(UNETS["tiny"], **channels))
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.05)
+    parts: dict[str, Any] = {"autoencoder": pipe.codec.autoencoder, "text": pipe.text}
+    save_diffusers(tmp_path / "model", network=unet, scheduler=scheduler_to_diffusers(Discrete(), V()), **parts)
+    mine = TextToImage.load(tmp_path / "model")
+    if verb == "instruct":
+        argv, odd = ["instruct", "@in.png", "make it night", "--image-guidance", "2"], ["--image-guidance", "-1"]
+        told = dataclasses.replace(SETTINGS, image_guidance=2.0)
+        wanted = editing.instruct(mine, _in(files), "make it night", settings=told)[0]
+    else:
+        argv, odd = ["upscale", "@small.png", "--prompt", "a cat", "--noise-level", "50"], ["--noise-level", "350"]
+        wanted = editing.upscale(mine, _in(files, "small.png"), "a cat", level=50, settings=SETTINGS)[0]
+        assert wanted.size == (16, 16)
+    found = run(tmp_path / "model", files, tmp_path / "out", *argv)
+    assert np.array_equal(np.asarray(found["0000"]), np.asarray(wanted))
+    capsys.readouterr()
+    words = [str(files / a[1:]) if a.startswith("@") else a for a in argv]
+    save_diffusers(tmp_path / "plain", network=pipe.network, scheduler=scheduler_to_diffusers(Discrete(), V()), **parts)
+    for model, more in ((tmp_path / "plain", []), (tmp_path / "model", odd)):
+        assert main(["edit", *words, *more, "--steps", "1", "--model", str(model), "--out", str(tmp_path / "no")]) == 2
+        assert capsys.readouterr().err.count("\n") == 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldm.diffusion import Discrete, Epsilon, Process, Sample
-from ldm.sampling.guidance import classifier_free, perpendicular, project, projected, similarity
+from ldm.sampling.guidance import classifier_free, of_text_and_picture, perpendicular, project, projected, similarity
 
 SHAPE = (3, 2, 4, 4)
 T = torch.tensor([100.0, 500.0, 900.0])
@@ -119,6 +119,28 @@ def test_interval():
     c, u = plain(x, cond), plain(x, uncond)
     assert torch.allclose(got[[0, 2]], c[[0, 2]])
     assert torch.allclose(got[1], (u + 3 * (c - u))[1], atol=1e-6)
+
+
+def test_text_and_picture_have_scales_of_their_own():
+    """InstructPix2Pix, eq. 3, in one call of three times the batch; a scale of 1 twice is no guidance."""
+    network, (x, cond, uncond, _) = Network(), parts()
+    picture = torch.randn(SHAPE)
+
+    def denoise(x, t, cond):
+        return network(x, t, cond) + cond["concat"] * (1 + cond["text"][:, :1, None, None])
+
+    def estimate(text, shown):
+        return plain(x, text) + shown * (1 + text["text"][:, :1, None, None])
+
+    got = of_text_and_picture(denoise, uncond, 7.5, 1.5)(x, T, cond | {"concat": picture})
+    full, alone, none = estimate(cond, picture), estimate(uncond, picture), estimate(uncond, 0 * picture)
+    assert torch.allclose(got, none + 1.5 * (alone - none) + 7.5 * (full - alone), atol=1e-5)
+    assert network.batches == [9]
+    assert of_text_and_picture(denoise, uncond, 1.0, 1.0) is denoise
+    got = of_text_and_picture(denoise, uncond, 7.5, 1.5, interval=(400.0, 600.0))(x, T, cond | {"concat": picture})
+    assert torch.allclose(got[[0, 2]], full[[0, 2]], atol=1e-6)
+    with pytest.raises(ValueError, match="the network is told none"):
+        of_text_and_picture(denoise, uncond, 7.5, 1.5)(x, T, cond)
 
 
 def test_projected():

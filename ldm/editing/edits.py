@@ -7,7 +7,7 @@ pixels.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,14 +18,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.data.decode import to_mask, to_rgb
-from ldm.data.grid import to_pil
-from ldm.data.images import to_float
 from ldm.diffusion.schedule import Flow, Schedule
+from ldm.editing.canvas import Canvas, batches, pictures_of, pixels
 from ldm.models.control import controlled
 from ldm.models.text.openclip import AnyClip, fitted, tokenizer_of
 from ldm.models.transformers.base import Transformer
 from ldm.pipeline import Guide, Progress, Settings, TextToImage
-from ldm.pipeline.conditioning import filling, painter
+from ldm.pipeline.concat import filling
 from ldm.pipeline.places import Places
 from ldm.pipeline.steps import OwnSteps
 from ldm.rng import Rng
@@ -34,11 +33,8 @@ from ldm.sampling.editing import img2img_times, inpaint_cond, keep
 from ldm.sampling.editing import inpaint as inpaint_denoiser
 from ldm.sampling.editing import invert as invert_latents
 from ldm.sampling.guidance import similarity
-from ldm.sampling.memory import enough_memory
 from ldm.sampling.registry import lookup
 from ldm.sampling.run import Progress as StepProgress
-from ldm.sampling.run import counted
-from ldm.sampling.settings import Size
 from ldm.sampling.times import times as spaced
 from ldm.types import Cond, Denoise
 
@@ -54,75 +50,6 @@ class Change:
     own: float = 0.4
     local: tuple[str, ...] = ()
     weights: Mapping[str, float] | None = None
-
-
-@dataclass(frozen=True)
-class Canvas:
-    """A picture as it is edited: `picture` at its final size, `padded` to what the model can draw, its settings.
-
-    Without a size in the settings the picture keeps its own, padded right and below by copies of its edge.
-    """
-
-    picture: Image.Image
-    padded: Image.Image
-    settings: Settings
-
-    @staticmethod
-    def of(pipe: TextToImage, image: Image.Image, settings: Settings) -> Canvas:
-        """The picture at the settings' size, or its own. Raises ValueError for a size that the model cannot make."""
-        rgb = to_rgb(image)
-        if settings.size is not None:
-            height, width = pipe.size(settings.size)
-            picture = rgb.resize((width, height), Image.Resampling.BICUBIC)
-            return Canvas(picture, picture, replace(settings, size=(height, width)))
-        multiple = max(8, pipe.codec.factor * pipe.network.multiple)
-        more = [(0, -side % multiple) for side in (rgb.height, rgb.width)]
-        padded = Image.fromarray(np.pad(np.asarray(rgb), [*more, (0, 0)], mode="edge")) if any(map(max, more)) else rgb
-        return Canvas(rgb, padded, replace(settings, size=(padded.height, padded.width)))
-
-    def latents(self, pipe: TextToImage) -> Tensor:
-        """(1, Z, h, w) of the padded picture."""
-        return pipe.encode(_pixels(self.padded))
-
-    def cut(self, pictures: Sequence[Image.Image]) -> list[Image.Image]:
-        """Pictures of the padded size without what was added."""
-        return [p if p.size == self.picture.size else p.crop((0, 0, *self.picture.size)) for p in pictures]
-
-
-def encode(pipe: TextToImage, image: Image.Image, size: Size | None = None) -> Tensor:
-    """Latents (1, Z, h, w) of a picture scaled to a size in pixels, or of its own size as `Canvas` has it."""
-    return Canvas.of(pipe, image, Settings(size=size)).latents(pipe)
-
-
-def _pixels(image: Image.Image) -> Tensor:
-    """(1, 3, H, W) in [-1, 1]."""
-    return to_float(np.array(image, np.uint8)[None])
-
-
-def _pictures(pipe: TextToImage, latents: Tensor, settings: Settings) -> list[Image.Image]:
-    return to_pil(pipe.decode(latents, settings))
-
-
-Batch = Callable[[int, Rng, StepProgress | None], Tensor]
-"""(rows, their randomness, progress) -> latents (rows, Z, h, w)."""
-
-
-def _batches(
-    pipe: TextToImage, canvas: Canvas, prompt: str, count: int, draw: Batch, steps: int, progress: Progress | None
-) -> list[Image.Image]:
-    """`count` pictures, `settings.batch` at a time; picture i's noise belongs to (seed, i)."""
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
-    settings, found = canvas.settings, []
-    pipe.check([prompt], settings)
-    starts = range(0, count, settings.batch)
-    for k, start in enumerate(starts):
-        rows = min(settings.batch, count - start)
-        step = None if progress is None else counted(progress, k * steps, len(starts) * steps)
-        with enough_memory(pipe.size(settings.size), rows):
-            latents = draw(rows, Rng(settings.seed, tuple(range(start, start + rows))), step)
-            found += _pictures(pipe, latents, settings)
-    return canvas.cut(found)
 
 
 def img2img(
@@ -150,7 +77,7 @@ def img2img(
         start = known.expand(rows, -1, -1, -1)
         return pipe.latents([prompt] * rows, canvas.settings, rng, step, x=x, start=start, times=times)
 
-    return _batches(pipe, canvas, prompt, count, draw, len(times), progress)
+    return batches(pipe, canvas, prompt, count, draw, len(times), progress)
 
 
 def _last_times(pipe: TextToImage, known: Tensor, settings: Settings, strength: float) -> list[float]:
@@ -197,8 +124,8 @@ def inpaint(
         raise ValueError(
             f"mask: {mask.size[0]} x {mask.size[1]} pixels, the picture has {image.width} x {image.height}"
         )
-    kind, channels, takes = painter(pipe.network, pipe.codec), pipe.codec.channels, pipe.network.in_channels
-    if kind is None and takes != channels:
+    kind, channels, takes = pipe.concat.kind, pipe.codec.channels, pipe.network.in_channels
+    if kind not in ("mask", "fill") and takes != channels:
         raise ValueError(
             f"inpainting: the {pipe.network.title} takes {takes} channels, expected {channels} or {2 * channels + 1}"
         )
@@ -210,7 +137,7 @@ def inpaint(
     # a latent pixel changes if any of its picture pixels does
     latent_mask = F.max_pool2d(wide, pipe.codec.factor).to(known)
     times = None if strength == 1 else _last_times(pipe, known, settings, strength)
-    rest = None if kind is None else pipe.encode(_pixels(canvas.padded) * (1 - wide))
+    rest = None if kind is None else pipe.encode(pixels(canvas.padded) * (1 - wide))
 
     def draw(rows: int, rng: Rng, step: StepProgress | None) -> Tensor:
         x = rng.normal("start", known.shape[1:]).to(known)
@@ -226,7 +153,7 @@ def inpaint(
         return latents if kind == "fill" else keep(latents, old, latent_mask)
 
     steps = settings.steps if times is None else len(times)
-    drawn = _batches(pipe, canvas, prompt, count, draw, steps, progress)
+    drawn = batches(pipe, canvas, prompt, count, draw, steps, progress)
     pixel_mask = Image.fromarray(inside)
     return [Image.composite(picture, canvas.picture, pixel_mask) for picture in drawn]
 
@@ -277,7 +204,7 @@ def redraw(
     whole = (noise.shape[2] * pipe.codec.factor, noise.shape[3] * pipe.codec.factor)
     ddim = replace(settings, sampler="ddim", eta=0.0, spacing=settings.spacing or "trailing", size=whole)
     times = _ode_times(pipe, noise, settings)[1] if isinstance(pipe.process.schedule, Flow) else None
-    drawn = _pictures(pipe, pipe.latents([prompt], ddim, Rng(0, (0,)), x=noise, times=times), ddim)
+    drawn = pictures_of(pipe, pipe.latents([prompt], ddim, Rng(0, (0,)), x=noise, times=times), ddim)
     return drawn if size is None else [picture.crop((0, 0, *size)) for picture in drawn]
 
 
@@ -308,7 +235,7 @@ def edit(
     same = Rng(settings.seed, (0, 0))
     with controlled(pipe.network, control):
         latents = pipe.latents([source, target], settings, same, control.progress, x=x, wrap=control.blend)
-    pictures = _pictures(pipe, latents, settings)
+    pictures = pictures_of(pipe, latents, settings)
     return pictures[0], pictures[1]
 
 
@@ -319,7 +246,7 @@ def attention_maps(pipe: TextToImage, prompt: str, *, settings: Settings) -> tup
     maps, places = p2p.AttentionMaps(rows=1, shape=(h, w)), _places(pipe, [prompt], settings)
     with controlled(pipe.network, maps, own=False):
         latents = pipe.latents([prompt], settings, Rng(settings.seed, (0,)))
-    picture = _pictures(pipe, latents, settings)[0]
+    picture = pictures_of(pipe, latents, settings)[0]
     found = {}
     for word in dict.fromkeys(prompt.replace(",", " ").split()):
         heat = maps.of(0, places.word(prompt, word))
