@@ -58,30 +58,8 @@ def parser() -> Parser:
     r.add_argument("--train-text-encoder", action="store_true", help="adapt the text encoders too")
     _lora(r)
 
-    c = methods.add_parser("controlnet", help="learn to follow a picture: edges, a sketch, a small or grey version",
-                           epilog=_EPILOG)  # fmt: skip
-    _common(c, "10000", "1e-5, of a shipped model 3e-4")
-    c.add_argument("--condition", choices=CONDITIONS, default="canny", help="what is made of each picture for the "
-                   "ControlNet to be shown; stored: pictures that the data set has beside")  # fmt: skip
-    c.add_argument("--start", "--controlnet-model-name-or-path", dest="start", metavar="PATH",
-                   help="a ControlNet that trains further (default: a copy of the base's encoder)")  # fmt: skip
-    c.add_argument("--validation-image", dest="conditions", type=Path, action="append", default=[], metavar="PICTURE",
-                   help="the condition of a --prompt, in their order; may be repeated")  # fmt: skip
-    c.add_argument("--proportion-empty-prompts", dest="drop", type=float, default=0.0, metavar="SHARE",
-                   help="captions that are left out, so that the picture says more (the authors: 0.5)")  # fmt: skip
-
-    i = methods.add_parser("ip-adapter", epilog=_EPILOG,
-                           help="learn to take a picture as a prompt beside the words")  # fmt: skip
-    _common(i, "10000", "1e-4, of a shipped model 3e-4")
-    i.add_argument("--image-encoder", "--image-encoder-path", dest="image_encoder", default="clip_emoji",
-                   help="what sees the pictures: transformers' folder (models/image_encoder of the published ones), "
-                   "clip_emoji, open_clip:ARCH:WEIGHTS, or a CLIP trained here")  # fmt: skip
-    i.add_argument("--form", choices=("plain", "plus"), default="plain", help="plain: told of the picture as a whole; "
-                   "plus: of its places")  # fmt: skip
-    i.add_argument("--start", "--pretrained-ip-adapter-path", dest="start", metavar="PATH",
-                   help="an IP-Adapter that trains further (default: keys and values of the text)")  # fmt: skip
-    i.add_argument("--validation-image", dest="references", type=Path, action="append", default=[], metavar="PICTURE",
-                   help="the picture that a --prompt is drawn with, in their order; may be repeated")  # fmt: skip
+    _controlnet(methods)
+    _ip_adapter(methods)
     _concat(methods)
     return p
 
@@ -95,6 +73,35 @@ CONCAT = {
 }  # fmt: skip
 """Methods that widen the base: help, usual steps and rates."""
 CONDITIONS = ("canny", "grey", "blur", "small", "stored")
+
+
+def _controlnet(methods: Any) -> None:
+    c = methods.add_parser("controlnet", help="learn to follow a picture: edges, a sketch, a small or grey version",
+                           epilog=_EPILOG)  # fmt: skip
+    _common(c, "10000", "1e-5, of a shipped model 3e-4")
+    c.add_argument("--condition", choices=CONDITIONS, default="canny", help="what is made of each picture for the "
+                   "ControlNet to be shown; stored: pictures that the data set has beside")  # fmt: skip
+    c.add_argument("--start", "--controlnet-model-name-or-path", dest="start", metavar="PATH",
+                   help="a ControlNet that trains further (default: a copy of the base's encoder)")  # fmt: skip
+    c.add_argument("--validation-image", dest="conditions", type=Path, action="append", default=[], metavar="PICTURE",
+                   help="the condition of a --prompt, in their order; may be repeated")  # fmt: skip
+    c.add_argument("--proportion-empty-prompts", dest="drop", type=float, default=0.0, metavar="SHARE",
+                   help="captions that are left out, so that the picture says more (the authors: 0.5)")  # fmt: skip
+
+
+def _ip_adapter(methods: Any) -> None:
+    i = methods.add_parser("ip-adapter", epilog=_EPILOG,
+                           help="learn to take a picture as a prompt beside the words")  # fmt: skip
+    _common(i, "10000", "1e-4, of a shipped model 3e-4")
+    i.add_argument("--image-encoder", "--image-encoder-path", dest="image_encoder", default="clip_emoji",
+                   help="what sees the pictures: transformers' folder (models/image_encoder of the published ones), "
+                   "clip_emoji, open_clip:ARCH:WEIGHTS, or a CLIP trained here")  # fmt: skip
+    i.add_argument("--form", choices=("plain", "plus"), default="plain", help="plain: told of the picture as a whole; "
+                   "plus: of its places")  # fmt: skip
+    i.add_argument("--start", "--pretrained-ip-adapter-path", dest="start", metavar="PATH",
+                   help="an IP-Adapter that trains further (default: keys and values of the text)")  # fmt: skip
+    i.add_argument("--validation-image", dest="references", type=Path, action="append", default=[], metavar="PICTURE",
+                   help="the picture that a --prompt is drawn with, in their order; may be repeated")  # fmt: skip
 
 
 def _concat(methods: Any) -> None:
