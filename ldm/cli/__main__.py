@@ -64,6 +64,14 @@ def _main(argv: list[str]) -> int:
         print(__version__)
         return 0
     verb, rest = argv[0], argv[1:]
+    if verb == "--completion":
+        from ldm.cli import completion
+
+        try:
+            return completion.main(rest, VERBS)
+        except ValueError as error:
+            print(f"ldm: {error}", file=sys.stderr)
+            return 2
     if verb not in VERBS:
         other = _OTHERS.get(verb.lower().replace("_", "-"))
         hint = f"; did you mean {other!r}?" if other else near(verb, VERBS)
