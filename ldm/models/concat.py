@@ -34,6 +34,11 @@ def kind_of(config: Any, takes: int, channels: int, factor: int) -> Kind | None:
     return told.get(takes - channels)
 
 
+def takes_pictures(config: AnyNetwork) -> bool:
+    """Whether a network can be told a picture by more channels while it trains: U-Nets can."""
+    return isinstance(config, UNetConfig)
+
+
 def beside(kind: Kind, channels: int, factor: int) -> int:
     """How many channels that is."""
     return {"mask": channels + 1, "fill": channels + factor**2, "source": channels, "small": 3}[kind]

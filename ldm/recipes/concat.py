@@ -21,7 +21,6 @@ from ldm.diffusion.augmentation import NoiseAugmentation
 from ldm.editing.upscale import LEVEL
 from ldm.models import concat as channels
 from ldm.models.networks import AnyNetwork
-from ldm.models.unet import UNetConfig
 from ldm.models.vae.autoencoder import Autoencoder
 from ldm.models.vae.latents import LatentCodec
 from ldm.models.vae.scaling import at_scale
@@ -80,17 +79,18 @@ def check(concat: Concat | None, config: AnyNetwork, takes: int, codec: LatentCo
     `takes` is how many the network takes, `key` what messages call it.
     """
     want = codec.channels + more(concat, codec)
-    if isinstance(config, UNetConfig) and takes != want:
+    if channels.takes_pictures(config) and takes != want:
         why = f" with task.options.concat {concat.kind!r}" if concat is not None else ""
-        hint = "; adapter full widens a network of latents alone" if concat is not None else _hint(config, codec)
+        hint = "; adapter full widens a network of latents alone" if concat is not None else _hint(takes, config, codec)
         raise ValueError(f"{key} takes {takes} channels, but {want} are given{why}{hint}")
     if concat is None:
         return
-    if not isinstance(config, UNetConfig):
+    if not channels.takes_pictures(config):
         raise ValueError(f"task.options.concat: {key} is no U-Net, which alone is told a picture so; write null")
-    if isinstance(concat, Upscale) and (config.num_class_embeds or 0) < concat.noise.levels:
+    classes = getattr(config, "num_class_embeds", None)
+    if isinstance(concat, Upscale) and (classes or 0) < concat.noise.levels:
         raise ValueError(
-            f"{key} has num_class_embeds {config.num_class_embeds}, but task.options.concat.noise.levels is "
+            f"{key} has num_class_embeds {classes}, but task.options.concat.noise.levels is "
             f"{concat.noise.levels}; write {channels.LEVELS} as a fresh one has"
         )
     for source in [data] if isinstance(data, DataConfig) else [s.data for s in data.sources]:
@@ -115,9 +115,9 @@ def _check_small(pair: Pair | None, name: str, codec: LatentCodec) -> None:
             )
 
 
-def _hint(config: UNetConfig, codec: LatentCodec) -> str:
+def _hint(takes: int, config: AnyNetwork, codec: LatentCodec) -> str:
     kinds = {"mask": "inpaint", "source": "instruct", "small": "upscale"}
-    kind = channels.kind_of(config, config.in_channels, codec.channels, codec.factor)
+    kind = channels.kind_of(config, takes, codec.channels, codec.factor)
     return f"; task.options.concat: {{kind: {kinds[kind]}}} gives the others" if kind in kinds else ""
 
 
