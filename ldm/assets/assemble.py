@@ -78,16 +78,13 @@ def main() -> None:
 def unet_128(export: Path) -> None:
     """Store the 128 px U-Net in half precision with its scheduler, and its run's config in `made_by`.
 
-    Text encoder and tokenizer are links to those of `emoji_64`, which it was trained with: stored once.
+    Text encoder and tokenizer are those of `emoji_64` (`ldm.models.shipped.text_home`), which it was trained with.
     """
     plain, weights = read_module(export / "unet")
     folder = ASSETS / "emoji_128"
     write_module(folder / "unet", weights, {"_class_name": "UNet2DConditionModel", **plain}, torch.float16)
     shutil.copytree(export / "scheduler", folder / "scheduler", dirs_exist_ok=True)
     shutil.copyfile(export / "model_index.json", folder / "model_index.json")
-    for name in ("text_encoder", "tokenizer"):
-        if not (folder / name).exists():
-            (folder / name).symlink_to(Path("..") / "emoji_64" / name)
     config = export.parent / "config.yaml"
     shutil.copyfile(config, ASSETS / "made_by" / f"{load_run(config).name}.yaml")
     report()

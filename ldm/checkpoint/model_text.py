@@ -14,6 +14,7 @@ from ldm.checkpoint.opened import OpenedText
 from ldm.checkpoint.pipelines import numbered
 from ldm.checkpoint.settings import read_json, write_json
 from ldm.models.networks import AnyNetwork
+from ldm.models.shipped import text_home
 from ldm.models.text import (
     AnyText,
     MissingConfig,
@@ -57,7 +58,8 @@ def open_one(
     folder: Path, place: int, like: AnyText, *, variant: str | None = None, lenient: bool = False
 ) -> OpenedText:
     """The encoder of a place in a model's folder, used as `like` says."""
-    where, tokenizer = folder / numbered("text_encoder", place), folder / numbered("tokenizer", place)
+    home = text_home(folder)
+    where, tokenizer = home / numbered("text_encoder", place), home / numbered("tokenizer", place)
     if isinstance(like, TextConfig):
         output = read_json(where / "config.json").get(OUTPUT, like.output)
         if output not in get_args(Output):
@@ -78,9 +80,9 @@ def open_towers(
     two = two_towers(index, folder)
     zeros = two and bool(index.get("force_zeros_for_empty_prompt", True))
     output: Output = "penultimate" if two else "last"
-    text = []
+    text, home = [], text_home(folder)
     for i in range(1 + two):
-        where, tokenizer = folder / numbered("text_encoder", i), folder / numbered("tokenizer", i)
+        where, tokenizer = home / numbered("text_encoder", i), home / numbered("tokenizer", i)
         text.append(
             towers.open_text(where, tokenizer, output=output, zero_empty=zeros, variant=variant, lenient=lenient)
         )

@@ -19,6 +19,8 @@ PARTS = {
     "clip_emoji": "a CLIP, which judges",
 }
 """Those that do not draw."""
+_TEXT = {SHIPPED["emoji_128"]: SHIPPED["emoji"]}
+"""Models that were trained with another's text encoder: it is stored once."""
 
 
 def check_draws(source: str | Path, key: str = "model") -> None:
@@ -26,6 +28,11 @@ def check_draws(source: str | Path, key: str = "model") -> None:
     if str(source) in PARTS:
         others = ", ".join(name for name in SHIPPED if name not in PARTS)
         raise ValueError(f"{key} {str(source)!r} is {PARTS[str(source)]}; shipped models that draw: {others}")
+
+
+def text_home(folder: Path) -> Path:
+    """The folder that holds the text encoders of a model's folder: itself, unless a shipped one has another's."""
+    return _TEXT.get(folder.resolve(), folder)
 
 
 def named(source: str | Path) -> Path:

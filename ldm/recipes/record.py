@@ -17,7 +17,7 @@ from ldm.config.load import decode
 from ldm.data.fingerprint import fingerprint
 from ldm.data.loader import DataConfig
 from ldm.data.manifest import Manifest, resolve
-from ldm.models.shipped import SHIPPED, named
+from ldm.models.shipped import SHIPPED, named, text_home
 from ldm.models.text import openclip
 from ldm.train.changes import Record
 from ldm.words import near
@@ -125,11 +125,12 @@ def _files_of(place: Path, parts: tuple[str, ...] | None) -> Iterator[tuple[str,
     if place.is_file():
         yield "", place
         return
-    inside = [name for name in (_WHOLE if parts is None else parts) if (place / name).is_dir()]
-    for root in [place / name for name in inside] or [place]:  # the latter an adapter's or a module's own folder
+    homes = [home / name for name in (_WHOLE if parts is None else parts) for home in (place, text_home(place))]
+    inside = list(dict.fromkeys(home for home in homes if home.is_dir()))
+    for root in inside or [place]:  # the latter an adapter's or a module's own folder
         for path in sorted(root.iterdir()):
             if path.is_file() and path.suffix in _FILES and path.name not in ("adapter.json", "trained.json"):
-                yield str(path.relative_to(place)), path
+                yield str(path.relative_to(root.parent if inside else place)), path
 
 
 def _file_hash(path: Path) -> str:

@@ -23,7 +23,7 @@ from ldm.data.mixture import Data, open_data
 from ldm.data.stream import Stream, Tokenize
 from ldm.models.network import Network
 from ldm.models.networks import AnyNetwork
-from ldm.models.shipped import locate, named
+from ldm.models.shipped import locate, named, text_home
 from ldm.models.text import (
     ClipConfig,
     MissingConfig,
@@ -163,8 +163,9 @@ def load_towers(source: str, precision: TextPrecision = "fp32") -> list[TextEnco
         opened = convert.open_model(folder)
         check_text_precision(precision, [one.config for one in opened.text])
         return [load_encoder(one, precision, f"{opened.where}: text encoder") for one in opened.text]
-    if (folder / "text_encoder").is_dir():
-        tower = convert.load_text(folder / "text_encoder", folder / "tokenizer")
+    home = text_home(folder)
+    if (home / "text_encoder").is_dir():
+        tower = convert.load_text(home / "text_encoder", home / "tokenizer")
     else:
         tower = clip_tower(source)
     check_text_precision(precision, [tower.config])

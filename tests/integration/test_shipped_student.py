@@ -16,6 +16,8 @@ from ldm.demo import run as demo
 from ldm.demo.page import build
 from ldm.models.shipped import ASSETS, SHIPPED
 from ldm.pipeline import Settings, TextToImage
+from ldm.recipes.record import PARTS, model_hash
+from ldm.recipes.sources import load_towers
 
 FOUR = Settings(sampler="lcm", steps=4, guidance=1.0, seed=7)
 PROMPTS = ["a red apple", "cat"]
@@ -85,3 +87,22 @@ def test_the_page_shows_the_teacher_and_the_student_at_each_count(monkeypatch: p
     assert all(len(row) == 2 for row in shown.results.few_steps.values())
     page = build(shown.results).html()
     assert all(word in page for word in ("Few steps", "teacher: ddim", "student: lcm", "1 step", "2 steps"))
+
+
+def test_the_128_px_model_has_the_text_encoder_of_the_other(tmp_path: Path) -> None:
+    whole, other = TextToImage.load("emoji_128"), TextToImage.load("emoji")
+    assert whole.size(None) == (128, 128)
+    mine, its = whole.text[0].state_dict(), other.text[0].state_dict()
+    assert mine.keys() == its.keys()
+    assert all(torch.equal(mine[name], its[name]) for name in its)
+    assert torch.equal(load_towers("emoji_128")[0].table.weight, other.text[0].table.weight)
+    assert model_hash("emoji_128", PARTS["text"]) == model_hash("emoji", PARTS["text"])
+    assert model_hash("emoji_128") != model_hash("emoji")
+    assert main(["convert", "emoji_128", str(tmp_path / "folder"), "--to", "diffusers"]) == 0
+    from diffusers import StableDiffusionPipeline
+
+    theirs = StableDiffusionPipeline.from_pretrained(tmp_path / "folder", local_files_only=True)
+    assert theirs.scheduler.config.use_flow_sigmas
+    settings = Settings(sampler="dpmpp_2m", steps=2, guidance=3.0)
+    again = TextToImage.load(tmp_path / "folder").sample(["cat"], settings=settings)
+    assert torch.equal(again, whole.sample(["cat"], settings=settings))
