@@ -65,7 +65,14 @@ def parser() -> Parser:
                    help="the condition of a --prompt, in their order; may be repeated")  # fmt: skip
     c.add_argument("--proportion-empty-prompts", dest="drop", type=float, default=0.0, metavar="SHARE",
                    help="captions that are left out, so that the picture says more (the authors: 0.5)")  # fmt: skip
+    _ip_adapter(methods)
+    return p
 
+
+CONDITIONS = ("canny", "grey", "blur", "small", "stored")
+
+
+def _ip_adapter(methods: Any) -> None:
     i = methods.add_parser("ip-adapter", epilog=_EPILOG,
                            help="learn to take a picture as a prompt beside the words")  # fmt: skip
     _common(i, "10000", "1e-4, of a shipped model 3e-4")
@@ -78,10 +85,6 @@ def parser() -> Parser:
                    help="an IP-Adapter that trains further (default: keys and values of the text)")  # fmt: skip
     i.add_argument("--validation-image", dest="references", type=Path, action="append", default=[], metavar="PICTURE",
                    help="the picture that a --prompt is drawn with, in their order; may be repeated")  # fmt: skip
-    return p
-
-
-CONDITIONS = ("canny", "grey", "blur", "small", "stored")
 
 
 def _common(p: Parser, steps: str, rates: str) -> None:
