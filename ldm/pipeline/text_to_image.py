@@ -79,7 +79,7 @@ class TextToImage(Adapted):
         self.augmentation: NoiseAugmentation | None = None
         self.pixels: Size | None = None
         """The size that is drawn where none is asked for; None is the network's own."""
-        self._loras: Loras | None = None
+        self._loras = None
         self._place = Placement(next(network.parameters()).device, compute_dtype(precision))
         self._compiled: Net | None = None
         self._controls, self._images = Controls(()), ImagePrompts(())

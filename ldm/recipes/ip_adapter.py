@@ -244,7 +244,7 @@ def _planned_encoder(task: IPAdapterTask, said: list[str]) -> ImageEncoder:
 def _frozen(encoder: ImageEncoder, states: bool, train: TrainConfig, runs: bool) -> Frozen:
     pixels = torch.empty(1, 3, encoder.sight.size, encoder.sight.size, device="meta")
     flops = count_flops(lambda x: encoder(x, states=states), pixels) if runs else 0.0
-    return Frozen("image encoder", float(stored_bytes(encoder, train.engine.frozen)), flops)
+    return Frozen(name="image encoder", bytes=float(stored_bytes(encoder, train.engine.frozen)), flops=float(flops))
 
 
 def _planned_config(task: IPAdapterTask, base: TextToImage, encoder: ImageEncoder) -> IPAdapterConfig:
