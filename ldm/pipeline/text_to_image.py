@@ -109,10 +109,8 @@ class TextToImage(Adapted):
         if text_precision is not None:
             check_text_precision(text_precision)
         precision = chosen(precision, device)
-        dtype = compute_dtype(precision)
-        found = load_parts(
-            source, lenient=lenient, text=text, vae=vae, dtype=dtype, text_precision=text_precision, **which
-        )
+        found = load_parts(source, lenient=lenient, text=text, vae=vae, dtype=compute_dtype(precision),
+                           text_precision=text_precision, **which)  # fmt: skip
         pipeline = TextToImage(
             found.network, found.codec, found.text, found.process, spacing=found.spacing, offset=found.offset,
             end=found.end, precision=precision,
