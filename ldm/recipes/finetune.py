@@ -323,8 +323,8 @@ def write_export(
         save_control(folder, adapter.control.config, adapter.export(weights))
         return
     if isinstance(adapter, ImagePromptAdapter):
-        told = About(base, adapter.encoder)
-        save_ip_adapter(folder, adapter.adapter.config, adapter.export(weights), told)
+        about = About(base, adapter.encoder)
+        save_ip_adapter(folder, adapter.adapter.config, adapter.export(weights), about)
         return
     fresh = TextToImage.load(base)
     if isinstance(adapter, FullAdapter):

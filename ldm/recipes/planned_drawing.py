@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -197,7 +197,7 @@ def _with(how: How, words: tuple[str, ...]) -> How:
     return replace(how, **changes)
 
 
-def _encoding(text: list[TextEncoder], precision: TextPrecision, gpu: bool) -> Trace:
+def _encoding(text: Sequence[TextEncoder], precision: TextPrecision, gpu: bool) -> Trace:
     """Of one prompt as long as it may be, by the encoder that takes most."""
     found = [_encoded(one, precision, gpu) for one in text if next(one.parameters(), None) is not None]
     most = max(found, key=lambda t: t.peak)
