@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.checkpoint.ip_adapter_files import load_ip_adapter
+from ldm.checkpoint.vision import load_image_encoder
 from ldm.models import presets
 from ldm.models.unet import IPAdapter, IPAdapterConfig, UNet, UNetConfig
 from ldm.models.unet.image_prompt import Kind, places, weighted
