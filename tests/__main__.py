@@ -14,7 +14,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 BESIDE = ("unit", "parity", "integration")
 """Folders whose tests keep one core busy: they run on two workers."""
-FILES = ("test_lora_[tz]*.py", "test_text_*.py", "test_transformer_[efns]*.py")
+FILES = (
+    "test_lora_[tz]*.py", "test_text_*.py", "test_transformer_[efns]*.py", "test_interop.py",
+    "test_ip_adapter_pipelines.py", "test_pix2pix.py", "test_upscaler.py",
+)  # fmt: skip
 """Tests of names and files, whose arithmetic others have too; once is enough."""
 NO_TESTS = 5
 """pytest's exit code when its options leave no test."""

@@ -136,7 +136,9 @@ def test_from_a_base_in_one_process(kind: str, project: Path, monkeypatch: pytes
         ours(["a red dot"], steps=2)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["inpaint", *(pytest.param(k, marks=pytest.mark.slow) for k in ("instruct", "upscale"))]
+)
 def test_from_scratch_in_two_processes_and_resumed(kind: str, project: Path) -> None:
     """ZeRO 3 on two ranks over cached pictures, stopped and resumed, is bit for bit one run; without a cache it trains
     too, and its first loss is that of the cache to rounding."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -49,8 +49,7 @@ def _same_disk(folder: Path) -> bool:
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of the sdist, as pip builds it."""
     place, out = tmp_path_factory.mktemp("unpacked"), tmp_path_factory.mktemp("wheel")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(place, filter="data")
+    shutil.unpack_archive(sdist, place)
     code = f"from setuptools import build_meta; print(build_meta.build_wheel({str(out)!r}))"
     subprocess.run([sys.executable, "-c", code], cwd=next(place.iterdir()), check=True, capture_output=True)
     return next(out.glob("*.whl"))

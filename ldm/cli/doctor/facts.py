@@ -36,6 +36,7 @@ NEEDED = {
     "tqdm": ">=4.66",
     "tensorboard": ">=2.16",
     "psutil": ">=5.9",
+    **({"tomli": ">=2"} if sys.version_info < (3, 11) else {}),
 }
 EXTRAS = {
     "xformers": ("xformers", "another attention kernel on NVIDIA GPUs"),
@@ -49,6 +50,7 @@ EXTRAS = {
     "beautifulsoup4": ("captions", "captions cleaned as diffusers cleans them"),
     "gradio": ("web", "drawing in a browser"),
     "scipy": ("eval", "distances between sets of pictures"),
+    "shtab": ("completion", "verbs and options completed by the shell"),
 }
 """One package of each optional extra, the extra, and what it is for."""
 ALSO = ("triton", "flash-attn", "diffusers", "peft")
