@@ -16,7 +16,7 @@ VERBS = {
     "demo": "train a small model on the embedded data, draw with it, and write a gallery page",
     "train": "train a model from a config file; the same command again resumes",
     "distill": "make a model that draws in 1 to 8 steps: LCM, TCD, DMD, progressive distillation",
-    "finetune": "teach a model from a folder of pictures: DreamBooth, textual inversion, LoRA",
+    "finetune": "teach a model from a folder of pictures: DreamBooth, LoRA, ControlNet, edits and more",
     "sample": "draw pictures of prompts",
     "edit": "change pictures: img2img, inpaint, instruct, upscale, invert, prompt-to-prompt, attention maps",
     "data": "build, index, inspect and encode (cache) data sets",

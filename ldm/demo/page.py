@@ -122,7 +122,9 @@ def _training(page: Gallery, r: DemoResults) -> None:
     if r.loss:
         section.curve(r.loss, "optimizer step", "loss")
     if r.stages:
-        section.heading("The same prompts and the same noise, as training goes on").matrix(r.stages, r.prompts, size=84)
+        section.heading("The same prompts, as training goes on: before and after from the same noise").matrix(
+            r.stages, r.prompts, size=84
+        )
 
 
 def _retrieval(page: Gallery, r: DemoResults) -> None:

@@ -327,7 +327,7 @@ def finish(demo: Demo, minutes: float) -> Path:
     r.commands = (
         'ldm sample "a red apple" "a smiling face with sunglasses"',
         "python -m launch local --procs 2 -- ldm train configs/train/text_to_image_emoji.yaml",
-        "ldm evaluate retrieval --split compositional",
+        "ldm evaluate retrieval --model emoji_128 --split compositional",
     )
     r.lede = (
         "A latent diffusion model, trained a moment ago on this machine, and the one that comes with the package: "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ldm import dist
 from ldm.adapters.control import ControlAdapter
@@ -29,7 +29,7 @@ from ldm.recipes import planned, planned_frozen, planned_models
 from ldm.recipes.base import Assembly
 from ldm.recipes.finetune import Finetuning, assembled, only_source, open_base, trained_process
 from ldm.recipes.pictures import prepare
-from ldm.recipes.text_to_image import SampleHook, Samples, told_options
+from ldm.recipes.text_to_image import SampleHook, Samples, Sees, told_options
 from ldm.rng import seed_torch
 from ldm.train.trainer import TrainConfig
 
@@ -129,7 +129,7 @@ def _check_start(task: ControlTask, config: control_files.AnyConfig, base: TextT
                          f"but the base's are {base.codec.factor} times")  # fmt: skip
 
 
-class Conditions:
+class Conditions(Sees):
     """What the sample prompts are drawn under, each its own."""
 
     def __init__(self, task: ControlTask, samples: Samples, base: TextToImage, control: ControlNet) -> None:
@@ -141,10 +141,6 @@ class Conditions:
         """The pipeline that draws the prompts of these places."""
         pictures = self._pictures[list(indices)]
         return self._base.controlled([Control(network=self._control, picture=pictures, name="task.conditions")])
-
-    def finished(self, indices: Sequence[int], drawn: Tensor) -> Tensor:
-        """The pictures as they are."""
-        return drawn
 
 
 def job(task: ControlTask, data: Data, train: TrainConfig, asked: planned.Asked) -> Job:

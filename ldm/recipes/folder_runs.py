@@ -206,9 +206,7 @@ def ip_adapter(
     choices: Choices, *, image_encoder: str, form: str, start: str | None, references: Sequence[Path]
 ) -> dict[str, Any]:
     """An IP-Adapter on captioned pictures; a built set is trained on where it lies."""
-    built = is_set(choices.images)
-    own: dict[str, Any] = {} if built else {"images": str(choices.images)}
-    data = _own_shards(choices.images, choices.side) if built else _shards(choices, "pictures", choices.side)
+    own, data = _of_images(choices, None)
     own |= {"image_encoder": image_encoder, "form": form, "start": start}
     own |= {"references": [str(path) for path in references]}
     return _run(choices, "ip_adapter", own, data, choices.prompts)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ldm import dist
 from ldm.adapters.image_prompt import ImagePromptAdapter
@@ -35,7 +35,7 @@ from ldm.recipes.base import Assembly
 from ldm.recipes.finetune import CachedFeatures, Finetuning, assembled, only_source, open_base, trained_process
 from ldm.recipes.pictures import prepare
 from ldm.recipes.sources import load_image_encoder, weights_hash
-from ldm.recipes.text_to_image import SampleHook, Samples, told_options
+from ldm.recipes.text_to_image import SampleHook, Samples, Sees, told_options
 from ldm.rng import seed_torch
 from ldm.train.trainer import TrainConfig
 
@@ -167,7 +167,7 @@ def _check_start(task: IPAdapterTask, config: IPAdapterConfig, base: TextToImage
                          f"{task.start!r} takes {config.features}")  # fmt: skip
 
 
-class References:
+class References(Sees):
     """The pictures that the sample prompts are drawn with, each its own."""
 
     def __init__(self, task: IPAdapterTask, base: TextToImage, adapter: IPAdapter, encoder: ImageEncoder) -> None:
@@ -181,10 +181,6 @@ class References:
             adapter=self._adapter, encoder=self._encoder, picture=pictures, each=True, name="task.references"
         )
         return self._base.image_prompted([prompt])
-
-    def finished(self, indices: Sequence[int], drawn: Tensor) -> Tensor:
-        """The pictures as they are."""
-        return drawn
 
 
 def job(task: IPAdapterTask, data: Data, train: TrainConfig, asked: planned.Asked) -> Job:

@@ -125,8 +125,9 @@ def _files_of(place: Path, parts: tuple[str, ...] | None) -> Iterator[tuple[str,
     if place.is_file():
         yield "", place
         return
-    homes = [home / name for name in (_WHOLE if parts is None else parts) for home in (place, text_home(place))]
-    inside = list(dict.fromkeys(home for home in homes if home.is_dir()))
+    names = _WHOLE if parts is None else parts
+    homes = [(text_home(place) if name in _TEXT else place) / name for name in names]
+    inside = [home for home in homes if home.is_dir()]
     for root in inside or [place]:  # the latter an adapter's or a module's own folder
         for path in sorted(root.iterdir()):
             if path.is_file() and path.suffix in _FILES and path.name not in ("adapter.json", "trained.json"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -98,6 +99,9 @@ def test_the_128_px_model_has_the_text_encoder_of_the_other(tmp_path: Path) -> N
     assert torch.equal(load_towers("emoji_128")[0].table.weight, other.text[0].table.weight)
     assert model_hash("emoji_128", PARTS["text"]) == model_hash("emoji", PARTS["text"])
     assert model_hash("emoji_128") != model_hash("emoji")
+    alone = tmp_path / "alone"
+    shutil.copytree(SHIPPED["emoji_128"] / "vae", alone / "vae")
+    assert model_hash("emoji_128", PARTS["vae"]) == model_hash(str(alone), PARTS["vae"]), "no other's files count"
     assert main(["convert", "emoji_128", str(tmp_path / "folder"), "--to", "diffusers"]) == 0
     from diffusers import StableDiffusionPipeline
 
