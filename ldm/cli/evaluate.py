@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import evaluate_inversion, evaluate_prompts, evaluate_samplers
+from ldm.cli import evaluate_conditions, evaluate_inversion, evaluate_prompts, evaluate_samplers
 from ldm.cli.counts import check
 from ldm.cli.measured import loaded, model_options
 from ldm.cli.options import Parser
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
 
     from ldm import dist
 
-    if run in (_reconstruction, _nll, evaluate_inversion.main):
+    if run in (_reconstruction, _nll, evaluate_inversion.main, evaluate_conditions.main):
         if dist.world_size() > 1:
             dist.say("ldm evaluate: this measure is not divided; rank 0 does all")
         return run(args) if dist.rank() == 0 else 0
@@ -94,6 +94,7 @@ def _parser() -> Parser:
     nll.set_defaults(run=_nll)
     evaluate_samplers.add(verbs)
     evaluate_inversion.add(verbs)
+    evaluate_conditions.add(verbs)
     return parser
 
 

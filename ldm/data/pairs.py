@@ -215,6 +215,11 @@ def delivered(pair: Pair, values: Tensor) -> Tensor:
     return values.expand(-1, channels, -1, -1).contiguous()
 
 
+def told(data: Mapping[str, Any], where: str) -> Pair:
+    """A pair by what a config says; `where` is what messages call it."""
+    return decode(Pair, data, where)  # type: ignore[arg-type]
+
+
 def cached_pairs(cached: Mapping[str, Any] | None) -> Pairs:
     """The pairs that a cache was made with, by what its manifest says."""
     return decode(dict[str, Pair], (cached or {}).get("pairs", {}), "cached.pairs")  # type: ignore[arg-type]
