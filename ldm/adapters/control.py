@@ -1,4 +1,4 @@
-"""A ControlNet that trains over a U-Net that does not (arXiv 2302.05543)."""
+"""A ControlNet that trains over a network that does not (arXiv 2302.05543)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ldm.adapters.base import freeze
 from ldm.models.network import Around, Network
 from ldm.models.text import TextEncoder
+from ldm.models.transformers.sd3_control import SD3ControlNet
 from ldm.models.unet.controlnet import CONDITION, ControlNet
 from ldm.types import Cond
 
@@ -16,9 +17,9 @@ NAME = "control."
 
 
 class Controlled(Around):
-    """The U-Net under its ControlNet; cond "condition" is what the latter is shown."""
+    """The network under its ControlNet; cond "condition" is what the latter is shown."""
 
-    def __init__(self, network: Network, control: ControlNet) -> None:
+    def __init__(self, network: Network, control: ControlNet | SD3ControlNet) -> None:
         super().__init__(network)
         self.control = control
 
@@ -28,9 +29,9 @@ class Controlled(Around):
 
 
 class ControlAdapter:
-    """Trains a ControlNet, which is made before the U-Net is stored otherwise."""
+    """Trains a ControlNet, which is made before the base is stored otherwise."""
 
-    def __init__(self, control: ControlNet) -> None:
+    def __init__(self, control: ControlNet | SD3ControlNet) -> None:
         self.control = control
 
     @property
@@ -44,5 +45,7 @@ class ControlAdapter:
         return Controlled(network, self.control)
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The ControlNet's own names."""
-        return {k.removeprefix(NAME): v for k, v in weights.items()}
+        """The ControlNet's own names; with tables that never train (SD3's positions), which files hold too."""
+        tables = {k for k, _ in self.control.named_buffers()}
+        fixed = {k: v for k, v in self.control.state_dict().items() if k in tables}
+        return fixed | {k.removeprefix(NAME): v for k, v in weights.items()}

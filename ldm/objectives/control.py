@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from ldm.rng import Rng
 from ldm.types import Batch, Metrics
 
 SENSITIVITY = "control_sensitivity"
+MOMENTS = f"{CONDITION}.moments"
+"""The condition of a batch as its posterior's moments (B, 2 Z, h, w), in the place of its pixels."""
 
 
 class ControlObjective(Objective):
@@ -86,3 +89,21 @@ class ControlObjective(Objective):
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.denoise.load_state(state)
+
+
+class LatentControlObjective(ControlObjective):
+    """`ControlObjective` of a ControlNet that is shown latents (SD3's): of the batch's pixels, or of cached moments."""
+
+    def __init__(self, denoise: DenoiseObjective, every: int, shown: Callable[[Tensor], Tensor]) -> None:
+        """`shown`: pixels (B, 3, H, W) in [0, 1] or moments (B, 2 Z, h, w) -> what the network takes."""
+        super().__init__(denoise, every)
+        self._shown = shown
+
+    def forward(self, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
+        if MOMENTS in batch:
+            batch = {key: value for key, value in batch.items() if key != MOMENTS} | {CONDITION: batch[MOMENTS]}
+        return super().forward(batch, rng)
+
+    @torch.no_grad()
+    def prepared(self, batch: Batch, rng: Rng) -> Batch:
+        return {**batch, CONDITION: self._shown(batch[CONDITION].to(self.device, non_blocking=True).float())}

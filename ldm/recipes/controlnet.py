@@ -1,14 +1,14 @@
-"""Train a ControlNet over a frozen U-Net: what the network is shown comes from the data's pair `condition`."""
+"""Train a ControlNet over a frozen base: what the network is shown comes from the data's pair `condition`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm import dist
 from ldm.adapters.control import ControlAdapter
@@ -19,8 +19,12 @@ from ldm.data.mixture import Data
 from ldm.models.families import check_control
 from ldm.models.network import granularity
 from ldm.models.text import check_text_precision
+from ldm.models.transformers.flux_control import FluxControlConfig
+from ldm.models.transformers.sd3 import SD3Config
+from ldm.models.transformers.sd3_control import SD3ControlConfig, SD3ControlNet
 from ldm.models.unet.controlnet import CONDITION, ControlNet, ControlNetConfig
-from ldm.objectives.control import ControlObjective
+from ldm.models.vae.latents import LatentCodec
+from ldm.objectives.control import ControlObjective, LatentControlObjective
 from ldm.objectives.denoise import DenoiseObjective
 from ldm.pipeline import Control, TextToImage
 from ldm.pipeline.control import as_condition
@@ -39,7 +43,8 @@ class ControlTask(Finetuning):
     """Train a ControlNet on captioned pictures and their conditions, the pair `condition` of `data.pairs`.
 
     `start`: a ControlNet that trains further; None: a copy of the base's encoder that adds nothing yet. `channels` of
-    the condition that the copy is shown. With `images`, a folder, they are written as the shards of `data.path` first.
+    the condition that the copy is shown. `layers`: of a Stable Diffusion 3 base, its first blocks that are copied;
+    None: half of them. With `images`, a folder, they are written as the shards of `data.path` first.
     `conditions`: pictures that the sample prompts are drawn under, one a prompt, at scale 1. `sensitivity`: every so
     many steps the loss with the right condition minus that with another's is logged; None: as often as the log is
     written, 0: never. Half of the captions are dropped as in the paper with `options.drop` 0.5.
@@ -48,6 +53,7 @@ class ControlTask(Finetuning):
     kind: Literal["controlnet"] = "controlnet"
     start: str | None = None
     channels: int = 3
+    layers: int | None = None
     images: Path | None = None
     conditions: tuple[Path, ...] = ()
     sensitivity: int | None = None
@@ -85,7 +91,26 @@ def build(task: ControlTask, data: Data, train: TrainConfig, seed: int, workers:
     made = assembled(task, ControlAdapter(control), pipeline, data, train, seed, workers, task.images, drawn=drawn)
     assert isinstance(made.objective, DenoiseObjective)
     control.enable_gradient_checkpointing(task.gradient_checkpointing)
-    return replace(made, objective=ControlObjective(made.objective, every).to(dist.device()))
+    if isinstance(control, SD3ControlNet):
+        loss: ControlObjective = LatentControlObjective(made.objective, every, latents_for(control, pipeline.codec))
+    else:
+        loss = ControlObjective(made.objective, every)
+    return replace(made, objective=loss.to(dist.device()))
+
+
+def latents_for(control: SD3ControlNet, codec: LatentCodec) -> Callable[[Tensor], Tensor]:
+    """What makes of pixels (B, 3, H, W) in [0, 1], or moments (B, 2 Z, h, w), the latents that it is shown.
+
+    The mode of the posterior, as it is drawn under.
+    """
+    shift = codec.shift * codec.scale
+
+    def shown(value: Tensor) -> Tensor:
+        if value.shape[1] == control.picture_channels:
+            return control.shown(value, codec.encode, shift)
+        return control.shifted(codec.sample(value), shift)
+
+    return shown
 
 
 def check_data(task: ControlTask, data: Data) -> None:
@@ -107,24 +132,38 @@ def _every(task: ControlTask, train: TrainConfig) -> int:
     return task.sensitivity
 
 
-def started(task: ControlTask, base: TextToImage) -> ControlNet:
-    """The ControlNet that trains, in float32. Raises ValueError for a start of another family, and for no U-Net."""
+def started(task: ControlTask, base: TextToImage) -> ControlNet | SD3ControlNet:
+    """The ControlNet that trains, in float32. Raises ValueError for a start of another family, and for no such base."""
     if task.start is None:
         try:
+            if _of_sd3(task, base):
+                return SD3ControlNet.copy_of(base.network, task.layers)
             return ControlNet.copy_of(base.network, base.codec.factor, task.channels)
         except ValueError as error:
             raise ValueError(f"task.base {task.base!r}: {error}") from error
     control = control_files.load_control(task.start)
     _check_start(task, control.config, base)
-    assert isinstance(control, ControlNet)
+    assert isinstance(control, ControlNet | SD3ControlNet)
     return control
+
+
+def _of_sd3(task: ControlTask, base: TextToImage) -> bool:
+    """Whether the base is Stable Diffusion 3. Raises ValueError for settings of the other kind."""
+    sd3 = isinstance(base.network.config, SD3Config)
+    if sd3 and task.channels != 3:
+        raise ValueError(f"task.channels: {task.channels}, but its ControlNets see latents of pictures of 3; write 3")
+    if not sd3 and task.layers is not None:
+        raise ValueError(f"task.layers: {task.layers} is of Stable Diffusion 3; a U-Net's whole encoder is copied")
+    return sd3
 
 
 def _check_start(task: ControlTask, config: control_files.AnyConfig, base: TextToImage) -> None:
     check_control(config, base.network.config, f"task.start {task.start!r}", f"task.base {task.base!r}")
-    if not isinstance(config, ControlNetConfig):
-        raise ValueError(f"task.start {task.start!r}: ControlNets of Stable Diffusion 3 are drawn under, not trained")
-    if config.factor != base.codec.factor:
+    if isinstance(config, FluxControlConfig):
+        raise ValueError(f"task.start {task.start!r}: ControlNets of FLUX.1 are drawn under, not trained")
+    if _of_sd3(task, base) and task.layers is not None:
+        raise ValueError(f"task.layers: {task.layers}, but task.start has its own layers; write null")
+    if isinstance(config, ControlNetConfig) and config.factor != base.codec.factor:
         raise ValueError(f"task.start {task.start!r}: is shown pictures of {config.factor} times the latents' side, "
                          f"but the base's are {base.codec.factor} times")  # fmt: skip
 
@@ -132,9 +171,11 @@ def _check_start(task: ControlTask, config: control_files.AnyConfig, base: TextT
 class Conditions(Sees):
     """What the sample prompts are drawn under, each its own."""
 
-    def __init__(self, task: ControlTask, samples: Samples, base: TextToImage, control: ControlNet) -> None:
+    def __init__(
+        self, task: ControlTask, samples: Samples, base: TextToImage, control: ControlNet | SD3ControlNet
+    ) -> None:
         self._base, self._control = base, control
-        size, channels = base.size(samples.settings.size), control.config.conditioning_channels
+        size, channels = base.size(samples.settings.size), control.picture_channels
         self._pictures = torch.stack([as_condition(load(p, stencil=True), size, channels) for p in task.conditions])
 
     def under(self, indices: Sequence[int]) -> TextToImage:
@@ -160,7 +201,7 @@ def job(task: ControlTask, data: Data, train: TrainConfig, asked: planned.Asked)
     def build(recompute: bool) -> nn.Module:
         model = planned.copied(held)
         with torch.device("meta"):
-            control = ControlNet(config)
+            control = SD3ControlNet(config) if isinstance(config, SD3ControlConfig) else ControlNet(config)
         trained = ControlAdapter(control).attach(model.network, model.text)
         for network in (model.network, control):
             network.enable_gradient_checkpointing(planned.again(how, recompute))
@@ -169,9 +210,13 @@ def job(task: ControlTask, data: Data, train: TrainConfig, asked: planned.Asked)
         )
 
     def inputs(batch: int) -> tuple[Any, ...]:
-        side = planned.side(data)
-        pixels = torch.empty(batch, config.conditioning_channels, side, side, device="meta")
-        return (planned.latents(base, data, batch) | {CONDITION: pixels},)
+        side, channels = planned.side(data), task.channels
+        if isinstance(config, SD3ControlConfig):
+            side, channels = side // base.codec.factor, config.in_channels
+        elif isinstance(config, ControlNetConfig):
+            channels = config.conditioning_channels
+        shown = torch.empty(batch, channels, side, side, device="meta")
+        return (planned.latents(base, data, batch) | {CONDITION: shown},)
 
     cached = task.cache is not None or data.cached
     planned.check_cache(task.cache, cached, said, base.text)
@@ -184,13 +229,15 @@ def job(task: ControlTask, data: Data, train: TrainConfig, asked: planned.Asked)
     return found if found.samples is not None or count is None else planned.told(found, count)
 
 
-def _planned_config(task: ControlTask, base: TextToImage) -> ControlNetConfig:
+def _planned_config(task: ControlTask, base: TextToImage) -> ControlNetConfig | SD3ControlConfig:
     try:
         config = None if task.start is None else control_files.open_control(task.start)[0]
     except ValueError:  # plans need no weights to start from
         config = None
     if config is None:
+        if _of_sd3(task, base):
+            return SD3ControlConfig.of(base.network.config, task.layers)  # type: ignore[arg-type]
         return ControlNetConfig.of(base.network.config, base.codec.factor, task.channels)
     _check_start(task, config, base)
-    assert isinstance(config, ControlNetConfig)
+    assert isinstance(config, ControlNetConfig | SD3ControlConfig)
     return config

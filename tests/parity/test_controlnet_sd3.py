@@ -105,3 +105,28 @@ def test_published_settings_and_other_families(tmp_path: Path) -> None:
         Control(network=net, picture=torch.zeros(3, 16, 16), guess=True)
     with pytest.raises(ValueError, match="edges is a ControlNet of Stable Diffusion 3, but the model is"):
         TextToImage.load("emoji").controlled([Control(network=net, picture=torch.zeros(3, 8, 8), name="edges")])
+
+
+def test_a_copy_is_theirs(tmp_path: Path) -> None:
+    """What a training starts from: `from_transformer` as diffusers' script calls it."""
+    ours, theirs = both("sd3", tmp_path)
+    made = SD3ControlNet.copy_of(ours.network, 2)
+    wanted = SD3ControlNetModel.from_transformer(theirs.transformer, num_layers=2, num_extra_conditioning_channels=0)
+    told = wanted.state_dict()
+    zero = [k for k in told if k.startswith(("controlnet_blocks", "pos_embed_input"))]
+    assert {k for k, v in made.state_dict().items() if not v.any()} == set(zero)
+    for key, value in made.state_dict().items():
+        if key.startswith("pos_embed_input"):
+            assert value.shape == told[key].shape
+        else:
+            assert torch.equal(value, told[key]), key
+    with pytest.raises(ValueError, match="layers: 3 is not between 1 and 2"):
+        SD3ControlNet.copy_of(ours.network, 3)
+
+
+def test_published_shapes_of_copies() -> None:
+    """Stable Diffusion 3 medium's and 3.5 medium's: half of 24 layers, those with two attentions among them."""
+    three, more = (SD3ControlConfig.of(presets.PRESETS[name]) for name in ("sd3_medium", "sd35_medium"))  # type: ignore[arg-type]
+    assert (three.num_layers, three.joint_attention_dim, three.pos_embed_max_size) == (12, 4096, 192)
+    assert (more.num_layers, more.dual_attention_layers, more.qk_norm) == (12, tuple(range(12)), "rms_norm")
+    assert more.pos_embed_max_size == 384

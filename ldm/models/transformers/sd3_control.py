@@ -6,7 +6,7 @@ Legend: B batch, C channels, H, W pixels of the condition, h, w latent pixels, N
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ldm.config.load import accepts
 from ldm.models import others
 from ldm.models.layers import check_equal, tokens
+from ldm.models.network import Network
 from ldm.models.transformers.base import check_counts
-from ldm.models.transformers.sd3 import BlockResiduals, SD3Encoder
+from ldm.models.transformers.sd3 import BlockResiduals, SD3Config, SD3Encoder
 from ldm.models.wide import Linear
 from ldm.types import Cond
 
@@ -59,6 +60,21 @@ class SD3ControlConfig:
     def width(self) -> int:
         """D."""
         return self.num_attention_heads * self.attention_head_dim
+
+    @staticmethod
+    def of(base: SD3Config, layers: int | None = None) -> SD3ControlConfig:
+        """Of a ControlNet over a transformer; `layers` None: half of the base's, as of the published ones.
+
+        Raises ValueError for as many layers as the base has, whose last one leaves the text behind.
+        """
+        layers = max(1, base.num_layers // 2) if layers is None else layers
+        if not 1 <= layers < base.num_layers:
+            raise ValueError(f"layers: {layers} is not between 1 and {base.num_layers - 1}; the base has "
+                             f"{base.num_layers}, of which the last does not go on with the text")  # fmt: skip
+        own = {f.name for f in fields(SD3ControlConfig)}
+        told = {f.name: getattr(base, f.name) for f in fields(base) if f.name in own}
+        dual = tuple(layer for layer in base.dual_attention_layers if layer < layers)
+        return SD3ControlConfig(**told | {"num_layers": layers, "dual_attention_layers": dual})
 
 
 class _Patches(nn.Module):
@@ -118,5 +134,21 @@ class SD3ControlNet(SD3Encoder):
 
         `shift` is times its scale.
         """
-        latents = encode(2 * pixels - 1)
+        return self.shifted(encode(2 * pixels - 1), shift)
+
+    def shifted(self, latents: Tensor, shift: float) -> Tensor:
+        """Scaled latents as this network takes them."""
         return latents + shift if self.config.force_zeros_for_pooled_projection else latents
+
+    @staticmethod
+    def copy_of(base: Network, layers: int | None = None) -> SD3ControlNet:
+        """A copy of a transformer's first blocks and embeddings that adds nothing yet, where the transformer is.
+
+        Raises ValueError for a network that is none, and as `SD3ControlConfig.of` does.
+        """
+        if not isinstance(base.config, SD3Config):
+            raise ValueError(f"is a {base.title}, and this ControlNet is a copy of an SD3 transformer")
+        made = SD3ControlNet(SD3ControlConfig.of(base.config, layers)).to(next(base.parameters()).device)
+        weights, own = base.state_dict(), made.state_dict()
+        made.load_state_dict(own | {k: v.float() for k, v in weights.items() if k in own}, strict=True)
+        return made
