@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.cli import adapted, control, image_prompt
 from ldm.cli.options import TEXT_PRECISION_HELP, TEXT_PRECISIONS, Parser
 from ldm.models.shipped import DEFAULT
 
@@ -21,6 +22,7 @@ def _common() -> Parser:
     """What all verbs take."""
     common = Parser(add_help=False)
     common.add_argument("--model", default=DEFAULT, help="shipped name, run or diffusers folder, file or hub id")
+    adapted.add(common)
     common.add_argument(
         "--lenient", action="store_true", help="leave out, and name, unknown tensors of a file instead of refusing it"
     )
@@ -57,21 +59,23 @@ def parser() -> Parser:
     p = Parser(
         prog="ldm edit", description="Change pictures with a text-to-image model. `ldm edit VERB --help` tells more."
     )
-    common = _common()
+    common, shown = _common(), Parser(add_help=False)
+    control.add(shown)
+    image_prompt.add(shown)
     verbs = p.add_subparsers(dest="verb", required=True)
     one = verbs.add_parser(
-        "img2img", parents=[common], help="redraw a picture so that it shows a prompt, more or less freely"
+        "img2img", parents=[common, shown], help="redraw a picture so that it shows a prompt, more or less freely"
     )
     one.add_argument("image", type=Path, help="a picture file")
     one.add_argument("prompt", help="what to draw")
     one.add_argument("--strength", type=float, default=0.7, help="between 0 (the picture unchanged) and 1 (ignored)")
-    one = verbs.add_parser("inpaint", parents=[common], help="redraw only the white part of a mask")
+    one = verbs.add_parser("inpaint", parents=[common, shown], help="redraw only the white part of a mask")
     one.add_argument("image", type=Path, help="a picture file")
     one.add_argument("mask", type=Path, help="a picture: white is drawn anew, black is kept")
     one.add_argument("prompt", help="what to draw")
     one.add_argument("--strength", type=float, default=1.0, help="1: nothing of what was under the white is left")
     one = verbs.add_parser(
-        "instruct", parents=[common], help='change a picture as an instruction says, such as "make it night"'
+        "instruct", parents=[common, shown], help='change a picture as an instruction says, such as "make it night"'
     )
     one.add_argument("image", type=Path, help="a picture file")
     one.add_argument("instruction", help="what to change")
@@ -121,6 +125,10 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--count: must be at least 1, got {args.count}")
     if args.size is not None and len(args.size) > 2:
         raise ValueError(f"--size: expected one or two numbers, got {args.size}")
+    shown = "control" in vars(args)
+    if shown:
+        control.check(args)
+        image_prompt.check(args)
     from ldm import dist
     from ldm.cli.drawn import Album, fingerprint
     from ldm.pipeline import Settings, TextToImage
@@ -141,6 +149,8 @@ def main(argv: list[str]) -> int:
         text_precision=args.text_precision,
         blocks_on_device=args.blocks_on_device,
     )
+    adapted.adapt(pipe, args, "ldm edit")
+    pipe = image_prompt.prompted(control.controlled(pipe, args), args) if shown else pipe
     settings = _of_family(args, pipe, settings)
     album = Album(args.out)
     with warnings.catch_warnings(record=True) as caught:
@@ -151,8 +161,8 @@ def main(argv: list[str]) -> int:
     record = {
         "command": ["edit", *argv],
         "inputs": {name: _digest(vars(args)[name]) for name in ("image", "mask") if name in vars(args)},
-        "weights": fingerprint([pipe.network, pipe.codec.autoencoder, *pipe.text]),
-    }
+        "weights": fingerprint([pipe.network, *pipe.others]),
+    } | (control.digests(args) | image_prompt.digests(args) if shown else {})
     for name, picture in pictures.items():
         place = int(name) if name.isdecimal() else None
         path = album.name(picture, name, record) if place is None else album.add(picture, place, "", record)

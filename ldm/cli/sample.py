@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import math
 import re
 import shlex
 import sys
@@ -14,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import control, image_prompt, opening
+from ldm.cli import adapted, control, image_prompt, opening
 from ldm.cli.options import TEXT_PRECISION_HELP, TEXT_PRECISIONS, Parser
 from ldm.models.shipped import DEFAULT
 
@@ -40,16 +38,7 @@ def parser() -> Parser:
         "A1111's and ComfyUI's, as far as they are known here",
     )  # fmt: skip
     p.add_argument("--model", default=DEFAULT, help="shipped name, run or diffusers folder, single file or hub id")
-    p.add_argument(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="PATH[:WEIGHT]",
-        help="add a LoRA at a weight (1); may be repeated",
-    )
-    p.add_argument(
-        "--embedding", action="append", default=[], metavar="PATH", help="add a textual-inversion file; may be repeated"
-    )
+    adapted.add(p)
     control.add(p)
     image_prompt.add(p)
     p.add_argument(
@@ -265,7 +254,7 @@ def _loaded(args: argparse.Namespace, settings: Settings) -> tuple[TextToImage, 
     )  # fmt: skip
     settings = _settings(args, pipeline.student, pipeline.habit)
     args.sampler, args.steps, args.guidance = settings.sampler, settings.steps, settings.guidance
-    _adapt(pipeline, args.lora, args.embedding, args.lenient)
+    adapted.adapt(pipeline, args, "ldm sample")
     if args.clean_captions:
         pipeline.clean_captions()
     pipeline = image_prompt.prompted(control.controlled(pipeline, args), args)
@@ -387,29 +376,6 @@ def _settings(
 
 def _pair(values: Sequence[int] | None) -> tuple[int, int] | None:
     return None if values is None else (values[0], values[1])
-
-
-def _adapt(pipeline: TextToImage, loras: list[str], embeddings: list[str], lenient: bool) -> None:
-    """Load `--lora` and `--embedding`."""
-    for i, entry in enumerate(loras):
-        path, strength = _lora(entry)
-        pipeline.load_lora(path, strength, name=f"{i} {path}", lenient=lenient)
-    for path in embeddings:
-        words = " or ".join(map(repr, pipeline.load_embedding(path)))
-        print(f"ldm sample: embedding {path}: called by {words}", file=sys.stderr)
-
-
-def _lora(entry: str) -> tuple[str, float]:
-    """Path and weight; what stands behind the last colon is a weight unless the whole is a file."""
-    path, colon, weight = entry.rpartition(":")
-    if not colon or Path(entry).exists():
-        return entry, 1.0
-    with contextlib.suppress(ValueError):
-        if math.isfinite(strength := float(weight)):
-            return path, strength
-    if Path(path).exists() or not Path(entry).suffix:
-        raise ValueError(f"--lora {entry!r}: expected PATH or PATH:WEIGHT, such as style.safetensors:0.8")
-    return entry, 1.0  # a file that is not there, whose name has a colon in it
 
 
 def _guide(pipeline: TextToImage, clip: str, scale: float) -> Guide | None:

@@ -310,3 +310,36 @@ def test_models_that_are_told_a_picture(
     for model, more in ((tmp_path / "plain", []), (tmp_path / "model", odd)):
         assert main(["edit", *words, *more, "--steps", "1", "--model", str(model), "--out", str(tmp_path / "no")]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_loras_and_controlnets_work_beside(model: Path, files: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """The call's own result under both, other than without them; a ControlNet's options are checked before."""
+    from ldm.adapters.low_rank import LowRank
+    from ldm.checkpoint.control_files import save_control
+    from ldm.checkpoint.lora_files import write_lora
+    from ldm.models.unet.controlnet import ControlNet
+    from ldm.pipeline import Control
+
+    own = TextToImage.load(model)
+    net = ControlNet.copy_of(own.network, own.codec.factor)
+    torch.manual_seed(0)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_control(tmp_path / "control", net.config, net.state_dict())
+    name = next(n for n, _ in own.network.named_modules() if n.endswith("attn1.to_q"))
+    width = own.network.get_submodule(name).weight.shape[1]
+    low = LowRank(torch.randn(2, width), torch.randn(width, 2), 2.0)
+    write_lora(tmp_path / "style.safetensors", {f"unet.{name}": low}, own.network.config)
+    given = ("img2img", "@in.png", "a cat", "--strength", "0.5")
+    control = ("--control", f"{tmp_path / 'control'}:{files / 'in.png'}:0.5")
+    lora = ("--lora", f"{tmp_path / 'style.safetensors'}:0.7")
+    plain, both = (run(model, files, tmp_path / f"out{len(m)}", *given, *m)["0000"] for m in ((), (*control, *lora)))
+    own.load_lora(tmp_path / "style.safetensors", 0.7)
+    under = own.controlled([Control(network=net, picture=_in(files), scale=0.5)])
+    wanted = editing.img2img(under, _in(files), "a cat", strength=0.5, settings=SETTINGS)[0]
+    assert np.array_equal(np.asarray(both), np.asarray(wanted))
+    assert not np.array_equal(np.asarray(both), np.asarray(plain))
+    record = json.loads(both.info["ldm"]) if "ldm" in both.info else both.info
+    assert "conditions" in str(record)
+    with pytest.raises(SystemExit):
+        main(["edit", "maps", "a cat", "--control", "x:y"])

@@ -16,7 +16,8 @@ from ldm.checkpoint.convert import save_diffusers
 from ldm.checkpoint.schedulers import scheduler_to_diffusers
 from ldm.cli import drawn
 from ldm.cli.__main__ import main
-from ldm.cli.sample import _lora, _prompts_in
+from ldm.cli.adapted import parsed as _lora
+from ldm.cli.sample import _prompts_in
 from ldm.diffusion import Discrete, V
 from ldm.models.presets import AUTOENCODERS, TEXTS, UNETS
 from ldm.models.text import TextTower
