@@ -101,7 +101,9 @@ def _add_encode(verbs: Any) -> None:
 
 def _add_build(verbs: Any) -> None:
     build = verbs.add_parser("build", help="make a data set of a folder of pictures with captions")
-    build.add_argument("source", type=Path, help="folder of pictures, or its metadata.jsonl, .csv, .tsv or .parquet")
+    build.add_argument(
+        "source", type=Path, help="folder of pictures, or its metadata.jsonl (.json, .csv, .tsv, .parquet)"
+    )
     build.add_argument("out", type=Path, help="folder to make")
     build.add_argument("--size", type=int, help="shrink the short side to this many pixels")
     build.add_argument(

@@ -166,6 +166,21 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
         yield number, row if isinstance(row, dict) else "expected keys and values"
 
 
+def _json(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """A list of rows, or one on each line, as ControlNet's authors have them in prompt.json."""
+    start = loose(path.read_bytes()).lstrip()
+    if not start.startswith("["):
+        yield from _jsonl(path)
+        return
+    try:
+        rows = json.loads(check(start))
+    except (ValueError, RecursionError) as error:
+        yield 1, str(error)
+        return
+    for number, row in enumerate(rows, 1):
+        yield number, row if isinstance(row, dict) else "expected keys and values"
+
+
 def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Rows without the bytes of pictures, which are left where they are."""
     file = _parquet_file(path)
@@ -223,7 +238,7 @@ def _as_json(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, bool, int, float)) else str(value)
 
 
-_READERS = {"csv": _csv, "tsv": _csv, "jsonl": _jsonl, "ndjson": _jsonl, "parquet": _parquet}
+_READERS = {"csv": _csv, "tsv": _csv, "jsonl": _jsonl, "ndjson": _jsonl, "json": _json, "parquet": _parquet}
 
 
 def file_named(folder: Path, name: str) -> Path | None:

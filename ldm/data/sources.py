@@ -20,6 +20,8 @@ from ldm.data.texts import captions_in, json_of, lines, text
 
 CAPTION_SUFFIXES = ("txt", "caption")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.parquet")
+PAIRED = "prompt.json"
+"""The table of ControlNet's authors (fill50k): source, target, prompt; read where pairs are built."""
 CAPTION_FIELDS = ("captions", "text", "caption", "prompt")
 INSTRUCTION_FIELDS = ("edit_prompt", "instruction")
 """What sets of edits call the text, InstructPix2Pix's and MagicBrush; looked at where pairs are built."""
@@ -77,7 +79,9 @@ def candidates(source: Path, captions_from: CaptionsFrom = "files", columns: Col
     columns = columns or Columns()
     if source.is_file():
         if not is_table(source):
-            raise ValueError(f"source {str(source)!r}: expected a folder, or a metadata.jsonl, .csv, .tsv or .parquet")
+            raise ValueError(
+                f"source {str(source)!r}: expected a folder, or a metadata.jsonl, .csv, .tsv, .json or .parquet"
+            )
         return _unique(list(_listed(source, _Folder(source.parent), captions_from, columns)))
     items: list[Item] = []
 
@@ -90,7 +94,7 @@ def candidates(source: Path, captions_from: CaptionsFrom = "files", columns: Col
     named: set[Path] = set()
     if captions_from != "none":
         for folder in reversed(folders):  # the metadata nearest to a picture is its own
-            for table in folder.tables():
+            for table in folder.tables(paired=bool(columns.pairs)):
                 found = list(_listed(table, folder, captions_from, columns, source))
                 items += [i for i in found if i.path == table or i.path not in named]
                 named |= {i.path for i in found}
@@ -168,9 +172,10 @@ class _Folder:
     kohya: tuple[int, str] | None = None
     _stems: dict[str, list[str]] | None = None
 
-    def tables(self) -> list[Path]:
+    def tables(self, *, paired: bool) -> list[Path]:
         by_name = {f.lower(): f for f in reversed(self.files)}
-        return [self.path / by_name[name] for name in METADATA if name in by_name]
+        names = (*METADATA, PAIRED) if paired else METADATA
+        return [self.path / by_name[name] for name in names if name in by_name]
 
     def beside(self, picture: str, kinds: Sequence[str]) -> Path | None:
         """The file of one of these suffixes, in any case, that has a picture's stem, or its whole name before them."""

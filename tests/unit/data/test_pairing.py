@@ -324,3 +324,32 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     ):
         assert main(["data", "build", str(folder), str(tmp_path / "other"), "--pair", pair]) != 0
         assert line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["lines", "list"])
+def test_the_table_of_controlnets_authors(tmp_path: Path, form: str) -> None:
+    """fill50k as it is unpacked: prompt.json with source, target and prompt, one object a line; also as a list."""
+    rows = [
+        {"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": f"circle {i} with grey background"}
+        for i in range(3)
+    ]
+    told = "\n".join(map(json.dumps, rows)) + "\n" if form == "lines" else json.dumps(rows)
+    files: dict[str, Any] = {"prompt.json": told}
+    files |= {f"source/{i}.png": noise(50 + i) for i in range(3)} | {f"target/{i}.png": noise(i) for i in range(3)}
+    folder = put(tmp_path / "fill50k", files)
+    found, bad = made(folder, tmp_path / "out", pairs={"condition": None}, require_captions=True)
+    assert bad == []
+    assert kinds(found) == {f"target/{i}": ["condition.png", "png"] for i in range(3)}
+    for i in range(3):
+        assert found[f"target/{i}"]["condition.png"] == png_of(noise(50 + i))
+        assert json.loads(found[f"target/{i}"]["json"])["captions"] == [[rows[i]["prompt"], 1.0]]
+    again, bad = made(folder / "prompt.json", tmp_path / "file", pairs={"condition": None}, require_captions=True)
+    assert again == found
+
+
+def test_a_prompt_json_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    """ComfyUI writes one too; without pairs it is no table."""
+    folder = put(tmp_path / "in", {"prompt.json": "{}", "a.png": noise(0), "a.txt": "a"})
+    found, bad = made(folder, tmp_path / "out", require_captions=True)
+    assert list(found) == ["a"]
+    assert bad == []
