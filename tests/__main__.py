@@ -14,11 +14,13 @@ from pathlib import Path
 HERE = Path(__file__).parent
 BESIDE = ("unit", "parity", "integration")
 """Folders whose tests keep one core busy: they run on two workers."""
-FILES = (
-    "test_lora_[tz]*.py", "test_text_*.py", "test_transformer_[efns]*.py", "test_interop.py",
-    "test_ip_adapter_pipelines.py", "test_pix2pix.py", "test_upscaler.py",
+ARITHMETIC = (
+    "autoencoder", "autoencoder_16", "controlnet", "flow", "half_precision", "ip_adapter", "lora_files",
+    "own_schedulers", "pipelines", "samplers_diffusers", "samplers_toy", "text", "transformers", "unet", "zimage",
 )  # fmt: skip
-"""Tests of names and files, whose arithmetic others have too; once is enough."""
+"""The parity files that are run twice: one of each network, sampler and precision. Others have the same arithmetic."""
+LONGEST = 12
+"""Files of each part whose seconds are told."""
 NO_TESTS = 5
 """pytest's exit code when its options leave no test."""
 
@@ -35,7 +37,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a part came to; `broken` says that pytest itself ended badly."""
+    """What a part came to; `broken` says that pytest itself ended badly. `files`: seconds of each file's tests."""
 
     name: str
     passed: int
@@ -43,6 +45,7 @@ class Outcome:
     failed: list[str]
     seconds: float
     broken: str = ""
+    files: dict[str, float] = field(default_factory=dict)
 
 
 def other_arithmetic() -> dict[str, str]:
@@ -76,8 +79,8 @@ def parts(in_ci: bool) -> list[Part]:
         numeric = [f"tests/unit/{room}" for room in rooms]
         other = other_arithmetic()
         name = "as on another processor: " + " ".join(f"{k}={v}" for k, v in other.items())
-        names = [f"--ignore-glob=tests/parity/{pattern}" for pattern in FILES]
-        made.append(Part(name=name, folders=[*numeric, "tests/parity"], options=[*workers, *names], environment=other))
+        parity = [f"tests/parity/test_{one}.py" for one in ARITHMETIC]
+        made.append(Part(name=name, folders=[*numeric, *parity], options=workers, environment=other))
     return made
 
 
@@ -95,6 +98,15 @@ def read(report: Path) -> tuple[int, int, list[str]]:
     return passed, skipped, failed
 
 
+def seconds_by_file(report: Path) -> dict[str, float]:
+    """The longest files of pytest's JUnit report, with their set-up."""
+    found: dict[str, float] = {}
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
+        name = str(case.get("classname", "")).replace(".", "/")
+        found[name] = found.get(name, 0.0) + float(case.get("time", 0))
+    return dict(sorted(found.items(), key=lambda item: -item[1])[:LONGEST])
+
+
 def run(part: Part, options: list[str]) -> Outcome:
     """One part in a process of its own."""
     print(f"\n=== {part.name}: {' '.join(part.folders)}", flush=True)
@@ -105,8 +117,11 @@ def run(part: Part, options: list[str]) -> Outcome:
         code = subprocess.run([*command, *part.folders], cwd=HERE.parent, env=os.environ | part.environment).returncode
         seconds = time.monotonic() - began
         passed, skipped, failed = read(report) if report.is_file() else (0, 0, [])
+        files = seconds_by_file(report) if report.is_file() else {}
     broken = "" if code in (0, NO_TESTS) or failed else f"pytest ended with code {code}"
-    return Outcome(name=part.name, passed=passed, skipped=skipped, failed=failed, seconds=seconds, broken=broken)
+    return Outcome(
+        name=part.name, passed=passed, skipped=skipped, failed=failed, seconds=seconds, broken=broken, files=files
+    )
 
 
 def main(options: list[str]) -> int:
@@ -115,6 +130,7 @@ def main(options: list[str]) -> int:
     print("\n=== all parts")
     for o in outcomes:
         print(f"{o.name}: {o.passed} passed, {len(o.failed)} failed, {o.skipped} skipped in {o.seconds:.0f} s")
+        print("  longest: " + ", ".join(f"{Path(name).name} {seconds:.0f} s" for name, seconds in o.files.items()))
         for line in [*o.failed, *([o.broken] if o.broken else [])]:
             print(f"  FAILED {line}")
     failed = sum(len(o.failed) + bool(o.broken) for o in outcomes)

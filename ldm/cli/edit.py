@@ -54,14 +54,20 @@ def _common() -> Parser:
     return common
 
 
+def _shown() -> Parser:
+    """The further pictures of verbs that redraw one."""
+    shown = Parser(add_help=False)
+    control.add(shown)
+    image_prompt.add(shown)
+    return shown
+
+
 def parser() -> Parser:
     """Options of the verb."""
     p = Parser(
         prog="ldm edit", description="Change pictures with a text-to-image model. `ldm edit VERB --help` tells more."
     )
-    common, shown = _common(), Parser(add_help=False)
-    control.add(shown)
-    image_prompt.add(shown)
+    common, shown = _common(), _shown()
     verbs = p.add_subparsers(dest="verb", required=True)
     one = verbs.add_parser(
         "img2img", parents=[common, shown], help="redraw a picture so that it shows a prompt, more or less freely"
