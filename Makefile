@@ -73,11 +73,11 @@ constraints:
 	@{ head -1 constraints.txt && cat .venv-uv/resolved.txt; } > .venv-uv/constraints.txt
 	@mv .venv-uv/constraints.txt constraints.txt
 
-# In the environment of the package, which the references are made from.
+# In the environment of the package, which the references are made from. Not -q: then warnings would not count.
 site: export NO_MKDOCS_2_WARNING = 1
 site: $(INSTALLED)
 	@$(BIN)/python -c 'import material, mkdocstrings' 2>/dev/null || $(INSTALL) -e '.[docs]'
-	$(BIN)/python -m mkdocs build --strict -q
+	$(BIN)/python -m mkdocs build --strict
 	@echo "site/index.html is the first page; it needs no server." >&2
 
 bench: $(TEST_INSTALLED)
