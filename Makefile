@@ -1,4 +1,4 @@
-# make demo | test | checks | newest | bench | gpu | chaos | clean.  PYTHON=python3.12 picks the interpreter, PIP_ARGS adds options to pip.
+# make demo | test | checks | newest | site | bench | gpu | chaos | clean.  PYTHON=python3.12 picks the interpreter, PIP_ARGS adds options to pip.
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
@@ -13,12 +13,13 @@ INSTALLED := $(VENV)/.installed
 TEST_INSTALLED := $(VENV)/.installed-$(EXTRA)
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -q $(addprefix -c ,$(CONSTRAINTS)) $(PIP_ARGS)
 
-.PHONY: help demo test checks newest constraints bench gpu chaos clean
+.PHONY: help demo test checks newest constraints site bench gpu chaos clean
 help:
 	@echo "make demo    train a small text-to-image model, sample it and write a gallery page"
 	@echo "make test    style, types, import contracts and tests"
 	@echo "make checks  the first three of these"
 	@echo "make newest  the same tests with the newest versions that pyproject.toml allows, in an environment of their own"
+	@echo "make site    the documentation as pages that need no network: site/index.html"
 	@echo "make bench   side-by-side measurements against named peers"
 	@echo "make gpu     tests and measurements on this machine's GPU, in ten minutes; installs nothing"
 	@echo "make chaos   kill trainings, fill disks and pull cables: the long form of what make test does (with root: a cluster)"
@@ -72,6 +73,13 @@ constraints:
 	@{ head -1 constraints.txt && cat .venv-uv/resolved.txt; } > .venv-uv/constraints.txt
 	@mv .venv-uv/constraints.txt constraints.txt
 
+# In the environment of the package, which the references are made from. Not -q: then warnings would not count.
+site: export NO_MKDOCS_2_WARNING = 1
+site: $(INSTALLED)
+	@$(BIN)/python -c 'import material, mkdocstrings' 2>/dev/null || $(INSTALL) -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict
+	@echo "site/index.html is the first page; it needs no server." >&2
+
 bench: $(TEST_INSTALLED)
 	$(BIN)/python -m bench
 
@@ -86,5 +94,5 @@ chaos: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest tests/chaos tests/slurm $(PYTEST_ARGS)
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

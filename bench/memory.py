@@ -1,6 +1,7 @@
 """The table of docs/memory.md: cards, families, jobs, the settings with which they fit (measures nothing).
 
-`python -m bench memory` writes it into the page; with `--quick` it prints the rows of Stable Diffusion 1.5 alone.
+`python -m bench memory` writes it into the page, and each family's rows into its own page; with `--quick` it prints the
+rows of Stable Diffusion 1.5 alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ldm.recipes.planned_drawing import How, Model
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "memory.md"
 BEGIN, END = "<!-- python -m bench memory -->", "<!-- the end of what python -m bench memory writes -->"
+FAMILY_PAGES = ROOT / "docs" / "families"
 CARDS = (8, 12, 16, 24)
 
 
@@ -116,6 +118,22 @@ def written(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in inside[2:]]
 
 
+def write_families(found: Sequence[Sequence[str]]) -> list[str]:
+    """Give every family's page its rows, without the family's column; the families that had a page."""
+    given = []
+    table = [HEAD, ["---"] * len(HEAD), *found]
+    for page in sorted(FAMILY_PAGES.glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        before, begin, rest = text.partition("<!-- cards: ")
+        title = rest.partition(" -->")[0]
+        end = "<!-- the end of the cards -->"
+        own = [[*row[:1], *row[2:]] for row in table if row[1] in (title, *HEAD, "---")]
+        lines = "\n".join("| " + " | ".join(row) + " |" for row in own)
+        page.write_text(f"{before}{begin}{title} -->\n{lines}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+        given.append(title)
+    return given
+
+
 def run(options: Options) -> dict[str, Any]:
     """Write the page's table, or print a part of it."""
     found = []
@@ -126,4 +144,5 @@ def run(options: Options) -> dict[str, Any]:
         text = PAGE.read_text(encoding="utf-8")
         before, after = text.partition(BEGIN)[0], text.partition(END)[2]
         PAGE.write_text(f"{before}{BEGIN}\n{table(found)}{END}{after}", encoding="utf-8")
+        write_families(found)
     return {"rows": found, "chips": {of_memory(c).name: HARDWARE[of_memory(c).name].matmul for c in CARDS}}

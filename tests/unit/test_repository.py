@@ -1,4 +1,4 @@
-"""The repository's own promises: sizes, no machine's paths, a true README tree, configs that load, a quick help."""
+"""The repository's own promises: sizes, no machine's paths, a true file tree, configs that load, a quick help."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def test_nothing_is_unpickled() -> None:
     assert found == []
 
 
-def readme_tree(text: str) -> list[str]:
-    """Paths named by README's file tree: the fenced block that begins with `ldm/`, indented by two spaces a level."""
+def file_tree(text: str) -> list[str]:
+    """Paths named by a file tree: the fenced block that begins with `ldm/`, indented by two spaces a level."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     paths: list[str] = []
     for block in (b for b in blocks if re.match(r"ldm/(\s|$)", b)):
@@ -103,20 +103,17 @@ def readme_tree(text: str) -> list[str]:
 def test_the_tree_is_read_as_meant() -> None:
     text = "# x\n```\nldm/\n  rng.py   noise.\n  data/    e.g. it\n    order.py shards.py  who\nlaunch/  starts\n```\n"
     files = ["ldm/rng.py", "ldm/data/", "ldm/data/order.py", "ldm/data/shards.py"]
-    assert readme_tree(text) == ["ldm/", *files, "launch/"]
+    assert file_tree(text) == ["ldm/", *files, "launch/"]
 
 
-def test_readme_tree_is_true() -> None:
-    readme = ROOT / "README.md"
-    if not readme.is_file():
-        pytest.skip("no README yet")
-    named = readme_tree(readme.read_text())
-    if not named:
-        pytest.skip("README has no file tree")
+def test_the_tree_is_true() -> None:
+    """docs/inside.md's, of the whole repository."""
+    named = file_tree((ROOT / "docs" / "inside.md").read_text())
+    assert named
     assert [p for p in named if not (ROOT / p).exists()] == []
     rooms = {f"ldm/{p.name}/" for p in (ROOT / "ldm").iterdir() if p.is_dir() and (p / "__init__.py").is_file()}
     shown = {p for p in named if p.count("/") == 2 and p.endswith("/")}
-    assert rooms - shown == set(), "rooms that README's tree leaves out"
+    assert rooms - shown == set(), "rooms that the tree leaves out"
 
 
 def runs() -> list[Path]:

@@ -179,31 +179,3 @@ def test_suggested_overrides_are_accepted(config: Path) -> None:
     assert "train.optim.lr=1e-4" in words
     for word in words:
         assert load_run(config, [word]), word
-
-
-def commands() -> list[str]:
-    """Commands of the documents: (the first words of) lines that begin with `ldm VERB` or `python -m launch`."""
-    found = set()
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        for block in re.findall(
-            r"^```(?:sh|bash)?\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-        ):
-            joined = block.replace("\\\n", " ")
-            for text in joined.splitlines():
-                line = re.split(r"\s#\s|\s[|;&]\s", text.strip())[0].strip()
-                if line.startswith("ldm ") and not re.search(r"\.\.\.|\$\(|[{}]|\|", line):
-                    found.add(line)
-    return sorted(found)
-
-
-@pytest.mark.parametrize("line", commands())
-def test_commands_of_the_documents_are_understood(line: str) -> None:
-    """Their options and words are those that the parsers have."""
-    verb, *rest = shlex.split(line)[1:]
-    assert verb in VERBS, line
-    parser = verb_parser(verb)
-    if any(a.dest == "overrides" and not a.option_strings for a in parser._actions):
-        assert parser.parse_words(rest)
-        return
-    _, words = parser.parse_known_args(rest)
-    assert all(map(is_override, words))

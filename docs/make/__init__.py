@@ -1,0 +1,1 @@
+"""What the site is built from beside its pages: hooks of mkdocs, the references of config keys and of commands."""
