@@ -217,20 +217,19 @@ def _steps(sheet: Sheet) -> tuple[int, int, int]:
 def _optimizer(sheet: Sheet) -> None:
     name = sheet.text("train.optimizer", "adamw")
     common.optimizer(sheet, "train.optimizer", name)
-    arguments = dict(sheet.given.get("train.optimizer_params") or {})
-    if name.lower() in common.OPTIMIZERS:
-        sheet.put("train.optim.eps", 1e-6 if name.lower().startswith("adam") else 1e-8)  # theirs for every Adam
+    arguments, ours = dict(sheet.given.get("train.optimizer_params") or {}), common.algorithm(name)
+    if ours is not None:
+        adam = name.lower().startswith("adam") or ours == "prodigy"
+        sheet.put("train.optim.eps", 1e-6 if adam else 1e-8)  # theirs for every Adam
+        if ours == "adafactor":  # theirs turns both off unless they are asked for
+            sheet.put("train.optim.adafactor", {"scale_parameter": False, "relative_step": False})
         if arguments:
-            common.optimizer_arguments(sheet, "train.optimizer_params", arguments)
+            common.optimizer_arguments(sheet, "train.optimizer_params", arguments, ours)
     sheet.leave("none, or of an optimizer that is not here", "train.optimizer_params")
     rate = sheet.number("train.lr", 1e-6)
-    sheet.keep("train.lr", "train.optim.lr", rate)
-    for key in ("train.unet_lr", "train.text_encoder_lr", "train.embedding_lr", "train.adapter_lr"):
-        if sheet.has(key) and sheet.number(key) != rate and key in ("train.unet_lr", "train.text_encoder_lr"):
-            trains = key == "train.unet_lr" or sheet.flag("train.train_text_encoder")
-            if trains:
-                sheet.refuse(key, f"another rate than {rate:g}: one for all that trains here")
-        sheet.leave("the same, or of what does not train", key)
+    low = ours == "prodigy" and rate < 0.1
+    sheet.keep("train.lr", "train.optim.lr", 1.0 if low else rate, "theirs takes 1 for less than 0.1" if low else "")
+    _part_rates(sheet, rate)
     common.schedule(sheet, "train.lr_scheduler", warmup_key="train.lr_warmup_steps",
                     warmup=sheet.whole("train.lr_warmup_steps"), rate=rate)  # fmt: skip
     sheet.keep("train.max_grad_norm", "train.engine.clip", sheet.number("train.max_grad_norm", 1.0))
@@ -238,6 +237,20 @@ def _optimizer(sheet: Sheet) -> None:
     on = bool(ema.get("use_ema"))
     averaged = {"decay": float(ema.get("ema_decay", 0.99)), "warmup": False}
     sheet.keep("train.ema_config", "train.ema", averaged if on else None)
+
+
+def _part_rates(sheet: Sheet, rate: float) -> None:
+    """Rates of the network and of text encoders."""
+    text = sheet.flag("train.train_text_encoder")
+    own = sheet.number("train.unet_lr", rate)
+    if own != rate:
+        sheet.keep("train.unet_lr", "train.optim.lr", own)
+    words = sheet.number("train.text_encoder_lr", rate)
+    if text and words != own:
+        key = "train.text_encoder_lr" if sheet.has("train.text_encoder_lr") else "train.lr"
+        sheet.keep(key, "train.optim.rates.text", words)
+    sheet.leave("the same, or of what does not train", "train.unet_lr", "train.text_encoder_lr", "train.embedding_lr",
+                "train.adapter_lr")  # fmt: skip
 
 
 def _times(sheet: Sheet, family: str, model: str) -> None:

@@ -55,7 +55,10 @@ PAIRS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """What all methods are asked; None is the method's own. `samples`: sample pictures every so many steps."""
+    """What all methods are asked; None is the method's own. `samples`: sample pictures every so many steps.
+
+    `optim`: more of `train.optim`.
+    """
 
     method: str
     images: Path
@@ -76,6 +79,7 @@ class Choices:
     cache: bool = True
     gradient_checkpointing: bool | str | None = None
     adapter: dict[str, Any] = field(default_factory=dict)
+    optim: dict[str, Any] = field(default_factory=dict)
 
     @functools.cached_property
     def family(self) -> Family | None:
@@ -278,7 +282,7 @@ def _run(choices: Choices, kind: str, own: dict[str, Any], data: Any, prompts: S
             "steps": steps,
             "batch": choices.batch,
             "accumulate": choices.accumulate,
-            "optim": {"lr": choices.rate, "weight_decay": 0.0 if words else 0.01},
+            "optim": {"lr": choices.rate, "weight_decay": 0.0 if words else 0.01} | choices.optim,
             "engine": {"zero_stage": choices.stage, "precision": choices.precision},
             "ema": None,
             "checkpoint": {"every": 100, "keep": 2},

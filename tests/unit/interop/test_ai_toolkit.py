@@ -94,6 +94,10 @@ SAME = [
     ({"train__optimizer": "adamw", "train__optimizer_params": {"weight_decay": 1e-4}},
      "train.optim.weight_decay", 1e-4),
     ({"train__ema_config": {"use_ema": False}}, "train.ema", None),
+    ({"train__optimizer": "prodigy"}, "train.optim.lr", 1.0),
+    ({"train__optimizer": "prodigy", "train__optimizer_params": {"d_coef": 0.8}}, "train.optim.prodigy.d_coef", 0.8),
+    ({"train__optimizer": "adafactor"}, "train.optim.adafactor.relative_step", False),
+    ({"train__unet_lr": 3e-4}, "train.optim.lr", 3e-4),
     ({"network": None, "train__lr": 1e-5}, "task.adapter.kind", "full"),
     ({"data__resolution": 512, "data__flip_x": True}, "data.flip", True),
     ({"data__resolution": [1024], "data__num_repeats": 3}, "data.repeats", 3),
@@ -115,7 +119,7 @@ def test_key_by_key(changes: dict[str, Any], key: str, value: Any) -> None:
 
 
 REFUSED = [
-    ({"train__optimizer": "prodigy"}, "train.optimizer"),
+    ({"train__optimizer": "automagic"}, "train.optimizer"),
     ({"train__diff_output_preservation": True}, "train.diff_output_preservation"),
     ({"train__timestep_type": "weighted"}, "train.timestep_type"),
     ({"train__content_or_style": "style"}, "train.content_or_style"),
