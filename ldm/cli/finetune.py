@@ -207,6 +207,7 @@ def tree(args: argparse.Namespace) -> dict[str, Any]:
         gradient_checkpointing=False if args.gradient_checkpointing == "none" else args.gradient_checkpointing,
         adapter=_pivotal(args) if pivotal else _adapter(args, low_rank),
         name=None if args.out is None else args.out.name, optim=finetune_training.optim(args),
+        options=finetune_training.options(args), masks=args.masked_loss,
     )  # fmt: skip
     if args.method == "dreambooth":
         prior: dict[str, Any] | None = None

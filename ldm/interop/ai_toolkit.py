@@ -37,14 +37,11 @@ _LEFT: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 _LACKING: dict[str, tuple[Any, ...]] = {
-    "train.loss_type": ("not here: the loss is the squared error", "mse"),
     "train.content_or_style": ("not here: times as train.timestep_type has them", "balanced"),
     "train.content_or_style_reg": ("not here", "balanced"),
     "train.diff_output_preservation": ("the model's own outputs as regularisation: not here",),
     "train.blank_prompt_preservation": ("the model's own outputs as regularisation: not here",),
-    "train.inverted_mask_prior": ("masks: not here",),
-    "train.min_denoising_steps": ("a range of times: not here", 0),
-    "train.max_denoising_steps": ("a range of times: not here", 1000),
+    "train.inverted_mask_prior": ("the model's own outputs outside of masks: not here",),
     "train.noise_multiplier": ("not here", 1),
     "train.img_multiplier": ("not here", 1),
     "train.weight_jitter": ("not here", 0),
@@ -281,7 +278,26 @@ def _times(sheet: Sheet, family: str, model: str) -> None:
     common.min_snr(sheet, "train.min_snr_gamma")
     if sheet.has("train.snr_gamma"):
         sheet.refuse("train.snr_gamma", "a weight by SNR that is not min-SNR: not here; min_snr_gamma is")
+    _range_and_shape(sheet, flow)
     sheet.keep("train.noise_offset", "task.options.offset_noise", sheet.number("train.noise_offset"))
+
+
+def _range_and_shape(sheet: Sheet, flow: bool) -> None:
+    """The range of times, which theirs counts from the noise, and what an error costs."""
+    low, high = sheet.whole("train.min_denoising_steps"), sheet.whole("train.max_denoising_steps", 1000)
+    if (low, high) != (0, 1000):
+        key = "train.min_denoising_steps" if low else "train.max_denoising_steps"
+        if flow:
+            sheet.refuse(key, "of a flow: not here as theirs; task.options.min_timestep and max_timestep are")
+        else:
+            sheet.put("task.options.max_timestep", 1000 - low)
+            sheet.keep(key, "task.options.min_timestep", 1000 - high, "theirs counts from the noise")
+    sheet.leave("all times, or told together", "train.min_denoising_steps", "train.max_denoising_steps")
+    kind = sheet.text("train.loss_type", "mse")
+    if kind in ("mse", "mae"):
+        sheet.keep("train.loss_type", "task.options.loss", {"kind": "l1" if kind == "mae" else "mse"})
+    else:
+        sheet.refuse("train.loss_type", f"{kind}: not here; mse and mae are")
 
 
 def _samples(sheet: Sheet, base: str, trigger: str, name: str, steps: int) -> None:

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm.data.pairing import ALPHA
 from ldm.data.sources import captions_beside, find
 from ldm.interop.sheet import Sheet
+from ldm.objectives.masked import LOSS_WEIGHT
 from ldm.recipes.folder_runs import Choices
 from ldm.recipes.sources import scheduler_of
 
@@ -276,3 +278,15 @@ def times(shape: str, *, shift: float = 1.0, own: float = 1.0, std: float = 1.0)
     if shape == "sigmoid":
         return {"kind": "logit_normal", "mean": more.get("mean", 0.0), "std": std}
     return {"kind": "shifted_uniform", "shift": more["shift"]} if more else {"kind": "uniform"}
+
+
+def masks(where: str) -> str:
+    """The option of `ldm data build` that reads the masks of a masked loss: alpha, or a folder's path."""
+    place = where if where == ALPHA else Path(where).resolve().as_posix() + "/"
+    return f' --pair {LOSS_WEIGHT}="{place}"'
+
+
+def masked(sheet: Sheet, *, outside: float = 0.0, normalize: bool = False) -> dict[str, Any]:
+    """Put the masked loss into the sheet; the pair that each data set then has."""
+    sheet.put("task.options.mask", {"outside": outside, "normalize": normalize})
+    return {LOSS_WEIGHT: {"kind": "stored", "channels": 1}}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.interop import common, kohya_blocks, kohya_data, kohya_flow
+from ldm.interop import common, kohya_blocks, kohya_data, kohya_loss
 from ldm.interop.kohya_keys import LACKING, LEFT_OUT
 from ldm.interop.sheet import Converted, Sheet
 
@@ -80,7 +80,7 @@ def convert(
     sheet.keep("gradient_accumulation_steps", "train.accumulate", accumulate)
     steps = _steps(sheet, source, batch * processes, accumulate)
     _optimizer(sheet, rate, steps)
-    _loss(sheet, family, model)
+    kohya_loss.read(sheet, family)
     _caches(sheet, source, text)
     _precision(sheet)
     _samples(sheet, model, source, batch * processes, accumulate)
@@ -275,29 +275,6 @@ def _optimizer(sheet: Sheet, rate: float, steps: int) -> None:
     sheet.leave("told with lr_scheduler, or of another", "lr_scheduler_num_cycles", "lr_scheduler_power",
                 "lr_decay_steps", "lr_scheduler_min_lr_ratio", "lr_scheduler_timescale")  # fmt: skip
     sheet.keep("max_grad_norm", "train.engine.clip", sheet.number("max_grad_norm", 1.0))
-
-
-def _loss(sheet: Sheet, family: str, base: str) -> None:
-    if family in ("flux", "sd3"):
-        kohya_flow.read(sheet, family)
-    weightings = [k for k in ("min_snr_gamma", "debiased_estimation_loss", "scale_v_pred_loss_like_noise_pred")
-                  if sheet.has(k) and sheet.given[k] not in (False, 0)]  # fmt: skip
-    if len(weightings) > 1:
-        sheet.refuse(weightings[1], f"beside {weightings[0]}: one weighting of the loss here")
-    first = "".join(weightings[:1])
-    if first == "min_snr_gamma":
-        common.min_snr(sheet, "min_snr_gamma")
-    elif first == "debiased_estimation_loss":
-        sheet.near("debiased_estimation_loss", "task.weighting", {"kind": "debiased"},
-                   "of a network that predicts noise; theirs takes SNRs above 1000 as 1000")  # fmt: skip
-    elif first:
-        sheet.keep(first, "task.weighting", {"kind": "snr"}, "1 on the error of the noise")
-    sheet.leave("off", *[k for k in ("min_snr_gamma", "debiased_estimation_loss", "scale_v_pred_loss_like_noise_pred")
-                         if k not in weightings])  # fmt: skip
-    if family in ("flux", "sd3"):
-        return
-    sheet.keep("noise_offset", "task.options.offset_noise", sheet.number("noise_offset"))
-    sheet.keep("ip_noise_gamma", "task.options.input_perturbation", sheet.number("ip_noise_gamma"))
 
 
 def _caches(sheet: Sheet, source: kohya_data.Source, text: bool) -> None:

@@ -33,24 +33,12 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Why, and the keys."""
 
-_LOSS = "not here: the loss is the squared error"
 LACKING: dict[str, tuple[Any, ...]] = {
-    "loss_type": (_LOSS, "l2"),
-    "huber_schedule": ("of huber losses, which are not here", "snr", "constant", "exponential"),
-    "huber_c": ("of huber losses, which are not here", 0.1),
-    "huber_scale": ("of huber losses, which are not here", 1.0),
     "v_pred_like_loss": ("not here; task.weighting has min_snr, debiased, snr, p2, ...",),
     "noise_offset_random_strength": ("not here: task.options.offset_noise is of one strength",),
     "ip_noise_gamma_random_strength": ("not here: task.options.input_perturbation is of one strength",),
     "adaptive_noise_scale": ("not here", 0),
-    "multires_noise_iterations": ("multi-resolution noise: not here", 0),
-    "multires_noise_discount": ("multi-resolution noise: not here", 0.3),
     "zero_terminal_snr": ("not here in fine-tuning: the schedule is the base's",),
-    "min_timestep": ("a range of times: not here", 0),
-    "max_timestep": ("a range of times: not here", 1000),
-    "masked_loss": ("not here",),
-    "alpha_mask": ("not here",),
-    "conditioning_data_dir": ("of masked losses, which are not here",),
     "network_dropout": ("dropout of the rank: not here; task.adapter.dropout is of the layer's input", 0),
     "network_weights": ("going on from a file: not here",),
     "dim_from_weights": ("going on from a file: not here",),

@@ -95,6 +95,13 @@ SAME = [
      "train.optim.weight_decay", 1e-4),
     ({"train__ema_config": {"use_ema": False}}, "train.ema", None),
     ({"train__optimizer": "prodigy"}, "train.optim.lr", 1.0),
+    ({"train__loss_type": "mae"}, "task.options.loss.kind", "l1"),
+    ({"train__min_denoising_steps": 100, "train__max_denoising_steps": 700, "model__is_flux": None,
+      "model__is_xl": True, "train__noise_scheduler": "ddpm"}, "task.options.min_timestep", 300),
+    ({"train__min_denoising_steps": 100, "train__max_denoising_steps": 700, "model__is_flux": None,
+      "model__is_xl": True, "train__noise_scheduler": "ddpm"}, "task.options.max_timestep", 900),
+    ({"data__mask_path": "/m", "data__mask_min_value": 0.1}, "task.options.mask.outside", 0.1),
+    ({"data__alpha_mask": True}, "task.options.mask.normalize", True),
     ({"train__optimizer": "prodigy", "train__optimizer_params": {"d_coef": 0.8}}, "train.optim.prodigy.d_coef", 0.8),
     ({"train__optimizer": "adafactor"}, "train.optim.adafactor.relative_step", False),
     ({"train__unet_lr": 3e-4}, "train.optim.lr", 3e-4),
@@ -120,6 +127,9 @@ def test_key_by_key(changes: dict[str, Any], key: str, value: Any) -> None:
 
 REFUSED = [
     ({"train__optimizer": "automagic"}, "train.optimizer"),
+    ({"train__loss_type": "wavelet"}, "train.loss_type"),
+    ({"train__max_denoising_steps": 500}, "train.max_denoising_steps"),
+    ({"data__alpha_mask": True, "data__invert_mask": True}, "datasets[0].invert_mask"),
     ({"train__diff_output_preservation": True}, "train.diff_output_preservation"),
     ({"train__timestep_type": "weighted"}, "train.timestep_type"),
     ({"train__content_or_style": "style"}, "train.content_or_style"),

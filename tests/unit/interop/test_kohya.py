@@ -14,8 +14,10 @@ from ldm.config.schema import RunConfig, load_run
 from ldm.diffusion.density import FluxShift
 from ldm.diffusion.prediction import Epsilon, V
 from ldm.diffusion.schedule import Flow
+from ldm.diffusion.shape import Absolute, Huber, SmoothL1
 from ldm.interop import kohya
 from ldm.interop.sheet import Converted
+from ldm.objectives.masked import MaskOptions
 from ldm.recipes.finetune import FinetuneTask, Finetuning
 from ldm.recipes.inversion import InversionTask
 from tests.unit.interop.pictures import folder
@@ -139,6 +141,17 @@ SAME = [  # their key and value, our key, our value
     ({"unet_lr": 1e-4, "text_encoder_lr": [1e-5, 5e-6]}, "train.optim.rates.text", (1e-5, 5e-6)),
     ({"unet_lr": 1e-4, "learning_rate": 2e-5}, "train.optim.rates.text", 2e-5),
     ({"network_args": ["loraplus_lr_ratio=16"]}, "train.optim.rates.lora_plus", 16.0),
+    ({"loss_type": "huber"}, "task.options.loss", Huber(schedule="snr", c=0.1)),
+    ({"loss_type": "smooth_l1", "huber_schedule": "exponential", "huber_c": 0.2, "huber_scale": 2},
+     "task.options.loss", SmoothL1(schedule="exponential", c=0.2, scale=2.0)),
+    ({"loss_type": "l1"}, "task.options.loss", Absolute()),
+    ({"multires_noise_iterations": 6}, "task.options.multires_iterations", 6),
+    ({"multires_noise_iterations": 6, "multires_noise_discount": 0.2}, "task.options.multires_discount", 0.2),
+    ({"min_timestep": 100, "max_timestep": 900}, "task.options.min_timestep", 100),
+    ({"min_timestep": 100, "max_timestep": 900}, "task.options.max_timestep", 900),
+    ({"masked_loss": True, "conditioning_data_dir": "masks"}, "task.masks", "masks"),
+    ({"masked_loss": True, "alpha_mask": True}, "task.options.mask", MaskOptions()),
+    ({"alpha_mask": True}, "data.pairs.loss_weight.channels", 1),
     ({"max_grad_norm": 0}, "train.engine.clip", 0.0),
     ({"fp8_base": True}, "train.engine.frozen", "int8"),
     ({"deepspeed": True, "zero_stage": 2, "offload_optimizer_device": "cpu"}, "train.engine.offload_optimizer", True),
@@ -153,8 +166,18 @@ SAME = [  # their key and value, our key, our value
 def test_key_by_key(given: dict[str, Any], key: str, value: Any, images: Path) -> None:
     run: Any = made(given, images)
     for name in key.split("."):
-        run = getattr(run, name)
+        run = run[name] if isinstance(run, dict) else getattr(run, name)
     assert run == value
+
+
+def test_masks_in_buckets_are_read_as_the_set_is_built(images: Path) -> None:
+    given = LORA | {"train_data_dir": str(images), "masked_loss": True, "enable_bucket": True}
+    for more, option in (({"alpha_mask": True}, '--pair loss_weight="alpha"'),
+                         ({"conditioning_data_dir": "/m"}, '--pair loss_weight="/m/"')):  # fmt: skip
+        found, run = read(given | more, None)
+        assert found.refused == []
+        assert option in found.before[0]
+        assert run.data.pairs["loss_weight"].kind == "stored"  # type: ignore[union-attr]
 
 
 def test_rates_of_sdxls_blocks(images: Path) -> None:
@@ -185,8 +208,10 @@ REFUSED = [
     ({"network_args": ["loraplus_unet_lr_ratio=4"]}, "network_args", "one ratio for all"),
     ({"network_module": "lycoris.kohya"}, "network_module", "not here"),
     ({"network_args": ["conv_dim=8"]}, "network_args", "one rank"),
-    ({"multires_noise_iterations": 6}, "multires_noise_iterations", "multi-resolution"),
-    ({"loss_type": "huber"}, "loss_type", "squared error"),
+    ({"loss_type": "huber", "huber_schedule": "linear"}, "huber_schedule", "linear"),
+    ({"loss_type": "lpips"}, "loss_type", "not here"),
+    ({"masked_loss": True}, "masked_loss", "no masks"),
+    ({"conditioning_data_dir": "masks"}, "conditioning_data_dir", "without masked_loss"),
     ({"min_snr_gamma": 5, "debiased_estimation_loss": True}, "debiased_estimation_loss", "one weighting"),
     ({"zero_terminal_snr": True}, "zero_terminal_snr", "the base's"),
     ({"clip_skip": 2}, "clip_skip", "another layer"),
