@@ -10,7 +10,7 @@ COPY pyproject.toml constraints.txt README.md LICENSE NOTICE ./
 COPY ldm ldm
 COPY launch launch
 COPY configs configs
-RUN pip install --no-cache-dir -c constraints.txt ".[transformers,bitsandbytes,remote,fast,parquet,completion]"
+RUN pip install --no-cache-dir -c constraints.txt ".[transformers,bitsandbytes,optimizers,remote,fast,parquet,completion]"
 WORKDIR /workspace
 ENTRYPOINT ["ldm"]
 CMD ["--help"]

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import finetune_from, starts
+from ldm.cli import finetune_from, finetune_training, starts
 from ldm.cli.options import TEXT_PRECISION_HELP, TEXT_PRECISIONS, Parser, is_override
 
 _EPILOG = (
@@ -38,6 +38,7 @@ def parser() -> Parser:
     d.add_argument("--prior-loss-weight", type=float, default=1.0, help="loss weight of class pictures")
     d.add_argument("--no-prior", action="store_true", help="without prior preservation")
     d.add_argument("--train-text-encoder", action="store_true", help="train the text encoders too")
+    finetune_training.add(d, lora=True, text=True)
     d.add_argument("--lora", action="store_true", help="train a LoRA instead of all weights")
     d.add_argument("--pivotal", "--train-text-encoder-ti", dest="pivotal", action="store_true",
                    help="pivotal tuning: the identifier is a new word that trains beside a LoRA")  # fmt: skip
@@ -47,6 +48,7 @@ def parser() -> Parser:
     t = methods.add_parser("textual-inversion", help="learn a new word (token) for a subject or style",
                            epilog=_EPILOG)  # fmt: skip
     _common(t, "500", "5e-3, of a shipped model 1e-2")
+    finetune_training.add(t)
     t.add_argument("--placeholder-token", "--token", dest="token", default="<thing>", help="the new word")
     _words(t, "words to start from, each one token")
     t.add_argument("--learnable-property", choices=("object", "style"), default="object", help="chooses the captions")
@@ -56,6 +58,7 @@ def parser() -> Parser:
                            epilog=_EPILOG)  # fmt: skip
     _common(r, "1000", "1e-4, of a shipped model 4e-3")
     r.add_argument("--train-text-encoder", action="store_true", help="adapt the text encoders too")
+    finetune_training.add(r, lora=True, text=True)
     _lora(r)
 
     _controlnet(methods)
@@ -79,6 +82,7 @@ def _controlnet(methods: Any) -> None:
     c = methods.add_parser("controlnet", help="learn to follow a picture: edges, a sketch, a small or grey version",
                            epilog=_EPILOG)  # fmt: skip
     _common(c, "10000", "1e-5, of a shipped model 3e-4")
+    finetune_training.add(c)
     c.add_argument("--condition", choices=CONDITIONS, default="canny", help="what is made of each picture for the "
                    "ControlNet to be shown; stored: pictures that the data set has beside")  # fmt: skip
     c.add_argument("--start", "--controlnet-model-name-or-path", dest="start", metavar="PATH",
@@ -93,6 +97,7 @@ def _ip_adapter(methods: Any) -> None:
     i = methods.add_parser("ip-adapter", epilog=_EPILOG,
                            help="learn to take a picture as a prompt beside the words")  # fmt: skip
     _common(i, "10000", "1e-4, of a shipped model 3e-4")
+    finetune_training.add(i)
     i.add_argument("--image-encoder", "--image-encoder-path", dest="image_encoder", default="clip_emoji",
                    help="what sees the pictures: transformers' folder (models/image_encoder of the published ones), "
                    "clip_emoji, open_clip:ARCH:WEIGHTS, or a CLIP trained here")  # fmt: skip
@@ -109,6 +114,7 @@ def _concat(methods: Any) -> None:
     for method, (help, steps, rates) in CONCAT.items():
         one = methods.add_parser(method, help=help, epilog=_EPILOG)
         _common(one, steps, rates)
+        finetune_training.add(one)
         one.add_argument("--validation-image", dest="pictures", type=Path, action="append", default=[],
                          metavar="PICTURE", help="what a --prompt is drawn with, in their order")  # fmt: skip
         if method == "inpaint":
@@ -200,7 +206,8 @@ def tree(args: argparse.Namespace) -> dict[str, Any]:
         cache=not args.no_cache,
         gradient_checkpointing=False if args.gradient_checkpointing == "none" else args.gradient_checkpointing,
         adapter=_pivotal(args) if pivotal else _adapter(args, low_rank),
-        name=None if args.out is None else args.out.name,
+        name=None if args.out is None else args.out.name, optim=finetune_training.optim(args),
+        options=finetune_training.options(args), masks=args.masked_loss,
     )  # fmt: skip
     if args.method == "dreambooth":
         prior: dict[str, Any] | None = None

@@ -24,7 +24,7 @@ from ldm.data import decode, images
 from ldm.data.buckets import BucketConfig, Shape, assign, name
 from ldm.data.decode import BadSample
 from ldm.data.manifest import Manifest, Shard
-from ldm.data.pairing import Search
+from ldm.data.pairing import ALPHA, Search
 from ldm.data.partners import packed
 from ldm.data.sources import CaptionsFrom, Columns, Item, captions_beside, find, read, read_place, remarks
 from ldm.data.write import ShardWriter
@@ -40,8 +40,8 @@ class BuildConfig:
     `format` "keep" stores the original bytes of upright RGB jpg, png and webp pictures that need no shrinking, and
     makes the others jpg. `heldout` is the share of samples, chosen by key, of the split "heldout". `min_side` leaves
     out smaller pictures. `pairs` are partners that each picture must have, by name, and where they are (None: the usual
-    places, see `ldm.data.pairing`); `masks` says what of a mask is to be painted. `image_column` and `caption_column`
-    are a table's where they have other names than usual.
+    places, see `ldm.data.pairing`; alpha: the picture's opacity); `masks` says what of a mask is to be painted.
+    `image_column` and `caption_column` are a table's where they have other names than usual.
     """
 
     size: int | None = None
@@ -64,7 +64,7 @@ class BuildConfig:
     @property
     def columns(self) -> Columns:
         """What tables' columns are, and where partners are. Raises ValueError for a place that is none."""
-        searches = tuple(Search.of(name, where) for name, where in self.pairs.items())
+        searches = tuple(Search.of(name, where) for name, where in self.pairs.items() if where != ALPHA)
         return Columns(pairs=searches, image=self.image_column, caption=self.caption_column)
 
     def __post_init__(self) -> None:
@@ -292,7 +292,20 @@ def _partners(item: Item, stored: _Stored, config: BuildConfig) -> dict[str, byt
         members |= packed(
             called, read_place(place), stored.original, stored.size, stored.target, clear, max_pixels=config.max_pixels
         )
+    for called in [pair for pair, where in config.pairs.items() if where == ALPHA]:
+        members |= packed(
+            called, _opacity(item, stored, config), stored.original, stored.size, stored.target, False,
+            max_pixels=config.max_pixels,
+        )  # fmt: skip
     return members
+
+
+def _opacity(item: Item, stored: _Stored, config: BuildConfig) -> bytes:
+    """The picture's opacity as a grey PNG, white where it has no transparency."""
+    opacity = decode.layers(read(item), max_pixels=config.max_pixels)[1] or Image.new("L", stored.original, 255)
+    buffer = io.BytesIO()
+    opacity.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 @dataclass(frozen=True)

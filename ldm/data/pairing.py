@@ -18,6 +18,8 @@ from ldm.data.items import Item, Partner
 from ldm.data.listing import Embedded, column_of, composed, inside
 from ldm.data.pairs import NAME
 
+ALPHA = "alpha"
+"""Of a pair's place: no file, but the picture's own opacity."""
 COLUMNS: dict[str, tuple[str, ...]] = {
     "condition": ("conditioning_image", "condition", "condition_image", "control_image", "control", "source"),
     "original": ("original_image", "input_image", "source_image", "source_img", "original", "source"),
@@ -55,7 +57,7 @@ class Search:
             folders = (name, f"{name}s", *_FOLDERS.get(name, ()))
             return Search(name, (f".{name}", f"_{name}"), folders, COLUMNS.get(name, (name, f"{name}_image")))
         if where.endswith(("/", os.sep)) and where.strip("/"):
-            return Search(name, folders=(where.strip("/"),))
+            return Search(name, folders=(where.rstrip("/"),))  # beside the pictures, or an absolute one
         if where[:1] in (".", "_", "-") and len(where) > 1:
             return Search(name, suffixes=(where,))
         if not where or "/" in where:

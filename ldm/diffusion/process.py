@@ -20,10 +20,12 @@ from ldm.diffusion.density import (
 )
 from ldm.diffusion.prediction import Epsilon, Sample, V, Velocity, broadcast
 from ldm.diffusion.schedule import Discrete, Flow
+from ldm.diffusion.shape import Shape, Squared
 from ldm.diffusion.weighting import P2, SNR, VLB, X0, CosMapWeight, Debiased, MinSNR, SigmaSqrt, SoftMinSNR, Uniform
 from ldm.types import Cond, Denoise, Net
 
 Value = TypeVar("Value", float, Tensor)
+_SQUARED = Squared()
 
 
 class Posterior(NamedTuple):
@@ -101,9 +103,10 @@ class Process:
         if isinstance(self.density, Importance) and not self.schedule.discrete:
             raise ValueError("density importance needs a discrete schedule, got 'flow'")
 
-    def times(self, u: Tensor, tokens: int | None = None) -> Tensor:
+    def times(self, u: Tensor, tokens: int | None = None, span: tuple[float, float] | None = None) -> Tensor:
         """Uniform u (B,) in [0, 1) -> training times (B,), of pictures of so many image tokens.
 
+        `span`: the times [low, high) between which all are brought, as evenly as before.
         Raises ValueError for density importance, whose times depend on past losses (`ImportanceTimes`), and for
         flux_shift without tokens.
         """
@@ -116,7 +119,12 @@ class Process:
             if tokens is None:
                 raise ValueError("density flux_shift: this loss does not tell the number of image tokens")
             density = density.of_tokens(tokens)
-        return self.schedule.sample(density.warp(u))
+        if span is None:
+            return self.schedule.sample(density.warp(u))
+        low, high = span
+        if self.schedule.discrete:
+            return (low + (density.warp(u).double() * (high - low)).floor()).long()
+        return low + (high - low) / self.schedule.steps * self.schedule.sample(density.warp(u))
 
     def fixed_times(self, share: Tensor) -> Tensor:
         """Shares (B,) in [0, 1) of T -> times (B,), whatever the density and the flow's shift."""
@@ -153,13 +161,26 @@ class Process:
         before = self.before(t, torch.float64) if isinstance(self.weighting, VLB) else None
         return self.weighting.weight(alpha, sigma, self.prediction, before).float()
 
-    def loss(self, out: Tensor, x0: Tensor, noise: Tensor, t: Tensor, region: Tensor | None = None) -> Tensor:
-        """Weighted squared error (B,) float32: the mean over all but the batch axis comes first, then the weight.
+    def loss(
+        self,
+        out: Tensor,
+        x0: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        region: Tensor | None = None,
+        *,
+        shape: Shape = _SQUARED,
+        whole_area: bool = False,
+    ) -> Tensor:
+        """Weighted error (B,) float32: the mean over all but the batch axis comes first, then the weight.
 
-        `region` (B, 1, H, W): weights of pixels in that mean.
+        `region` (B, 1, H, W): weights of pixels in that mean, which is over their sum, or over the `whole_area`.
+        `shape`: what an error costs.
         """
-        error = (out.float() - self.target(x0, noise, t).float()) ** 2
-        if region is None:
+        error = shape.cost(out.float() - self.target(x0, noise, t).float(), t, self.schedule)
+        if region is not None and whole_area:
+            error = error * region
+        if region is None or whole_area:
             return error.flatten(1).mean(1) * self.weight(t)
         whole = region.float().flatten(1).sum(1).clamp(min=torch.finfo(torch.float32).tiny)
         return (error * region).mean(1).flatten(1).sum(1) / whole * self.weight(t)

@@ -37,14 +37,11 @@ _LEFT: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 _LACKING: dict[str, tuple[Any, ...]] = {
-    "train.loss_type": ("not here: the loss is the squared error", "mse"),
     "train.content_or_style": ("not here: times as train.timestep_type has them", "balanced"),
     "train.content_or_style_reg": ("not here", "balanced"),
     "train.diff_output_preservation": ("the model's own outputs as regularisation: not here",),
     "train.blank_prompt_preservation": ("the model's own outputs as regularisation: not here",),
-    "train.inverted_mask_prior": ("masks: not here",),
-    "train.min_denoising_steps": ("a range of times: not here", 0),
-    "train.max_denoising_steps": ("a range of times: not here", 1000),
+    "train.inverted_mask_prior": ("the model's own outputs outside of masks: not here",),
     "train.noise_multiplier": ("not here", 1),
     "train.img_multiplier": ("not here", 1),
     "train.weight_jitter": ("not here", 0),
@@ -217,20 +214,19 @@ def _steps(sheet: Sheet) -> tuple[int, int, int]:
 def _optimizer(sheet: Sheet) -> None:
     name = sheet.text("train.optimizer", "adamw")
     common.optimizer(sheet, "train.optimizer", name)
-    arguments = dict(sheet.given.get("train.optimizer_params") or {})
-    if name.lower() in common.OPTIMIZERS:
-        sheet.put("train.optim.eps", 1e-6 if name.lower().startswith("adam") else 1e-8)  # theirs for every Adam
+    arguments, ours = dict(sheet.given.get("train.optimizer_params") or {}), common.algorithm(name)
+    if ours is not None:
+        adam = name.lower().startswith("adam") or ours == "prodigy"
+        sheet.put("train.optim.eps", 1e-6 if adam else 1e-8)  # theirs for every Adam
+        if ours == "adafactor":  # theirs turns both off unless they are asked for
+            sheet.put("train.optim.adafactor", {"scale_parameter": False, "relative_step": False})
         if arguments:
-            common.optimizer_arguments(sheet, "train.optimizer_params", arguments)
+            common.optimizer_arguments(sheet, "train.optimizer_params", arguments, ours)
     sheet.leave("none, or of an optimizer that is not here", "train.optimizer_params")
     rate = sheet.number("train.lr", 1e-6)
-    sheet.keep("train.lr", "train.optim.lr", rate)
-    for key in ("train.unet_lr", "train.text_encoder_lr", "train.embedding_lr", "train.adapter_lr"):
-        if sheet.has(key) and sheet.number(key) != rate and key in ("train.unet_lr", "train.text_encoder_lr"):
-            trains = key == "train.unet_lr" or sheet.flag("train.train_text_encoder")
-            if trains:
-                sheet.refuse(key, f"another rate than {rate:g}: one for all that trains here")
-        sheet.leave("the same, or of what does not train", key)
+    low = ours == "prodigy" and rate < 0.1
+    sheet.keep("train.lr", "train.optim.lr", 1.0 if low else rate, "theirs takes 1 for less than 0.1" if low else "")
+    _part_rates(sheet, rate)
     common.schedule(sheet, "train.lr_scheduler", warmup_key="train.lr_warmup_steps",
                     warmup=sheet.whole("train.lr_warmup_steps"), rate=rate)  # fmt: skip
     sheet.keep("train.max_grad_norm", "train.engine.clip", sheet.number("train.max_grad_norm", 1.0))
@@ -238,6 +234,20 @@ def _optimizer(sheet: Sheet) -> None:
     on = bool(ema.get("use_ema"))
     averaged = {"decay": float(ema.get("ema_decay", 0.99)), "warmup": False}
     sheet.keep("train.ema_config", "train.ema", averaged if on else None)
+
+
+def _part_rates(sheet: Sheet, rate: float) -> None:
+    """Rates of the network and of text encoders."""
+    text = sheet.flag("train.train_text_encoder")
+    own = sheet.number("train.unet_lr", rate)
+    if own != rate:
+        sheet.keep("train.unet_lr", "train.optim.lr", own)
+    words = sheet.number("train.text_encoder_lr", rate)
+    if text and words != own:
+        key = "train.text_encoder_lr" if sheet.has("train.text_encoder_lr") else "train.lr"
+        sheet.keep(key, "train.optim.rates.text", words)
+    sheet.leave("the same, or of what does not train", "train.unet_lr", "train.text_encoder_lr", "train.embedding_lr",
+                "train.adapter_lr")  # fmt: skip
 
 
 def _times(sheet: Sheet, family: str, model: str) -> None:
@@ -268,7 +278,26 @@ def _times(sheet: Sheet, family: str, model: str) -> None:
     common.min_snr(sheet, "train.min_snr_gamma")
     if sheet.has("train.snr_gamma"):
         sheet.refuse("train.snr_gamma", "a weight by SNR that is not min-SNR: not here; min_snr_gamma is")
+    _range_and_shape(sheet, flow)
     sheet.keep("train.noise_offset", "task.options.offset_noise", sheet.number("train.noise_offset"))
+
+
+def _range_and_shape(sheet: Sheet, flow: bool) -> None:
+    """The range of times, which theirs counts from the noise, and what an error costs."""
+    low, high = sheet.whole("train.min_denoising_steps"), sheet.whole("train.max_denoising_steps", 1000)
+    if (low, high) != (0, 1000):
+        key = "train.min_denoising_steps" if low else "train.max_denoising_steps"
+        if flow:
+            sheet.refuse(key, "of a flow: not here as theirs; task.options.min_timestep and max_timestep are")
+        else:
+            sheet.put("task.options.max_timestep", 1000 - low)
+            sheet.keep(key, "task.options.min_timestep", 1000 - high, "theirs counts from the noise")
+    sheet.leave("all times, or told together", "train.min_denoising_steps", "train.max_denoising_steps")
+    kind = sheet.text("train.loss_type", "mse")
+    if kind in ("mse", "mae"):
+        sheet.keep("train.loss_type", "task.options.loss", {"kind": "l1" if kind == "mae" else "mse"})
+    else:
+        sheet.refuse("train.loss_type", f"{kind}: not here; mse and mae are")
 
 
 def _samples(sheet: Sheet, base: str, trigger: str, name: str, steps: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ldm.interop import common
 from ldm.interop.sheet import Sheet
+from ldm.objectives.masked import LOSS_WEIGHT
 
 _LEFT = ("cache_latents", "cache_latents_to_disk", "type", "cache_clip_vision_to_disk", "num_frames",
          "cache_text_embeddings", "num_workers", "prefetch_factor", "shrink_video_to_frames", "do_i2v",
@@ -29,10 +30,7 @@ _LACKING: dict[str, tuple[Any, ...]] = {
     "control_path_3": ("conditions: not here",),
     "controls": ("conditions: not here",),
     "inpaint_path": ("not here",),
-    "alpha_mask": ("masks: not here",),
-    "mask_path": ("masks: not here",),
-    "mask_min_value": ("masks: not here", 0.1, 0.01, 0),
-    "invert_mask": ("masks: not here",),
+    "invert_mask": ("masks are white where is learned here: invert the files",),
     "unconditional_path": ("not here",),
     "poi": ("not here",),
     "token_dropout_rate": ("not here; data.tags.dropout drops tags", 0),
@@ -64,6 +62,14 @@ def read(sheet: Sheet, datasets: Sequence[Mapping[str, Any]], out: Path, trigger
         sheet.refuse("datasets.caption_dropout_rate", f"{sorted(drops)}: one share for all folders here")
     sheet.put("task.options.drop", max(drops))
     parts, weights = [], []
+    masked = [bool(d.get("alpha_mask") or d.get("mask_path")) for d in datasets]
+    if any(masked) and not all(masked):
+        sheet.refuse("datasets.mask_path", "some folders have masks and some have none: all or none here")
+    least = {float(d.get("mask_min_value", 0.0)) for d in datasets} if any(masked) else {0.0}
+    if len(least) > 1:
+        sheet.refuse("datasets.mask_min_value", f"{sorted(least)}: one weight outside for all folders here")
+    if all(masked):
+        common.masked(sheet, outside=max(least), normalize=True)
     for number, dataset in enumerate(datasets):
         told = Sheet(sheet.program, {f"datasets[{number}].{k}": v for k, v in dataset.items()})
         made = _parts(told, f"datasets[{number}].", dataset, trigger, out, len(parts))
@@ -121,6 +127,7 @@ def _parts(
     drop = sheet.number(at + "caption_dropout_rate")
     sheet.keep(at + "caption_dropout_rate", "", drop, "task.options.drop")
     tail |= {"template": f"{trigger} {{}}"} if trigger else {}
+    masks = _masks(sheet, at, dataset, tail)
     step = sheet.whole(at + "bucket_tolerance", 64)
     sheet.leave("ldm data build --bucket-step", at + "bucket_tolerance")
     parts = []
@@ -129,9 +136,22 @@ def _parts(
         how = (
             f"--buckets {size} --bucket-step {step} --bucket-ratio 4 --bucket-least 1" if buckets else f"--size {size}"
         )
-        sheet.before.append(f'ldm data build "{folder}" {place} {how}')
+        sheet.before.append(f'ldm data build "{folder}" {place} {how}{masks}')
         parts.append({"kind": "shards", "path": f"${{out}}/data/{i}", "size": size} | tail)
     return parts
+
+
+def _masks(sheet: Sheet, at: str, dataset: Mapping[str, Any], tail: dict[str, Any]) -> str:
+    """The masked loss of a folder, and the option that reads its masks."""
+    where = "alpha" if dataset.get("alpha_mask") else dataset.get("mask_path")
+    if not where:
+        sheet.leave("of masks", at + "mask_min_value")
+        return ""
+    key = at + ("alpha_mask" if dataset.get("alpha_mask") else "mask_path")
+    sheet.keep(key, "", where, "task.options.mask, divided by the mask's mean as theirs is")
+    sheet.keep(at + "mask_min_value", "", sheet.number(at + "mask_min_value"), "task.options.mask.outside")
+    tail["pairs"] = {LOSS_WEIGHT: {"kind": "stored", "channels": 1}}
+    return common.masks(str(where))
 
 
 def _trigger(sheet: Sheet, datasets: Sequence[Mapping[str, Any]], trigger: str) -> None:

@@ -52,10 +52,8 @@ def convert(call: Call, *, images: str | None = None, base: str | None = None) -
     sheet.leave("off", "use_ema")
     for why, keys in LEFT_OUT.items():
         sheet.leave(why, *keys)
-    prodigy = sheet.text("optimizer", "adamw").lower() == "prodigy"
+    sheet.leave("of Prodigy", *[key for key in sheet.given if key.startswith("prodigy_")])
     for key, (why, *neutral) in LACKING.items():
-        if key.startswith("prodigy_") and not prodigy:
-            sheet.leave("of Prodigy", key)
         sheet.lacking(key, why, neutral)
     return sheet.done()
 
@@ -120,6 +118,9 @@ def _optimizer(sheet: Sheet, script: Script, text: bool, samples: int) -> None:
     if name.lower() == "adam" and script.method in ("textual_inversion",):
         name = "AdamW"
     common.optimizer(sheet, key, name)
+    prodigy = name.lower() == "prodigy"
+    if prodigy:
+        _prodigy(sheet)
     sheet.leave("told with the optimizer", "use_8bit_adam", "optimizer")
     rate = sheet.number("learning_rate", script.rate)
     note = ""
@@ -128,8 +129,9 @@ def _optimizer(sheet: Sheet, script: Script, text: bool, samples: int) -> None:
     sheet.keep("learning_rate", "train.optim.lr", rate, note)
     sheet.leave("in train.optim.lr", "scale_lr")
     if text and script.text_rate is not None and sheet.number("text_encoder_lr", script.text_rate) != rate:
-        sheet.refuse("text_encoder_lr", f"{sheet.number('text_encoder_lr', script.text_rate):g} for text encoders and "
-                     f"{rate:g}: one rate for all that trains here")  # fmt: skip
+        own = sheet.number("text_encoder_lr", script.text_rate)
+        # theirs: Prodigy has one rate, the network's
+        sheet.keep("text_encoder_lr", *(("", None) if prodigy else ("train.optim.rates.text", own)))
     sheet.leave("the same rate" if text else "text encoders do not train", "text_encoder_lr")
     sheet.keep("adam_beta1", "train.optim.betas", [sheet.number("adam_beta1", 0.9), sheet.number("adam_beta2", 0.999)])
     sheet.leave("in train.optim.betas", "adam_beta2")
@@ -149,6 +151,20 @@ def _optimizer(sheet: Sheet, script: Script, text: bool, samples: int) -> None:
     sheet.leave("told with lr_scheduler", "lr_num_cycles", "lr_power")
     clip = 0.0 if script.method == "textual_inversion" else sheet.number("max_grad_norm", 1.0)
     sheet.keep("max_grad_norm", "train.engine.clip", clip)
+
+
+def _prodigy(sheet: Sheet) -> None:
+    """Its settings, which their scripts have otherwise than the package where they say nothing."""
+    for name, ours, usual in (
+        ("use_bias_correction", "bias_correction", True),
+        ("safeguard_warmup", "safeguard_warmup", True),
+    ):
+        sheet.keep(f"prodigy_{name}", f"train.optim.prodigy.{ours}", sheet.flag(f"prodigy_{name}", usual))
+    if sheet.has("prodigy_beta3"):
+        sheet.keep("prodigy_beta3", "train.optim.prodigy.beta3", sheet.number("prodigy_beta3"))
+    if not sheet.flag("prodigy_decouple", True):
+        sheet.refuse("prodigy_decouple", "false: weight decay is decoupled here")
+    sheet.leave("as here", "prodigy_decouple")
 
 
 def _loss(sheet: Sheet, script: Script, base: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.interop import common, kohya_data, kohya_flow
+from ldm.interop import common, kohya_blocks, kohya_data, kohya_loss
 from ldm.interop.kohya_keys import LACKING, LEFT_OUT
 from ldm.interop.sheet import Converted, Sheet
 
@@ -29,6 +29,14 @@ MODULES = {"networks.lora": "", "networks.lora_fa": "", "networks.lora_flux": "f
 PARTS = ("clip_l", "clip_g", "t5xxl", "ae")
 BLOCKS = ["attention", "feed_forward", "projection"]
 """What its LoRA corrects of a U-Net; with conv_dim the resnets too."""
+
+
+TEXT_RATES = ("text_encoder_lr", "text_encoder_lr1", "text_encoder_lr2", "learning_rate_te", "learning_rate_te1",
+              "learning_rate_te2")  # fmt: skip
+"""Its rates of text encoders."""
+
+
+LORA_PLUS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
 
 
 def flattened(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,7 +80,7 @@ def convert(
     sheet.keep("gradient_accumulation_steps", "train.accumulate", accumulate)
     steps = _steps(sheet, source, batch * processes, accumulate)
     _optimizer(sheet, rate, steps)
-    _loss(sheet, family, model)
+    kohya_loss.read(sheet, family)
     _caches(sheet, source, text)
     _precision(sheet)
     _samples(sheet, model, source, batch * processes, accumulate)
@@ -127,6 +135,7 @@ def _adapter(sheet: Sheet, how: str, family: str) -> bool:
     if module not in MODULES or module == "networks.lora_fa":
         sheet.refuse("network_module", f"{module}: not here; networks.lora is (LoRA, with conv_dim LoCon)")
     arguments = common.pairs(sheet.texts("network_args"))
+    _lora_plus(sheet, arguments)
     rank, alpha = sheet.whole("network_dim", 4), sheet.number("network_alpha", 1.0)
     sheet.put("task.adapter.kind", "lora")
     if module in MODULES and module != "networks.lora_fa":
@@ -134,10 +143,24 @@ def _adapter(sheet: Sheet, how: str, family: str) -> bool:
     sheet.keep("network_dim", "task.adapter.rank", rank)
     sheet.keep("network_alpha", "task.adapter.alpha", alpha, f"the scale is alpha / rank, {alpha / rank:g}")
     only = sheet.flag("network_train_unet_only")
-    text = not only and not cached and sheet.number("text_encoder_lr", 1.0) != 0
+    text = not only and not cached and any(float(v) != 0 for v in sheet.texts("text_encoder_lr") or ["1"])
     why = "" if only or text else "their captions' states are cached" if cached else "their rate of it is 0"
     sheet.keep("network_train_unet_only", "task.adapter.text", text, why)
     return text
+
+
+def _lora_plus(sheet: Sheet, arguments: dict[str, str]) -> None:
+    """LoRA+ among the network's arguments, one ratio for all that trains."""
+    ratios = {name: float(arguments.pop(name)) for name in LORA_PLUS if name in arguments}
+    if sheet.has("loraplus_lr_ratio"):
+        ratios["loraplus_lr_ratio"] = sheet.number("loraplus_lr_ratio")
+    if not ratios:
+        return
+    key = "loraplus_lr_ratio" if sheet.has("loraplus_lr_ratio") else "network_args"
+    if len(set(ratios.values())) > 1 or (len(ratios) == 1 and "loraplus_lr_ratio" not in ratios):
+        sheet.refuse(key, f"{ratios}: one ratio for all that trains here, loraplus_lr_ratio")
+    elif (ratio := next(iter(ratios.values()))) != 1:
+        sheet.keep(key, "train.optim.rates.lora_plus", ratio)
 
 
 def _targets(sheet: Sheet, family: str, rank: int, alpha: float, arguments: dict[str, str]) -> None:
@@ -183,24 +206,31 @@ def _words(sheet: Sheet) -> None:
 
 
 def _rates(sheet: Sheet, how: str, text: bool) -> float:
-    """One rate; others for text encoders are refused."""
+    """The network's rate, and others for text encoders and blocks."""
     rate = sheet.number("learning_rate", 2e-6)
     key = "unet_lr" if how == "lora" and sheet.has("unet_lr") else "learning_rate"
-    rate = sheet.number(key, rate)
+    usual, rate = rate, sheet.number(key, rate)
     sheet.keep(key, "train.optim.lr", rate)
     if key == "unet_lr":
         sheet.leave("unet_lr is the one that counts", "learning_rate")
     sheet.leave("as learning_rate", "unet_lr")
-    for other in ("text_encoder_lr", "text_encoder_lr1", "text_encoder_lr2", "learning_rate_te", "learning_rate_te1",
-                  "learning_rate_te2"):  # fmt: skip
-        if not sheet.has(other):
-            continue
-        values = {float(v) for v in sheet.texts(other)}
-        if not text or values == {rate}:
-            sheet.leave("text encoders do not train" if not text else "the same rate", other)
-        else:
-            sheet.refuse(other, f"another rate for text encoders than {rate:g}: one for all that trains here; write "
-                         "the same, or network_train_unet_only")  # fmt: skip
+    names = [name for name in TEXT_RATES if sheet.has(name)]
+    if not text:
+        sheet.leave("text encoders do not train", *names)
+        names = []
+    own = [float(value) for name in names for value in sheet.texts(name)]
+    if text and not own and key == "unet_lr":
+        own = [usual]  # theirs: what has no rate of its own takes learning_rate
+    if any(value != rate for value in own):
+        # text_encoder_lr1 alone leaves the second encoder at learning_rate
+        own += [usual] if names in (["text_encoder_lr1"], ["learning_rate_te1"]) else []
+        own = [usual, *own] if names in (["text_encoder_lr2"], ["learning_rate_te2"]) else own
+        told: Any = own[0] if len(set(own)) == 1 else own
+        sheet.keep(names[0] if names else "learning_rate", "train.optim.rates.text", told)
+        sheet.leave("in train.optim.rates.text", *names)
+    sheet.leave("the same rate", *names)
+    if sheet.has("block_lr"):
+        kohya_blocks.rates(sheet, rate)
     return rate
 
 
@@ -226,42 +256,25 @@ def _optimizer(sheet: Sheet, rate: float, steps: int) -> None:
             key, name = flag, name or other
     common.optimizer(sheet, key, name or "AdamW")
     sheet.leave("off", "use_8bit_adam", "use_lion_optimizer")
-    arguments = common.pairs(sheet.texts("optimizer_args"))
-    if arguments and name.lower() in common.OPTIMIZERS:
-        common.optimizer_arguments(sheet, "optimizer_args", arguments)
+    arguments, ours = common.pairs(sheet.texts("optimizer_args")), common.algorithm(name or "AdamW")
+    if arguments and ours is not None:
+        common.optimizer_arguments(sheet, "optimizer_args", arguments, ours)
     elif sheet.has("optimizer_args"):
         sheet.leave("of an optimizer that is not here" if arguments else "none", "optimizer_args")
     warmup = sheet.number("lr_warmup_steps")
     warmup = int(warmup * steps) if 0 < warmup < 1 else int(warmup)
     cycles, power = sheet.number("lr_scheduler_num_cycles", 1.0), sheet.number("lr_scheduler_power", 1.0)
+    cooldown = sheet.number("lr_decay_steps")
+    course = {"cooldown": int(cooldown * steps) if 0 < cooldown < 1 else int(cooldown),
+              "final": sheet.number("lr_scheduler_min_lr_ratio"),
+              "timescale": sheet.number("lr_scheduler_timescale")}  # fmt: skip
     common.schedule(
-        sheet, "lr_scheduler", warmup_key="lr_warmup_steps", warmup=warmup, rate=rate, cycles=cycles, power=power
-    )
-    sheet.leave("told with lr_scheduler", "lr_scheduler_num_cycles", "lr_scheduler_power")
+        sheet, "lr_scheduler", warmup_key="lr_warmup_steps", warmup=warmup, rate=rate, cycles=cycles, power=power,
+        course=course,
+    )  # fmt: skip
+    sheet.leave("told with lr_scheduler, or of another", "lr_scheduler_num_cycles", "lr_scheduler_power",
+                "lr_decay_steps", "lr_scheduler_min_lr_ratio", "lr_scheduler_timescale")  # fmt: skip
     sheet.keep("max_grad_norm", "train.engine.clip", sheet.number("max_grad_norm", 1.0))
-
-
-def _loss(sheet: Sheet, family: str, base: str) -> None:
-    if family in ("flux", "sd3"):
-        kohya_flow.read(sheet, family)
-    weightings = [k for k in ("min_snr_gamma", "debiased_estimation_loss", "scale_v_pred_loss_like_noise_pred")
-                  if sheet.has(k) and sheet.given[k] not in (False, 0)]  # fmt: skip
-    if len(weightings) > 1:
-        sheet.refuse(weightings[1], f"beside {weightings[0]}: one weighting of the loss here")
-    first = "".join(weightings[:1])
-    if first == "min_snr_gamma":
-        common.min_snr(sheet, "min_snr_gamma")
-    elif first == "debiased_estimation_loss":
-        sheet.near("debiased_estimation_loss", "task.weighting", {"kind": "debiased"},
-                   "of a network that predicts noise; theirs takes SNRs above 1000 as 1000")  # fmt: skip
-    elif first:
-        sheet.keep(first, "task.weighting", {"kind": "snr"}, "1 on the error of the noise")
-    sheet.leave("off", *[k for k in ("min_snr_gamma", "debiased_estimation_loss", "scale_v_pred_loss_like_noise_pred")
-                         if k not in weightings])  # fmt: skip
-    if family in ("flux", "sd3"):
-        return
-    sheet.keep("noise_offset", "task.options.offset_noise", sheet.number("noise_offset"))
-    sheet.keep("ip_noise_gamma", "task.options.input_perturbation", sheet.number("ip_noise_gamma"))
 
 
 def _caches(sheet: Sheet, source: kohya_data.Source, text: bool) -> None:

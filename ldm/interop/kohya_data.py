@@ -30,8 +30,6 @@ _LACKING = {
     "caption_dropout_every_n_epochs": "not here; task.options.drop is a share",
     "metadata_file": "its file of all captions: not here; write them beside the pictures, or into a metadata.jsonl",
     "in_json": "its file of all captions: not here; write them beside the pictures, or into a metadata.jsonl",
-    "conditioning_data_dir": "of masked losses and ControlNets: not here",
-    "alpha_mask": "masked loss: not here",
     "resize_interpolation": "not here",
     "network_multiplier": "not here",
     "custom_attributes": "not here",
@@ -41,6 +39,8 @@ _LACKING = {
 _MET: dict[str, tuple[Any, ...]] = {"token_warmup_min": (1,), "token_warmup_step": (0,), "network_multiplier": (1,),
                                     "validation_split": (0,)}  # fmt: skip
 _LEFT = ("cache_info", "validation_seed")
+MASKS = ("alpha_mask", "conditioning_data_dir", "masked_loss")
+"""Of a masked loss."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,13 @@ class Subset:
     def reg(self) -> bool:
         """Whether its pictures are of the class, for regularisation."""
         return self.on("is_reg")
+
+    @property
+    def masks(self) -> str | None:
+        """Where the masks of its pictures are, alpha or a folder, with a masked loss."""
+        if self.on("alpha_mask"):
+            return "alpha"
+        return self.settings.get("conditioning_data_dir") or None
 
     @property
     def repeats(self) -> int:
@@ -96,6 +103,7 @@ def read(sheet: Sheet, data: Mapping[str, Any] | None, out: Path, *, images: str
     if len(batches) > 1:
         sheet.refuse("dataset_config", f"batch_size {sorted(batches)}: one batch for all data sets here")
     _checks(sheet, subsets)
+    _masks(sheet, subsets)
     source.pictures = _pictures(subsets)
     drops = {float(s.settings.get("caption_dropout_rate", 0.0)) for s in subsets if not s.reg}
     if len(drops) > 1:
@@ -113,7 +121,7 @@ def read(sheet: Sheet, data: Mapping[str, Any] | None, out: Path, *, images: str
 
 def _subsets(sheet: Sheet, data: Mapping[str, Any] | None, images: str | None) -> list[Subset]:
     """All folders with their settings; arguments of the command line hold where the file says nothing."""
-    known = {*OF_DATASET, *_LACKING, *_LEFT, "caption_extension", "shuffle_caption", "keep_tokens", "flip_aug",
+    known = {*OF_DATASET, *_LACKING, *_LEFT, *MASKS, "caption_extension", "shuffle_caption", "keep_tokens", "flip_aug",
              "random_crop", "caption_dropout_rate", "caption_tag_dropout_rate", "caption_prefix", "caption_suffix",
              "caption_separator", "caption_extention", "class_tokens"}  # fmt: skip
     own = {k: v for k, v in sheet.given.items() if k in known}
@@ -137,11 +145,28 @@ def _subsets(sheet: Sheet, data: Mapping[str, Any] | None, images: str | None) -
     return found
 
 
+def _masks(sheet: Sheet, subsets: Sequence[Subset]) -> None:
+    """The masked loss: theirs multiplies by the mask and takes the mean of all places."""
+    if not any(s.masks or s.on("masked_loss") for s in subsets):
+        return
+    key = next((k for k in MASKS if any(k in s.settings for s in subsets)), "masked_loss")
+    own = [s for s in subsets if not s.reg]
+    if not all(s.masks for s in own):
+        sheet.refuse(key, "some folders have no masks (alpha_mask, conditioning_data_dir): all or none here")
+        return
+    if any(s.settings.get("conditioning_data_dir") for s in own) and not any(s.on("masked_loss") for s in own):
+        sheet.refuse("conditioning_data_dir", "without masked_loss it is of ControlNets: `ldm finetune controlnet`")
+        return
+    common.masked(sheet)
+    _row(sheet, subsets, key, "task.options.mask", "the mask's mean over each latent pixel")
+
+
 def _checks(sheet: Sheet, subsets: Sequence[Subset]) -> None:
     """Refuse what is not here, once for each key; and keys that nobody knows."""
-    known = {*OF_DATASET, *_LACKING, *_LEFT, "num_repeats", "caption_extension", "caption_extention", "class_tokens",
-             "is_reg", "shuffle_caption", "keep_tokens", "flip_aug", "random_crop", "caption_dropout_rate",
-             "caption_tag_dropout_rate", "caption_prefix", "caption_suffix", "caption_separator"}  # fmt: skip
+    known = {*OF_DATASET, *_LACKING, *_LEFT, *MASKS, "num_repeats", "caption_extension", "caption_extention",
+             "class_tokens", "is_reg", "shuffle_caption", "keep_tokens", "flip_aug", "random_crop",
+             "caption_dropout_rate", "caption_tag_dropout_rate", "caption_prefix", "caption_suffix",
+             "caption_separator"}  # fmt: skip
     for key in dict.fromkeys(k for s in subsets for k in s.settings):
         values = [s.settings[key] for s in subsets if key in s.settings]
         off = all(v in (None, False, "", []) or v in _MET.get(key, ()) for v in values)
@@ -204,6 +229,8 @@ def _one(sheet: Sheet, subset: Subset, path: str) -> dict[str, Any]:
         if shuffle or drop:
             sheet.refuse("caption_prefix" if before else "caption_suffix", "with shuffled tags: theirs are shuffled "
                          "with the caption, data.template is put around it")  # fmt: skip
+    if "mask" in sheet.tree.get("task", {}).get("options", {}):
+        found["pairs"] = common.masked(sheet)
     return found | _uncaptioned(sheet, subset)
 
 
@@ -230,6 +257,8 @@ def _put(sheet: Sheet, subsets: Sequence[Subset], out: Path, source: Source) -> 
     if len(subsets) == 1 and plain:
         sheet.put("task.images", first.folder)
         sheet.put("data", _one(sheet, first, "${out}/data/pictures"))
+        if "pairs" in sheet.tree["data"]:
+            sheet.put("task.masks", first.masks)
         return
     parts = []
     for i, subset in enumerate(subsets):
@@ -277,6 +306,8 @@ def _build(sheet: Sheet, subset: Subset, one: Mapping[str, Any], place: str) -> 
     side = one["size"]
     if "require_captions" in one:
         command += " --without-captions"
+    if "pairs" in one:  # class pictures are opaque
+        command += common.masks(subset.masks or "alpha")
     if not one.get("buckets"):
         return f"{command} --size {side}"
     step = int(subset.settings.get("bucket_reso_steps", 64))

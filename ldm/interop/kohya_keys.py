@@ -33,24 +33,12 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Why, and the keys."""
 
-_LOSS = "not here: the loss is the squared error"
 LACKING: dict[str, tuple[Any, ...]] = {
-    "loss_type": (_LOSS, "l2"),
-    "huber_schedule": ("of huber losses, which are not here", "snr", "constant", "exponential"),
-    "huber_c": ("of huber losses, which are not here", 0.1),
-    "huber_scale": ("of huber losses, which are not here", 1.0),
     "v_pred_like_loss": ("not here; task.weighting has min_snr, debiased, snr, p2, ...",),
     "noise_offset_random_strength": ("not here: task.options.offset_noise is of one strength",),
     "ip_noise_gamma_random_strength": ("not here: task.options.input_perturbation is of one strength",),
     "adaptive_noise_scale": ("not here", 0),
-    "multires_noise_iterations": ("multi-resolution noise: not here", 0),
-    "multires_noise_discount": ("multi-resolution noise: not here", 0.3),
     "zero_terminal_snr": ("not here in fine-tuning: the schedule is the base's",),
-    "min_timestep": ("a range of times: not here", 0),
-    "max_timestep": ("a range of times: not here", 1000),
-    "masked_loss": ("not here",),
-    "alpha_mask": ("not here",),
-    "conditioning_data_dir": ("of masked losses, which are not here",),
     "network_dropout": ("dropout of the rank: not here; task.adapter.dropout is of the layer's input", 0),
     "network_weights": ("going on from a file: not here",),
     "dim_from_weights": ("going on from a file: not here",),
@@ -58,8 +46,6 @@ LACKING: dict[str, tuple[Any, ...]] = {
     "base_weights_multiplier": ("merging files into the base: `ldm convert` does it",),
     "network_train_text_encoder_only": ("not here: the network trains",),
     "scale_weight_norms": ("a bound of the LoRA's norm: not here",),
-    "loraplus_lr_ratio": ("LoRA+: not here", 1),
-    "block_lr": ("rates by block: not here",),
     "resume": ("its own state of a training: not read here",),
     "vae": ("another autoencoder than the base's: not here; write it into a folder with the base",),
     "clip_skip": ("another layer of the text encoder than the base's: not here", 1),
@@ -72,9 +58,6 @@ LACKING: dict[str, tuple[Any, ...]] = {
     "weighted_captions": ("not here in training",),
     "lr_scheduler_type": ("not here",),
     "lr_scheduler_args": ("not here",),
-    "lr_decay_steps": ("not here", 0),
-    "lr_scheduler_timescale": ("not here",),
-    "lr_scheduler_min_lr_ratio": ("not here; train.optim.final is what cosine and linear end at", 0),
     "stop_text_encoder_training": ("not here: text encoders train throughout or not at all", -1),
     "diffusers_xformers": ("not here",),
     "tokenizer": ("not here: the base's own",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
@@ -15,6 +15,7 @@ from ldm import dist
 from ldm.diffusion.density import Importance, ImportanceTimes
 from ldm.diffusion.likelihood import hybrid_loss
 from ldm.diffusion.process import Process, offset_noise, perturb_noise
+from ldm.diffusion.shape import Shape, Squared
 from ldm.models.network import Network, of_averages
 from ldm.models.vae.latents import LatentCodec
 from ldm.objectives import partners, repeats
@@ -22,6 +23,8 @@ from ldm.objectives.align import Alignment, AlignOptions
 from ldm.objectives.base import Objective, by_noise
 from ldm.objectives.concat import Concat, Drop, Instruct
 from ldm.objectives.inputs import EncodeText, LatentFeed
+from ldm.objectives.masked import MaskOptions
+from ldm.objectives.multires import pyramid_noise
 from ldm.objectives.routing import RouteOptions, kept, set_span
 from ldm.objectives.small import SmallOptions, can_be_small, shrunk, side_at
 from ldm.rng import Rng, key
@@ -38,13 +41,17 @@ class DenoiseOptions:
     each sample's is drawn evenly (FLUX.1 dev: 1.0 or 3.5).
     `offset_noise`: standard deviation of one more normal draw a channel, shared by its pixels, so that the mean
     brightness is learned too. `input_perturbation`: of the noise that the network sees beside its target (arXiv
-    2301.11706). `bound_weight`: of the bound beside the simple loss where the variance is learned (improved DDPM,
-    eq. 16). The rest act in training and leave the validation loss as it is. `drop_warmup`: optimizer steps over which
-    the shares of `drop` and `drop_each` rise from 0. `contrastive`: of the distance to another sample's target that is
-    taken from the loss (arXiv 2506.05350: 0.05). `assign` "optimal": noise goes to the nearest samples among each
-    `assign_among` consecutive ones. `repeats`: how often each encoded sample is used, at times and with noises of its
-    own. `align`: features inside of the network are drawn towards those that another has of the clean picture. `small`:
-    the first steps are of averaged, small latents. `route`: of a transformer's tokens some are led around its middle.
+    2301.11706). `multires_iterations`: coarser noises that are added, each `multires_discount` times the one before
+    (`ldm.objectives.multires`; 6 to 10 and 0.1 to 0.3 are usual). `loss`: what an error costs (`ldm.diffusion.shape`),
+    by `mask`, if any, where. `min_timestep`, `max_timestep`: training times are in [min, max) of the schedule's T
+    (1000), a flow's too, counted from the picture. `bound_weight`: of the bound beside the simple loss where the
+    variance is learned (improved DDPM, eq. 16). The rest act in training and leave the validation loss as it is.
+    `drop_warmup`: optimizer steps over which the shares of `drop` and `drop_each` rise from 0. `contrastive`: of the
+    distance to another sample's target that is taken from the loss (arXiv 2506.05350: 0.05). `assign` "optimal": noise
+    goes to the nearest samples among each `assign_among` consecutive ones. `repeats`: how often each encoded sample is
+    used, at times and with noises of its own. `align`: features inside of the network are drawn towards those that
+    another has of the clean picture. `small`: the first steps are of averaged, small latents. `route`: of a
+    transformer's tokens some are led around its middle.
     `concat`: a picture that a U-Net is told by more channels (`ldm.objectives.concat`).
     """
 
@@ -53,6 +60,12 @@ class DenoiseOptions:
     guidance: float | tuple[float, float] | None = None
     offset_noise: float = 0.0
     input_perturbation: float = 0.0
+    multires_iterations: int = 0
+    multires_discount: float = 0.3
+    loss: Shape = field(default_factory=Squared)
+    mask: MaskOptions | None = None
+    min_timestep: int = 0
+    max_timestep: int | None = None
     bound_weight: float = 0.001
     drop_warmup: int = 0
     contrastive: float = 0.0
@@ -84,6 +97,7 @@ class DenoiseOptions:
         for name, value in strengths.items():
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be at least 0, got {value}")
+        self._check_noise()
         if self.drop_warmup < 0:
             raise ValueError(f"drop_warmup must be at least 0 steps, got {self.drop_warmup}")
         if not 0 <= self.contrastive < 1:  # from 1 on the loss has no minimum
@@ -101,6 +115,30 @@ class DenoiseOptions:
             raise ValueError("small: pictures that are concatenated are not averaged; write null")
         if self.repeats > 1 and self.align is not None:
             raise ValueError(f"repeats: {self.repeats} with align: features are those of one use a picture; write 1")
+
+    def _check_noise(self) -> None:
+        """Raise ValueError for coarser noises, times and masks that cannot be."""
+        if not 0 <= self.multires_iterations <= 16:
+            raise ValueError(f"multires_iterations must be in [0, 16], got {self.multires_iterations}")
+        if not (math.isfinite(self.multires_discount) and 0 <= self.multires_discount <= 1):
+            raise ValueError(f"multires_discount must be in [0, 1], got {self.multires_discount}")
+        if self.min_timestep < 0:
+            raise ValueError(f"min_timestep must be at least 0, got {self.min_timestep}")
+        if self.max_timestep is not None and self.max_timestep <= self.min_timestep:
+            raise ValueError(
+                f"max_timestep must be above min_timestep {self.min_timestep}, or null (all), got {self.max_timestep}"
+            )
+        if self.mask is not None and getattr(self.concat, "outside", 1) != 1:
+            raise ValueError("mask: beside concat.outside, which weighs places too; write one of them")
+
+    def span(self, steps: int) -> tuple[float, float] | None:
+        """The training times [low, high) of a schedule of so many, None for all. Raises ValueError beyond it."""
+        high = steps if self.max_timestep is None else self.max_timestep
+        if high > steps:
+            raise ValueError(f"options.max_timestep: {high} is beyond the schedule's {steps}")
+        if self.min_timestep >= high:
+            raise ValueError(f"options.min_timestep: {self.min_timestep} must be below the schedule's {steps}")
+        return None if (self.min_timestep, high) == (0, steps) else (self.min_timestep, high)
 
     def check(self, micro: int) -> None:
         """Raise ValueError where micro-batches of so many samples do not divide into the pairs or groups of levers."""
@@ -146,6 +184,7 @@ class DenoiseObjective(Objective):
             raise ValueError(
                 f"options.contrastive: {options.contrastive} has no meaning with process.variance 'learned'; write 0"
             )
+        self._span = self._checked(process, options)
         self._dropping = 0.0 if options.drop_warmup else 1.0  # part of the shares of dropped texts
         if options.small is not None:
             can_be_small(cast("Network", self._of[0]))
@@ -153,6 +192,18 @@ class DenoiseObjective(Objective):
             set_span(self._of[0], options.route, None if alignment is None else alignment.place)
         density = process.density
         self._history = History(process.schedule.steps, density) if isinstance(density, Importance) else None
+
+    @staticmethod
+    def _checked(process: Process, options: DenoiseOptions) -> tuple[float, float] | None:
+        """The range of training times. Raises ValueError for what a process cannot have."""
+        learned = process.variance == "learned"
+        if learned and (options.mask is not None or not isinstance(options.loss, Squared)):
+            key = "mask" if options.mask is not None else "loss"
+            raise ValueError(f"options.{key}: has no meaning with process.variance 'learned'; leave it out")
+        span = options.span(process.schedule.steps)
+        if span is not None and isinstance(process.density, Importance):
+            raise ValueError("options.min_timestep, max_timestep: density importance draws all times; leave them out")
+        return span
 
     def forward(self, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
         """Mean over the micro-batch of weight x error; randomness belongs to each sample's global position."""
@@ -186,12 +237,12 @@ class DenoiseObjective(Objective):
             weight = self.options.bound_weight
             losses = hybrid_loss(self.process, out, latents, noise, t, weight=weight, added=added)
         else:
-            losses = self.process.loss(out, latents, noise, t, region)
+            losses = self._cost(out, latents, noise, t, region)
         if self._history is not None and torch.is_grad_enabled():
             self._history.see(rng.positions, t, losses)
         metrics = by_noise(losses.detach(), t / self.process.schedule.last)
         if self.options.contrastive and torch.is_grad_enabled():
-            apart = self.process.loss(out, partners.swapped(latents), partners.swapped(noise), t, region)
+            apart = self._cost(out, partners.swapped(latents), partners.swapped(noise), t, region)
             losses = losses - self.options.contrastive * apart
             metrics["loss_contrastive"] = apart.detach().mean()
         weights = weights.to(losses)
@@ -208,8 +259,18 @@ class DenoiseObjective(Objective):
 
     def _region(self, batch: Batch, latents: Tensor, count: int) -> Tensor | None:
         """The weights (B, 1, h, w) of latent pixels in the loss, None where all are alike."""
+        if self.options.mask is not None:
+            if latents.is_meta:  # a plan, whose count it does not change
+                return None
+            return repeats.rows_of(self.options.mask.region(batch, latents), count)
         region = None if self.options.concat is None else self.options.concat.region(batch, self._codec)
         return None if region is None else repeats.rows_of(region.to(latents), count)
+
+    def _cost(self, out: Tensor, x0: Tensor, noise: Tensor, t: Tensor, region: Tensor | None) -> Tensor:
+        """The weighted error (B,)."""
+        mask = self.options.mask
+        whole = mask is not None and not mask.normalize
+        return self.process.loss(out, x0, noise, t, region, shape=self.options.loss, whole_area=whole)
 
     def _answer(self, noised: Tensor, t: Tensor, cond: Cond, batch: Batch, side: int) -> tuple[Tensor, Tensor | None]:
         """The network's answer, and the similarity (B,) of its features to the clean picture's where they align."""
@@ -235,7 +296,7 @@ class DenoiseObjective(Objective):
     def _times(self, u: Tensor, tokens: int) -> tuple[Tensor, Tensor | None]:
         """Times (B,), and the weights that undo their density; validation sees all times evenly."""
         if self._history is None:
-            return self.process.times(u, tokens), None
+            return self.process.times(u, tokens, self._span if torch.is_grad_enabled() else None), None
         return self._history.times.sample(u) if torch.is_grad_enabled() else (self.process.schedule.sample(u), None)
 
     def _noises(self, rng: Rng, latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,6 +305,8 @@ class DenoiseObjective(Objective):
         noise = rng.normal("noise", latents.shape[1:]).to(latents)
         if options.offset_noise:
             noise = offset_noise(noise, rng.normal("offset", latents.shape[1:2]).to(latents), options.offset_noise)
+        if options.multires_iterations and not noise.is_meta:
+            noise = pyramid_noise(noise, rng, options.multires_iterations, options.multires_discount)
         if options.assign == "optimal" and torch.is_grad_enabled():
             noise = noise[partners.assigned(latents, noise, options.assign_among)]
         if not options.input_perturbation:

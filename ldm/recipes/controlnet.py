@@ -83,7 +83,7 @@ def build(task: ControlTask, data: Data, train: TrainConfig, seed: int, workers:
     control = started(task, pipeline)
     if task.images is not None:
         source = only_source(data)
-        prepare(task.images, Path(source.path), None, source.size)
+        prepare(task.images, Path(source.path), None, source.size, task.masks)
 
     def drawn(samples: Samples, preview: TextToImage) -> SampleHook:
         return SampleHook(samples, preview, Conditions(task, samples, preview, control) if task.conditions else None)

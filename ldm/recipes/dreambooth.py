@@ -18,6 +18,7 @@ from ldm.recipes import planned, planned_models
 from ldm.recipes import prior as class_pictures
 from ldm.recipes.base import Assembly
 from ldm.recipes.finetune import Finetuning, adapted_job, assembled, make_adapter, open_base
+from ldm.recipes.picture_masks import WHITE
 from ldm.recipes.pictures import prepare
 from ldm.recipes.prior import Prior
 from ldm.recipes.sources import weights_hash
@@ -69,7 +70,7 @@ def build(task: DreamboothTask, data: Data, train: TrainConfig, seed: int, worke
     """The subject's pictures and, with prior preservation, class pictures by the base model, each as shards."""
     sources = _sources(task, data)
     pipeline = open_base(task, task.adapter, train)
-    prepare(task.images, Path(sources[0].path), [task.instance_prompt], sources[0].size)
+    prepare(task.images, Path(sources[0].path), [task.instance_prompt], sources[0].size, task.masks)
     if task.prior is not None:
         shards = Path(sources[1].path)
         folder = task.prior.folder or shards.parent / "class_pictures"
@@ -77,7 +78,7 @@ def build(task: DreamboothTask, data: Data, train: TrainConfig, seed: int, worke
         if pipeline.network.streaming is None:
             pipeline.to(dist.device())  # they are drawn by the base as it is
         class_pictures.make(task.prior, task.class_prompt, folder, base, pipeline)
-        prepare(folder, shards, [task.class_prompt], sources[1].size)
+        prepare(folder, shards, [task.class_prompt], sources[1].size, None if task.masks is None else WHITE)
     return assembled(task, make_adapter(task.adapter), pipeline, data, train, seed, workers, task.images)
 
 

@@ -63,11 +63,13 @@ from ldm.recipes import concat, planned, planned_frozen, planned_models
 from ldm.recipes.base import Assembly
 from ldm.recipes.frozen_parts import open_on, store_beside, store_network
 from ldm.recipes.page import write_page
+from ldm.recipes.picture_masks import check_masks
 from ldm.recipes.pictures import prepare
 from ldm.recipes.smaller import check_pictures
 from ldm.recipes.sources import cache_hashes, scheduler_of, text_encoder, training_data
 from ldm.recipes.text_to_image import SampleHook, Samples, filled, sample_hook, sized, told_options
 from ldm.rng import seed_torch
+from ldm.train.packages import check_divided
 from ldm.train.trainer import TrainConfig, Trainer
 from ldm.types import Cond
 
@@ -85,7 +87,8 @@ class Finetuning:
     base's. `density` is of training times, None: the family's usual one; so is what a network is told of the guidance
     where `options.guidance` is null. `text_precision`: what text encoders that do not train are kept and computed in;
     `t5_padding` as in text_to_image. With `cache`, a folder, pictures are encoded once, and captions too unless the
-    text encoders train.
+    text encoders train. `masks`: where the masks of the pictures in `images` are, for `options.mask`
+    (`ldm.recipes.picture_masks`: alpha, a suffix, a folder).
     """
 
     base: str = "emoji"
@@ -97,6 +100,7 @@ class Finetuning:
     density: Density | None = None
     options: DenoiseOptions = field(default_factory=lambda: DenoiseOptions(drop=0.0))
     cache: Path | None = None
+    masks: str | None = None
     gradient_checkpointing: bool | Granularity = False
     samples: Samples = field(default_factory=Samples)
 
@@ -129,13 +133,14 @@ def build(task: FinetuneTask, data: Data, train: TrainConfig, seed: int, workers
         pipeline = concat.widened(task.options.concat, pipeline)
     if task.images is not None:
         source = only_source(data)
-        prepare(task.images, Path(source.path), None, source.size)
+        prepare(task.images, Path(source.path), None, source.size, task.masks)
     return assembled(task, make_adapter(task.adapter), pipeline, data, train, seed, workers, task.images)
 
 
 def open_base(task: Finetuning, adapter: AnyConfig | None, train: TrainConfig) -> TextToImage:
     """The base model with the loss's weighting and density; `assembled` stores what does not train as configured."""
     task.options.check(train.micro_batch(dist.world_size()))
+    check_divided(train.optim.algorithm, train.engine, dist.world_size())
     blocks = train.engine.blocks_on_device
     if blocks is not None and isinstance(adapter, FullConfig):
         raise ValueError(
@@ -196,6 +201,7 @@ def assembled(
     network, title = pipeline.network, f"task.base {task.base!r}: its {pipeline.network.title}"
     concat.check(task.options.concat, network.config, network.in_channels, pipeline.codec, data, title)
     planned.check_patches(pipeline.network, pipeline.codec.factor, data)
+    check_masks(task.options.mask, task.masks, data)
     check_pictures(task.options.small, pipeline.network, pipeline.codec.factor, data)
     codec, towers, live = pipeline.codec, pipeline.text, adapter.trains_text
     check_text_precision(task.text_precision, key="task.text_precision", trains=live)
@@ -396,6 +402,7 @@ def adapted_job(task: Finetuning, config: AnyConfig, data: Data, train: TrainCon
     base = concat.widened(told, base) if whole else base
     title = f"task.base {task.base!r}: its {base.network.title}"
     concat.check(told, base.network.config, base.network.in_channels, base.codec, data, title)
+    check_masks(task.options.mask, task.masks, data)
     concat.check_samples(told, task.samples.prompts, task.samples.pictures, task.samples.masks)
     planned.fits(base, data, "task.base", task.base, concat.more(told, base.codec))
     live = make_adapter(config).trains_text

@@ -15,6 +15,7 @@ from ldm.data.manifest import Manifest
 from ldm.models import networks
 from ldm.models.families import SD15, Family, family_of
 from ldm.models.shipped import SHIPPED, named
+from ldm.objectives.masked import LOSS_WEIGHT
 from ldm.recipes.pictures import is_set
 from ldm.recipes.sources import network_of, scheduler_of, vae_of
 
@@ -55,7 +56,10 @@ PAIRS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """What all methods are asked; None is the method's own. `samples`: sample pictures every so many steps."""
+    """What all methods are asked; None is the method's own. `samples`: sample pictures every so many steps.
+
+    `optim` and `options`: more of `train.optim` and `task.options`; `masks`: where those of a masked loss are.
+    """
 
     method: str
     images: Path
@@ -76,6 +80,9 @@ class Choices:
     cache: bool = True
     gradient_checkpointing: bool | str | None = None
     adapter: dict[str, Any] = field(default_factory=dict)
+    optim: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    masks: str | None = None
 
     @functools.cached_property
     def family(self) -> Family | None:
@@ -257,6 +264,14 @@ def _shards(choices: Choices, name: str, side: int) -> dict[str, Any]:
     return {"kind": "shards", "path": str(choices.folder / "data" / name), "size": side, "last": "wrap"}
 
 
+def _with_masks(data: Any) -> Any:
+    """The data with the pair that weighs the loss, of each source."""
+    if "sources" in data:
+        return data | {"sources": [source | {"data": _with_masks(source["data"])} for source in data["sources"]]}
+    weight = {LOSS_WEIGHT: {"kind": "stored", "channels": 1}}
+    return data | {"pairs": data.get("pairs", {}) | weight}
+
+
 def _run(choices: Choices, kind: str, own: dict[str, Any], data: Any, prompts: Sequence[str]) -> dict[str, Any]:
     steps = choices.steps if choices.steps is not None else STEPS[choices.method]
     words = choices.method in ("textual_inversion", "dreambooth_pivotal")
@@ -268,6 +283,12 @@ def _run(choices: Choices, kind: str, own: dict[str, Any], data: Any, prompts: S
         "gradient_checkpointing": choices.recompute,
         "samples": {"prompts": list(prompts), "every": choices.samples, "settings": choices.drawing},
     }
+    if choices.options:  # whose share of dropped captions is none where a method says nothing
+        usual = {"drop": 0.1 if kind == "ip_adapter" else 0.0}
+        own = own | {"options": usual | own.get("options", {}) | choices.options}
+    if choices.masks is not None:
+        own = own | ({} if is_set(choices.images) else {"masks": choices.masks})
+        data = _with_masks(data)
     return {
         "name": choices.called,
         "out": str(choices.folder),
@@ -278,7 +299,7 @@ def _run(choices: Choices, kind: str, own: dict[str, Any], data: Any, prompts: S
             "steps": steps,
             "batch": choices.batch,
             "accumulate": choices.accumulate,
-            "optim": {"lr": choices.rate, "weight_decay": 0.0 if words else 0.01},
+            "optim": {"lr": choices.rate, "weight_decay": 0.0 if words else 0.01} | choices.optim,
             "engine": {"zero_stage": choices.stage, "precision": choices.precision},
             "ema": None,
             "checkpoint": {"every": 100, "keep": 2},

@@ -91,7 +91,7 @@ def build(task: InversionTask, data: Data, train: TrainConfig, seed: int, worker
     config = TokensConfig(tokens=tokens, max_norm=task.max_norm)
     pipeline = open_base(task, config, train)
     for concept, source in zip(task.concepts, sources, strict=True):
-        prepare(concept.images, Path(source.path), concept.captions, source.size)
+        prepare(concept.images, Path(source.path), concept.captions, source.size, task.masks)
     return assembled(task, TokensAdapter(config), pipeline, data, train, seed, workers, task.concepts[0].images)
 
 

@@ -107,7 +107,7 @@ def build(task: IPAdapterTask, data: Data, train: TrainConfig, seed: int, worker
     adapter = started(task, pipeline, encoder)
     if task.images is not None:
         source = only_source(data)
-        prepare(task.images, Path(source.path), None, source.size)
+        prepare(task.images, Path(source.path), None, source.size, task.masks)
     encoder.to(dist.device())
     states = adapter.config.sees_states
     features = CachedFeatures(lambda x: encoder(encoder.fitted((x + 1) / 2), states=states), told(encoder, states))

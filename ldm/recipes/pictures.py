@@ -24,6 +24,8 @@ from ldm.data.manifest import NAME, Manifest, Shard
 from ldm.data.shards import Shards
 from ldm.data.sources import Item, captions_beside, find, read
 from ldm.data.write import ShardWriter
+from ldm.objectives.masked import LOSS_WEIGHT
+from ldm.recipes.picture_masks import Masks
 
 FEW = 3
 """Fewer pictures of a subject than this are warned of: the model then learns the picture, not what is in it."""
@@ -39,6 +41,7 @@ class Entry:
     repeats: int
     data: Callable[[], bytes]
     captions: Callable[[], list[tuple[str, float]]]
+    path: Path | None = None
 
     def open(self, at_least: tuple[int, int] | None = None) -> Image.Image:
         """Upright RGB. Raises BadSample."""
@@ -47,7 +50,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Found:
-    """Pictures by name, upright RGB, with their own captions and repeats, what was left out, and what was said."""
+    """Pictures by name, upright RGB, with their own captions and repeats, what was left out, and what was said.
+
+    `masks` (L) are theirs, white where they are learned; none without a masked loss.
+    """
 
     names: tuple[str, ...]
     pictures: tuple[Image.Image, ...]
@@ -55,6 +61,7 @@ class Found:
     remarks: tuple[str, ...]
     repeats: tuple[int, ...] = ()
     bad: tuple[dict[str, str], ...] = ()
+    masks: tuple[Image.Image, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -90,7 +97,7 @@ def entries(folder: Path, *, own: bool = False) -> list[Entry]:
 
 def of_item(item: Item) -> Entry:
     """The picture of an item that `find` gave."""
-    return Entry(item.name, item.repeats, lambda: read(item), lambda: captions_beside(item))
+    return Entry(item.name, item.repeats, lambda: read(item), lambda: captions_beside(item), item.path)
 
 
 def _of_sample(shards: Shards, sample: int) -> Entry:
@@ -113,26 +120,36 @@ def first(folder: Path, count: int) -> list[Image.Image]:
     return found
 
 
-def check(folder: Path, size: int, *, own: bool = False) -> Found:
+def check(folder: Path, size: int, *, own: bool = False, masks: str | None = None) -> Found:
     """Read all pictures of a folder or built set and look for trouble: few, small, damaged, the same twice.
 
-    With `own` captions, one without any is left out. Raises ValueError when there is no folder or no picture is left.
+    With `own` captions, one without any is left out. `masks`: where those of a masked loss are
+    (`ldm.recipes.picture_masks`); a picture without one is learned whole, and it is said. Raises ValueError when there
+    is no folder or no picture is left.
     """
     kept: list[tuple[Entry, decode.Decoded, tuple[tuple[str, float], ...]]] = []
     bad: list[dict[str, str]] = []
+    places = None if masks is None else Masks(masks, folder)
+    found_masks: list[Image.Image] = []
     for entry in entries(folder, own=own):
+        if places is not None and places.taken(entry.path):
+            continue
         try:
             captions = tuple(entry.captions()) if own else ()
             if own and not captions:
                 beside = Path(entry.name).with_suffix(".txt").name
                 raise BadSample("no_caption", f"{entry.name} has no caption; write one into {beside}")
-            kept.append((entry, decode.decoded(entry.data()), captions))
+            picture = decode.decoded(entry.data())
+            if places is not None:
+                found_masks.append(places.of(entry.path, entry.data, picture.image.size))
+            kept.append((entry, picture, captions))
         except BadSample as error:
             bad.append({"name": entry.name, "reason": error.reason, "error": error.detail})
     remarks = [f"{b['name']}: left out, {b['reason']}: {b['error']}" for b in bad]
     if not kept:
         raise ValueError(f"images {str(folder)!r}: none of the pictures can be used: {'; '.join(remarks[:3])}")
     remarks += [f"{e.name}: the first of {d.frames} frames or pages" for e, d, _ in kept if d.frames > 1]
+    remarks += [] if places is None else places.remarks(len(kept))
     names, pictures = [e.name for e, _, _ in kept], [d.image for _, d, _ in kept]
     small = [f"{n} ({p.width}x{p.height})" for n, p in zip(names, pictures, strict=True) if min(p.size) < size]
     if small:
@@ -143,7 +160,10 @@ def check(folder: Path, size: int, *, own: bool = False) -> Found:
     repeats = tuple(e.repeats for e, _, _ in kept)
     for times, n in sorted(Counter(r for r in repeats if r > 1).items()):
         remarks.append(f"{n} pictures come {times} times an epoch: repeats by their folder's name")
-    return Found(tuple(names), tuple(pictures), tuple(c for _, _, c in kept), tuple(remarks), repeats, tuple(bad))
+    captions_of_all = tuple(c for _, _, c in kept)
+    return Found(
+        tuple(names), tuple(pictures), captions_of_all, tuple(remarks), repeats, tuple(bad), tuple(found_masks)
+    )  # fmt: skip
 
 
 def _duplicates(names: Sequence[str], pictures: Sequence[Image.Image]) -> list[str]:
@@ -179,7 +199,10 @@ def write(found: Found, out: Path, captions: Sequence[str] | None, size: int) ->
                 pairs = [[c, 1.0] for c in captions] if captions is not None else [list(c) for c in found.captions[i]]
                 record = {"captions": pairs, "original_width": picture.width, "original_height": picture.height}
                 key = f"{i:05d}-{hashlib.sha1(name.encode()).hexdigest()[:8]}"
-                writer.add(key, {"png": _png(picture, size), "json": json.dumps(record).encode()})
+                members = {"png": _png(picture, size), "json": json.dumps(record).encode()}
+                if found.masks:
+                    members[f"{LOSS_WEIGHT}.png"] = _png(found.masks[i], size)
+                writer.add(key, members)
         shards += writer.shards
     Manifest(name=out.name, shards=tuple(shards), folder=out).write()
     lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in found.bad]
@@ -203,6 +226,8 @@ def _fingerprint(found: Found, captions: Sequence[str] | None, size: int) -> str
     total.update(json.dumps(told).encode())
     for picture in found.pictures:
         total.update(pixels(picture).tobytes())
+    for mask in found.masks:
+        total.update(mask.tobytes())
     return total.hexdigest()
 
 
@@ -218,11 +243,14 @@ def on_first(what: Callable[[], None]) -> None:
         raise problem or ValueError("stopped; rank 0 tells why")
 
 
-def prepare(folder: Path, out: Path, captions: Sequence[str] | None, size: int) -> None:
-    """Check a folder or built set, say what is wrong with it, and write its shards into `out`; collective."""
+def prepare(folder: Path, out: Path, captions: Sequence[str] | None, size: int, masks: str | None = None) -> None:
+    """Check a folder or built set, say what is wrong with it, and write its shards into `out`; collective.
+
+    `masks` as `check` takes it.
+    """
 
     def work() -> None:
-        found = check(folder, size, own=captions is None)
+        found = check(folder, size, own=captions is None, masks=masks)
         for remark in found.remarks[:MOST_SAID]:
             dist.say(f"images {folder}: {remark}")
         if len(found.remarks) > MOST_SAID:

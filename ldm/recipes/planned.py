@@ -32,6 +32,7 @@ from ldm.recipes import planned_frozen
 from ldm.recipes.pictures import entries
 from ldm.recipes.planned_models import check_size
 from ldm.rng import Rng
+from ldm.train.packages import check_divided
 from ldm.train.trainer import TrainConfig
 from ldm.types import Cond
 
@@ -40,8 +41,8 @@ NO_CACHE = "no cache: VAE and text tower run for every image of every step; set 
 FULL_LENGTH = "data: cached text is counted at full length, the most that it can be; captions take what they are long"
 TEXT = ("text", "pooled", "mask")
 """Keys of what text encoders give."""
-_MOMENTS = {"adamw8bit": 0.5, "lion": 1.0, "sgd": 1.0}
-"""Of other optimizers than AdamW, in float32 values a weight."""
+_MOMENTS = {"adamw8bit": 0.5, "lion": 1.0, "sgd": 1.0, "adafactor": 0.0, "came": 1.0, "prodigy": 4.0}
+"""Of other optimizers than AdamW, in float32 values a weight; means of rows and columns are next to none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,8 @@ class Asked:
 
 
 def layout(train: TrainConfig, asked: Asked) -> Layout:
-    """How the run is divided."""
+    """How the run is divided. Raises ValueError where the optimizer's state cannot be."""
+    check_divided(train.optim.algorithm, train.engine, asked.world)
     engine = train.engine
     return Layout(
         stage=engine.zero_stage,

@@ -24,7 +24,7 @@ from ldm.models import compiling
 from ldm.models.network import Around, Network
 from ldm.objectives.base import Objective
 from ldm.rng import Rng
-from ldm.train import flat, stage3, zeropp
+from ldm.train import flat, packages, stage3, zeropp
 from ldm.train.engine_config import EngineConfig, deepspeed_config
 from ldm.train.fragments import Fragment
 from ldm.train.muon import Muon
@@ -202,9 +202,9 @@ class Engine:
         return True
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate of all groups."""
+        """Set the learning rate of all groups, of each its share."""
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("share", 1.0)
 
     @property
     def grad_norm(self) -> float:
@@ -242,6 +242,10 @@ class Engine:
         if stage == 3:
             return list(optimizer.fp32_partitioned_groups_flat)
         return [p for group in optimizer.param_groups for p in group["params"]]
+
+    def weights_to_use(self) -> list[Tensor]:
+        """The masters, or what schedule-free training averages them to (a copy), laid out like them."""
+        return packages.averaged(self.inner, self.masters) if packages.is_schedule_free(self.inner) else self.masters
 
     @property
     def fragments(self) -> list[Fragment]:

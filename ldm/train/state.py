@@ -1,7 +1,8 @@
 """The portable checkpoint: each rank writes its fragments of masters, moments and EMA; any world and stage reads them.
 
 Tensor names are `KIND:PARAMETER@OFFSET` with KIND `w` (master), `s.NAME` (optimizer state NAME), `ema` (the main
-average) or that of another average (`ldm.train.ema`).
+average) or that of another average (`ldm.train.ema`), and `x`: of schedule-free training, whose masters are not the
+weights to use, those that are.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ldm import dist
 from ldm.checkpoint import files
+from ldm.train import packages
 from ldm.train.ema import Ema
 from ldm.train.engine import Engine
 from ldm.train.fragments import Fragment
@@ -68,7 +70,9 @@ def hold(
 
     `extra` is JSON values and, under "tensors", named tensors; `record` what the run is trained with.
     """
-    averages, masters = {} if ema is None else ema.averages, engine.masters
+    averages, masters = {} if ema is None else dict(ema.averages), engine.masters
+    if packages.is_schedule_free(engine.inner):
+        averages["x"] = engine.weights_to_use()
     states = [read_state_of(engine.inner, master) for master in masters]
     tensors: dict[str, Tensor] = {}
     for f in _mine(engine):
@@ -84,7 +88,8 @@ def hold(
         "optimizer": type(engine.inner).__name__,
         "kinds": sorted({kind for state in states for kind in state}),
         "optimizer_step": _optimizer_step(engine),
-        "averages": list(averages),
+        "optimizer_groups": packages.group_numbers(engine.inner),
+        "averages": [] if ema is None else list(ema.averages),
         "power": [] if ema is None else list(ema.config.power),
         "shapes": engine.shapes(),
         "extra": extra,
@@ -222,7 +227,10 @@ def load(folder: Path, engine: Engine, ema: Ema | None, *, anew: bool = False) -
         raise ValueError(f"train.optim.algorithm: checkpoint {folder} has the state of {meta['optimizer']}, not {own}")
     shards, masters = Shards(folder), engine.masters
     kinds = [[] if other else kinds_of(engine.inner, master, meta["kinds"]) for master in masters]
-    states = [{k: torch.zeros_like(master) for k in each} for master, each in zip(masters, kinds, strict=True)]
+    states = [
+        {k: master.new_zeros(packages.shape_of(k, master.shape)) for k in each}
+        for master, each in zip(masters, kinds, strict=True)
+    ]
     origins = {} if ema is None else {kind: _origin(shards, kind) for kind in ema.averages}
     for f in engine.fragments:
         master = masters[f.flat]
@@ -234,6 +242,8 @@ def load(folder: Path, engine: Engine, ema: Ema | None, *, anew: bool = False) -
             shards.fill(origin, f.name, f.start, _piece(engine, f, ema.averages[kind][f.flat]))
     for master, values in zip(masters, states if not other else [], strict=not other):
         write_state_of(engine.inner, master, values, meta["optimizer_step"])
+    if not other:
+        packages.set_group_numbers(engine.inner, meta.get("optimizer_groups", []))
     engine.push()
     extra = dict(meta["extra"])
     with safe_open(folder / "objective.safetensors", "pt") as handle:
@@ -261,11 +271,14 @@ def _origin(shards: Shards, kind: str) -> str:
 def read_weights(folder: Path, kind: str = "ema") -> dict[str, Tensor]:
     """Whole float32 weights of a checkpoint, without an engine; `kind` is `ema` (if there is one), `w` or another's.
 
-    Raises ValueError when there is no average of that kind.
+    Of schedule-free training `w` are the averages, which are the weights to use. Raises ValueError when there is no
+    average of that kind.
     """
     shards = Shards(folder)
     if kind == "ema" and not shards.has(kind):
         kind = "w"
+    if kind == "w" and shards.has("x"):
+        kind = "x"
     if not shards.has(kind):
         averages = [k for k in shards.kinds() if k.startswith("ema")]
         raise ValueError(f"checkpoint {folder}: no {kind!r}; it has {['w', *averages]}")

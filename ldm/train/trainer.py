@@ -18,7 +18,7 @@ from ldm.models.network import hidden
 from ldm.objectives import Objective
 from ldm.precision import measured
 from ldm.rng import Rng, key
-from ldm.train import guards, state
+from ldm.train import guards, packages, state
 from ldm.train.changes import Change, Record
 from ldm.train.config import TrainConfig
 from ldm.train.ema import Ema
@@ -26,6 +26,7 @@ from ldm.train.engine import Engine
 from ldm.train.guards import BadSamples, Spikes, Watchdog
 from ldm.train.log import Log
 from ldm.train.meter import Meter, StepFlops, peak
+from ldm.train.packages import check_divided
 from ldm.train.stop import AGAIN, Stop
 from ldm.train.writer import CheckpointConfig, Job, Report, Writer, on_first
 
@@ -65,7 +66,9 @@ class Trainer:
         self.record, self.changes = record, list(changes)
         self._guard = guard  # called on rank 0 right before it publishes; raises when the folder is no longer ours
         micro = config.micro_batch(dist.world_size())
-        optimizer = config.optim.build(objective.parameters(), hidden(objective.trained))
+        check_divided(config.optim.algorithm, config.engine, dist.world_size())
+        names = {p: name for name, p in objective.named_parameters()}
+        optimizer = config.optim.build(objective.parameters(), hidden(objective.trained), names)
         self.objective = objective
         self.engine = Engine(objective, optimizer, config.engine, micro_batch=micro, accumulate=config.accumulate)
         self.ema = Ema(config.ema, self.engine.masters) if config.ema is not None else None
@@ -236,7 +239,7 @@ class Trainer:
         sums, stepped = self._micro_batches(batches)
         self.step += 1
         if stepped and self.ema is not None:
-            self.ema.update(self.engine.masters, self.step)
+            self.ema.update(self.engine.weights_to_use(), self.step)
         self.objective.after_step(self.step)
         self.watchdog.beat(self.step)
         self._meter.step()
@@ -245,10 +248,15 @@ class Trainer:
         self.writer.advance(Report(*report))
         self._count(stepped)
         if stepped and (self.step % self.config.log.every == 0 or self.step == 1):
-            self._write_metrics(log, sums, {"lr": lr, "grad_norm": self.engine.grad_norm} | self.engine.scale())
+            self._write_metrics(log, sums, {"lr": lr, "grad_norm": self.engine.grad_norm} | self._told())
         else:
             log.tick()
         return asks > 0, stepped and self._spikes.see(loss / dist.world_size())
+
+    def _told(self) -> dict[str, float]:
+        """What the engine and Prodigy have found: the loss scale, the step size that multiplies the rate."""
+        estimate = self.engine.inner.param_groups[0].get("d")
+        return self.engine.scale() | ({} if estimate is None else {"prodigy_d": float(estimate)})
 
     def _micro_batches(self, batches: Any) -> tuple[dict[str, Tensor], bool]:
         """Means of loss and metrics over this rank's micro-batches, and whether weights were updated."""
@@ -343,12 +351,13 @@ class Trainer:
             files.withdraw(root, step)
 
     def averaged(self) -> Any:
-        """A context in which the network runs with its EMA weights (or the raw ones without EMA)."""
+        """A context in which the network runs with its EMA weights (without EMA the raw ones, or schedule-free x)."""
         if self.ema is None:
-            return torch.no_grad()
+            to_use = self.engine.weights_to_use()
+            return self.engine.applied(to_use) if packages.is_schedule_free(self.engine.inner) else torch.no_grad()
         return self.engine.applied(self.ema.shards)
 
     def weights(self, averaged: bool = True) -> dict[str, Tensor]:
         """Whole trained weights on the CPU, without the objective's prefix `trained.`; collective."""
-        shards = self.ema.shards if averaged and self.ema is not None else self.engine.masters
+        shards = self.ema.shards if averaged and self.ema is not None else self.engine.weights_to_use()
         return {name.removeprefix("trained."): t for name, t in self.engine.full(shards)}

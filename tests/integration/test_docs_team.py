@@ -41,8 +41,17 @@ def tar(path: Path, batch: Any, first: int, count: int) -> None:
         for i in range(first, first + count):
             buffer = io.BytesIO()
             Image.fromarray(images[i]).save(buffer, "JPEG")
-            facts = {"width": 1024, "height": 1024, "pwatermark": 0.9 if i % 6 == 0 else 0.1, "caption": batch["caption"][i]}
-            members = {"jpg": buffer.getvalue(), "txt": batch["caption"][i].encode(), "json": json.dumps(facts).encode()}
+            facts = {
+                "width": 1024,
+                "height": 1024,
+                "pwatermark": 0.9 if i % 6 == 0 else 0.1,
+                "caption": batch["caption"][i],
+            }
+            members = {
+                "jpg": buffer.getvalue(),
+                "txt": batch["caption"][i].encode(),
+                "json": json.dumps(facts).encode(),
+            }
             for kind, data in members.items():
                 info = tarfile.TarInfo(f"{i:09d}.{kind}")
                 info.size = len(data)
@@ -65,7 +74,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(folder)
     s3fs.S3FileSystem.clear_instance_cache()
     with serving(tmp_path) as server:
-        for name, value in {"ENDPOINT_URL": server.address, "ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test"}.items():
+        for name, value in {
+            "ENDPOINT_URL": server.address,
+            "ACCESS_KEY_ID": "test",
+            "SECRET_ACCESS_KEY": "test",
+        }.items():
             monkeypatch.setenv(f"AWS_{name}", value)
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         yield folder

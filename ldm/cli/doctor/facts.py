@@ -42,6 +42,7 @@ EXTRAS = {
     "xformers": ("xformers", "another attention kernel on NVIDIA GPUs"),
     "transformers": ("transformers", "the text encoders of SD3, FLUX.1, PixArt, Z-Image (T5, Qwen3)"),
     "bitsandbytes": ("bitsandbytes", "AdamW with 8-bit state, frozen weights of 4 bits"),
+    "pytorch-optimizer": ("optimizers", "the optimizers CAME, Prodigy and schedule-free AdamW"),
     "wandb": ("wandb", "logs at Weights & Biases"),
     "s3fs": ("remote", "shards on S3 or behind HTTP"),
     "gcsfs": ("gcs", "shards on Google Cloud Storage"),

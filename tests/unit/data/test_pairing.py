@@ -353,3 +353,21 @@ def test_a_prompt_json_of_something_else_is_left_alone(tmp_path: Path) -> None:
     found, bad = made(folder, tmp_path / "out", require_captions=True)
     assert list(found) == ["a"]
     assert bad == []
+
+
+def test_masks_of_a_picture_are_its_opacity_or_in_a_folder_anywhere(tmp_path: Path) -> None:
+    """`--pair loss_weight=alpha` and an absolute folder: greys as they are, opaque pictures white."""
+    grey = np.linspace(0, 255, 64 * 48).reshape(48, 64).astype(np.uint8)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "apart").mkdir()
+    Image.merge("RGBA", (Image.new("L", (64, 48)),) * 3 + (Image.fromarray(grey),)).save(tmp_path / "in" / "a.png")
+    Image.new("RGB", (64, 48)).save(tmp_path / "in" / "b.png")
+    for name in "ab":
+        Image.fromarray(grey).save(tmp_path / "apart" / f"{name}.png")
+    told = {"loss_weight": "alpha", "other": f"{tmp_path / 'apart'}/"}
+    members, bad = made(tmp_path / "in", tmp_path / "out", pairs=told)
+    assert bad == []
+    for key, found in members.items():
+        greys = {n: np.asarray(Image.open(io.BytesIO(found[f"{n}.png"])).convert("L")) for n in told}
+        assert np.array_equal(greys["other"], grey)
+        assert np.array_equal(greys["loss_weight"], grey if key.startswith("a") else np.full_like(grey, 255))

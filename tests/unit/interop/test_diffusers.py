@@ -177,7 +177,8 @@ def test_key_by_key(given: dict[str, Any], key: str, value: Any, dog: Path) -> N
 
 
 REFUSED = [
-    ({"optimizer": "prodigy"}, "optimizer"),
+    ({"optimizer": "sophia"}, "optimizer"),
+    ({"optimizer": "prodigy", "learning_rate": "1.0", "prodigy_decouple": "false"}, "prodigy_decouple"),
     ({"revision": "non-ema"}, "revision"),
     ({"pretrained_vae_model_name_or_path": "madebyollin/sdxl-vae-fp16-fix"}, "pretrained_vae_model_name_or_path"),
     ({"lr_scheduler": "piecewise_constant"}, "lr_scheduler"),
@@ -194,12 +195,25 @@ def test_what_is_not_here_is_refused_by_name(given: dict[str, Any], key: str, do
     assert [row.key for row in read("train_text_to_image_lora_sdxl.py", options)[0].refused] == [key]
 
 
-def test_a_rate_of_text_encoders_that_is_another_is_refused(dog: Path) -> None:
+def test_text_encoders_have_their_own_rate(dog: Path) -> None:
     given = {"instance_data_dir": str(dog), "instance_prompt": "sks dog", "train_text_encoder": True,
              "max_train_steps": "9"}  # fmt: skip
-    rows = read("train_dreambooth_lora_sdxl.py", given | {"learning_rate": "1e-4"})[0].refused  # theirs: 5e-6
-    assert [row.key for row in rows] == ["text_encoder_lr"]
-    assert read("train_dreambooth_lora_sdxl.py", given | {"learning_rate": "5e-6"})[0].refused == []
+    for rate, own in (("1e-4", 5e-6), ("5e-6", None)):  # theirs: 5e-6
+        found, run = read("train_dreambooth_lora_sdxl.py", given | {"learning_rate": rate})
+        assert found.refused == []
+        assert run.train.optim.rates.text == own
+
+
+def test_prodigy_has_their_scripts_settings(dog: Path) -> None:
+    """examples/dreambooth/README_flux.md: its rate is 1, and the scripts turn two options on."""
+    given = {"instance_data_dir": str(dog), "instance_prompt": "sks dog", "max_train_steps": "9",
+             "optimizer": "prodigy", "learning_rate": "1.", "train_text_encoder": True}  # fmt: skip
+    found, run = read("train_dreambooth_lora_sdxl.py", given)
+    assert found.refused == []
+    prodigy = run.train.optim.prodigy
+    assert (run.train.optim.algorithm, run.train.optim.lr, run.train.optim.weight_decay) == ("prodigy", 1.0, 1e-4)
+    assert (prodigy.bias_correction, prodigy.safeguard_warmup, prodigy.beta3) == (True, True, None)
+    assert run.train.optim.rates.text is None
 
 
 def test_flux_is_told_their_guidance(dog: Path) -> None:

@@ -14,8 +14,10 @@ from ldm.config.schema import RunConfig, load_run
 from ldm.diffusion.density import FluxShift
 from ldm.diffusion.prediction import Epsilon, V
 from ldm.diffusion.schedule import Flow
+from ldm.diffusion.shape import Absolute, Huber, SmoothL1
 from ldm.interop import kohya
 from ldm.interop.sheet import Converted
+from ldm.objectives.masked import MaskOptions
 from ldm.recipes.finetune import FinetuneTask, Finetuning
 from ldm.recipes.inversion import InversionTask
 from tests.unit.interop.pictures import folder
@@ -115,6 +117,41 @@ SAME = [  # their key and value, our key, our value
      "train.optim.betas", (0.9, 0.99)),
     ({"optimizer_type": "PagedAdamW8bit"}, "train.optim.algorithm", "adamw8bit"),
     ({"use_8bit_adam": True}, "train.optim.algorithm", "adamw8bit"),
+    ({"optimizer_type": "Lion"}, "train.optim.weight_decay", 0.0),
+    ({"optimizer_type": "Prodigy", "learning_rate": 1.0, "optimizer_args": ["d_coef=2", "use_bias_correction=True",
+      "safeguard_warmup=True", "decouple=True"]}, "train.optim.prodigy.bias_correction", True),
+    ({"optimizer_type": "Prodigy", "learning_rate": 1.0, "optimizer_args": ["d_coef=2"]},
+     "train.optim.prodigy.d_coef", 2.0),
+    ({"optimizer_type": "Prodigy", "learning_rate": 1.0}, "train.optim.weight_decay", 0.0),
+    ({"optimizer_type": "Adafactor", "optimizer_args": ["scale_parameter=False", "relative_step=False",
+      "warmup_init=False"], "lr_scheduler": "cosine"}, "train.optim.decay", "cosine"),
+    ({"optimizer_type": "Adafactor", "lr_scheduler": "cosine", "lr_warmup_steps": 9}, "train.optim.decay", "constant"),
+    ({"optimizer_type": "Adafactor"}, "train.optim.adafactor.scale_parameter", True),
+    ({"optimizer_type": "pytorch_optimizer.CAME", "optimizer_args": ["betas=0.9,0.999,0.99", "weight_decay=0.01"]},
+     "train.optim.came.beta3", 0.99),
+    ({"optimizer_type": "AdamWScheduleFree", "lr_scheduler": "cosine", "lr_warmup_steps": 9,
+      "optimizer_args": ["warmup_steps=20"]}, "train.optim.warmup", 20),
+    ({"lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 3}, "train.optim.course.cycles", 3),
+    ({"lr_scheduler": "polynomial", "lr_scheduler_power": 2}, "train.optim.course.power", 2.0),
+    ({"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_min_lr_ratio": 0.1}, "train.optim.final", 0.1),
+    ({"lr_scheduler": "cosine", "lr_scheduler_min_lr_ratio": 0.1}, "train.optim.final", 0.0),
+    ({"lr_scheduler": "warmup_stable_decay", "lr_decay_steps": 0.2}, "train.optim.course.cooldown", 20),
+    ({"lr_scheduler": "inverse_sqrt", "lr_scheduler_timescale": 40}, "train.optim.course.timescale", 40),
+    ({"unet_lr": 1e-4, "text_encoder_lr": 1e-5}, "train.optim.rates.text", 1e-5),
+    ({"unet_lr": 1e-4, "text_encoder_lr": [1e-5, 5e-6]}, "train.optim.rates.text", (1e-5, 5e-6)),
+    ({"unet_lr": 1e-4, "learning_rate": 2e-5}, "train.optim.rates.text", 2e-5),
+    ({"network_args": ["loraplus_lr_ratio=16"]}, "train.optim.rates.lora_plus", 16.0),
+    ({"loss_type": "huber"}, "task.options.loss", Huber(schedule="snr", c=0.1)),
+    ({"loss_type": "smooth_l1", "huber_schedule": "exponential", "huber_c": 0.2, "huber_scale": 2},
+     "task.options.loss", SmoothL1(schedule="exponential", c=0.2, scale=2.0)),
+    ({"loss_type": "l1"}, "task.options.loss", Absolute()),
+    ({"multires_noise_iterations": 6}, "task.options.multires_iterations", 6),
+    ({"multires_noise_iterations": 6, "multires_noise_discount": 0.2}, "task.options.multires_discount", 0.2),
+    ({"min_timestep": 100, "max_timestep": 900}, "task.options.min_timestep", 100),
+    ({"min_timestep": 100, "max_timestep": 900}, "task.options.max_timestep", 900),
+    ({"masked_loss": True, "conditioning_data_dir": "masks"}, "task.masks", "masks"),
+    ({"masked_loss": True, "alpha_mask": True}, "task.options.mask", MaskOptions()),
+    ({"alpha_mask": True}, "data.pairs.loss_weight.channels", 1),
     ({"max_grad_norm": 0}, "train.engine.clip", 0.0),
     ({"fp8_base": True}, "train.engine.frozen", "int8"),
     ({"deepspeed": True, "zero_stage": 2, "offload_optimizer_device": "cpu"}, "train.engine.offload_optimizer", True),
@@ -129,18 +166,52 @@ SAME = [  # their key and value, our key, our value
 def test_key_by_key(given: dict[str, Any], key: str, value: Any, images: Path) -> None:
     run: Any = made(given, images)
     for name in key.split("."):
-        run = getattr(run, name)
+        run = run[name] if isinstance(run, dict) else getattr(run, name)
     assert run == value
 
 
+def test_masks_in_buckets_are_read_as_the_set_is_built(images: Path) -> None:
+    given = LORA | {"train_data_dir": str(images), "masked_loss": True, "enable_bucket": True}
+    for more, option in (({"alpha_mask": True}, '--pair loss_weight="alpha"'),
+                         ({"conditioning_data_dir": "/m"}, '--pair loss_weight="/m/"')):  # fmt: skip
+        found, run = read(given | more, None)
+        assert found.refused == []
+        assert option in found.before[0]
+        assert run.data.pairs["loss_weight"].kind == "stored"  # type: ignore[union-attr]
+
+
+def test_rates_of_sdxls_blocks(images: Path) -> None:
+    """sdxl_train.py: embeddings, nine input blocks, three of the middle, nine output blocks, the last layers."""
+    given = {
+        "network_module": None,
+        "network_dim": None,
+        "learning_rate": 1e-5,
+        "block_lr": ",".join(f"{i}e-6" for i in range(23)),
+    }
+    run = made(given, images, "sdxl_train.py")
+    shares = run.train.optim.rates.blocks
+    for name, index in (("time_embedding", 0), ("conv_in", 1), ("down_blocks.0.downsamplers", 4),
+                        ("down_blocks.2.attentions.1", 9), ("mid_block.attentions.0", 11),
+                        ("up_blocks.0.upsamplers", 15), ("up_blocks.2.resnets.2", 21), ("conv_out", 22)):  # fmt: skip
+        assert shares[name] == pytest.approx(index / 10)
+
+
 REFUSED = [
-    ({"optimizer_type": "Prodigy"}, "optimizer_type", "Prodigy: not here"),
-    ({"lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 3}, "lr_scheduler", "not here"),
-    ({"unet_lr": 1e-4, "text_encoder_lr": 1e-5}, "text_encoder_lr", "one for all"),
+    ({"optimizer_type": "DAdaptAdam"}, "optimizer_type", "DAdaptAdam: not here"),
+    (
+        {"optimizer_type": "Prodigy", "learning_rate": 1, "optimizer_args": ["decouple=False"]},
+        "optimizer_args",
+        "decouple: not here",
+    ),
+    ({"lr_scheduler": "piecewise_constant"}, "lr_scheduler", "not here"),
+    ({"lr_scheduler": "warmup_stable_decay"}, "lr_scheduler", "a number of steps to decay"),
+    ({"network_args": ["loraplus_unet_lr_ratio=4"]}, "network_args", "one ratio for all"),
     ({"network_module": "lycoris.kohya"}, "network_module", "not here"),
     ({"network_args": ["conv_dim=8"]}, "network_args", "one rank"),
-    ({"multires_noise_iterations": 6}, "multires_noise_iterations", "multi-resolution"),
-    ({"loss_type": "huber"}, "loss_type", "squared error"),
+    ({"loss_type": "huber", "huber_schedule": "linear"}, "huber_schedule", "linear"),
+    ({"loss_type": "lpips"}, "loss_type", "not here"),
+    ({"masked_loss": True}, "masked_loss", "no masks"),
+    ({"conditioning_data_dir": "masks"}, "conditioning_data_dir", "without masked_loss"),
     ({"min_snr_gamma": 5, "debiased_estimation_loss": True}, "debiased_estimation_loss", "one weighting"),
     ({"zero_terminal_snr": True}, "zero_terminal_snr", "the base's"),
     ({"clip_skip": 2}, "clip_skip", "another layer"),
