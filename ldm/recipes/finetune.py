@@ -191,8 +191,7 @@ def assembled(
 ) -> Assembly:
     """Caches, adapter, objective, loader, sample pictures and export of a prepared data set.
 
-    `drawn` makes what draws the sample pictures, where it is not `sample_hook`; `features` are cached beside the
-    latents.
+    `drawn` makes what draws the samples, where it is not `sample_hook`; `features` are cached beside the latents.
     """
     seed_torch(seed)  # initial weights of the adapter
     concat.check_noise(task.options.concat, pipeline.augmentation, f"task.base {task.base!r}")

@@ -67,7 +67,7 @@ class Trainer:
         self._guard = guard  # called on rank 0 right before it publishes; raises when the folder is no longer ours
         micro = config.micro_batch(dist.world_size())
         check_divided(config.optim.algorithm, config.engine, dist.world_size())
-        names = {p: name for name, p in objective.named_parameters()}
+        names: dict[Tensor, str] = {p: name for name, p in objective.named_parameters()}
         optimizer = config.optim.build(objective.parameters(), hidden(objective.trained), names)
         self.objective = objective
         self.engine = Engine(objective, optimizer, config.engine, micro_batch=micro, accumulate=config.accumulate)

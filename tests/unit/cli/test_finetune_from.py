@@ -71,9 +71,9 @@ def test_what_is_printed_is_the_same(arguments: Path, tmp_path: Path, capsys: py
 
 
 def test_all_that_cannot_be_honoured_is_one_message(arguments: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments.write_text(ARGUMENTS + 'optimizer_type = "Prodigy"\nmultires_noise_iterations = 6\n')
+    arguments.write_text(ARGUMENTS + 'optimizer_type = "DAdaptAdam"\nzero_terminal_snr = true\n')
     wanted = (r"args\.toml \(kohya's sd-scripts\): 2 settings change the result and cannot be honoured: "
-              r"optimizer_type=Prodigy: .*; multires_noise_iterations=6: .*--lenient leaves them out")  # fmt: skip
+              r"optimizer_type=DAdaptAdam: .*; zero_terminal_snr=true: .*--lenient leaves them out")  # fmt: skip
     with pytest.raises(ValueError, match=wanted):
         finetune.main(["--from", str(arguments)])
     assert finetune.main(["--from", str(arguments), "--lenient"]) == 0
