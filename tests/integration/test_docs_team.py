@@ -1,4 +1,4 @@
-"""docs/team.md, its own commands and configs in small: tars on an S3 server, the shipped model, one process, few steps."""
+"""docs/team.md, its own commands and configs in small: tars on S3, the shipped model, one process, few steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.unit.data.stores import serving
 
 PAGE = ROOT / "docs" / "team.md"
 SMALLER = {
-    "1024": "64", "32": "1", "models/sdxl": "emoji", "models/sd35-medium": "emoji", "10000": "8", "inception": "efficientnet_lite0",
+    "1024": "64", "32": "1", "models/sdxl": "emoji", "10000": "8", "inception": "efficientnet_lite0",
     "2000000": "40", "/local/ssd": "ssd", "600": "0", "16": "8",
 }  # fmt: skip
 """Words of the page's commands, and what stands for them."""
@@ -41,8 +41,17 @@ def tar(path: Path, batch: Any, first: int, count: int) -> None:
         for i in range(first, first + count):
             buffer = io.BytesIO()
             Image.fromarray(images[i]).save(buffer, "JPEG")
-            facts = {"width": 1024, "height": 1024, "pwatermark": 0.9 if i % 6 == 0 else 0.1, "caption": batch["caption"][i]}
-            members = {"jpg": buffer.getvalue(), "txt": batch["caption"][i].encode(), "json": json.dumps(facts).encode()}
+            facts = {
+                "width": 1024,
+                "height": 1024,
+                "pwatermark": 0.9 if i % 6 == 0 else 0.1,
+                "caption": batch["caption"][i],
+            }
+            members = {
+                "jpg": buffer.getvalue(),
+                "txt": batch["caption"][i].encode(),
+                "json": json.dumps(facts).encode(),
+            }
             for kind, data in members.items():
                 info = tarfile.TarInfo(f"{i:09d}.{kind}")
                 info.size = len(data)
@@ -65,7 +74,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(folder)
     s3fs.S3FileSystem.clear_instance_cache()
     with serving(tmp_path) as server:
-        for name, value in {"ENDPOINT_URL": server.address, "ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test"}.items():
+        for name, value in {
+            "ENDPOINT_URL": server.address,
+            "ACCESS_KEY_ID": "test",
+            "SECRET_ACCESS_KEY": "test",
+        }.items():
             monkeypatch.setenv(f"AWS_{name}", value)
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         yield folder

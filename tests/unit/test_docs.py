@@ -117,7 +117,9 @@ def test_the_readme_is_short_and_leads_into_the_site() -> None:
     """Pictures, commands and links; at most two screens of 50 lines."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 100
-    assert {"docs/index.md", "docs/jobs/index.md", "docs/families.md", "docs/team.md", "docs/log.md"} <= set(links(text))
+    assert {"docs/index.md", "docs/jobs/index.md", "docs/families.md", "docs/team.md", "docs/log.md"} <= set(
+        links(text)
+    )
     assert text.index("![") < text.index("```")
 
 

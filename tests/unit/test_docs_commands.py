@@ -13,11 +13,11 @@ from bench.gpu.__main__ import main as gpu
 from bench.quality.__main__ import main as quality
 from docs.make.verbs import parser_of
 from launch.__main__ import _split
+from launch.options import Parser
 from ldm.cli.__main__ import VERBS
 from ldm.cli.options import is_override
 from ldm.config.schema import load_run
-from launch.options import Parser
-from tests.documents import PRESENT, ROOT, Command, commands, unmarked
+from tests.documents import PRESENT, ROOT, commands, unmarked
 
 OTHERS = {"apptainer", "mkdir", "sbatch", "scancel", "squeue", "srun", "tail", "torchrun"}
 """Programs of others; what stands behind them is looked at where it is ours."""
@@ -84,7 +84,11 @@ def _bench(name: str, rest: list[str]) -> str | None:
     """Parsed by the real parsers, which say what is wrong and then are stopped."""
     entry = gpu if name == "bench.gpu" else quality if "quality" in rest else benches._main
     words = [w for w in rest if w != "quality"] if entry is quality else rest
-    if entry is benches._main and "quality" not in rest and (gone := [w for w in rest if w.isalpha() and w not in benches.NAMES]):
+    if (
+        entry is benches._main
+        and "quality" not in rest
+        and (gone := [w for w in rest if w.isalpha() and w not in benches.NAMES])
+    ):
         return f"no measurement {gone}"
     parsed = Parser.parse_args
 
@@ -121,7 +125,9 @@ def _ldm(words: list[str]) -> str | None:
 
 
 @pytest.mark.parametrize("page", PRESENT, ids=lambda p: str(p.relative_to(ROOT)))
-def test_commands_are_understood(page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_are_understood(
+    page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(ROOT)
     faults = {str(c): why for c in commands(page) if (why := fault(c.words)) is not None}
     assert faults == {}, capsys.readouterr().err
@@ -145,10 +151,16 @@ def test_faults_are_found() -> None:
     for right, wrong in (
         ("ldm sample a --steps 4", "ldm sample a --stepz 4"),
         ("ldm sample a --steps 4", "ldm sample a --steps four"),
-        ("ldm train configs/train/clip_emoji.yaml train.steps=3", "ldm train configs/train/clip_emoji.yaml train.stepz=3"),
+        (
+            "ldm train configs/train/clip_emoji.yaml train.steps=3",
+            "ldm train configs/train/clip_emoji.yaml train.stepz=3",
+        ),
         ("ldm train configs/train/clip_emoji.yaml", "ldm train configs/train/gone.yaml"),
         ("python -m launch local --procs 2 -- ldm show run X", "python -m launch local --procs 2 -- ldm show gone X"),
-        ("python -m launch slurm --nodes 2 -- ldm train CONFIG", "python -m launch slurm --nodez 2 -- ldm train CONFIG"),
+        (
+            "python -m launch slurm --nodes 2 -- ldm train CONFIG",
+            "python -m launch slurm --nodez 2 -- ldm train CONFIG",
+        ),
         ("python -m bench memory --quick", "python -m bench memories"),
         ("python -m bench quality --list", "python -m bench quality --lists"),
         ("make bench", "make benches"),
@@ -164,9 +176,10 @@ def test_faults_are_found() -> None:
 
 def test_fences_are_read_as_meant() -> None:
     text = (
-        "```sh\nldm sample a   # comment\nldm sample b \\\n    --steps 2\n```\n\n<!-- not run: it takes hours -->\n```sh\nldm demo\n```\n"
-        "<!-- not run, but for 2: the first needs weights -->\n```sh\nldm sample c\nldm sample d ...\n```\n```python\nldm = 1\n```\n"
-        "```\nldm serve\n```\n```\nldm train: a message\n```\n"
+        "```sh\nldm sample a   # comment\nldm sample b \\\n    --steps 2\n```\n\n"
+        "<!-- not run: it takes hours -->\n```sh\nldm demo\n```\n"
+        "<!-- not run, but for 2: the first needs weights -->\n```sh\nldm sample c\nldm sample d ...\n```\n"
+        "```python\nldm = 1\n```\n```\nldm serve\n```\n```\nldm train: a message\n```\n"
     )
     found = [(c.line, c.words[1:], c.why) for c in commands(ROOT / "x.md", text)]
     assert found == [

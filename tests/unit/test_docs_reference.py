@@ -61,7 +61,18 @@ def test_every_class_of_a_choice_is_told() -> None:
     shown = set(re.findall(r"kind `(\w+)`", TEXT))
     assert len(kinds) > 50
     # Of models' folders, and made of other keys.
-    assert kinds - shown <= {"controlnet", "flux_control", "ip_adapter", "missing", "openclip", "qwen", "sd3_control", "t5", "tokens", "none"}
+    assert kinds - shown <= {
+        "controlnet",
+        "flux_control",
+        "ip_adapter",
+        "missing",
+        "openclip",
+        "qwen",
+        "sd3_control",
+        "t5",
+        "tokens",
+        "none",
+    }
 
 
 def test_links_lead_to_sections() -> None:
@@ -139,7 +150,10 @@ def test_every_option_of_every_command_is_told(verb: str) -> None:
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     for parser in below(verbs.parser_of(verb)):
         for action in parser._actions:
-            if isinstance(action, (argparse._HelpAction, argparse._SubParsersAction)) or action.help == argparse.SUPPRESS:
+            if (
+                isinstance(action, (argparse._HelpAction, argparse._SubParsersAction))
+                or action.help == argparse.SUPPRESS
+            ):
                 continue
             names = action.option_strings or list(action.choices or [action.metavar or action.dest])
             shown = [row for row in rows if all(re.search(rf"(?<![\w-]){re.escape(n)}(?![\w-])", row) for n in names)]
