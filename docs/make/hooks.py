@@ -1,4 +1,4 @@
-"""Hooks of mkdocs (https://www.mkdocs.org/user-guide/configuration/#hooks): pages that are made, links out of `docs/`."""
+"""Hooks of mkdocs: pages that are made, links out of `docs/` (https://www.mkdocs.org/user-guide/configuration/#hooks)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the code that is documented is the one beside this file
 
-COPIED = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "ldm/assets/README.md": "shipped_models.md"}
+COPIED = {
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "ldm/assets/README.md": "shipped_models.md",
+}
 """Pages of the site whose text lies outside of docs/."""
 LATER = {"studio.md"}
 """Pages that the menu may name before they are there."""
@@ -54,7 +58,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     """Links as they are right in the repository become links that are right in the site."""
     path = page.file.src_uri
     origin = {to: name for name, to in COPIED.items()}.get(path, f"docs/{path}")
-    return _outside_code(markdown, lambda text: re.sub(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)", lambda m: _link(m, origin, path), text))
+    return _outside_code(
+        markdown, lambda text: re.sub(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)", lambda m: _link(m, origin, path), text)
+    )
 
 
 def _outside_code(markdown: str, change: Any) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Iterator
@@ -17,23 +19,29 @@ from ldm.config.schema import RunConfig
 
 FOLDER = "reference/config"
 PAGES = {
-    "index": ("Config keys", "A run's config is YAML. These are the keys of its root; the links lead to what is below."),
+    "index": (
+        "Config keys",
+        "A run's config is YAML. These are the keys of its root; the links lead to what is below.",
+    ),
     "tasks": ("`task`: methods", "`task.kind` says how is trained. Each kind has its own keys."),
     "parts": ("Below `task`", "Options of losses, adapters, sample pictures: what several kinds of `task` hold."),
     "process": (
         "Noise and times",
         "`task.process`, `task.weighting` and `task.density`: schedules, predictions, loss weights, times.",
     ),
-    "networks": ("Networks", "`task.network`, `task.model`, `task.discriminator`: sizes of networks trained from nothing."),
+    "networks": (
+        "Networks",
+        "`task.network`, `task.model`, `task.discriminator`: sizes of networks trained from nothing.",
+    ),
     "train": ("`train`: the loop", "Steps, optimizer, engine, averages, checkpoints, log, guards."),
     "data": ("`data`: what is seen", "Shards, mixtures, pairs, captions, the network."),
 }
 """Title and first sentence of each page, by the name of its file."""
 _WRITING = """
-Every key has a place, a type and a default; a key without a default must be written. `ldm train CONFIG --print-config` prints a
-config with everything filled in, and `key=value` behind it sets one: `train.optim.lr=1e-4`, `task.samples=null`, `data.size=512`. A
-choice among several is made by its key `kind`. `base: other.yaml` puts another file underneath, `${out}` is another key's value. A key
-that there is not is an error, which names the nearest.
+Every key has a place, a type and a default; a key without a default must be written. `ldm train CONFIG --print-config`
+prints a config with everything filled in, and `key=value` behind it sets one: `train.optim.lr=1e-4`,
+`task.samples=null`, `data.size=512`. A choice among several is made by its key `kind`. `base: other.yaml` puts another
+file underneath, `${out}` is another key's value. A key that there is not is an error, which names the nearest.
 """
 
 
@@ -77,7 +85,9 @@ def parts(root: Any = RunConfig) -> list[Part]:
     def walk(hint: Any, place: str) -> None:
         if not dataclasses.is_dataclass(hint):
             for below in get_args(hint):
-                walk(below, place + ("[]" if get_origin(hint) is tuple else ".NAME" if get_origin(hint) is dict else ""))
+                walk(
+                    below, place + ("[]" if get_origin(hint) is tuple else ".NAME" if get_origin(hint) is dict else "")
+                )
             return
         known = found.setdefault(hint, [])
         if place in known or place.startswith("data.sources[].data."):
@@ -121,15 +131,35 @@ def _section(part: Part, known: dict[Any, Part]) -> list[str]:
     for f in dataclasses.fields(part.cls):
         if f.init and f.name != "kind":
             shown = typed(hints[f.name], known, part.page)
-            rows.append(f"| `{f.name}` | {shown} | {default(f)} | {_cell(' '.join(by_key.get(f.name, [])))} |")
+            said = " ".join(by_key.get(f.name, [])) or _of_below(hints[f.name])
+            rows.append(f"| `{f.name}` | {shown} | {default(f)} | {_cell(said)} |")
     if rows:
-        lines += ["| key | type | default | |", "|---|---|---|---|", *rows, ""]
+        lines += ["| key | type | default | meaning |", "|---|---|---|---|", *rows, ""]
     lines += [f'<p class="source">{part.cls.__module__}.{part.cls.__name__}</p>', ""]
     return lines
 
 
+def _of_below(hint: Any) -> str:
+    """The first sentence of a key's only class, where the key's own class says nothing of it."""
+    classes = [h for h in (hint, *get_args(hint)) if dataclasses.is_dataclass(h)]
+    if len(classes) != 1:
+        return ""
+    text = " ".join(inspect.cleandoc(vars(classes[0]).get("__doc__") or "").split())
+    return "" if text.startswith(f"{classes[0].__name__}(") else re.split(r"(?<=[.!?])\s+(?=[A-Z`])", text)[0]
+
+
 def sentences(cls: Any) -> tuple[str, dict[str, list[str]]]:
-    """A class's docstring: what is said of it as a whole, and what of its keys (those that a sentence has in backticks)."""
+    """A class's docstring: what is said of it as a whole, and of each key, which a sentence has in backticks."""
+    general, by_key = _own(cls)
+    for parent in cls.__mro__[1:]:
+        if dataclasses.is_dataclass(parent):
+            for name, said in _own(parent)[1].items():
+                by_key.setdefault(name, said)
+    return " ".join(general), by_key
+
+
+def _own(cls: Any) -> tuple[list[str], dict[str, list[str]]]:
+    """The same of the class without those that it inherits from."""
     text = inspect.cleandoc(cls.__dict__.get("__doc__") or "")
     if text.startswith(f"{cls.__name__}("):  # what dataclasses write where nothing is said
         text = ""
@@ -144,14 +174,11 @@ def sentences(cls: Any) -> tuple[str, dict[str, list[str]]]:
             general.append(one)
     for name, said in _attribute_docs(cls).items():
         by_key.setdefault(name, []).insert(0, said)
-    return " ".join(general), by_key
+    return general, by_key
 
 
 def _attribute_docs(cls: Any) -> dict[str, str]:
     """Strings below fields, as Sphinx and mkdocstrings read them."""
-    import ast
-    import textwrap
-
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef)
     found = {}
@@ -186,7 +213,14 @@ def _members(hint: Any, known: dict[Any, Part], page: str) -> Iterator[str]:
     elif hint is type(None):
         yield "`null`"
     else:
-        names = {int: "whole number", float: "number", str: "text", bool: "`true` `false`", Path: "path", Any: "anything"}
+        names = {
+            int: "whole number",
+            float: "number",
+            str: "text",
+            bool: "`true` `false`",
+            Path: "path",
+            Any: "anything",
+        }
         yield names.get(hint, getattr(hint, "__name__", str(hint)))
 
 
@@ -203,13 +237,11 @@ def default(f: Any) -> str:
 def _of_class(value: Any) -> str:
     """A default that has keys: its kind, and what is not that class's own default."""
     plain = encode(value)
-    own = {f.name: f.default for f in dataclasses.fields(value)}
-    shown = {k: v for k, v in plain.items() if k == "kind" or (k in own and encode(own[k]) != v and _simple(own[k]))}
+    own, missing = {f.name: f.default for f in dataclasses.fields(value)}, dataclasses.MISSING
+    shown = {
+        k: v for k, v in plain.items() if k == "kind" or (own.get(k, missing) is not missing and encode(own[k]) != v)
+    }
     return f"`{_plain(shown)}`" if shown else "its defaults"
-
-
-def _simple(value: Any) -> bool:
-    return value is not dataclasses.MISSING
 
 
 def _plain(value: Any) -> str:

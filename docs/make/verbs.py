@@ -34,7 +34,14 @@ def below(parser: Any) -> dict[str, tuple[Any, str]]:
 
 def pages() -> dict[str, str]:
     """Markdown of every page, by its path."""
-    lines = ["# Commands", "", "`ldm VERB --help` tells the same in a terminal.", "", "| verb | what it does |", "|---|---|"]
+    lines = [
+        "# Commands",
+        "",
+        "`ldm VERB --help` tells the same in a terminal.",
+        "",
+        "| verb | what it does |",
+        "|---|---|",
+    ]
     lines += [f"| [`ldm {verb}`]({verb}.md) | {_cell(what)} |" for verb, what in VERBS.items()]
     lines += ["| [`python -m launch`](launch.md) | start processes: on this machine, or through SLURM |", ""]
     made = {f"{FOLDER}/index.md": "\n".join(lines)}
@@ -49,7 +56,9 @@ def _page(parser: Any, level: int) -> list[str]:
     lines = [*_described(parser), "```text", _usage(parser), "```", ""]
     verbs = below(parser)
     for name, actions in groups(parser):
-        head = {"positional arguments": "Arguments", "options": "Options", "optional arguments": "Options"}.get(name, name)
+        head = {"positional arguments": "Arguments", "options": "Options", "optional arguments": "Options"}.get(
+            name, name
+        )
         lines += [f"**{head}**", "", "| | | default |", "|---|---|---|", *map(_row, actions), ""]
     for name, (one, said) in verbs.items():
         title = f"{parser.prog} {name}" if not one.prog.endswith(name) else one.prog
@@ -69,7 +78,9 @@ def groups(parser: Any) -> Iterator[tuple[str, list[Any]]]:
 
 def told(action: Any) -> bool:
     """Whether an argument stands in the tables."""
-    return not isinstance(action, (argparse._HelpAction, argparse._SubParsersAction)) and action.help != argparse.SUPPRESS
+    return (
+        not isinstance(action, (argparse._HelpAction, argparse._SubParsersAction)) and action.help != argparse.SUPPRESS
+    )
 
 
 def _described(parser: Any) -> list[str]:
@@ -85,7 +96,7 @@ def _described(parser: Any) -> list[str]:
 
 
 def _usage(parser: Any) -> str:
-    formatter = argparse.HelpFormatter(parser.prog, width=110, max_help_position=30)
+    formatter = argparse.HelpFormatter(parser.prog, width=86, max_help_position=24)
     formatter.add_usage(parser.usage, parser._actions, parser._mutually_exclusive_groups, prefix="")
     return formatter.format_help().strip()
 

@@ -1,4 +1,4 @@
-"""The commands of the pages that are not marked are run, page by page, in a folder with small pictures, and with fewer steps."""
+"""Commands of the pages that are not marked are run, page by page, beside small pictures and with fewer steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/team.md, its own commands and configs in small: tars on an S3 server, the shipped model, one process, few steps."""
+"""docs/team.md, its own commands and configs in small: tars on S3, the shipped model, one process, few steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.unit.data.stores import serving
 
 PAGE = ROOT / "docs" / "team.md"
 SMALLER = {
-    "1024": "64", "32": "1", "models/sdxl": "emoji", "models/sd35-medium": "emoji", "10000": "8", "inception": "efficientnet_lite0",
+    "1024": "64", "32": "1", "models/sdxl": "emoji", "10000": "8", "inception": "efficientnet_lite0",
     "2000000": "40", "/local/ssd": "ssd", "600": "0", "16": "8",
 }  # fmt: skip
 """Words of the page's commands, and what stands for them."""

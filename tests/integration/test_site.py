@@ -1,4 +1,4 @@
-"""The site is built strictly: no broken link, no page without a place in the menu; nothing in it is fetched from elsewhere."""
+"""The site is built strictly: no broken link, no page without a place in the menu; nothing in it is fetched."""
 
 from __future__ import annotations
 

@@ -13,11 +13,11 @@ from bench.gpu.__main__ import main as gpu
 from bench.quality.__main__ import main as quality
 from docs.make.verbs import parser_of
 from launch.__main__ import _split
+from launch.options import Parser
 from ldm.cli.__main__ import VERBS
 from ldm.cli.options import is_override
 from ldm.config.schema import load_run
-from launch.options import Parser
-from tests.documents import PRESENT, ROOT, Command, commands, unmarked
+from tests.documents import PRESENT, ROOT, commands, unmarked
 
 OTHERS = {"apptainer", "mkdir", "sbatch", "scancel", "squeue", "srun", "tail", "torchrun"}
 """Programs of others; what stands behind them is looked at where it is ours."""
@@ -176,9 +176,10 @@ def test_faults_are_found() -> None:
 
 def test_fences_are_read_as_meant() -> None:
     text = (
-        "```sh\nldm sample a   # comment\nldm sample b \\\n    --steps 2\n```\n\n<!-- not run: it takes hours -->\n```sh\nldm demo\n```\n"
-        "<!-- not run, but for 2: the first needs weights -->\n```sh\nldm sample c\nldm sample d ...\n```\n```python\nldm = 1\n```\n"
-        "```\nldm serve\n```\n```\nldm train: a message\n```\n"
+        "```sh\nldm sample a   # comment\nldm sample b \\\n    --steps 2\n```\n\n"
+        "<!-- not run: it takes hours -->\n```sh\nldm demo\n```\n"
+        "<!-- not run, but for 2: the first needs weights -->\n```sh\nldm sample c\nldm sample d ...\n```\n"
+        "```python\nldm = 1\n```\n```\nldm serve\n```\n```\nldm train: a message\n```\n"
     )
     found = [(c.line, c.words[1:], c.why) for c in commands(ROOT / "x.md", text)]
     assert found == [

@@ -293,7 +293,7 @@ def test_packages_are_those_of_the_project() -> None:
     extras = re.search(r"^\[project.optional-dependencies\]\n(.*?)^\[", text, re.DOTALL | re.MULTILINE)
     assert extras is not None
     offered = dict(re.findall(r"^(\w+) = \[(.*?)\]$", extras[1], re.MULTILINE))
-    own = {"test", "ci", "dev"}
+    own = {"test", "ci", "dev", "docs"}
     assert {extra for extra, _ in EXTRAS.values()} == set(offered) - own
     assert all(f'"{name}' in offered[extra] for name, (extra, _) in EXTRAS.items())
 

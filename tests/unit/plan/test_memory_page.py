@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from bench.memory import CARDS, FAMILIES, HEAD, PAGE, Family, rows, table, written
+from bench.memory import BEGIN, CARDS, FAMILIES, FAMILY_PAGES, HEAD, PAGE, Family, rows, table, written
 
 
 def page() -> list[list[str]]:
@@ -32,9 +32,17 @@ def test_every_figure_is_marked_and_fits() -> None:
 
 def test_a_table_is_read_as_it_is_written() -> None:
     found = [["8 GB", "SD 1.5", "LoRA", "`frozen=bf16`", "2.9", "3.0", "planned"]]
-    text = PAGE.read_text(encoding="utf-8")
-    begin = text[text.index("<!--") : text.index("-->") + 3]
-    assert written(f"{begin}\n{table(found)}<!-- the end of what python -m bench memory writes -->") == found
+    assert BEGIN in PAGE.read_text(encoding="utf-8")
+    assert written(f"{BEGIN}\n{table(found)}<!-- the end of what python -m bench memory writes -->") == found
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.preset)
+def test_the_page_of_a_family_has_its_rows(family: Family) -> None:
+    (text,) = [t for path in FAMILY_PAGES.glob("*.md") if f"<!-- cards: {family.title} -->" in (t := path.read_text())]
+    lines = text.partition("<!-- cards: ")[2].partition("<!-- the end of the cards -->")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][2:]
+    assert rows == [[row[0], *row[2:]] for row in page() if row[1] == family.title]
+    assert f"ldm plan --sample {family.preset}" in text
 
 
 @pytest.mark.slow
