@@ -24,7 +24,7 @@ def parser() -> Parser:
     p.add_argument("--to", required=True, choices=("diffusers", "single", "compvis", *LORA), help="format of the "
                    "target; single (compvis: the same, of U-Nets): one file in the family's authors' names; lora "
                    "(diffusers' file), kohya, lycoris (LoHa, LoKr, OFT and DoRA as they are): of a LoRA the same one, "
-                   "of a model what tells it from --base, best at --rank; peft: a folder, of LoHa, LoKr, its OFT")  # fmt: skip
+                   "of a model what tells it from --base, best at --rank; peft: a folder, LoHa, LoKr, OFT")  # fmt: skip
     p.add_argument(
         "--base", help="the model that the source was tuned from; a LoRA is merged into it by --to diffusers"
     )

@@ -21,6 +21,7 @@ from ldm.recipes.finetune import Finetuning, adapted_job, assembled, make_adapte
 from ldm.recipes.pictures import prepare
 from ldm.recipes.prior import Prior
 from ldm.recipes.sources import weights_hash
+from ldm.recipes.validation import share_of
 from ldm.sampling.registry import lookup
 from ldm.train.trainer import TrainConfig
 
@@ -69,7 +70,8 @@ def build(task: DreamboothTask, data: Data, train: TrainConfig, seed: int, worke
     """The subject's pictures and, with prior preservation, class pictures by the base model, each as shards."""
     sources = _sources(task, data)
     pipeline = open_base(task, task.adapter, train)
-    prepare(task.images, Path(sources[0].path), [task.instance_prompt], sources[0].size)
+    share = share_of(train, data)
+    prepare(task.images, Path(sources[0].path), [task.instance_prompt], sources[0].size, share)
     if task.prior is not None:
         shards = Path(sources[1].path)
         folder = task.prior.folder or shards.parent / "class_pictures"

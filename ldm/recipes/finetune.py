@@ -57,6 +57,7 @@ from ldm.recipes.pictures import prepare
 from ldm.recipes.smaller import check_pictures
 from ldm.recipes.sources import cache_hashes, text_encoder, training_data
 from ldm.recipes.text_to_image import SampleHook, Samples, sample_hook, sized, told_options
+from ldm.recipes.validation import share_of
 from ldm.rng import seed_torch
 from ldm.train.trainer import TrainConfig, Trainer
 from ldm.types import Cond
@@ -117,7 +118,7 @@ def build(task: FinetuneTask, data: Data, train: TrainConfig, seed: int, workers
         pipeline = concat.widened(task.options.concat, pipeline)
     if task.images is not None:
         source = only_source(data)
-        prepare(task.images, Path(source.path), None, source.size)
+        prepare(task.images, Path(source.path), None, source.size, share_of(train, data))
     return assembled(task, make_adapter(task.adapter), pipeline, data, train, seed, workers, task.images)
 
 
@@ -225,6 +226,8 @@ def assembled(
 
 class FinetuneSamples:
     """Sample pictures of the model as it trains; `copies` of text towers that train are brought up to date first."""
+
+    on_demand = True
 
     def __init__(
         self,
