@@ -17,7 +17,7 @@ from ldm.config.load import encode
 from ldm.data.arrays import check_names, stack
 from ldm.data.augment import augmented
 from ldm.data.buckets import BucketedOrder, name
-from ldm.data.captions import check_template, filled, names_fields, uniform, with_trigger
+from ldm.data.captions import check_template, filled, names_fields, spoken, uniform, with_trigger
 from ldm.data.decode import BadSample
 from ldm.data.images import Fit, to_float
 from ldm.data.manifest import Manifest, Shard, json_line, resolve
@@ -230,7 +230,7 @@ class Loader(Stream[DataConfig]):
         }
         texts = [self.samples.captions(i).texts[p] for i, p in zip(ids, picks, strict=True)]
         if self.config.wildcards:
-            texts = [chosen(t, self._seed, p) for t, p in zip(texts, positions, strict=True)]
+            texts = [spoken(t, self._seed, p) for t, p in zip(texts, positions, strict=True)]
         if self.config.tags is not None and not self.config.cached:
             texts = [self.config.tags.apply(t, self._seed, p) for t, p in zip(texts, positions, strict=True)]
         batch["caption"] = [self._filled(i, text) for i, text in zip(ids, texts, strict=True)]
