@@ -40,11 +40,12 @@ class DataConfig:
     takes the plain one, "none" opens no text, whose faults then cost no picture. `template` wraps the caption, `tags`
     shuffles and drops its parts (not of cached text), `wildcards` draws a line of it and one of each {a|b|c} (neither).
     `trigger` is a word that each caption gets: for [trigger] in it, or before a caption that lacks it. `colour`: by how
-    much brightness, contrast and saturation differ at most, `rotate`: degrees (both not of cached latents). Each sample comes `repeats` times an epoch (times what its
-    folder's name asked for). With `buckets` every batch has the shape of one bucket of the data set, and `size` is not
-    used. `memory` bounds in bytes what is kept decoded. `last` is the rule for an epoch's last partial batch. Bad
-    samples are replaced and listed in `quarantine`; above the rate `max_bad` the run stops. `arrays` names npy and
-    safetensors members that the batch shall hold, `pairs` further pictures of each sample by name (`ldm.data.pairs`).
+    much brightness, contrast and saturation differ at most, `rotate`: degrees (both not of cached latents). Each sample
+    comes `repeats` times an epoch (times what its folder's name asked for). With `buckets` every batch has the shape of
+    one bucket of the data set, and `size` is not used. `memory` bounds in bytes what is kept decoded. `last` is the
+    rule for an epoch's last partial batch. Bad samples are replaced and listed in `quarantine`; above the rate
+    `max_bad` the run stops. `arrays` names npy and safetensors members that the batch shall hold, `pairs` further
+    pictures of each sample by name (`ldm.data.pairs`).
     """
 
     kind: Literal["shards"] = "shards"
@@ -95,13 +96,11 @@ class DataConfig:
             raise ValueError("wildcards: cached text states have one text; leave it out or train without the cache")
         if not 0 <= self.colour < 1 or not 0 <= self.rotate <= 45:
             raise ValueError(f"colour {self.colour} must be in [0, 1), rotate {self.rotate} in [0, 45] degrees")
-        for name, value in (("colour", self.colour), ("rotate", self.rotate)):
+        for key, value in (("colour", self.colour), ("rotate", self.rotate)):
             if value and self.cached:
-                raise ValueError(f"{name}: {value} of cached latents, which stay as they are: train without the cache")
+                raise ValueError(f"{key}: {value} of cached latents, which stay as they are: train without the cache")
             if value and self.pairs:
-                raise ValueError(
-                    f"{name}: {value}, but pairs {sorted(self.pairs)} would not change with it: leave it out"
-                )
+                raise ValueError(f"{key}: {value}, but pairs {sorted(self.pairs)} would not change with it")
         if self.memory < 0:
             raise ValueError(f"memory must not be negative, got {self.memory}")
 

@@ -295,8 +295,8 @@ def _cached(
     """Encode pictures, and captions if the hashes name the text, into a folder; all ranks share the work."""
     config = EncodeConfig(
         path=data.path, splits=(data.split,), size=data.size, fit=data.fit, crop=data.crop, flip=data.flip,
-        variants=enough(data.pairs, 2 if data.flip else 1), template=data.template, trigger=data.trigger, dtype="float32", part=16,
-        buckets=data.buckets, require_captions=data.require_captions, pairs=data.pairs,
+        variants=enough(data.pairs, 2 if data.flip else 1), template=data.template, trigger=data.trigger,
+        dtype="float32", part=16, buckets=data.buckets, require_captions=data.require_captions, pairs=data.pairs,
     )  # fmt: skip
     encode_text = text_encoder(towers)
     encode(

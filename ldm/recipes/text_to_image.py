@@ -149,7 +149,8 @@ def cached(
     config = EncodeConfig(
         path=data.path, splits=(data.split,), size=data.size, buckets=data.buckets, fit=data.fit, crop=data.crop,
         flip=data.flip, variants=enough(data.pairs, 2 if data.flip or data.crop == "random" else 1),
-        template=data.template, trigger=data.trigger, part=512, require_captions=data.require_captions, pairs=data.pairs,
+        template=data.template, trigger=data.trigger, part=512, require_captions=data.require_captions,
+        pairs=data.pairs,
     )  # fmt: skip
     encode_text = text_encoder(towers)
     with Bar("encoding", "pictures") as bar:
