@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import finetune_from, starts
+from ldm.cli import finetune_from, finetune_options, starts
 from ldm.cli.options import TEXT_PRECISION_HELP, TEXT_PRECISIONS, Parser, is_override
 
 _EPILOG = (
@@ -151,6 +151,7 @@ def _common(p: Parser, steps: str, rates: str) -> None:
     p.add_argument("--no-cache", action="store_true", help="encode pictures and captions anew at every step")
     p.add_argument("--gradient-checkpointing", nargs="?", const="block", choices=("none", "transformer", "block"),
                    help="save memory: compute activations again (default: none, of transformers block)")  # fmt: skip
+    finetune_options.add(p)
     starts.add(p)
     p.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     p.add_argument("--set", dest="overrides", action="append", default=[], metavar="key=value",
@@ -191,6 +192,11 @@ def _lora(p: Parser) -> None:
 
 def tree(args: argparse.Namespace) -> dict[str, Any]:
     """The run's config as plain data."""
+    return finetune_options.applied(_tree(args), args)
+
+
+def _tree(args: argparse.Namespace) -> dict[str, Any]:
+    """What the method makes of its choices."""
     from ldm.recipes import folder_runs
 
     booth = args.method == "dreambooth"

@@ -28,7 +28,6 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
         "max_validation_steps", "validation_seed",
     ),
     "memory alone; train.engine.blocks_on_device does it here": ("blocks_to_swap", "split_mode"),
-    "the shipped samples are drawn before, too": ("sample_at_first",),
     "the same command resumes": ("initial_step", "initial_epoch", "skip_until_initial_step"),
 }  # fmt: skip
 """Why, and the keys."""
@@ -51,13 +50,9 @@ LACKING: dict[str, tuple[Any, ...]] = {
     "masked_loss": ("not here",),
     "alpha_mask": ("not here",),
     "conditioning_data_dir": ("of masked losses, which are not here",),
-    "network_dropout": ("dropout of the rank: not here; task.adapter.dropout is of the layer's input", 0),
-    "network_weights": ("going on from a file: not here",),
-    "dim_from_weights": ("going on from a file: not here",),
     "base_weights": ("merging files into the base: `ldm convert` does it",),
     "base_weights_multiplier": ("merging files into the base: `ldm convert` does it",),
     "network_train_text_encoder_only": ("not here: the network trains",),
-    "scale_weight_norms": ("a bound of the LoRA's norm: not here",),
     "loraplus_lr_ratio": ("LoRA+: not here", 1),
     "block_lr": ("rates by block: not here",),
     "resume": ("its own state of a training: not read here",),
@@ -81,8 +76,5 @@ LACKING: dict[str, tuple[Any, ...]] = {
     "training_shift": ("of flows alone", 1),
     "model_type": ("not here", "flux"),
     "guidance_scale": ("of FLUX.1 alone",),
-    "validation_split": ("held-out loss: not here in fine-tuning", 0),
-    "validate_every_n_steps": ("held-out loss: not here in fine-tuning",),
-    "validate_every_n_epochs": ("held-out loss: not here in fine-tuning",),
 }
 """Why it is refused, then the values that are met all the same."""
