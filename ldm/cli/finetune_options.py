@@ -19,6 +19,9 @@ def add(p: Parser) -> None:
     p.add_argument("--validation-images", type=Path, metavar="FOLDER", help="measure the loss of these pictures")
     p.add_argument("--validate-every", type=int, metavar="STEPS", help="how often (default: as the samples)")
     p.add_argument("--keep-best", action="store_true", help="keep the checkpoint of the lowest such loss: RUN@best")
+    p.add_argument("--preserve", nargs="?", const="", metavar="CLASS", help="of a LoRA: keep the model's answers to "
+                   "captions with the class's word in the place of --trigger (of dreambooth --class)")  # fmt: skip
+    p.add_argument("--preserve-blank", action="store_true", help="of a LoRA: keep its answers to no words")
     p.add_argument("--trigger", default="", metavar="WORD",
                    help="a word for every caption: for [trigger] in it, or before one that lacks it")  # fmt: skip
     p.add_argument("--wildcards", action="store_true",
@@ -29,6 +32,12 @@ def applied(tree: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """The config with what was asked for. Raises ValueError naming the option."""
     _samples(tree["task"]["samples"], args)
     _validation(tree, args)
+    if args.preserve is not None and args.preserve_blank:
+        raise ValueError("--preserve: with --preserve-blank; one of both")
+    if args.preserve is not None:
+        tree["task"]["preserve"] = {"kind": "class"} | ({"word": args.preserve} if args.preserve else {})
+    if args.preserve_blank:
+        tree["task"]["preserve"] = {"kind": "blank"}
     data = tree["data"]
     sources = [data] if "sources" not in data else [s["data"] for s in data["sources"]]
     if args.trigger:

@@ -42,8 +42,6 @@ _LACKING: dict[str, tuple[Any, ...]] = {
     "train.loss_type": ("not here: the loss is the squared error", "mse"),
     "train.content_or_style": ("not here: times as train.timestep_type has them", "balanced"),
     "train.content_or_style_reg": ("not here", "balanced"),
-    "train.diff_output_preservation": ("the model's own outputs as regularisation: not here",),
-    "train.blank_prompt_preservation": ("the model's own outputs as regularisation: not here",),
     "train.inverted_mask_prior": ("masks: not here",),
     "train.min_denoising_steps": ("a range of times: not here", 0),
     "train.max_denoising_steps": ("a range of times: not here", 1000),
@@ -114,8 +112,27 @@ def convert(tree: Mapping[str, Any], *, images: str | None = None, base: str | N
     for key, (why, *neutral) in _LACKING.items():
         for given in [k for k in sheet.given if k == key or k.startswith(f"{key}.")]:
             sheet.lacking(given, why, neutral)
+    _preservation(sheet)
     sheet.leave("of output preservation, which is off", *[k for k in sheet.given if "_preservation_" in k])
     return sheet.done()
+
+
+def _preservation(sheet: Sheet) -> None:
+    """The model's own outputs as regularisation: the class's word for the trigger, or no words."""
+    for kind, name in (("class", "diff_output"), ("blank", "blank_prompt")):
+        key = f"train.{name}_preservation"
+        if not sheet.flag(key):
+            sheet.leave("off", key)
+            continue
+        if "preserve" in sheet.tree["task"]:
+            sheet.refuse(key, "beside train.diff_output_preservation: one of both here")
+            continue
+        sheet.keep(key, "task.preserve.kind", kind)
+        weight = f"{key}_multiplier"
+        sheet.keep(weight, "task.preserve.weight", sheet.number(weight, 1.0))
+        if kind == "class":
+            word = f"{key}_class"
+            sheet.keep(word, "task.preserve.word", sheet.text(word, "person"))
 
 
 def _dotted(tree: Mapping[str, Any]) -> dict[str, Any]:

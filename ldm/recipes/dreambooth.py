@@ -54,6 +54,10 @@ class DreamboothTask(Finetuning):
                         "so nothing would train it; write it as `identifier`, or into `prompt`"
                     )
 
+    def words(self, data: Data) -> tuple[str, str]:
+        """The identifier is left out before the noun: "a sks dog" becomes "a dog"."""
+        return f"{self.identifier} {self.noun}", self.noun
+
     @property
     def instance_prompt(self) -> str:
         """The subject's caption."""

@@ -20,7 +20,7 @@ from ldm.checkpoint.lora_files import read_lora
 from ldm.config.load import decode
 from ldm.data.encode import EncodeConfig, encode, finish
 from ldm.data.loader import DataConfig
-from ldm.data.mixture import Data, with_caches
+from ldm.data.mixture import Data, main_source, with_caches
 from ldm.data.pairs import enough
 from ldm.diffusion.density import (
     CosMap,
@@ -43,9 +43,11 @@ from ldm.models.text import (
     pad_with,
 )
 from ldm.models.vae.latents import LatentCodec
+from ldm.objectives import Objective
 from ldm.objectives.align import FEATURES
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.objectives.inputs import EncodeText
+from ldm.objectives.preserve import Preserve, PreservingObjective
 from ldm.pipeline import TextToImage
 from ldm.plan.report import Job
 from ldm.recipes import concat, planned, planned_frozen, planned_models
@@ -74,7 +76,7 @@ class Finetuning:
     base's. `density` is of training times, None: the family's usual one; so is what a network is told of the guidance
     where `options.guidance` is null. `text_precision`: what text encoders that do not train are kept and computed in;
     `t5_padding` as in text_to_image. With `cache`, a folder, pictures are encoded once, and captions too unless the
-    text encoders train.
+    text encoders train. `preserve`: of a LoRA, a second term that keeps the model's own answers.
     """
 
     base: str = "emoji"
@@ -88,6 +90,11 @@ class Finetuning:
     cache: Path | None = None
     gradient_checkpointing: bool | Granularity = False
     samples: Samples = field(default_factory=Samples)
+    preserve: Preserve | None = None
+
+    def words(self, data: Data) -> tuple[str, str]:
+        """The word that captions say of what is taught, and that of its class; empty where there is none."""
+        return main_source(data).trigger, ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,9 +226,32 @@ def assembled(
         if folder.name == "export":  # `ldm export` writes elsewhere, where there is no run to show
             write_page(folder.parent, images, task.samples.prompts)
 
+    kept = preserving(task.preserve, task.words(data), objective, adapter, trained, encode_text)
     return Assembly(
-        objective, loader, [FinetuneSamples(sized(task.samples, preview.network, data), preview, copies, drawn)], export
+        kept, loader, [FinetuneSamples(sized(task.samples, preview.network, data), preview, copies, drawn)], export
     )
+
+
+def preserving(
+    config: Preserve | None,
+    words: tuple[str, str],
+    objective: DenoiseObjective,
+    adapter: AnyAdapter,
+    trained: nn.Module,
+    encode_text: EncodeText,
+) -> Objective:
+    """The loss with the second term, where one is asked for. Raises ValueError without an adapter to leave out."""
+    if config is None:
+        return objective
+    if not isinstance(trained, LoraNet) or adapter.trains_text:
+        raise ValueError("task.preserve: needs a LoRA, and text encoders that do not train (task.adapter.text: false)")
+    if config.kind == "class":
+        trigger, word = config.trigger or words[0], words[1] if config.word is None else config.word
+        if not trigger or not word:
+            key = "word" if trigger else "trigger"
+            raise ValueError(f"task.preserve.{key}: missing; kind class says the class's word in the trigger's place")
+        config = replace(config, trigger=trigger, word=word)
+    return PreservingObjective(objective, config, trained.disabled, encode_text).to(dist.device())
 
 
 class FinetuneSamples:
@@ -350,6 +380,7 @@ def adapted_job(task: Finetuning, config: AnyConfig, data: Data, train: TrainCon
             DenoiseObjective(trained, model.process, model.codec, encode, options, live=live, below=model.network)
         )
 
+    said += [] if task.preserve is None else ["task.preserve is not counted: its term takes as long again, and memory"]
     cached = task.cache is not None or data.cached
     said += planned.attention(asked.gpu) if live else []
     planned.check_cache(task.cache, cached, said, base.text)

@@ -196,3 +196,25 @@ def test_prompts_have_settings_of_their_own_and_a_file_asks_for_pictures(
         difference = torch.tensor(list(part.tobytes())).float() - torch.tensor(list(to_pil(wanted[None])[0].tobytes()))
         assert difference.abs().max() <= 2, (column, row)
     assert SETTINGS["steps"] == common.steps
+
+
+def test_a_lora_keeps_the_models_answers_to_the_class(project: Path) -> None:
+    """In training the term is logged; the tuned model answers to the class's word nearer to the base with it."""
+    task: dict[str, Any] = {
+        "kind": "dreambooth", "images": str(project / "subject"), "identifier": "sks", "noun": "cross",
+        "prior": None, "adapter": {"kind": "lora", "rank": 2},
+    }  # fmt: skip
+    drawn = {}
+    for name, preserve in (("free", None), ("kept", {"kind": "class", "weight": 100.0})):
+        tree = config(project, f"preserve-{name}", task | {"preserve": preserve}, steps=6)
+        assert train(tree) == 0
+        told: Any = decode(RunConfig, tree).task
+        drawn[name] = TextToImage.load(project / f"preserve-{name}").sample(["a cross"], settings=told.samples.settings)
+        drawn["base"] = TextToImage.load(project / "teacher").sample(["a cross"], settings=told.samples.settings)
+    far, near = ((drawn[name] - drawn["base"]).norm() for name in ("free", "kept"))
+    assert near < 0.7 * far
+    text = (project / "preserve-kept" / "log" / "metrics.jsonl").read_text()
+    assert "loss_preserved" in text
+    full = task | {"adapter": {"kind": "full"}, "preserve": {"kind": "blank"}}
+    with pytest.raises(ValueError, match=r"task\.preserve: needs a LoRA"):
+        train(config(project, "preserve-full", full, steps=1))

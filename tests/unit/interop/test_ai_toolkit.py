@@ -13,6 +13,7 @@ from ldm.config.schema import RunConfig, load_run
 from ldm.diffusion.schedule import Flow
 from ldm.interop import ai_toolkit
 from ldm.interop.sheet import Converted
+from ldm.objectives.preserve import Preserve
 from ldm.recipes.finetune import FinetuneTask
 from ldm.recipes.samples import PromptSettings
 
@@ -109,6 +110,9 @@ SAME = [
      (r"blocks\.7\.proj_out",)),
     ({"network__network_kwargs": {"ignore_if_contains": ["single"]}}, "task.adapter.exclude", ("single",)),
     ({"train__skip_first_sample": True}, "task.samples.first", False),
+    ({"train__diff_output_preservation": True, "train__diff_output_preservation_multiplier": 0.5,
+      "train__diff_output_preservation_class": "dog"}, "task.preserve", Preserve(word="dog", weight=0.5)),
+    ({"train__blank_prompt_preservation": True}, "task.preserve", Preserve(kind="blank")),
     ({"sample__walk_seed": False}, "task.samples.walk_seed", False),
     ({"sample__walk_seed": True}, "task.samples.walk_seed", True),
     ({"sample__samples": [{"prompt": "c", "seed": 7, "width": 512, "height": 768}],
@@ -132,7 +136,10 @@ def test_key_by_key(changes: dict[str, Any], key: str, value: Any) -> None:
 
 REFUSED = [
     ({"train__optimizer": "prodigy"}, "train.optimizer"),
-    ({"train__diff_output_preservation": True}, "train.diff_output_preservation"),
+    (
+        {"train__diff_output_preservation": True, "train__blank_prompt_preservation": True, "trigger_word": "p3r5on"},
+        "train.blank_prompt_preservation",
+    ),
     ({"train__timestep_type": "weighted"}, "train.timestep_type"),
     ({"train__content_or_style": "style"}, "train.content_or_style"),
     ({"model__assistant_lora_path": "a/b"}, "model.assistant_lora_path"),
