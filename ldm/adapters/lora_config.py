@@ -110,7 +110,7 @@ class LoraConfig:
 
     def rank_of(self, name: str) -> int:
         """The rank of a layer."""
-        return int(_first(self.rank_pattern, name, self.rank))
+        return int(_first(self.rank_pattern, name, self.rank) or self.rank)
 
     def alpha_of(self, name: str) -> float:
         """As `effective_alpha`, of a layer."""

@@ -171,7 +171,8 @@ def _peft(corrections: Corrections) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """One component's tensors and settings."""
     tensors: dict[str, Tensor] = {}
     scales: dict[str, tuple[int, float]] = {}
-    kind, told = "", dict[str, Any]()
+    kind: str = ""
+    told: dict[str, Any] = {}
     for name, c in corrections.items():
         if isinstance(c, Hadamard):
             kind, scales[name] = "LOHA", (len(c.b2), c.scale)
@@ -198,8 +199,9 @@ def _peft(corrections: Corrections) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if scales:
         first = next(iter(scales.values()))
         told |= {"r": first[0], "alpha": first[0] * first[1]}
-        told["rank_pattern"] = {n: r for n, (r, _) in scales.items() if r != first[0]}
-        told["alpha_pattern"] = {n: r * s for n, (r, s) in scales.items() if r * s != first[0] * first[1]}
+        ranks = {n: r for n, (r, _) in scales.items() if r != first[0]}
+        alphas = {n: r * s for n, (r, s) in scales.items() if r * s != first[0] * first[1]}
+        told |= {"rank_pattern": ranks, "alpha_pattern": alphas}
     return tensors, {"peft_type": kind, "target_modules": list(corrections), "inference_mode": True, **told}
 
 

@@ -86,7 +86,7 @@ def _validation(tree: dict[str, Any], args: argparse.Namespace) -> None:
     if args.validation_images is not None:
         found |= {"images": str(args.validation_images), "path": f"{tree['out']}/data/validation"}
     elif not is_set(args.images):
-        if not 0 < args.validate < 1:
+        if args.validate is None or not 0 < args.validate < 1:
             raise ValueError(f"--validate {args.validate}: expected a share between 0 and 1, such as 0.1")
         found["share"] = args.validate
     tree["train"]["validate"] = found

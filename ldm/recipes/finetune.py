@@ -195,10 +195,7 @@ def assembled(
     check_pictures(task.options.small, pipeline.network, pipeline.codec.factor, data)
     codec, towers, live = pipeline.codec, pipeline.text, adapter.trains_text
     check_text_precision(task.text_precision, key="task.text_precision", trains=live)
-    if isinstance(adapter, TokensAdapter | PivotalAdapter) and train.optim.weight_decay:
-        raise ValueError(
-            f"train.optim.weight_decay: {train.optim.weight_decay} would pull new tokens to zero; write 0 for them"
-        )
+    _check_decay(adapter, train)
     expect = cache_hashes(codec.autoencoder, None if live else towers)
     if task.cache is not None:
         expect |= {} if features is None else {FEATURES: features.told}
@@ -230,6 +227,14 @@ def assembled(
     return Assembly(
         kept, loader, [FinetuneSamples(sized(task.samples, preview.network, data), preview, copies, drawn)], export
     )
+
+
+def _check_decay(adapter: AnyAdapter, train: TrainConfig) -> None:
+    """Raise ValueError for a weight decay of new tokens."""
+    if isinstance(adapter, TokensAdapter | PivotalAdapter) and train.optim.weight_decay:
+        raise ValueError(
+            f"train.optim.weight_decay: {train.optim.weight_decay} would pull new tokens to zero; write 0 for them"
+        )
 
 
 def preserving(

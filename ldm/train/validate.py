@@ -56,7 +56,7 @@ class LossOnHeldOut:
         if dist.rank() == 0 and note.is_file():
             told = json.loads(note.read_text(encoding="utf-8"))
             best = math.inf if told["step"] > step else float(told["validation_loss"])  # the run went back behind it
-        if not self.last < float(dist.from_first(best)):
+        if not dist.from_first(int(self.last < best)):
             return
         trainer.save_best()
         trainer.writer.finish()

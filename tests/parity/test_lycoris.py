@@ -52,6 +52,7 @@ def file_of(config: LoraConfig, path: Path) -> tuple[Tensor, dict[str, Tensor]]:
 def their_module(name: str, layer: nn.Module, tensors: dict[str, Tensor]) -> Any:
     from lycoris.modules import get_module, make_module
 
+    kind: Any
     kind, parts = get_module(tensors, name)
     return make_module(kind, parts, name, layer)
 
@@ -100,6 +101,7 @@ def test_a_layer_of_lycoris_is_read_to_one_in_a_million(kind: str, layer: str, t
     from lycoris import DiagOFTModule, LohaModule, LokrModule
 
     unet, tower = model()
+    module: Any
     key, module = "lora_unet_" + layer.replace(".", "_"), unet.get_submodule(layer)
     cls = {"loha": LohaModule, "lokr": LokrModule, "diag-oft": DiagOFTModule}[kind]
     more = {"constraint": 0.02, "rescaled": True} if kind == "diag-oft" else {"alpha": 3.0}
