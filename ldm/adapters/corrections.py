@@ -1,6 +1,7 @@
-"""What a file can add to one weight beside a low-rank product: Hadamard and Kronecker products, whole differences.
+"""What a file can do to one weight beside a low-rank product: Hadamard, Kronecker, rotations, whole differences.
 
 LoHa: (A1 B1) * (A2 B2) (Hyeon-Woo 2021, arXiv 2108.06098); LoKr: a Kronecker product (Yeh 2023, arXiv 2309.14859).
+OFT: blocks of rows turned (Qiu 2023, arXiv 2306.07280).
 Any of them may be decomposed (DoRA, Liu 2024, arXiv 2402.09353): m V / |V| with V the weight and the change.
 """
 
@@ -90,7 +91,10 @@ class Hadamard(Correction):
 
 @dataclass(frozen=True)
 class Kronecker(Correction):
-    """`scale` times the Kronecker product of `w1` (a, b) and `w2` (c, d[, kh, kw])."""
+    """`scale` times the Kronecker product of `w1` (a, b) and `w2` (c, d[, kh, kw]).
+
+    `low`, `high`: where `w2` is a product (c, r) (r, rest), its factors, which files hold.
+    """
 
     w1: Tensor
     w2: Tensor
@@ -98,6 +102,8 @@ class Kronecker(Correction):
     form: tuple[int, ...]
     magnitude: Tensor | None = None
     axis: int = 0
+    low: Tensor | None = None
+    high: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -122,6 +128,57 @@ class Difference(Correction):
 
     def change(self) -> Tensor:
         return self.value.double()
+
+
+@dataclass(frozen=True)
+class Rotation(Correction):
+    """Blocks of a weight's outputs turned, or with `inputs` of its inputs: OFT.
+
+    `skew` (k, s, s): skew-symmetric Q of each block, which is turned by the Cayley transform R = (I + Q) / (I - Q) of
+    k * s outputs (out, ..), or of inputs with the kernel's places (in * kh * kw); with `terms` by that many terms of
+    its series as PEFT counts them. New outputs are y R of the old; with `rescale` (out,) these are multiplied then.
+    """
+
+    skew: Tensor
+    form: tuple[int, ...]
+    rescale: Tensor | None = None
+    terms: int = 0
+    inputs: bool = False
+    magnitude: Tensor | None = None
+    axis: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.form
+
+    def change(self) -> Tensor:
+        raise TypeError("what a rotation adds depends on the weight: `delta`")
+
+    def delta(self, weight: Tensor) -> Tensor:
+        base, turn = weight.double(), turned(self.skew.double(), self.terms)
+        blocks, side = turn.shape[:2]
+        if self.inputs:
+            old = base.reshape(len(base), blocks, side)
+            return torch.einsum("kij,okj->oki", turn, old).reshape(base.shape)
+        added = torch.einsum("kij,ki...->kj...", turn, base.reshape(blocks, side, -1)).reshape(base.shape)
+        if self.rescale is None:
+            return added
+        scale = self.rescale.double().view(-1, *[1] * (base.ndim - 1))
+        return scale * added + (scale - 1) * base
+
+
+def turned(skew: Tensor, terms: int = 0) -> Tensor:
+    """R - I of skew-symmetric Q (k, s, s): R = (I + Q) / (I - Q), or I + 2 Q + ... + Q^m of its series."""
+    if not terms:
+        eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+        return torch.linalg.solve(eye - skew, 2 * skew, left=False)
+    if terms < 3:
+        return 2 * skew if terms == 2 else torch.zeros_like(skew)
+    total, power = 2 * skew, skew
+    for _ in range(max(terms, 4) - 3):
+        power = power @ skew
+        total = total + 2 * power
+    return total + power @ skew
 
 
 @dataclass(frozen=True)

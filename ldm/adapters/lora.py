@@ -1,110 +1,27 @@
-"""Low-rank adaptation while it trains: the frozen model outside, the corrections in one small module.
-
-Legend: r rank, N leading axes of a layer's input.
-"""
+"""Low-rank adaptation and its kin while they train: the frozen model outside, the corrections in one small module."""
 
 from __future__ import annotations
 
 import contextlib
-import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.adapters.base import freeze
-from ldm.adapters.corrections import Corrections
-from ldm.adapters.low_rank import Lora, LowRank, row_norms
+from ldm.adapters.corrections import Correction, Corrections
+from ldm.adapters.layers import MODULES, Layer, Low, low_rank
+from ldm.adapters.lora_config import LoraConfig
+from ldm.adapters.low_rank import Lora, LowRank
 from ldm.adapters.sites import Site, chosen, network_sites, pooled_of, text_sites, towers, usual_targets
 from ldm.models.frozen import opened
 from ldm.models.network import Around, Network
 from ldm.models.text import TextEncoder
 
-
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """Corrections of rank `rank`, scaled by `alpha` / rank (no alpha: by 1), with `rslora` by `alpha` / sqrt(rank).
-
-    `targets`: groups (attention, feed_forward, projection, convolution, time) or ends of layer names ("attn2.to_k");
-    None is what the family's community corrects (`usual_targets`). `text` adapts the CLIP towers' layers of the same
-    groups too, of attention for None. `dora` trains each output's magnitude beside the direction.
-    """
-
-    kind: Literal["lora"] = "lora"
-    rank: int = 4
-    alpha: float | None = None
-    dropout: float = 0.0
-    targets: tuple[str, ...] | None = None
-    text: bool = False
-    dora: bool = False
-    rslora: bool = False
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
-        if self.alpha is not None and not self.alpha > 0:
-            raise ValueError(f"alpha must be above 0, got {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        if self.targets is not None and not self.targets:
-            raise ValueError("targets must not be empty")
-
-    @property
-    def effective_alpha(self) -> float:
-        """The alpha that, divided by the rank, gives the scale."""
-        alpha = float(self.rank if self.alpha is None else self.alpha)
-        return alpha * math.sqrt(self.rank) if self.rslora else alpha
-
-
-class Low(nn.Module):
-    """One layer's correction; starts as none, since `up` is zero. `forward(x, out)` corrects the layer's output."""
-
-    def __init__(self, site: Site, config: LoraConfig, network: Network) -> None:
-        super().__init__()
-        weight, conv = site.read(), site.conv
-        out, ones, device = weight.shape[0], [1] * (weight.ndim - 2), network.runs_on(weight)
-        self.down = nn.Parameter(torch.empty(config.rank, *weight.shape[1:], device=device))
-        self.up = nn.Parameter(torch.zeros(out, config.rank, *ones, device=device))
-        self.magnitude = nn.Parameter(row_norms(weight.to(device).float())) if config.dora else None
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
-        self.scale, self.dropout = config.effective_alpha / config.rank, config.dropout
-        self._site = site  # its weights are not this module's
-        self._conv: dict[str, Any] = {}
-        if conv is not None:
-            if conv.groups != 1 or conv.padding_mode != "zeros":
-                raise ValueError(f"targets: {site.name} is a grouped or wrapped convolution, which LoRA does not cover")
-            self._conv = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
-
-    def forward(self, x: Tensor, out: Tensor) -> Tensor:
-        if self.dropout and self.training and torch.is_grad_enabled():
-            x = F.dropout(x, self.dropout)
-        if self._conv:
-            added = F.conv2d(F.conv2d(x, self.down, **self._conv), self.up)
-        elif self.magnitude is None:  # one product that adds, with the scale on its small side in the backward too
-            small = F.linear(x, self.down).flatten(0, -2)
-            return torch.addmm(out.flatten(0, -2), small, self.up.t(), alpha=self.scale).view(out.shape)
-        else:
-            added = F.linear(F.linear(x, self.down), self.up)
-        if self.magnitude is None:
-            return torch.add(out, added, alpha=self.scale)
-        return self._magnified(out, added)
-
-    def _magnified(self, out: Tensor, added: Tensor) -> Tensor:
-        """m / |V| times the sum of both, without the bias; the norm is a constant of the gradient (section 4.3)."""
-        assert self.magnitude is not None
-        with torch.no_grad():
-            base = self._site.read().float()
-            norms = row_norms(base + self.scale * (self.up.flatten(1) @ self.down.flatten(1)).view(base.shape))
-        ratio, bias = self.magnitude / norms, self._site.read_bias()
-        shape = (-1, 1, 1) if self._conv else (-1,)
-        ratio = ratio.view(shape).to(out.dtype)
-        if bias is None:
-            return ratio * torch.add(out, added, alpha=self.scale)
-        bias = bias.view(shape).to(out.dtype)
-        return ratio * torch.add(out - bias, added, alpha=self.scale) + bias
+__all__ = ["LoraAdapter", "LoraConfig", "LoraNet", "Low", "to_peft"]
 
 
 class LoraNet(Around):
@@ -115,7 +32,7 @@ class LoraNet(Around):
 
     def __init__(self, network: Network, sites: Sequence[Site], config: LoraConfig) -> None:
         super().__init__(network)
-        self.layers = nn.ModuleDict({_key(site.name): Low(site, config, network) for site in sites})
+        self.layers = nn.ModuleDict({_key(site.name): MODULES[config.algo](site, config, network) for site in sites})
         self._on = True
         self._hooked: dict[str, list[nn.Module]] = {}
         self._undo = [self._hook(site) for site in sites if not isinstance(site.module, nn.MultiheadAttention)]
@@ -197,10 +114,11 @@ class LoraNet(Around):
 
 
 class LoraAdapter:
-    """Low-rank corrections train; the export is diffusers' and PEFT's names."""
+    """Corrections train; the export of low-rank ones is diffusers' and PEFT's names."""
 
     def __init__(self, config: LoraConfig) -> None:
         self.config = config
+        self._layers: dict[str, Layer] = {}  # of the attached module
 
     @property
     def trains_text(self) -> bool:
@@ -224,20 +142,41 @@ class LoraAdapter:
             sites = chosen(inner, usual_targets(network)) + (chosen(words, ("attention",)) if words else [])
         else:
             sites = chosen([*inner, *words], targets)
-        return LoraNet(network, sites, self.config)
+        wanted = [site for site in sites if self.config.wants(site.name)]
+        if not wanted:
+            raise ValueError(
+                f"include {list(self.config.include)} and exclude {list(self.config.exclude)} leave none of "
+                f"{len(sites)} layers, such as {sites[0].name}"
+            )
+        for key in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self.config, key):
+                if not any(re.search(pattern, site.name) for site in wanted):
+                    raise ValueError(f"{key}: {pattern!r} fits none of {len(wanted)} layers, as {wanted[0].name}")
+        net = LoraNet(network, wanted, self.config)
+        self._layers = {key: layer for key, layer in net.layers.items() if isinstance(layer, Layer)}
+        return net
 
-    def lora(self, weights: Mapping[str, Tensor]) -> Lora:
-        """The corrections, from the attached module's weights by name."""
+    def corrections(self, weights: Mapping[str, Tensor]) -> dict[str, Correction]:
+        """What was trained, from the attached module's weights by name."""
         found: dict[str, dict[str, Tensor]] = {}
         for name, value in weights.items():
             _, key, kind = name.split(".")
             found.setdefault(key, {})[kind] = value.detach().clone()
-        alpha = self.config.effective_alpha
-        return {_name(k): LowRank(v["down"], v["up"], alpha, v.get("magnitude")) for k, v in found.items()}
+        if not self._layers and self.config.algo == "lora":
+            return {_name(k): low_rank(v, _name(k), self.config) for k, v in found.items()}
+        return {_name(k): self._layers[k].correction(v) for k, v in found.items()}
+
+    def lora(self, weights: Mapping[str, Tensor]) -> Lora:
+        """The same of low-rank corrections. Raises ValueError for those of another algo."""
+        found = self.corrections(weights)
+        lows = {name: low for name, low in found.items() if isinstance(low, LowRank)}
+        if len(lows) < len(found):
+            raise ValueError(f"algo {self.config.algo}: expected lora")
+        return lows
 
     @torch.no_grad()
     def load(self, net: LoraNet, lora: Corrections) -> None:
-        """Undo `lora`: corrections of any alpha, brought to this one's.
+        """Undo `corrections`: those of any alpha, brought to this one's.
 
         Raises ValueError unless they are of the same layers, rank and kind.
         """
@@ -247,21 +186,13 @@ class LoraAdapter:
             raise ValueError(f"corrects {len(given)} layers, targets choose {len(own)}; not in both: {others[:3]}")
         for name, low in lora.items():
             layer = net.layers[_key(name)]
-            assert isinstance(layer, Low)
-            if not isinstance(low, LowRank) or low.axis != 0:
-                raise ValueError(
-                    f"{name} is no low-rank product, or its magnitudes are by column: nothing to go on from"
-                )
-            if low.rank != self.config.rank:
-                raise ValueError(f"rank {low.rank} of {name} is not the configured rank {self.config.rank}")
-            if (low.magnitude is None) != (layer.magnitude is None):
-                raise ValueError(f"{name}: one of both is DoRA; dora is {self.config.dora}")
-            parts = {"down": low.down, "up": low.up * (low.scale / layer.scale), "magnitude": low.magnitude}
+            assert isinstance(layer, Layer)
+            parts = layer.parts(low)
             for kind, p in layer.named_parameters(recurse=False):
-                value = parts[kind]
-                assert value is not None
-                if p.numel() != value.numel():
-                    raise ValueError(f"{kind} {list(value.shape)} of {name} is not of shape {list(p.shape)}")
+                value = parts.get(kind)
+                if value is None or p.numel() != value.numel():
+                    shape = None if value is None else list(value.shape)
+                    raise ValueError(f"{kind} {shape} of {name} is not of shape {list(p.shape)}")
                 p.copy_(value.view(p.shape))
 
     def export(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,8 +11,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from ldm.adapters.lora import LoraAdapter, LoraConfig
-from ldm.adapters.low_rank import Lora
+from ldm.adapters.corrections import Correction, Corrections
+from ldm.adapters.lora import LoraAdapter, LoraConfig, LoraNet
 from ldm.adapters.tokens import NewToken, TokenRows, TokensAdapter, TokensConfig
 from ldm.models.network import Around, Network
 from ldm.models.text import TextEncoder
@@ -61,9 +61,14 @@ class PivotalAdapter:
         words: TokenRows = self._words.attach(network, text)
         return Pivotal(network, self._lora.attach(network, text), words)
 
-    def lora(self, weights: Mapping[str, Tensor]) -> Lora:
+    def corrections(self, weights: Mapping[str, Tensor]) -> dict[str, Correction]:
         """The corrections, from the attached module's weights by name."""
-        return self._lora.lora(_part(weights, _LORA))
+        return self._lora.corrections(_part(weights, _LORA))
+
+    def load(self, net: Pivotal, lora: Corrections) -> None:
+        """As `LoraAdapter.load`."""
+        assert isinstance(net.lora, LoraNet)
+        self._lora.load(net.lora, lora)
 
     def concepts(self, weights: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
         """Token -> its rows (n, D) of each tower, from the attached module's weights by name."""

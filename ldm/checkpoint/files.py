@@ -122,6 +122,12 @@ def publish(root: Path, step: int, files: dict[str, dict[str, object]], keep: in
     return final
 
 
+def kept(run: Path, step: int) -> Path:
+    """Where a run's checkpoint of a step is: among its checkpoints, or kept as the best one."""
+    root = run / "checkpoints"
+    return run / "best" if step not in steps(root) and step in steps(run / "best") else root
+
+
 def withdraw(root: Path, after: int) -> None:
     """Remove what was published of later steps than `after`, to which the run went back."""
     late = [s for s in steps(root) if s > after]

@@ -204,7 +204,8 @@ def of_t5(keys: Iterable[str]) -> bool:
 
 
 def _told(widths: Mapping[str, int]) -> str:
-    layers = {plain(named.layer): n for key, n in widths.items() if (named := split(key)) and named.part == "down"}
+    every = [(named, n) for key, n in widths.items() if (named := split(key)) is not None]
+    layers = {plain(named.layer): 0 for named, _ in every} | {plain(x.layer): n for x, n in every if x.part == "down"}
     for mark, title in _MARKS:
         hits = [name for name in layers if mark.search(name)]
         if not hits:

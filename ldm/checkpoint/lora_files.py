@@ -52,7 +52,8 @@ FIT_RANK = 64
 """Rank of the plain products that stand for what a form cannot hold, such as DoRA in kohya's."""
 Format = Literal["diffusers", "kohya"]
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-_NAMES = (NAME, "pytorch_lora_weights.bin", *PEFT_FILES, "lora.safetensors")
+LYCORIS = "lycoris.safetensors"
+_NAMES = (NAME, "pytorch_lora_weights.bin", *PEFT_FILES, "lora.safetensors", LYCORIS)
 _FOLDERS = ("unet", "transformer", *COMPONENTS)
 _BUNDLED = re.compile(r"bundle_emb\.(.+?)\.(clip_l|clip_g|string_to_param\.\*|emb_params)$")
 
@@ -78,9 +79,9 @@ def write_lora(
 ) -> None:
     """Write one file; `config` is the base network's, since kohya's names depend on it.
 
-    What a form cannot hold (in kohya's DoRA, in both LoHa and LoKr) is written as plain products of at most `rank`,
-    which needs the base's `sites`; layers that its readers ignore are left out. Both are said. Raises ValueError where
-    nothing is left.
+    What a form cannot hold (in kohya's DoRA, in both LoHa, LoKr, OFT) is written as plain products of at most
+    `rank`, which needs the base's `sites`; layers that its readers ignore are left out. Both are said. Raises
+    ValueError where nothing is left.
     """
     if form == "kohya" and names_of(config).header is None:
         raise ValueError(f"{path}: kohya's scripts know no {family_of(config).title}; write form 'diffusers'")
@@ -125,7 +126,7 @@ def _held(path: Path, lora: Corrections, form: Format, sites: Mapping[str, Site]
         fitted, errors = as_plain(odd, sites, rank)
         off, size = (sum(e[i] ** 2 for e in errors.values()) ** 0.5 for i in (0, 1))
         log.warning(
-            "%s: %d layers of DoRA, LoHa or LoKr are written as plain products of rank %d at most, since %s; "
+            "%s: %d layers of DoRA, LoHa, LoKr or OFT are written as plain products of rank %d at most, since %s; "
             "relative error of the change %.2g", path, len(odd), rank,
             "kohya's scripts read no magnitudes and ComfyUI divides by another norm" if form == "kohya"
             else "PEFT has another form for them", off / size if size else 0.0,

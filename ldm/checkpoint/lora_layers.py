@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ldm.adapters.corrections import Correction, Difference, Hadamard, Rows
+from ldm.adapters.corrections import Correction, Difference, Hadamard, Rotation, Rows
 from ldm.adapters.low_rank import Lora, LowRank
 
 Spans = tuple[tuple[int, int], ...]
@@ -85,8 +85,23 @@ def rows_of(low: Correction, spans: Spans) -> Correction:
         return replace(low, a1=take(low.a1), a2=take(low.a2), form=form, magnitude=magnitude)
     if isinstance(low, Difference):
         return replace(low, value=take(low.value), magnitude=magnitude)
+    if isinstance(low, Rotation):
+        return _turned(low, spans, whole)
     plain = replace(low, magnitude=None, axis=0)  # type: ignore[type-var]
     return Rows(plain, spans, magnitude, low.axis)
+
+
+def _turned(low: Rotation, spans: Spans, whole: int) -> Rotation:
+    """The rotation of some rows. Raises ValueError where a block is of several layers."""
+    form = (whole, *low.form[1:])
+    if low.inputs:
+        return replace(low, form=form)
+    side = low.skew.shape[1]
+    if any(start % side or stop % side for start, stop in spans):
+        raise ValueError(f"blocks of {side} outputs reach over layers that are apart here ({spans[0]}): not known")
+    skew = torch.cat([low.skew[start // side : stop // side] for start, stop in spans])
+    rescale = None if low.rescale is None else torch.cat([low.rescale[start:stop] for start, stop in spans])
+    return replace(low, skew=skew, form=form, rescale=rescale)
 
 
 def _narrowed(low: LowRank) -> LowRank:

@@ -28,6 +28,10 @@ _PARTS = {
     "b_norm": "b_norm",
     **{k: k for k in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
     **{k: k for k in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")},
+    "oft_blocks": "oft_blocks",
+    "oft_diag": "oft_blocks",
+    "rescale": "rescale",
+    "oft_R": "oft_R",
 }
 _ENDING = re.compile(
     r"\.(" + "|".join(re.escape(k) for k in sorted(_PARTS, key=len, reverse=True)) + r")"

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ldm.adapters.corrections import Correction, Difference, Hadamard, Kronecker
+from ldm.adapters.corrections import Correction, Difference, Hadamard, Kronecker, Rotation
+from ldm.adapters.layers import skewed
 from ldm.adapters.low_rank import LowRank
 from ldm.checkpoint.lora_settings import Settings
 from ldm.checkpoint.weights import alike
@@ -36,6 +37,10 @@ def assemble(site: str, parts: Parts, shape: Sequence[int], settings: Settings) 
         found[site] = _hadamard(site, parts, form, settings)
     elif all(k.startswith("lokr_") for k in kinds):
         found[site] = _kronecker(site, parts, form, settings)
+    elif "oft_blocks" in kinds and kinds <= {"oft_blocks", "rescale"}:
+        found[site] = _rotation(site, parts, form)
+    elif kinds == {"oft_R"}:
+        found[site] = _turned_inputs(site, parts, form, settings)
     elif kinds in ({"diff"}, {"w_norm"}):
         found[site] = Difference(_shaped(site, parts[next(iter(kinds))], form), *_magnitude(site, parts, form))
     else:
@@ -99,12 +104,51 @@ def _kronecker(site: str, parts: Parts, form: tuple[int, ...], settings: Setting
         else:
             sides.append(a @ b.flatten(1))
     w1, w2 = sides
+    whole = "lokr_w2" in parts or "lokr_t2" in parts
+    low, high = (None, None) if whole else _both(site, parts, "lokr_w2_a", "lokr_w2_b")
     found = (w1.shape[0] * w2.shape[0], w1.shape[1] * math.prod(w2.shape[1:]))
     if found != (form[0], math.prod(form[1:])) or (w2.ndim == 4 and not alike(w2.shape[2:], form[2:] or (1, 1))):
         raise Misfit(f"{site} is a product of shape {found}, the model's weight is {form}: another base model?")
     told = rank is None and not settings.of(site)[0]  # two whole factors: other readers leave alpha out
     scale = 1.0 if told else _scale(site, parts, rank or 1, settings)
-    return Kronecker(w1, w2, scale, form, *_magnitude(site, parts, form))
+    return Kronecker(w1, w2, scale, form, *_magnitude(site, parts, form), low, high)
+
+
+def _rotation(site: str, parts: Parts, form: tuple[int, ...]) -> Rotation:
+    """LyCORIS' diag-oft and kohya's OFT: outputs turned in blocks, alpha bounds the turning."""
+    blocks, rescale = parts["oft_blocks"], parts.get("rescale")
+    if blocks.ndim == 4:
+        raise ValueError(f"{site} is turned by BOFT, butterflies of blocks, which is not known here; OFT is")
+    if blocks.ndim != 3 or blocks.shape[1] != blocks.shape[2] or blocks.shape[0] * blocks.shape[1] != form[0]:
+        raise Misfit(f"{site} has blocks {tuple(blocks.shape)}, the model's weight is {form}: another base model?")
+    if rescale is not None and rescale.numel() != form[0]:
+        raise Misfit(f"{site} has scales {tuple(rescale.shape)}, the model's weight is {form}: another base model?")
+    most = float(parts["alpha"]) * form[0] if "alpha" in parts else 0.0
+    return Rotation(skewed(blocks, max(most, 0.0)), form, None if rescale is None else rescale.flatten())
+
+
+def _turned_inputs(site: str, parts: Parts, form: tuple[int, ...], settings: Settings) -> Rotation:
+    """PEFT's OFT: inputs turned in blocks, of which the upper triangles (k, s (s - 1) / 2) are stored.
+
+    The exact transform is of -Q there, the series (the default, of 5 terms) of Q.
+    """
+    told, columns = settings.of(site)[0], parts["oft_R"]
+    if columns.ndim != 2:
+        raise ValueError(f"{site}: oft_R has shape {tuple(columns.shape)}, expected (blocks, numbers of a triangle)")
+    side, inputs = math.isqrt(2 * columns.shape[1]) + 1, math.prod(form[1:])
+    if side * (side - 1) // 2 != columns.shape[1] or inputs % side:
+        raise Misfit(f"{site} has blocks {tuple(columns.shape)}, the model's weight is {form}: another base model?")
+    skew = columns.new_zeros(len(columns), side, side)
+    rows = torch.triu_indices(side, side, 1)
+    skew[:, rows[0], rows[1]] = columns
+    skew = skew - skew.transpose(1, 2)
+    if len(skew) == 1 and told.get("block_share"):
+        skew = skew.repeat(inputs // side, 1, 1)
+    if len(skew) * side != inputs:
+        raise Misfit(f"{site} has blocks {tuple(columns.shape)}, the model's weight is {form}: another base model?")
+    if told.get("use_cayley_neumann", True):
+        return Rotation(skew, form, None, int(told.get("num_cayley_neumann_terms", 5)), inputs=True)
+    return Rotation(-skew, form, inputs=True)
 
 
 def _both(site: str, parts: Parts, one: str, other: str) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 BESIDE = "adapter_config.json"
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_KINDS = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
+_KINDS = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha", "OFT": "alpha"}
 _CHANGED_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga|mica|kasa", re.IGNORECASE)
 _OTHER_RULES = ("fan_in_fan_out", "layer_replication", "use_qalora", "use_bdlora", "alora_invocation_tokens",
                 "arrow_config", "kasa_config", "monteclora_config", "trainable_token_indices", "target_parameters",

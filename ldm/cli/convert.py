@@ -1,4 +1,4 @@
-"""`ldm convert IN OUT --to diffusers|single|lora|kohya`: between model formats; LoRA files; tuned models as LoRA."""
+"""`ldm convert IN OUT --to diffusers|single|lora|...`: between model formats; LoRA files; tuned models as LoRA."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from ldm.cli.options import Parser
 
 DTYPES = ("float32", "float16", "bfloat16")
-LORA = ("lora", "kohya")
+LORA = ("lora", "kohya", "lycoris", "peft")
 RANK = 16
 
 
@@ -23,8 +23,8 @@ def parser() -> Parser:
     p.add_argument("target", type=Path, help="folder, or file ending in .safetensors")
     p.add_argument("--to", required=True, choices=("diffusers", "single", "compvis", *LORA), help="format of the "
                    "target; single (compvis: the same, of U-Nets): one file in the family's authors' names; lora "
-                   "(diffusers' file) and kohya: of a LoRA the same one, of a model what tells it from --base, best at "
-                   "--rank")  # fmt: skip
+                   "(diffusers' file), kohya, lycoris (LoHa, LoKr, OFT and DoRA as they are): of a LoRA the same one, "
+                   "of a model what tells it from --base, best at --rank; peft: a folder, LoHa, LoKr, OFT")  # fmt: skip
     p.add_argument(
         "--base", help="the model that the source was tuned from; a LoRA is merged into it by --to diffusers"
     )
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     if args.rank is not None and args.rank < 1:
         raise ValueError(f"--rank: must be at least 1, got {args.rank}")
-    if args.to in LORA and args.target.suffix != ".safetensors":
+    if args.to in LORA and args.to != "peft" and args.target.suffix != ".safetensors":
         raise ValueError(f"target {str(args.target)!r}: expected a file ending in .safetensors")
     if is_control(args.source):
         return _control(args, dtype)
@@ -109,6 +109,7 @@ def _adapted(args: argparse.Namespace, source: Path, adapter: dict[str, Any] | N
     from ldm.adapters.sites import all_sites
     from ldm.checkpoint.convert import open_model, save_diffusers, save_single
     from ldm.checkpoint.lora_files import FIT_RANK, read_adapter, write_lora
+    from ldm.checkpoint.lycoris_files import write_lycoris, write_peft
     from ldm.models.shipped import named
     from ldm.pipeline import TextToImage
     from ldm.recipes.models import usable
@@ -124,12 +125,16 @@ def _adapted(args: argparse.Namespace, source: Path, adapter: dict[str, Any] | N
         found = read_adapter(source, pipeline.network, pipeline.text, lenient=args.lenient)
         if found.embeddings:
             print(f"left out: the embeddings {sorted(found.embeddings)}, which this form does not hold")
-        form, sites = "diffusers" if args.to == "lora" else "kohya", all_sites(pipeline.network, pipeline.text)
-        config, rank = pipeline.network.config, args.rank or FIT_RANK
+        sites, config = all_sites(pipeline.network, pipeline.text), pipeline.network.config
+        rank, dtype = args.rank or FIT_RANK, dtype or torch.float32
         _new(args.target)
-        write_lora(
-            args.target, found.corrections, config, form=form, dtype=dtype or torch.float32, sites=sites, rank=rank
-        )
+        if args.to == "peft":
+            write_peft(args.target, found.corrections, dtype=dtype)
+        elif args.to == "lycoris":
+            write_lycoris(args.target, found.corrections, config, dtype=dtype, sites=sites, rank=rank)
+        else:
+            form = "diffusers" if args.to == "lora" else "kohya"
+            write_lora(args.target, found.corrections, config, form=form, dtype=dtype, sites=sites, rank=rank)
         print(f"{args.target}: {args.to}, LoRA on {len(found.corrections)} layers")
         return 0
     _new(args.target)
@@ -159,6 +164,8 @@ def _extract(args: argparse.Namespace, source: Path, dtype: Any) -> int:
 
     if args.base is None:
         raise ValueError(f"--to {args.to}: needs --base, the model that the source was tuned from")
+    if args.to not in ("lora", "kohya"):
+        raise ValueError(f"--to {args.to}: {source} is a whole model, whose difference is a LoRA; write --to lora")
     before = TextToImage.load(usable(args.base, "--base"), lenient=args.lenient)
     after = TextToImage.load(source if source.exists() else args.source, lenient=args.lenient)
     rank = args.rank or RANK

@@ -16,7 +16,7 @@ def parser() -> Parser:
         description="Write the folder that a run writes at its end (diffusers' for text to image) from one of its "
         "checkpoints. The run may be in training: only published, whole checkpoints are read.",
     )
-    p.add_argument("run", type=Path, help="a run folder, or a checkpoint of it: RUN@N, RUN/checkpoints/step-N")
+    p.add_argument("run", type=Path, help="a run folder, or a checkpoint: RUN@N, RUN@best, RUN/checkpoints/step-N")
     p.add_argument("out", type=Path, help="the folder to write; it must not exist")
     p.add_argument("--step", type=int, help="a checkpoint's step; the newest if left out")
     p.add_argument(

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import finetune_from, finetune_training, starts
+from ldm.cli import finetune_from, finetune_options, finetune_training, starts
 from ldm.cli.options import TEXT_PRECISION_HELP, TEXT_PRECISIONS, Parser, is_override
 
 _EPILOG = (
@@ -157,6 +157,7 @@ def _common(p: Parser, steps: str, rates: str) -> None:
     p.add_argument("--no-cache", action="store_true", help="encode pictures and captions anew at every step")
     p.add_argument("--gradient-checkpointing", nargs="?", const="block", choices=("none", "transformer", "block"),
                    help="save memory: compute activations again (default: none, of transformers block)")  # fmt: skip
+    finetune_options.add(p)
     starts.add(p)
     p.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     p.add_argument("--set", dest="overrides", action="append", default=[], metavar="key=value",
@@ -174,15 +175,34 @@ def _lora(p: Parser) -> None:
     p.add_argument("--rank", type=int, help="of the LoRA: its size (default: 4, of transformers 16)")
     p.add_argument("--alpha", type=float, help="scale is alpha / rank (default: 1)")
     p.add_argument("--dropout", type=float, default=0.0, help="of the LoRA's input")
+    p.add_argument("--rank-dropout", type=float, default=0.0, metavar="SHARE", help="of the LoRA's ranks")
+    p.add_argument("--module-dropout", type=float, default=0.0, metavar="SHARE", help="of whole layers' corrections")
+    p.add_argument("--scale-weight-norms", dest="weight_norm", type=float, default=0.0, metavar="NORM",
+                   help="bound of each correction's norm (default: none)")  # fmt: skip
+    p.add_argument("--algo", choices=("lora", "loha", "lokr", "oft"), default="lora",
+                   help="what corrects, as LyCORIS calls it; oft turns outputs in blocks of --rank")  # fmt: skip
+    p.add_argument("--factor", type=int, default=-1, help="of lokr: its small side (default: the most even split)")
+    p.add_argument("--start-from", "--network-weights", dest="start_from", metavar="FILE",
+                   help="a LoRA to go on from: file, folder or run, of the same layers and rank")  # fmt: skip
     p.add_argument("--targets", nargs="+",
                    help="attention feed_forward projection convolution time, or ends of layer names (default: "
                    "attention, of FLUX.1 feed_forward too)")  # fmt: skip
+    p.add_argument(
+        "--include", nargs="+", default=[], metavar="REGEX", help="of these layers, those whose name fits one"
+    )
+    p.add_argument("--exclude", nargs="+", default=[], metavar="REGEX", help="layers that are left out")
+    p.add_argument("--rank-pattern", nargs="+", default=[], metavar="REGEX=RANK", help="other ranks by layers' names")
     p.add_argument("--dora", action="store_true", help="train a DoRA: direction and magnitude apart")
     p.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(rank)")
 
 
 def tree(args: argparse.Namespace) -> dict[str, Any]:
     """The run's config as plain data."""
+    return finetune_options.applied(_tree(args), args)
+
+
+def _tree(args: argparse.Namespace) -> dict[str, Any]:
+    """What the method makes of its choices."""
     from ldm.recipes import folder_runs
 
     booth = args.method == "dreambooth"
@@ -255,8 +275,25 @@ def _adapter(args: argparse.Namespace, low_rank: bool) -> dict[str, Any]:
     return {
         "kind": "lora", "rank": args.rank, "alpha": args.alpha, "dropout": args.dropout,
         "targets": args.targets or (["attention"] if args.base in SHIPPED else None),
-        "text": args.train_text_encoder, "dora": args.dora, "rslora": args.rslora,
+        "text": args.train_text_encoder, "dora": args.dora, "rslora": args.rslora, **_more(args),
     }  # fmt: skip
+
+
+def _more(args: argparse.Namespace) -> dict[str, Any]:
+    """What is asked of a LoRA beyond the usual."""
+    ranks = {}
+    for entry in args.rank_pattern:
+        pattern, _, rank = entry.rpartition("=")
+        if not pattern or not rank.isdigit():
+            raise ValueError(f"--rank-pattern {entry!r}: expected REGEX=RANK, such as attn2=8")
+        ranks[pattern] = int(rank)
+    asked = {
+        "algo": args.algo, "include": args.include, "exclude": args.exclude, "rank_pattern": ranks,
+        "rank_dropout": args.rank_dropout, "module_dropout": args.module_dropout, "max_norm": args.weight_norm,
+        "factor": args.factor, "start": args.start_from,
+    }  # fmt: skip
+    usual = {"algo": "lora", "factor": -1}
+    return {k: v for k, v in asked.items() if v and v != usual.get(k)}
 
 
 def main(argv: list[str]) -> int:

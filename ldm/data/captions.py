@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -33,30 +34,6 @@ class Captions:
             if target < 0:
                 return i
         return len(self.weights) - 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tags:
-    """Captions as lists of tags: the first `keep` stay, the others are shuffled and each dropped at a rate."""
-
-    separator: str = ","
-    shuffle: bool = True
-    keep: int = 1
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not self.separator:
-            raise ValueError("separator must not be empty")
-        if self.keep < 0 or not 0 <= self.dropout < 1:
-            raise ValueError(f"keep {self.keep} must not be negative, dropout {self.dropout} must be in [0, 1)")
-
-    def apply(self, caption: str, seed: int, position: int) -> str:
-        """The caption at a position; joined with the separator and a space."""
-        parts = [p.strip() for p in caption.split(self.separator) if p.strip()]
-        draws = {p: uniform(seed, position, f"tag {p}") for p in parts[self.keep :]}
-        rest = [p for p in parts[self.keep :] if uniform(seed, position, f"tag drop {p}") >= self.dropout]
-        rest = sorted(rest, key=lambda p: draws[p]) if self.shuffle else rest
-        return f"{self.separator} ".join([*parts[: self.keep], *rest])
 
 
 _FIELD = re.compile(r"\{([^{}]*)\}")
@@ -104,6 +81,30 @@ def filled(template: str, caption: str, meta: Mapping[str, Any]) -> str:
         return found or ""
 
     return _FIELD.sub(put, _OPTIONAL.sub(optional, template))
+
+
+def with_trigger(caption: str, trigger: str) -> str:
+    """The caption with the word for [trigger], or before it where the caption lacks it."""
+    if not trigger:
+        return caption
+    caption = caption.replace("[trigger]", trigger)
+    return caption if trigger in caption else f"{trigger} {caption}".strip()
+
+
+_WILDCARD = re.compile(r"(?<!\{)\{((?:[^{}])+)\}(?!\})")
+
+
+def spoken(caption: str, seed: int, position: int) -> str:
+    """One line of the caption, and one alternative of each {a|b|c} in it; {{ and }} are braces, as kohya has them."""
+    lines = [line.strip() for line in caption.splitlines() if line.strip()] or [""]
+    line = lines[int(uniform(seed, position, "caption line") * len(lines))]
+    places = itertools.count()
+
+    def choice(found: re.Match[str]) -> str:
+        parts = found[1].split("|")
+        return parts[int(uniform(seed, position, f"wildcard {next(places)}") * len(parts))]
+
+    return _WILDCARD.sub(choice, line).replace("{{", "{").replace("}}", "}")
 
 
 def uniform(seed: int, position: int, purpose: str) -> float:

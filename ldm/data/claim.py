@@ -46,6 +46,7 @@ def settings(config: EncodeConfig, moments: bool, text: bool, hashes: Mapping[st
         **dict(sorted(hashes.items())),
         **({"buckets": True} if config.buckets else {}),
         **({"pairs": plain(config.pairs)} if config.pairs else {}),
+        **({"trigger": config.trigger} if config.trigger else {}),
         **({} if config.require_captions else {"require_captions": False}),
     }
     source = Manifest.read(resolve(config.path))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ldm.data.cache import MEMBER, trimmed
-from ldm.data.captions import filled, uniform
+from ldm.data.captions import filled, uniform, with_trigger
 from ldm.data.claim import SETTINGS, TextStates, claim, finished, read, settings, write
 from ldm.data.images import to_float
 from ldm.data.manifest import Manifest, Shard, bucket_report, json_line, printable, resolve, shard_of
@@ -322,7 +322,8 @@ def _add_text(
     tensors: list[dict[str, Tensor]],
     error: _Error,
 ) -> None:
-    texts = [[filled(config.template, t, samples.meta(i)) for t in samples.captions(i).texts] for i in ids]
+    worded = [[with_trigger(t, config.trigger) for t in samples.captions(i).texts] for i in ids]
+    texts = [[filled(config.template, t, samples.meta(i)) for t in own] for i, own in zip(ids, worded, strict=True)]
     flat = [t for sample in texts for t in sample]
     # One call for a sample would waste the tower; one for all may be many times the batch.
     chunks = [text(flat[i : i + config.batch]) for i in range(0, len(flat), config.batch)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,9 @@ import torch
 
 from ldm.config.load import encode
 from ldm.data.arrays import check_names, stack
+from ldm.data.augment import augmented
 from ldm.data.buckets import BucketedOrder, name
-from ldm.data.captions import Tags, check_template, filled, names_fields, uniform
+from ldm.data.captions import check_template, filled, names_fields, spoken, uniform, with_trigger
 from ldm.data.decode import BadSample
 from ldm.data.images import Fit, to_float
 from ldm.data.manifest import Manifest, Shard, json_line, resolve
@@ -25,6 +27,7 @@ from ldm.data.remote import RemoteConfig
 from ldm.data.resized import Regrouped, Resized
 from ldm.data.samples import Crops, Samples
 from ldm.data.stream import Stream
+from ldm.data.tags import Tags
 from ldm.types import Batch
 
 
@@ -35,11 +38,14 @@ class DataConfig:
     `path` is a shipped data set's name (emoji), a folder or an address with a manifest.json, or the manifest. `size` is
     the side of the square pictures. `captions`: "weighted" draws among a sample's captions by their weights, "first"
     takes the plain one, "none" opens no text, whose faults then cost no picture. `template` wraps the caption, `tags`
-    shuffles and drops its parts (not of cached text). Each sample comes `repeats` times an epoch (times what its
-    folder's name asked for). With `buckets` every batch has the shape of one bucket of the data set, and `size` is not
-    used. `memory` bounds in bytes what is kept decoded. `last` is the rule for an epoch's last partial batch. Bad
-    samples are replaced and listed in `quarantine`; above the rate `max_bad` the run stops. `arrays` names npy and
-    safetensors members that the batch shall hold, `pairs` further pictures of each sample by name (`ldm.data.pairs`).
+    shuffles and drops its parts (not of cached text), `wildcards` draws a line of it and one of each {a|b|c} (neither).
+    `trigger` is a word that each caption gets: for [trigger] in it, or before a caption that lacks it. `colour`: by how
+    much brightness, contrast and saturation differ at most, `rotate`: degrees (both not of cached latents). Each sample
+    comes `repeats` times an epoch (times what its folder's name asked for). With `buckets` every batch has the shape of
+    one bucket of the data set, and `size` is not used. `memory` bounds in bytes what is kept decoded. `last` is the
+    rule for an epoch's last partial batch. Bad samples are replaced and listed in `quarantine`; above the rate
+    `max_bad` the run stops. `arrays` names npy and safetensors members that the batch shall hold, `pairs` further
+    pictures of each sample by name (`ldm.data.pairs`).
     """
 
     kind: Literal["shards"] = "shards"
@@ -55,6 +61,10 @@ class DataConfig:
     arrays: tuple[str, ...] = ()
     pairs: dict[str, Pair] = field(default_factory=dict)
     tags: Tags | None = None
+    wildcards: bool = False
+    trigger: str = ""
+    colour: float = 0.0
+    rotate: float = 0.0
     repeats: int = 1
     cached: bool = False
     buckets: bool = False
@@ -82,6 +92,15 @@ class DataConfig:
             raise ValueError(f"max_bad must be in [0, 1], got {self.max_bad}")
         if self.tags is not None and self.cached:
             raise ValueError("tags: cached text states cannot be shuffled; leave it out or train without the cache")
+        if self.wildcards and self.cached:
+            raise ValueError("wildcards: cached text states have one text; leave it out or train without the cache")
+        if not 0 <= self.colour < 1 or not 0 <= self.rotate <= 45:
+            raise ValueError(f"colour {self.colour} must be in [0, 1), rotate {self.rotate} in [0, 45] degrees")
+        for key, value in (("colour", self.colour), ("rotate", self.rotate)):
+            if value and self.cached:
+                raise ValueError(f"{key}: {value} of cached latents, which stay as they are: train without the cache")
+            if value and self.pairs:
+                raise ValueError(f"{key}: {value}, but pairs {sorted(self.pairs)} would not change with it")
         if self.memory < 0:
             raise ValueError(f"memory must not be negative, got {self.memory}")
 
@@ -209,12 +228,14 @@ class Loader(Stream[DataConfig]):
             **tensors,
         }
         texts = [self.samples.captions(i).texts[p] for i, p in zip(ids, picks, strict=True)]
+        if self.config.wildcards:
+            texts = [spoken(t, self._seed, p) for t, p in zip(texts, positions, strict=True)]
         if self.config.tags is not None and not self.config.cached:
             texts = [self.config.tags.apply(t, self._seed, p) for t, p in zip(texts, positions, strict=True)]
         batch["caption"] = [self._filled(i, text) for i, text in zip(ids, texts, strict=True)]
         if not self.config.cached:
             crops = self.samples.crop(ids, self._crops(positions), self._flips(positions))
-            batch["image"] = to_float(crops.pixels)
+            batch["image"] = to_float(self._augmented(crops.pixels, positions))
             batch["original_size"] = torch.from_numpy(crops.original_size)
             batch["crop_top_left"] = torch.from_numpy(crops.crop_top_left)
             batch |= self._partners(crops, positions)
@@ -227,6 +248,14 @@ class Loader(Stream[DataConfig]):
             batch["tokens"] = self._tokenize(batch["caption"])
         return batch
 
+    def _augmented(self, pixels: Any, positions: Sequence[int]) -> Any:
+        """The pictures (B, H, W, 3) with other colours and turned, if so configured."""
+        colour, rotate = self.config.colour, self.config.rotate
+        if not colour and not rotate:
+            return pixels
+        draws = [functools.partial(uniform, self._seed, p) for p in positions]
+        return np.stack([augmented(row, colour, rotate, draw) for row, draw in zip(pixels, draws, strict=True)])
+
     def _partners(self, crops: Crops, positions: Sequence[int]) -> Batch:
         """The pairs' pictures, what is random in them drawn for the positions."""
         draw = lambda row, purpose: uniform(self._seed, positions[row], purpose)  # noqa: E731
@@ -234,7 +263,7 @@ class Loader(Stream[DataConfig]):
         return {name: delivered(pair, made[name]) for name, pair in self._pairs.items()}
 
     def _filled(self, sample: int, text: str) -> str:
-        template = self.config.template
+        template, text = self.config.template, with_trigger(text, self.config.trigger)
         known = self.config.captions != "none" and names_fields(template)
         return filled(template, text, self.samples.meta(sample)) if known else template.replace("{}", text)
 
@@ -302,7 +331,7 @@ class Loader(Stream[DataConfig]):
 def expected(config: DataConfig, also: Mapping[str, Any] | None) -> dict[str, Any]:
     """What a cache must have been made with: `also`, and what the config sets of size, fit, crop, flip, template and
     pairs."""
-    names = ("size", "fit", "crop", "flip", "template") if not config.buckets else ("fit", "crop", "flip", "template")
+    names = ("fit", "crop", "flip", "template", "trigger", *(() if config.buckets else ("size",)))
     defaults = {f.name: f.default for f in fields(DataConfig)}
     pairs = {"pairs": encode(config.pairs)} if config.pairs else {}
     return {n: v for n in names if (v := vars(config)[n]) != defaults[n]} | pairs | dict(also or {})

@@ -31,6 +31,7 @@ class EncodeConfig:
     flip: bool = False
     variants: int = 1
     template: str = "{}"
+    trigger: str = ""
     require_captions: bool = True
     pairs: dict[str, Pair] = field(default_factory=dict)
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"

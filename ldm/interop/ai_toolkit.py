@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ldm.interop import ai_toolkit_data, common
+from ldm.interop.prompts import of_line, of_row, samples_of
 from ldm.interop.sheet import Converted, Sheet
 
 NAME = "ai-toolkit"
@@ -32,15 +34,13 @@ _LEFT: dict[str, tuple[str, ...]] = {
         "model.model_kwargs", "model.qtype", "model.qtype_te", "train.attention_backend", "train.switch_boundary_every",
     ),
     "samples are drawn before, while and after": (
-        "train.skip_first_sample", "sample.sample_start_step", "sample.ext", "sample.format", "sample.fps",
+        "sample.sample_start_step", "sample.ext", "sample.format", "sample.fps",
         "sample.num_frames", "train.force_first_sample", "sample.network_multiplier", "sample.neg",
     ),
 }  # fmt: skip
 _LACKING: dict[str, tuple[Any, ...]] = {
     "train.content_or_style": ("not here: times as train.timestep_type has them", "balanced"),
     "train.content_or_style_reg": ("not here", "balanced"),
-    "train.diff_output_preservation": ("the model's own outputs as regularisation: not here",),
-    "train.blank_prompt_preservation": ("the model's own outputs as regularisation: not here",),
     "train.inverted_mask_prior": ("the model's own outputs outside of masks: not here",),
     "train.noise_multiplier": ("not here", 1),
     "train.img_multiplier": ("not here", 1),
@@ -63,11 +63,6 @@ _LACKING: dict[str, tuple[Any, ...]] = {
     "model.arch": ("not here; flux, sd3, sdxl, sd1, zimage and pixart are",),
     "model.use_text_encoder_1": ("not here", True),
     "model.use_text_encoder_2": ("not here", True),
-    "network.dropout": ("dropout of the rank: not here; task.adapter.dropout is of the layer's input", 0),
-    "network.network_kwargs": ("layers by name: write them into task.adapter.targets",),
-    "network.lokr_factor": ("of LoKr, which is not here", -1),
-    "network.lokr_full_rank": ("of LoKr, which is not here",),
-    "network.pretrained_lora_path": ("going on from a file: not here",),
     "adapter": ("adapters of its own: not here",),
     "embedding": ("new words beside: `ldm finetune dreambooth --pivotal`",),
     "slider": ("sliders: not here",),
@@ -114,8 +109,27 @@ def convert(tree: Mapping[str, Any], *, images: str | None = None, base: str | N
     for key, (why, *neutral) in _LACKING.items():
         for given in [k for k in sheet.given if k == key or k.startswith(f"{key}.")]:
             sheet.lacking(given, why, neutral)
+    _preservation(sheet)
     sheet.leave("of output preservation, which is off", *[k for k in sheet.given if "_preservation_" in k])
     return sheet.done()
+
+
+def _preservation(sheet: Sheet) -> None:
+    """The model's own outputs as regularisation: the class's word for the trigger, or no words."""
+    for kind, name in (("class", "diff_output"), ("blank", "blank_prompt")):
+        key = f"train.{name}_preservation"
+        if not sheet.flag(key):
+            sheet.leave("off", key)
+            continue
+        if "preserve" in sheet.tree["task"]:
+            sheet.refuse(key, "beside train.diff_output_preservation: one of both here")
+            continue
+        sheet.keep(key, "task.preserve.kind", kind)
+        weight = f"{key}_multiplier"
+        sheet.keep(weight, "task.preserve.weight", sheet.number(weight, 1.0))
+        if kind == "class":
+            word = f"{key}_class"
+            sheet.keep(word, "task.preserve.word", sheet.text(word, "person"))
 
 
 def _dotted(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,9 +183,10 @@ def _network(sheet: Sheet, family: str) -> None:
         sheet.keep("train.train_text_encoder", "task.adapter.text", text)
         return
     kind = sheet.text("network.type", "lora").lower()
-    if kind not in ("lora", "locon"):
-        sheet.refuse("network.type", f"{kind}: not here; lora is")
+    if kind not in ("lora", "locon", "lokr"):
+        sheet.refuse("network.type", f"{kind}: not here; lora and lokr are")
     sheet.put("task.adapter.kind", "lora")
+    _kin(sheet, kind)
     key = "network.rank" if sheet.has("network.rank") else "network.linear"
     rank = sheet.whole(key, 4)
     sheet.keep(key, "task.adapter.rank", rank)
@@ -187,13 +202,37 @@ def _network(sheet: Sheet, family: str) -> None:
             )
         targets += ["convolution", "time"] if convolution else []
         sheet.keep("network.type", "task.adapter.targets", targets)
-    elif kind in ("lora", "locon"):
+    elif kind in ("lora", "locon", "lokr"):
         sheet.near(
             "network.type", "task.adapter.targets", None, "the family's usual layers; theirs are all of the blocks"
         )
     sheet.leave("told with network.type", "network.conv", "network.conv_alpha", "network.type", "network.alpha",
                 "network.linear", "network.linear_alpha")  # fmt: skip
     sheet.keep("train.train_text_encoder", "task.adapter.text", text)
+
+
+def _kin(sheet: Sheet, kind: str) -> None:
+    """LoKr, layers by their names, dropout, and a file to go on from."""
+    if kind == "lokr":
+        sheet.put("task.adapter.algo", "lokr")
+        sheet.keep("network.lokr_factor", "task.adapter.factor", sheet.whole("network.lokr_factor", -1))
+        full = sheet.flag("network.lokr_full_rank")
+        sheet.keep("network.lokr_full_rank", "task.adapter.full_matrix", full)
+    sheet.leave("of LoKr", "network.lokr_factor", "network.lokr_full_rank")
+    if share := sheet.number("network.dropout"):
+        sheet.near("network.dropout", "task.adapter.rank_dropout", share,
+                   "of ranks, by sample; theirs is of single numbers of the small side")  # fmt: skip
+    sheet.leave("off", "network.dropout")
+    if sheet.has("network.pretrained_lora_path"):
+        sheet.keep("network.pretrained_lora_path", "task.adapter.start", sheet.text("network.pretrained_lora_path"))
+    key, told = "network.network_kwargs", dict(sheet.given.get("network.network_kwargs") or {})
+    for theirs, ours in (("only_if_contains", "include"), ("ignore_if_contains", "exclude")):
+        if names := told.pop(theirs, None):
+            sheet.put(f"task.adapter.{ours}", [re.escape(str(n)) for n in names])
+    if told:
+        sheet.refuse(key, f"{', '.join(told)}: not here; only_if_contains and ignore_if_contains are")
+    elif sheet.has(key):
+        sheet.keep(key, "", list(sheet.given[key]), "task.adapter.include and exclude")
 
 
 def _steps(sheet: Sheet) -> tuple[int, int, int]:
@@ -301,11 +340,13 @@ def _range_and_shape(sheet: Sheet, flow: bool) -> None:
 
 
 def _samples(sheet: Sheet, base: str, trigger: str, name: str, steps: int) -> None:
-    texts = sheet.texts("sample.prompts")
     rows = sheet.given.get("sample.samples") or []
-    texts += [str(row.get("prompt", "")) for row in rows]
-    odd = sorted({k for row in rows for k in row if k != "prompt"})
-    prompts = [t.replace("[trigger]", trigger or "[trigger]").replace("[name]", name) for t in texts]
+    lines = [of_line(text, "sample.prompts") for text in sheet.texts("sample.prompts")]
+    read = lines + [of_row(row, "sample.samples") for row in rows]
+    odd = sorted({o for prompt in read for o in prompt.odd})
+    found = samples_of(read)
+    prompts = [t.replace("[trigger]", trigger or "[trigger]").replace("[name]", name) for t in found["prompts"]]
+    alike = found.pop("settings")
     settings: dict[str, Any] = common.drawing(base) if base else {}
     sampler = common.SAMPLERS.get(sheet.text("sample.sampler"))
     settings |= {"sampler": sampler} if sampler else {}
@@ -323,16 +364,22 @@ def _samples(sheet: Sheet, base: str, trigger: str, name: str, steps: int) -> No
         settings["negative"] = sheet.text("sample.neg")
         sheet.keep("sample.neg", "", settings["negative"], "task.samples.settings.negative")
     sheet.leave("with sample.width", "sample.height")
-    sheet.leave("noise is by the picture's number here", "sample.walk_seed")
+    settings |= alike
+    walk = sheet.flag("sample.walk_seed")
+    sheet.keep("sample.walk_seed", "", walk, "task.samples.walk_seed")
     sheet.leave("told with the prompts", "sample.sampler", "sample.guidance_rescale")
     every = min(sheet.whole("sample.sample_every", 100), steps)
-    sheet.put("task.samples", {"prompts": prompts, "every": every, "settings": settings})
+    more = {"first": not sheet.flag("train.skip_first_sample"), "walk_seed": walk}
+    sheet.put("task.samples", found | {"prompts": prompts, "every": every, "settings": settings} | more)
+    sheet.keep("train.skip_first_sample", "", more["first"], "task.samples.first")
     key = "sample.samples" if rows else "sample.prompts"
-    note = f"{', '.join(odd)} of single prompts are left out: one setting for all" if odd else ""
+    note = f"{', '.join(odd)} of single prompts are left out: not known here" if odd else ""
     sheet.keep(key, "task.samples.prompts", prompts, note, "near" if odd else "kept")
+    sheet.leave("beside those of sample.samples", "sample.prompts")
     sheet.keep("sample.sample_every", "task.samples.every", every)
     if sheet.flag("train.disable_sampling"):
         sheet.put("task.samples.prompts", [])
+        sheet.put("task.samples.own", [])
     sheet.leave("no prompts" if sheet.flag("train.disable_sampling") else "off", "train.disable_sampling")
 
 

@@ -33,10 +33,7 @@ _LACKING: dict[str, tuple[Any, ...]] = {
     "invert_mask": ("masks are white where is learned here: invert the files",),
     "unconditional_path": ("not here",),
     "poi": ("not here",),
-    "token_dropout_rate": ("not here; data.tags.dropout drops tags", 0),
-    "keep_tokens": ("not here without shuffle_tokens", 0),
     "clip_image_path": ("not here",),
-    "trigger_word": ("a word by data set: not here; one for all",),
 }
 
 
@@ -81,7 +78,7 @@ def read(sheet: Sheet, datasets: Sequence[Mapping[str, Any]], out: Path, trigger
         done = told.done()
         sheet.rows += done.rows
         sheet.before += done.before
-    _trigger(sheet, datasets, trigger)
+    _trigger(sheet, trigger)
     source.changes = ", ".join(name for name in ("tags", "crop") if any(name in p for p in parts))
     if any(weights):
         sheet.refuse("datasets.is_reg", "pictures of the class: `ldm finetune dreambooth` has them, in equal shares")
@@ -118,16 +115,20 @@ def _parts(
             tail |= ours
             sheet.keep(at + name, "", True, f"data.{next(iter(ours))}")
         sheet.leave("off", at + name)
-    if sheet.flag(at + "shuffle_tokens"):
+    shuffle, rate = sheet.flag(at + "shuffle_tokens"), sheet.number(at + "token_dropout_rate")
+    if shuffle or rate:
         keep = sheet.whole(at + "keep_tokens", 0)
-        tail["tags"] = {"separator": ",", "shuffle": True, "keep": keep, "dropout": 0.0}
-        sheet.keep(at + "shuffle_tokens", "", True, "data.tags.shuffle")
-        sheet.leave("data.tags.keep", at + "keep_tokens")
-    sheet.leave("off", at + "shuffle_tokens", at + "is_reg")
+        tail["tags"] = {"separator": ",", "shuffle": shuffle, "keep": keep, "dropout": rate}
+        sheet.keep(at + "shuffle_tokens", "", shuffle, "data.tags.shuffle")
+        sheet.keep(at + "token_dropout_rate", "", rate, "data.tags.dropout")
+    sheet.leave("data.tags.keep", at + "keep_tokens")
+    sheet.leave("off", at + "shuffle_tokens", at + "is_reg", at + "token_dropout_rate")
     drop = sheet.number(at + "caption_dropout_rate")
     sheet.keep(at + "caption_dropout_rate", "", drop, "task.options.drop")
-    tail |= {"template": f"{trigger} {{}}"} if trigger else {}
     masks = _masks(sheet, at, dataset, tail)
+    word = sheet.text(at + "trigger_word") or trigger
+    tail |= {"trigger": word} if word else {}
+    sheet.keep(at + "trigger_word", "", word, "data.trigger")
     step = sheet.whole(at + "bucket_tolerance", 64)
     sheet.leave("ldm data build --bucket-step", at + "bucket_tolerance")
     parts = []
@@ -154,17 +155,9 @@ def _masks(sheet: Sheet, at: str, dataset: Mapping[str, Any], tail: dict[str, An
     return common.masks(str(where))
 
 
-def _trigger(sheet: Sheet, datasets: Sequence[Mapping[str, Any]], trigger: str) -> None:
-    """A word before every caption; theirs leaves captions that have it, and puts it in for [trigger]."""
-    if not trigger:
+def _trigger(sheet: Sheet, trigger: str) -> None:
+    """A word for [trigger] in a caption, or before one that lacks it; theirs and ours are one rule."""
+    if trigger:
+        sheet.keep("trigger_word", "", trigger, "data.trigger")
+    else:
         sheet.leave("none", "trigger_word")
-        return
-    for dataset in datasets:
-        folder = str(dataset.get("folder_path") or dataset.get("dataset_path") or "")
-        if common.count(folder) and (name := common.captions_with(folder, ("[trigger]", trigger))):
-            sheet.refuse("trigger_word", f"{name}: its caption has the word or [trigger] already; put it into all "
-                         "captions and leave trigger_word out")  # fmt: skip
-            return
-    here = all(common.count(str(d.get("folder_path") or "")) for d in datasets)
-    note = "" if here else "the pictures are not here: captions that have the word already would have it twice"
-    sheet.keep("trigger_word", "", f"{trigger} {{}}", note or "data.template", "kept" if here else "near")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.interop import common, kohya_blocks, kohya_data, kohya_loss
+from ldm.interop import common, kohya_adapter, kohya_blocks, kohya_data, kohya_loss
 from ldm.interop.kohya_keys import LACKING, LEFT_OUT
 from ldm.interop.sheet import Converted, Sheet
 
@@ -25,7 +25,8 @@ SCRIPTS = {
     "sdxl_train_textual_inversion.py": ("sdxl", "inversion"),
 }
 """Its scripts: the family that they train, and how."""
-MODULES = {"networks.lora": "", "networks.lora_fa": "", "networks.lora_flux": "flux", "networks.lora_sd3": "sd3"}
+MODULES = {"networks.lora": "", "networks.lora_fa": "", "networks.lora_flux": "flux", "networks.lora_sd3": "sd3",
+           "lycoris.kohya": ""}  # fmt: skip
 PARTS = ("clip_l", "clip_g", "t5xxl", "ae")
 BLOCKS = ["attention", "feed_forward", "projection"]
 """What its LoRA corrects of a U-Net; with conv_dim the resnets too."""
@@ -85,6 +86,7 @@ def convert(
     _precision(sheet)
     _samples(sheet, model, source, batch * processes, accumulate)
     _saving(sheet, source, batch * processes, accumulate)
+    kohya_data.validation(sheet, source, batch * processes, accumulate)
     sheet.keep("seed", "seed", sheet.whole("seed"), "" if sheet.has("seed") else "theirs is drawn anew each time")
     sheet.keep("max_data_loader_n_workers", "workers", sheet.whole("max_data_loader_n_workers", 0))
     sheet.put("train.ema", None)
@@ -133,15 +135,21 @@ def _adapter(sheet: Sheet, how: str, family: str) -> bool:
         return text
     module = sheet.text("network_module", "networks.lora")
     if module not in MODULES or module == "networks.lora_fa":
-        sheet.refuse("network_module", f"{module}: not here; networks.lora is (LoRA, with conv_dim LoCon)")
+        sheet.refuse(
+            "network_module", f"{module}: not here; networks.lora (LoRA, with conv_dim LoCon) and lycoris.kohya are"
+        )
     arguments = common.pairs(sheet.texts("network_args"))
     _lora_plus(sheet, arguments)
     rank, alpha = sheet.whole("network_dim", 4), sheet.number("network_alpha", 1.0)
     sheet.put("task.adapter.kind", "lora")
+    kohya_adapter.read(sheet, module, arguments)
     if module in MODULES and module != "networks.lora_fa":
         _targets(sheet, family, rank, alpha, arguments)
     sheet.keep("network_dim", "task.adapter.rank", rank)
-    sheet.keep("network_alpha", "task.adapter.alpha", alpha, f"the scale is alpha / rank, {alpha / rank:g}")
+    if sheet.tree["task"]["adapter"].get("algo") == "oft":
+        sheet.leave("a rotation has no scale", "network_alpha")
+    else:
+        sheet.keep("network_alpha", "task.adapter.alpha", alpha, f"the scale is alpha / rank, {alpha / rank:g}")
     only = sheet.flag("network_train_unet_only")
     text = not only and not cached and any(float(v) != 0 for v in sheet.texts("text_encoder_lr") or ["1"])
     why = "" if only or text else "their captions' states are cached" if cached else "their rate of it is 0"
@@ -315,8 +323,9 @@ def _samples(sheet: Sheet, base: str, source: kohya_data.Source, batch: int, acc
         settings["sampler"] = sampler
         sheet.keep("sample_sampler", "", sampler, "task.samples.settings.sampler")
     sheet.leave("not here; samples are drawn with the family's own", "sample_sampler")
-    prompts = kohya_data.prompts(sheet, settings)
-    sheet.put("task.samples", {"prompts": prompts, "every": 0, "settings": settings})
+    found = kohya_data.prompts(sheet, settings)
+    sheet.put("task.samples", {**found, "every": 0, "settings": settings, "first": sheet.flag("sample_at_first")})
+    sheet.leave("task.samples.first", "sample_at_first")
     if sheet.has("sample_every_n_steps"):
         sheet.keep("sample_every_n_steps", "task.samples.every", sheet.whole("sample_every_n_steps"))
     elif sheet.has("sample_every_n_epochs") and source.pictures:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ldm.data.sources import folder_repeats
 from ldm.interop import common
+from ldm.interop.prompts import read_prompts, samples_of
 from ldm.interop.sheet import Sheet
 
 OF_DATASET = ("resolution", "batch_size", "enable_bucket", "bucket_reso_steps", "min_bucket_reso", "max_bucket_reso",
@@ -20,11 +21,7 @@ HOLDING = ("general", "datasets")
 _LACKING = {
     "bucket_no_upscale": "pictures that stay small: not here, all are brought to their bucket's size",
     "skip_image_resolution": "not here; `ldm data build --min-side` leaves small pictures out",
-    "color_aug": "colour augmentation: not here",
     "face_crop_aug_range": "crops around faces: not here",
-    "keep_tokens_separator": "not here; data.tags.keep counts them",
-    "secondary_separator": "not here",
-    "enable_wildcard": "wildcards in captions: not here",
     "token_warmup_min": "tags that come by and by: not here",
     "token_warmup_step": "tags that come by and by: not here",
     "caption_dropout_every_n_epochs": "not here; task.options.drop is a share",
@@ -34,13 +31,13 @@ _LACKING = {
     "network_multiplier": "not here",
     "custom_attributes": "not here",
     "dataset_class": "not here",
-    "validation_split": "held-out loss: not here in fine-tuning",
 }
-_MET: dict[str, tuple[Any, ...]] = {"token_warmup_min": (1,), "token_warmup_step": (0,), "network_multiplier": (1,),
-                                    "validation_split": (0,)}  # fmt: skip
+_MET: dict[str, tuple[Any, ...]] = {"token_warmup_min": (1,), "token_warmup_step": (0,), "network_multiplier": (1,)}
 _LEFT = ("cache_info", "validation_seed")
 MASKS = ("alpha_mask", "conditioning_data_dir", "masked_loss")
 """Of a masked loss."""
+_TAGS = ("keep_tokens_separator", "secondary_separator", "enable_wildcard", "color_aug", "validation_split")
+"""Of captions and pictures, beside those that the readers name."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,8 @@ def read(sheet: Sheet, data: Mapping[str, Any] | None, out: Path, *, images: str
         sheet.refuse("caption_dropout_rate", f"{sorted(drops)}: one share for all folders here")
     _row(sheet, subsets, "caption_dropout_rate", "task.options.drop", max(drops, default=0.0))
     sheet.put("task.options.drop", max(drops, default=0.0))
-    source.changes = ", ".join(k for k in ("shuffle_caption", "random_crop") if any(s.on(k) for s in subsets))
+    changing = ("shuffle_caption", "random_crop", "enable_wildcard", "color_aug")
+    source.changes = ", ".join(k for k in changing if any(s.on(k) for s in subsets))
     if inversion:
         _inversion(sheet, subsets, out)
     else:
@@ -121,8 +119,8 @@ def read(sheet: Sheet, data: Mapping[str, Any] | None, out: Path, *, images: str
 
 def _subsets(sheet: Sheet, data: Mapping[str, Any] | None, images: str | None) -> list[Subset]:
     """All folders with their settings; arguments of the command line hold where the file says nothing."""
-    known = {*OF_DATASET, *_LACKING, *_LEFT, *MASKS, "caption_extension", "shuffle_caption", "keep_tokens", "flip_aug",
-             "random_crop", "caption_dropout_rate", "caption_tag_dropout_rate", "caption_prefix", "caption_suffix",
+    known = {*OF_DATASET, *_LACKING, *_LEFT, *MASKS, *_TAGS, "caption_extension", "shuffle_caption", "keep_tokens",
+             "flip_aug", "random_crop", "caption_dropout_rate", "caption_tag_dropout_rate", "caption_prefix", "caption_suffix",
              "caption_separator", "caption_extention", "class_tokens"}  # fmt: skip
     own = {k: v for k, v in sheet.given.items() if k in known}
     if "dataset_repeats" in sheet.given:
@@ -163,7 +161,7 @@ def _masks(sheet: Sheet, subsets: Sequence[Subset]) -> None:
 
 def _checks(sheet: Sheet, subsets: Sequence[Subset]) -> None:
     """Refuse what is not here, once for each key; and keys that nobody knows."""
-    known = {*OF_DATASET, *_LACKING, *_LEFT, *MASKS, "num_repeats", "caption_extension", "caption_extention",
+    known = {*OF_DATASET, *_LACKING, *_LEFT, *MASKS, *_TAGS, "num_repeats", "caption_extension", "caption_extention",
              "class_tokens", "is_reg", "shuffle_caption", "keep_tokens", "flip_aug", "random_crop",
              "caption_dropout_rate", "caption_tag_dropout_rate", "caption_prefix", "caption_suffix",
              "caption_separator"}  # fmt: skip
@@ -215,22 +213,27 @@ def _one(sheet: Sheet, subset: Subset, path: str) -> dict[str, Any]:
     found |= {"crop": "random"} if subset.on("random_crop") else {}
     found |= {"repeats": subset.repeats} if subset.repeats > 1 else {}
     drop, shuffle = float(settings.get("caption_tag_dropout_rate", 0.0)), subset.on("shuffle_caption")
+    before, after = (str(settings.get(f"caption_{end}") or "") for end in ("prefix", "suffix"))
     if shuffle or drop:
-        keep = int(settings.get("keep_tokens", 0))
-        found["tags"] = {
+        tags = {
             "separator": settings.get("caption_separator", ","),
             "shuffle": shuffle,
-            "keep": keep,
+            "keep": int(settings.get("keep_tokens", 0)),
             "dropout": drop,
         }
-    before, after = (settings.get(f"caption_{end}") for end in ("prefix", "suffix"))
-    if before or after:
+        more = {
+            "prefix": before,
+            "suffix": after,
+            "keep_separator": settings.get("keep_tokens_separator"),
+            "secondary": settings.get("secondary_separator"),
+        }
+        found["tags"] = tags | {k: str(v) for k, v in more.items() if v}
+    elif before or after:
         found["template"] = f"{before + ' ' if before else ''}{{}}{' ' + after if after else ''}"
-        if shuffle or drop:
-            sheet.refuse("caption_prefix" if before else "caption_suffix", "with shuffled tags: theirs are shuffled "
-                         "with the caption, data.template is put around it")  # fmt: skip
     if "mask" in sheet.tree.get("task", {}).get("options", {}):
         found["pairs"] = common.masked(sheet)
+    found |= {"wildcards": True} if subset.on("enable_wildcard") else {}
+    found |= {"colour": 0.05} if subset.on("color_aug") else {}
     return found | _uncaptioned(sheet, subset)
 
 
@@ -359,8 +362,11 @@ def _explained(sheet: Sheet, subsets: Sequence[Subset]) -> None:
         ("keep_tokens", "tags.keep", "of shuffled captions"),
         ("caption_tag_dropout_rate", "tags.dropout", ""),
         ("caption_separator", "tags.separator", ""),
-        ("caption_prefix", "template", ""),
-        ("caption_suffix", "template", ""),
+        ("caption_prefix", "template", "with shuffled tags data.tags.prefix"),
+        ("caption_suffix", "template", "with shuffled tags data.tags.suffix"),
+        ("keep_tokens_separator", "tags.keep_separator", "of shuffled captions"),
+        ("secondary_separator", "tags.secondary", "of shuffled captions"),
+        ("enable_wildcard", "wildcards", ""),
         ("class_tokens", "template", "of pictures that have no captions"),
         ("enable_bucket", "buckets", "the data set is built first"),
         ("bucket_reso_steps", "", "ldm data build --bucket-step"),
@@ -370,6 +376,10 @@ def _explained(sheet: Sheet, subsets: Sequence[Subset]) -> None:
     ):
         if key not in refused:
             _row(sheet, subsets, key, f"{where}.{ours}" if ours else "", first(key), note)
+    if any(s.on("color_aug") for s in subsets):
+        sheet.near("color_aug", "", 0.05, f"{where}.colour: brightness, contrast and saturation at every step; theirs "
+                   "turns the hue, and changes gamma in a third of the pictures")  # fmt: skip
+    sheet.told("color_aug")
 
 
 def _told(sheet: Sheet, key: str, value: str, note: str) -> Any:
@@ -378,30 +388,45 @@ def _told(sheet: Sheet, key: str, value: str, note: str) -> Any:
     return own.rows[0]
 
 
-def prompts(sheet: Sheet, settings: dict[str, Any]) -> list[str]:
-    """The prompts of a file; what all of them set alike (size, steps, scale, negative) goes into `settings`."""
+def prompts(sheet: Sheet, settings: dict[str, Any]) -> dict[str, Any]:
+    """The prompts of a file, with settings of their own; what all of them set alike goes into `settings`."""
     key = "sample_prompts"
     path = sheet.text(key)
     if not path:
-        return []
+        return {"prompts": []}
     if not Path(path).is_file():
         sheet.near(key, "", None, "its file is not here; write task.samples.prompts")
-        return []
-    found: list[str] = []
-    options: list[dict[str, str]] = []
-    for line in Path(path).read_text(encoding="utf-8-sig").splitlines():
-        if line.strip() and not line.lstrip().startswith("#"):
-            text, *rest = re.split(r"\s--(?=[a-z])", line.strip())
-            found.append(text)
-            options.append(common.pairs(rest, " "))
-    same = {
-        k: options[0][k] for k in (options[0] if options else {}) if all(o.get(k) == options[0][k] for o in options)
-    }
-    numbers = {"s": ("steps", int), "l": ("guidance", float), "d": ("seed", int)}
-    settings |= {name: kind(same[k]) for k, (name, kind) in numbers.items() if k in same}
-    settings |= {"negative": same["n"]} if "n" in same else {}
-    settings |= {"size": [int(same["h"]), int(same["w"])]} if {"h", "w"} <= set(same) else {}
-    odd = sorted({f"--{k}" for o in options for k in o if k not in same or k not in ("s", "l", "d", "n", "w", "h")})
-    note = f"{', '.join(odd)} of single prompts are left out: one setting for all" if odd else ""
-    sheet.keep(key, "task.samples.prompts", found, note, "near" if odd else "kept")
+        return {"prompts": []}
+    read = read_prompts(Path(path))
+    found = samples_of(read)
+    settings |= found.pop("settings")
+    odd = sorted({o for p in read for o in p.odd})
+    note = f"{', '.join(odd)} of single prompts are left out: not known here" if odd else ""
+    sheet.keep(key, "task.samples.prompts", found["prompts"], note, "near" if odd else "kept")
     return found
+
+
+def validation(sheet: Sheet, source: Source, batch: int, accumulate: int) -> None:
+    """`validation_split`: a share of the folder, whose loss is measured at fixed times."""
+    shares = {float(s.settings.get("validation_split") or 0) for s in source.subsets}
+    share, every = max(shares, default=0.0), 0
+    if not share:
+        sheet.leave("no validation_split", "validate_every_n_steps", "validate_every_n_epochs", "validation_split")
+        return
+    if len(source.subsets) > 1 or sheet.tree["task"].get("images") is None:
+        sheet.refuse("validation_split", f"{share:g}: of one folder without buckets here; build the data with a split "
+                     "test (ldm data build --split), and write train.validate")  # fmt: skip
+        return
+    if sheet.has("validate_every_n_steps"):
+        every = sheet.whole("validate_every_n_steps")
+    elif source.pictures:
+        every = sheet.whole("validate_every_n_epochs", 1) * common.epoch(source.pictures, batch, accumulate)
+    sheet.put("train.validate", {"share": share, "every": every, "times": 8})
+    sheet.told("validation_split")
+    own = Sheet(sheet.program, {"validation_split": share})
+    own.near("validation_split", "", share, "train.validate.share, at eight fixed times; theirs takes four others")
+    row = own.rows[0]
+    sheet.rows.append(type(row)(row.key, row.value, "near", "train.validate.share", row.given, row.note))
+    for key in ("validate_every_n_steps", "validate_every_n_epochs"):
+        if sheet.has(key):
+            sheet.keep(key, "", every, "train.validate.every")

@@ -28,7 +28,6 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
         "max_validation_steps", "validation_seed",
     ),
     "memory alone; train.engine.blocks_on_device does it here": ("blocks_to_swap", "split_mode"),
-    "the shipped samples are drawn before, too": ("sample_at_first",),
     "the same command resumes": ("initial_step", "initial_epoch", "skip_until_initial_step"),
 }  # fmt: skip
 """Why, and the keys."""
@@ -39,13 +38,9 @@ LACKING: dict[str, tuple[Any, ...]] = {
     "ip_noise_gamma_random_strength": ("not here: task.options.input_perturbation is of one strength",),
     "adaptive_noise_scale": ("not here", 0),
     "zero_terminal_snr": ("not here in fine-tuning: the schedule is the base's",),
-    "network_dropout": ("dropout of the rank: not here; task.adapter.dropout is of the layer's input", 0),
-    "network_weights": ("going on from a file: not here",),
-    "dim_from_weights": ("going on from a file: not here",),
     "base_weights": ("merging files into the base: `ldm convert` does it",),
     "base_weights_multiplier": ("merging files into the base: `ldm convert` does it",),
     "network_train_text_encoder_only": ("not here: the network trains",),
-    "scale_weight_norms": ("a bound of the LoRA's norm: not here",),
     "resume": ("its own state of a training: not read here",),
     "vae": ("another autoencoder than the base's: not here; write it into a folder with the base",),
     "clip_skip": ("another layer of the text encoder than the base's: not here", 1),
@@ -64,8 +59,5 @@ LACKING: dict[str, tuple[Any, ...]] = {
     "training_shift": ("of flows alone", 1),
     "model_type": ("not here", "flux"),
     "guidance_scale": ("of FLUX.1 alone",),
-    "validation_split": ("held-out loss: not here in fine-tuning", 0),
-    "validate_every_n_steps": ("held-out loss: not here in fine-tuning",),
-    "validate_every_n_epochs": ("held-out loss: not here in fine-tuning",),
 }
 """Why it is refused, then the values that are met all the same."""

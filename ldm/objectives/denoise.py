@@ -314,6 +314,12 @@ class DenoiseObjective(Objective):
         extra = rng.normal("perturbation", latents.shape[1:]).to(latents)
         return noise, perturb_noise(noise, extra, options.input_perturbation)
 
+    def noised(self, batch: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
+        """What the network is shown of a batch, and the times (B,), as `forward` draws both where no lever is on."""
+        latents = self.latents(batch, rng)
+        t = self._times(rng.uniform("time"), self._tokens(latents))[0].to(latents.device)
+        return self.process.add_noise(latents, self._noises(rng, latents)[1], t), t
+
     def after_step(self, step: int) -> None:
         self._step = step
         if self.options.drop_warmup:

@@ -24,11 +24,12 @@ from ldm.recipes.clip import ClipTask
 from ldm.recipes.controlnet import ControlTask
 from ldm.recipes.distill import DistillTask
 from ldm.recipes.dreambooth import DreamboothTask
-from ldm.recipes.finetune import FinetuneTask
+from ldm.recipes.finetune import FinetuneTask, Finetuning
 from ldm.recipes.inversion import InversionTask
 from ldm.recipes.ip_adapter import IPAdapterTask
 from ldm.recipes.planned import Asked
 from ldm.recipes.text_to_image import TextToImageTask
+from ldm.recipes.validation import captions_of, held_out_batch, is_built
 from ldm.train.trainer import TrainConfig
 from ldm.train.validate import LossOnHeldOut
 
@@ -63,8 +64,8 @@ def check_validation(task: Task, train: TrainConfig) -> None:
         raise ValueError(
             f"train.engine.frozen: {train.engine.frozen!r}, but everything trains in the task {task.kind}; write fp32"
         )
-    if train.validate is not None and not isinstance(task, TextToImageTask):
-        raise ValueError(f"train.validate: is for the task text_to_image; {task.kind} has none or its own")
+    if train.validate is not None and not isinstance(task, (TextToImageTask, Finetuning)):
+        raise ValueError(f"train.validate: is for text_to_image and fine-tuning; {task.kind} has none or its own")
 
 
 def assemble(
@@ -83,7 +84,7 @@ def assemble(
     check_storage(train.engine.frozen)
     assembly = RECIPES[type(task)].build(task, data, train, seed, workers)
     if train.validate is not None:
-        batch = autoencoder.held_out(data, train.validate.split, train.validate.samples)
+        batch = held_out_batch(train.validate, data, captions_of(task), is_built(task))
         assembly.hooks.append(LossOnHeldOut(train.validate, batch, seed))
     return assembly
 

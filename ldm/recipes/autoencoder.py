@@ -48,6 +48,8 @@ class AutoencoderTask:
 class Validation:
     """Reconstructs held-out pictures with the averaged weights: PSNR, SSIM, latent spread and a picture of pairs."""
 
+    on_demand = True
+
     def __init__(self, autoencoder: Autoencoder, images: Tensor, every: int) -> None:
         self.every, self.images, self._autoencoder = every, images, autoencoder
         self.last: dict[str, float] = {}

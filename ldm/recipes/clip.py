@@ -41,6 +41,8 @@ class ClipTask:
 class RetrievalValidation:
     """Picture to caption retrieval on held-out splits with the averaged weights, each against the whole split."""
 
+    on_demand = False
+
     def __init__(self, clip: nn.Module, tokens: dict[str, Tensor], images: dict[str, Tensor], every: int) -> None:
         self.every, self._clip, self._tokens, self._images = every, clip, tokens, images
         self.last: dict[str, Any] = {}

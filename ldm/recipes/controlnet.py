@@ -34,6 +34,7 @@ from ldm.recipes.base import Assembly
 from ldm.recipes.finetune import Finetuning, assembled, only_source, open_base, trained_process
 from ldm.recipes.pictures import prepare
 from ldm.recipes.text_to_image import SampleHook, Samples, Sees, told_options
+from ldm.recipes.validation import share_of
 from ldm.rng import seed_torch
 from ldm.train.trainer import TrainConfig
 
@@ -83,7 +84,7 @@ def build(task: ControlTask, data: Data, train: TrainConfig, seed: int, workers:
     control = started(task, pipeline)
     if task.images is not None:
         source = only_source(data)
-        prepare(task.images, Path(source.path), None, source.size, task.masks)
+        prepare(task.images, Path(source.path), None, source.size, share_of(train, data), task.masks)
 
     def drawn(samples: Samples, preview: TextToImage) -> SampleHook:
         return SampleHook(samples, preview, Conditions(task, samples, preview, control) if task.conditions else None)

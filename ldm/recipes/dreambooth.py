@@ -22,6 +22,7 @@ from ldm.recipes.picture_masks import WHITE
 from ldm.recipes.pictures import prepare
 from ldm.recipes.prior import Prior
 from ldm.recipes.sources import weights_hash
+from ldm.recipes.validation import share_of
 from ldm.sampling.registry import lookup
 from ldm.train.trainer import TrainConfig
 
@@ -54,6 +55,10 @@ class DreamboothTask(Finetuning):
                         "so nothing would train it; write it as `identifier`, or into `prompt`"
                     )
 
+    def words(self, data: Data) -> tuple[str, str]:
+        """The identifier is left out before the noun: "a sks dog" becomes "a dog"."""
+        return f"{self.identifier} {self.noun}", self.noun
+
     @property
     def instance_prompt(self) -> str:
         """The subject's caption."""
@@ -70,7 +75,8 @@ def build(task: DreamboothTask, data: Data, train: TrainConfig, seed: int, worke
     """The subject's pictures and, with prior preservation, class pictures by the base model, each as shards."""
     sources = _sources(task, data)
     pipeline = open_base(task, task.adapter, train)
-    prepare(task.images, Path(sources[0].path), [task.instance_prompt], sources[0].size, task.masks)
+    share = share_of(train, data)
+    prepare(task.images, Path(sources[0].path), [task.instance_prompt], sources[0].size, share, task.masks)
     if task.prior is not None:
         shards = Path(sources[1].path)
         folder = task.prior.folder or shards.parent / "class_pictures"
@@ -78,7 +84,7 @@ def build(task: DreamboothTask, data: Data, train: TrainConfig, seed: int, worke
         if pipeline.network.streaming is None:
             pipeline.to(dist.device())  # they are drawn by the base as it is
         class_pictures.make(task.prior, task.class_prompt, folder, base, pipeline)
-        prepare(folder, shards, [task.class_prompt], sources[1].size, None if task.masks is None else WHITE)
+        prepare(folder, shards, [task.class_prompt], sources[1].size, masks=None if task.masks is None else WHITE)
     return assembled(task, make_adapter(task.adapter), pipeline, data, train, seed, workers, task.images)
 
 

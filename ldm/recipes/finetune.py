@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,21 +12,15 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 
 from ldm import dist
-from ldm.adapters.control import ControlAdapter
 from ldm.adapters.full import FullAdapter, FullConfig
-from ldm.adapters.image_prompt import ImagePromptAdapter
-from ldm.adapters.lora import LoraAdapter, LoraConfig
-from ldm.adapters.pivotal import PivotalAdapter, PivotalConfig
-from ldm.adapters.sites import all_sites
+from ldm.adapters.lora import LoraAdapter, LoraConfig, LoraNet
+from ldm.adapters.pivotal import Pivotal, PivotalAdapter, PivotalConfig
 from ldm.adapters.tokens import TokensAdapter, TokensConfig
-from ldm.checkpoint import embedding_files, files, lora_files
-from ldm.checkpoint.control_files import save_control
-from ldm.checkpoint.convert import save_diffusers
-from ldm.checkpoint.ip_adapter_files import About, save_ip_adapter
+from ldm.checkpoint.lora_files import read_lora
 from ldm.config.load import decode
 from ldm.data.encode import EncodeConfig, encode, finish
 from ldm.data.loader import DataConfig
-from ldm.data.mixture import Data, with_caches
+from ldm.data.mixture import Data, main_source, with_caches
 from ldm.data.pairs import enough
 from ldm.diffusion.density import (
     CosMap,
@@ -40,43 +33,41 @@ from ldm.diffusion.density import (
 )
 from ldm.diffusion.process import Process
 from ldm.diffusion.weighting import P2, SNR, VLB, X0, CosMapWeight, Debiased, MinSNR, SigmaSqrt, SoftMinSNR, Uniform
-from ldm.models.concat import config_of
-from ldm.models.concat import widened as wide
 from ldm.models.network import Granularity, granularity
 from ldm.models.text import (
     T5Padding,
     TextEncoder,
     TextPrecision,
-    TextTower,
     check_text_precision,
     encode_texts,
     pad_with,
 )
 from ldm.models.vae.latents import LatentCodec
+from ldm.objectives import Objective
 from ldm.objectives.align import FEATURES
-from ldm.objectives.concat import Concat
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
 from ldm.objectives.inputs import EncodeText
+from ldm.objectives.preserve import Preserve, PreservingObjective
 from ldm.pipeline import TextToImage
 from ldm.plan.report import Job
 from ldm.recipes import concat, planned, planned_frozen, planned_models
 from ldm.recipes.base import Assembly
+from ldm.recipes.finetune_export import AnyAdapter, load_tower, write_export
 from ldm.recipes.frozen_parts import open_on, store_beside, store_network
 from ldm.recipes.page import write_page
 from ldm.recipes.picture_masks import check_masks
 from ldm.recipes.pictures import prepare
 from ldm.recipes.smaller import check_pictures
-from ldm.recipes.sources import cache_hashes, scheduler_of, text_encoder, training_data
-from ldm.recipes.text_to_image import SampleHook, Samples, filled, sample_hook, sized, told_options
+from ldm.recipes.sources import cache_hashes, text_encoder, training_data
+from ldm.recipes.text_to_image import SampleHook, Samples, sample_hook, sized, told_options
+from ldm.recipes.validation import share_of
 from ldm.rng import seed_torch
 from ldm.train.packages import check_divided
 from ldm.train.trainer import TrainConfig, Trainer
 from ldm.types import Cond
 
 Density = UniformTimes | LogitNormal | Mode | CosMap | ShiftedUniform | FluxShift | Importance
-AnyAdapter = FullAdapter | LoraAdapter | TokensAdapter | PivotalAdapter | ControlAdapter | ImagePromptAdapter
 AnyConfig = FullConfig | LoraConfig | TokensConfig | PivotalConfig
-ADAPTER = "adapter.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +79,8 @@ class Finetuning:
     where `options.guidance` is null. `text_precision`: what text encoders that do not train are kept and computed in;
     `t5_padding` as in text_to_image. With `cache`, a folder, pictures are encoded once, and captions too unless the
     text encoders train. `masks`: where the masks of the pictures in `images` are, for `options.mask`
-    (`ldm.recipes.picture_masks`: alpha, a suffix, a folder).
+    (`ldm.recipes.picture_masks`: alpha, a suffix, a folder). `preserve`: of a LoRA, a second term that keeps the
+    model's own answers.
     """
 
     base: str = "emoji"
@@ -103,6 +95,11 @@ class Finetuning:
     masks: str | None = None
     gradient_checkpointing: bool | Granularity = False
     samples: Samples = field(default_factory=Samples)
+    preserve: Preserve | None = None
+
+    def words(self, data: Data) -> tuple[str, str]:
+        """The word that captions say of what is taught, and that of its class; empty where there is none."""
+        return main_source(data).trigger, ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +130,7 @@ def build(task: FinetuneTask, data: Data, train: TrainConfig, seed: int, workers
         pipeline = concat.widened(task.options.concat, pipeline)
     if task.images is not None:
         source = only_source(data)
-        prepare(task.images, Path(source.path), None, source.size, task.masks)
+        prepare(task.images, Path(source.path), None, source.size, share_of(train, data), task.masks)
     return assembled(task, make_adapter(task.adapter), pipeline, data, train, seed, workers, task.images)
 
 
@@ -204,10 +201,7 @@ def assembled(
     check_pictures(task.options.small, pipeline.network, pipeline.codec.factor, data)
     codec, towers, live = pipeline.codec, pipeline.text, adapter.trains_text
     check_text_precision(task.text_precision, key="task.text_precision", trains=live)
-    if isinstance(adapter, TokensAdapter | PivotalAdapter) and train.optim.weight_decay:
-        raise ValueError(
-            f"train.optim.weight_decay: {train.optim.weight_decay} would pull new tokens to zero; write 0 for them"
-        )
+    _check_decay(adapter, train)
     expect = cache_hashes(codec.autoencoder, None if live else towers)
     if task.cache is not None:
         expect |= {} if features is None else {FEATURES: features.told}
@@ -220,6 +214,7 @@ def assembled(
     store_beside(storage, codec.autoencoder, words, task.text_precision)
     preview, copies = _preview(adapter, pipeline)
     trained = adapter.attach(pipeline.network, towers)
+    _go_on(adapter, trained, pipeline)
     pipeline.network.enable_gradient_checkpointing(task.gradient_checkpointing)
     encode_text = _live(towers) if live else text_encoder(towers)
     options = told_options(task.options, pipeline.network)
@@ -234,13 +229,46 @@ def assembled(
         if folder.name == "export":  # `ldm export` writes elsewhere, where there is no run to show
             write_page(folder.parent, images, task.samples.prompts)
 
+    kept = preserving(task.preserve, task.words(data), objective, adapter, trained, encode_text)
     return Assembly(
-        objective, loader, [FinetuneSamples(sized(task.samples, preview.network, data), preview, copies, drawn)], export
+        kept, loader, [FinetuneSamples(sized(task.samples, preview.network, data), preview, copies, drawn)], export
     )
+
+
+def _check_decay(adapter: AnyAdapter, train: TrainConfig) -> None:
+    """Raise ValueError for a weight decay of new tokens."""
+    if isinstance(adapter, TokensAdapter | PivotalAdapter) and train.optim.weight_decay:
+        raise ValueError(
+            f"train.optim.weight_decay: {train.optim.weight_decay} would pull new tokens to zero; write 0 for them"
+        )
+
+
+def preserving(
+    config: Preserve | None,
+    words: tuple[str, str],
+    objective: DenoiseObjective,
+    adapter: AnyAdapter,
+    trained: nn.Module,
+    encode_text: EncodeText,
+) -> Objective:
+    """The loss with the second term, where one is asked for. Raises ValueError without an adapter to leave out."""
+    if config is None:
+        return objective
+    if not isinstance(trained, LoraNet) or adapter.trains_text:
+        raise ValueError("task.preserve: needs a LoRA, and text encoders that do not train (task.adapter.text: false)")
+    if config.kind == "class":
+        trigger, word = config.trigger or words[0], words[1] if config.word is None else config.word
+        if not trigger or not word:
+            key = "word" if trigger else "trigger"
+            raise ValueError(f"task.preserve.{key}: missing; kind class says the class's word in the trigger's place")
+        config = replace(config, trigger=trigger, word=word)
+    return PreservingObjective(objective, config, trained.disabled, encode_text).to(dist.device())
 
 
 class FinetuneSamples:
     """Sample pictures of the model as it trains; `copies` of text towers that train are brought up to date first."""
+
+    on_demand = True
 
     def __init__(
         self,
@@ -269,11 +297,23 @@ def _preview(adapter: AnyAdapter, pipeline: TextToImage) -> tuple[TextToImage, l
     return other, other.text
 
 
-def load_tower(tower: TextEncoder, weights: dict[str, Tensor], index: int) -> None:
-    """Give a tower the trained weights `text.INDEX.NAME`; those that did not train stay."""
-    prefix = f"text.{index}."
-    own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-    tower.model.load_state_dict({**tower.model.state_dict(), **own}, strict=True)
+def _go_on(adapter: AnyAdapter, trained: nn.Module, pipeline: TextToImage) -> None:
+    """Begin with the corrections of a file, where one is named. Raises ValueError naming it."""
+    if not isinstance(adapter, LoraAdapter | PivotalAdapter):
+        return
+    config = adapter.config if isinstance(adapter, LoraAdapter) else adapter.config.lora
+    if config.start is None:
+        return
+    try:
+        found = read_lora(config.start, pipeline.network, pipeline.text)
+        if isinstance(adapter, PivotalAdapter):
+            assert isinstance(trained, Pivotal)
+            adapter.load(trained, found)
+        else:
+            assert isinstance(trained, LoraNet)
+            adapter.load(trained, found)
+    except ValueError as error:
+        raise ValueError(f"task.adapter.start {config.start!r}: {error}") from None
 
 
 def _live(towers: Sequence[TextEncoder]) -> EncodeText:
@@ -296,8 +336,8 @@ def _cached(
     """Encode pictures, and captions if the hashes name the text, into a folder; all ranks share the work."""
     config = EncodeConfig(
         path=data.path, splits=(data.split,), size=data.size, fit=data.fit, crop=data.crop, flip=data.flip,
-        variants=enough(data.pairs, 2 if data.flip else 1), template=data.template, dtype="float32", part=16,
-        buckets=data.buckets, require_captions=data.require_captions, pairs=data.pairs,
+        variants=enough(data.pairs, 2 if data.flip else 1), template=data.template, trigger=data.trigger,
+        dtype="float32", part=16, buckets=data.buckets, require_captions=data.require_captions, pairs=data.pairs,
     )  # fmt: skip
     encode_text = text_encoder(towers)
     encode(
@@ -315,73 +355,6 @@ def _cached(
         finish(config, folder)
     dist.barrier()
     return folder
-
-
-def write_export(
-    base: str, adapter: AnyAdapter, weights: dict[str, Tensor], folder: Path, told: Concat | None = None
-) -> None:
-    """What others load: a diffusers folder for whole weights, else the adapter's files and what they belong to.
-
-    `told`: the picture that a network is told by more channels.
-    """
-    if isinstance(adapter, ControlAdapter):
-        save_control(folder, adapter.control.config, adapter.export(weights))
-        return
-    if isinstance(adapter, ImagePromptAdapter):
-        about = About(base, adapter.encoder)
-        save_ip_adapter(folder, adapter.adapter.config, adapter.export(weights), about)
-        return
-    fresh = TextToImage.load(base)
-    if isinstance(adapter, FullAdapter):
-        found = adapter.export(weights)
-        own = f"{fresh.network.component}."
-        network = {k.removeprefix(own): v for k, v in found.items() if k.startswith(own)}
-        fresh.network = filled(wide(fresh.network, config_of(fresh.network.config, network)), network)
-        for i, tower in enumerate(fresh.text):
-            load_tower(tower, found, i)
-        save_diffusers(
-            folder, network=fresh.network, autoencoder=concat.exported(told, fresh.codec.autoencoder), text=fresh.text,
-            scheduler=scheduler_of(base), augmentation=concat.augmentation(told),
-        )  # fmt: skip
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    names: dict[str, list[str]] = {"loras": [], "embeddings": []}
-    if isinstance(adapter, LoraAdapter | PivotalAdapter):
-        lora, sites = adapter.lora(weights), all_sites(fresh.network, fresh.text)
-        config = fresh.network.config
-        lora_files.write_lora(folder / lora_files.NAME, lora, config)
-        if lora_files.kohya_holds(lora, folder / "kohya.safetensors", config):
-            lora_files.write_lora(folder / "kohya.safetensors", lora, config, form="kohya", sites=sites)
-        names["loras"] = [lora_files.NAME]
-    if isinstance(adapter, TokensAdapter | PivotalAdapter):
-        names["embeddings"] = _write_tokens(adapter, weights, folder, token_names(fresh.text))
-    files.write_text(folder / ADAPTER, json.dumps({"base": base, **names}, indent=1))
-
-
-def token_names(text: Sequence[TextEncoder]) -> tuple[str, ...]:
-    """What files call the rows of each encoder that reads tokens."""
-    found = [one for one in text if next(one.parameters(), None) is not None]
-    names = iter(("clip_l", "clip_g"))
-    return tuple(next(names) if isinstance(one, TextTower) else "t5xxl" for one in found)
-
-
-def _write_tokens(
-    adapter: TokensAdapter | PivotalAdapter, weights: dict[str, Tensor], folder: Path, names: Sequence[str]
-) -> list[str]:
-    """All tokens in one file of diffusers' form where it can hold them, and each in A1111's."""
-    concepts = adapter.concepts(weights)
-    for token, rows in concepts.items():
-        path = folder / "a1111" / f"{plain(token)}.safetensors"
-        embedding_files.write_embeddings(path, {token: rows}, form="a1111", names=names)
-    if all(len(rows) == 1 for rows in concepts.values()):
-        embedding_files.write_embeddings(folder / embedding_files.NAME, concepts)
-        return [embedding_files.NAME]
-    return [f"a1111/{plain(token)}.safetensors" for token in concepts]
-
-
-def plain(token: str) -> str:
-    """A token as a file's name."""
-    return "".join(c if c.isalnum() or c in "-_" else "" for c in token) or "token"
 
 
 def job(task: FinetuneTask, data: Data, train: TrainConfig, asked: planned.Asked) -> Job:
@@ -419,6 +392,7 @@ def adapted_job(task: Finetuning, config: AnyConfig, data: Data, train: TrainCon
             DenoiseObjective(trained, model.process, model.codec, encode, options, live=live, below=model.network)
         )
 
+    said += [] if task.preserve is None else ["task.preserve is not counted: its term takes as long again, and memory"]
     cached = task.cache is not None or data.cached
     said += planned.attention(asked.gpu) if live else []
     planned.check_cache(task.cache, cached, said, base.text)

@@ -14,6 +14,7 @@ from ldm.recipes import planned
 from ldm.recipes.base import Assembly
 from ldm.recipes.finetune import Finetuning, adapted_job, assembled, open_base
 from ldm.recipes.pictures import prepare
+from ldm.recipes.validation import share_of
 from ldm.train.trainer import TrainConfig
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
@@ -90,8 +91,9 @@ def build(task: InversionTask, data: Data, train: TrainConfig, seed: int, worker
     tokens = tuple(NewToken(token=c.token, vectors=c.vectors, initializer=c.initializer) for c in task.concepts)
     config = TokensConfig(tokens=tokens, max_norm=task.max_norm)
     pipeline = open_base(task, config, train)
-    for concept, source in zip(task.concepts, sources, strict=True):
-        prepare(concept.images, Path(source.path), concept.captions, source.size, task.masks)
+    for number, (concept, source) in enumerate(zip(task.concepts, sources, strict=True)):
+        share = 0.0 if number else share_of(train, data)
+        prepare(concept.images, Path(source.path), concept.captions, source.size, share, task.masks)
     return assembled(task, TokensAdapter(config), pipeline, data, train, seed, workers, task.concepts[0].images)
 
 

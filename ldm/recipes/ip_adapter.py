@@ -36,6 +36,7 @@ from ldm.recipes.finetune import CachedFeatures, Finetuning, assembled, only_sou
 from ldm.recipes.pictures import prepare
 from ldm.recipes.sources import load_image_encoder, weights_hash
 from ldm.recipes.text_to_image import SampleHook, Samples, Sees, told_options
+from ldm.recipes.validation import share_of
 from ldm.rng import seed_torch
 from ldm.train.trainer import TrainConfig
 
@@ -107,7 +108,7 @@ def build(task: IPAdapterTask, data: Data, train: TrainConfig, seed: int, worker
     adapter = started(task, pipeline, encoder)
     if task.images is not None:
         source = only_source(data)
-        prepare(task.images, Path(source.path), None, source.size, task.masks)
+        prepare(task.images, Path(source.path), None, source.size, share_of(train, data), task.masks)
     encoder.to(dist.device())
     states = adapter.config.sees_states
     features = CachedFeatures(lambda x: encoder(encoder.fitted((x + 1) / 2), states=states), told(encoder, states))

@@ -33,8 +33,8 @@ T = TypeVar("T")
 def usable(source: str | Path, key: str = "model") -> str:
     """The source as `TextToImage.load` takes it, after writing out a checkpoint if it is one.
 
-    `RUN@N` and `RUN/checkpoints/step-N` are the averaged weights of a run's checkpoint, a run that has not ended those
-    of its newest one. Raises ValueError naming `key` and what was found for a folder that is no model.
+    `RUN@N`, `RUN@best` and `RUN/checkpoints/step-N` are the averaged weights of a run's checkpoint, a run that has not
+    ended those of its newest one. Raises ValueError naming `key` and what was found for a folder that is no model.
     """
     text = str(source)
     if text in SHIPPED:
@@ -96,8 +96,16 @@ def _tell_stale(run: Path) -> None:
 
 
 def _split(text: str) -> tuple[Path, int | None]:
-    """`RUN@N` as (RUN, N), where that is no path itself."""
+    """`RUN@N` as (RUN, N), where that is no path itself; `RUN@best` as the step of its lowest validation loss.
+
+    Raises ValueError for a run that kept none.
+    """
     run, at, step = text.rpartition("@")
+    if at and step == "best" and not Path(text).exists() and Path(run).is_dir():
+        note = Path(run) / "best.json"
+        if not note.is_file():
+            raise ValueError(f"run {text!r}: it kept no best checkpoint (train.validate.keep_best)")
+        return Path(run), int(json.loads(note.read_text(encoding="utf-8"))["step"])
     if at and step.isdigit() and not Path(text).exists() and (Path(run) / "checkpoints").is_dir():
         return Path(run), int(step)
     return Path(text), None
@@ -105,8 +113,8 @@ def _split(text: str) -> tuple[Path, int | None]:
 
 def _exported(run: Path, step: int, key: str) -> Path:
     """A checkpoint as the folder that its run writes at the end; written anew when it is not the one it was."""
-    checkpoint = run / "checkpoints" / f"step-{step}"
-    if step not in files.steps(run / "checkpoints"):
+    checkpoint = files.kept(run, step) / f"step-{step}"
+    if not checkpoint.is_dir():
         raise ValueError(f"{key}: {run} has no checkpoint of step {step}, only of {files.steps(run / 'checkpoints')}")
     if not (run / "config.yaml").is_file():
         raise ValueError(f"{key} {str(run)!r}: checkpoints, but no config.yaml that says of what")

@@ -177,13 +177,22 @@ def _duplicates(names: Sequence[str], pictures: Sequence[Image.Image]) -> list[s
     return found
 
 
-def write(found: Found, out: Path, captions: Sequence[str] | None, size: int) -> None:
+def held_out(names: Sequence[str], share: float) -> set[int]:
+    """The places of the pictures that validate, by hashes of their names: at least one, at most all but one."""
+    if not share:
+        return set()
+    order = sorted(range(len(names)), key=lambda i: hashlib.sha1(names[i].encode()).hexdigest())
+    return set(order[: max(1, min(len(names) - 1, round(share * len(names))))])
+
+
+def write(found: Found, out: Path, captions: Sequence[str] | None, size: int, share: float = 0.0) -> None:
     """Write shards into `out`, unless they are there already, and what was left out into quarantine.jsonl.
 
     All pictures get `captions`, each as likely as the others, or their own with None; those of as many repeats share
-    shards. Raises ValueError when `out` holds other pictures.
+    shards. With `share` so many of them are the split "test". Raises ValueError when `out` holds other pictures.
     """
-    told = _fingerprint(found, captions, size)
+    told = _fingerprint(found, captions, size, share)
+    apart = held_out(found.names, share)
     note = out / "pictures.json"
     if note.is_file() and (out / NAME).is_file():
         if json.loads(note.read_text(encoding="utf-8"))["fingerprint"] != told:
@@ -191,10 +200,11 @@ def write(found: Found, out: Path, captions: Sequence[str] | None, size: int) ->
         return
     out.mkdir(parents=True, exist_ok=True)
     shards: list[Shard] = []
-    for times in sorted(set(found.repeats)):
-        with ShardWriter(out, "train" if times == 1 else f"train-r{times}", split="train", repeats=times) as writer:
+    parts = {("test" if i in apart else "train", times) for i, times in enumerate(found.repeats)}
+    for split, times in sorted(parts, key=lambda part: (part[0] == "test", part[1])):
+        with ShardWriter(out, split if times == 1 else f"{split}-r{times}", split=split, repeats=times) as writer:
             for i, (name, picture) in enumerate(zip(found.names, found.pictures, strict=True)):
-                if found.repeats[i] != times:
+                if found.repeats[i] != times or (i in apart) != (split == "test"):
                     continue
                 pairs = [[c, 1.0] for c in captions] if captions is not None else [list(c) for c in found.captions[i]]
                 record = {"captions": pairs, "original_width": picture.width, "original_height": picture.height}
@@ -219,10 +229,11 @@ def _png(picture: Image.Image, size: int) -> bytes:
     return buffer.getvalue()
 
 
-def _fingerprint(found: Found, captions: Sequence[str] | None, size: int) -> str:
+def _fingerprint(found: Found, captions: Sequence[str] | None, size: int, share: float) -> str:
     total = hashlib.blake2b(digest_size=8)
     told = [found.names, found.captions if captions is None else list(captions), size]
     told += [found.repeats] if set(found.repeats) != {1} else []
+    told += [share] if share else []
     total.update(json.dumps(told).encode())
     for picture in found.pictures:
         total.update(pixels(picture).tobytes())
@@ -243,10 +254,17 @@ def on_first(what: Callable[[], None]) -> None:
         raise problem or ValueError("stopped; rank 0 tells why")
 
 
-def prepare(folder: Path, out: Path, captions: Sequence[str] | None, size: int, masks: str | None = None) -> None:
+def prepare(
+    folder: Path,
+    out: Path,
+    captions: Sequence[str] | None,
+    size: int,
+    share: float = 0.0,
+    masks: str | None = None,
+) -> None:
     """Check a folder or built set, say what is wrong with it, and write its shards into `out`; collective.
 
-    `masks` as `check` takes it.
+    `share`: of the pictures, as `write` has it. `masks` as `check` takes it.
     """
 
     def work() -> None:
@@ -257,6 +275,6 @@ def prepare(folder: Path, out: Path, captions: Sequence[str] | None, size: int, 
             dist.say(f"images {folder}: {len(found.remarks) - MOST_SAID} remarks more in {out / 'pictures.json'}")
         if found.bad:
             dist.say(f"images {folder}: {found.summary}")
-        write(found, out, captions, size)
+        write(found, out, captions, size, share)
 
     on_first(work)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +17,6 @@ from ldm.checkpoint.convert import save_diffusers
 from ldm.checkpoint.schedulers import flow_solver, scheduler_to_diffusers
 from ldm.config.load import encode as plain
 from ldm.data.encode import EncodeConfig, encode, finish
-from ldm.data.grid import save_grid
 from ldm.data.loader import DataConfig
 from ldm.data.mixture import Data, with_caches
 from ldm.data.pairs import enough
@@ -39,7 +36,7 @@ from ldm.models.vae.autoencoder import Autoencoder
 from ldm.models.vae.latents import LatentCodec
 from ldm.objectives.align import without_projector
 from ldm.objectives.denoise import DenoiseObjective, DenoiseOptions
-from ldm.pipeline import Settings, TextToImage
+from ldm.pipeline import TextToImage
 from ldm.plan.flops import count_flops
 from ldm.plan.report import Job
 from ldm.progress import Bar
@@ -47,6 +44,7 @@ from ldm.recipes import concat, planned, planned_models
 from ldm.recipes.aligning import AlignTarget, aligned, plan_lines
 from ldm.recipes.base import Assembly
 from ldm.recipes.frozen_parts import store_beside
+from ldm.recipes.samples import SampleHook, Samples, Sees, sample_hook, sized, without_dropout
 from ldm.recipes.smaller import check_pictures
 from ldm.recipes.sources import (
     cache_hashes,
@@ -58,21 +56,9 @@ from ldm.recipes.sources import (
     training_data,
 )
 from ldm.rng import seed_torch
-from ldm.train.trainer import TrainConfig, Trainer
+from ldm.train.trainer import TrainConfig
 
-
-@dataclass(frozen=True, kw_only=True)
-class Samples:
-    """Pictures of fixed prompts and noise, drawn with the averaged weights every `every` steps (0: at the end only).
-
-    `pictures`, one a prompt, are what a network with `options.concat` is told; `masks` are white where it paints.
-    """
-
-    prompts: tuple[str, ...] = ()
-    every: int = 1000
-    settings: Settings = field(default_factory=Settings)
-    pictures: tuple[Path, ...] = ()
-    masks: tuple[Path, ...] = ()
+__all__ = ["SampleHook", "Samples", "Sees", "TextToImageTask", "sample_hook", "sized", "without_dropout"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,60 +135,6 @@ def _same(a: Any, b: Any) -> bool:
     return a == b
 
 
-class Sees(Protocol):
-    """What sample prompts are drawn with beside their words."""
-
-    def under(self, indices: Sequence[int]) -> TextToImage:
-        """The pipeline that draws the prompts of these places."""
-        ...
-
-    def finished(self, indices: Sequence[int], drawn: Tensor) -> Tensor:
-        """Their pictures (N, 3, H, W) as they are looked at."""
-        return drawn
-
-
-class SampleHook:
-    """Draws the fixed prompts on all ranks together, each its share, and writes one picture."""
-
-    def __init__(self, config: Samples, pipeline: TextToImage, sees: Sees | None = None) -> None:
-        self.every, self.config, self.pipeline, self._sees = config.every, config, pipeline, sees
-        if sees is None:
-            concat.check_samples(None, config.prompts, config.pictures, config.masks)
-
-    def __call__(self, trainer: Trainer, step: int) -> None:
-        prompts = list(self.config.prompts)
-        if not prompts:
-            return
-        world, rank = dist.world_size(), dist.rank()
-        share = math.ceil(len(prompts) / world)  # equal on all ranks: the network may be divided over them
-        indices = [(rank * share + i) % len(prompts) for i in range(share)]
-        with trainer.averaged(), trainer.engine.autocast(), without_dropout(self.pipeline.network):
-            pipeline = self.pipeline if self._sees is None else self._sees.under(indices)
-            own = pipeline.sample([prompts[i] for i in indices], settings=self.config.settings, indices=indices)
-        own = own if self._sees is None else self._sees.finished(indices, own)
-        images = dist.gather(own)[: len(prompts)]
-        if rank == 0:
-            save_grid(images, trainer.out / "samples" / f"step-{step:07d}.png", columns=math.ceil(len(prompts) ** 0.5))
-
-
-def sample_hook(config: Samples, pipeline: TextToImage, options: DenoiseOptions) -> SampleHook:
-    """Sample pictures, each with the picture that the network is told where it is told one."""
-    seen = (config.settings.size, config.prompts, config.pictures, config.masks)
-    return SampleHook(config, pipeline, concat.shown(options.concat, pipeline, *seen))
-
-
-@contextmanager
-def without_dropout(network: Network) -> Iterator[None]:
-    """The network as it draws, inside; nothing where it has no dropout."""
-    was = network.training
-    if network.has_dropout:
-        network.eval()
-    try:
-        yield
-    finally:
-        network.train(was)
-
-
 def cached(
     folder: Path,
     data: DataConfig,
@@ -217,7 +149,8 @@ def cached(
     config = EncodeConfig(
         path=data.path, splits=(data.split,), size=data.size, buckets=data.buckets, fit=data.fit, crop=data.crop,
         flip=data.flip, variants=enough(data.pairs, 2 if data.flip or data.crop == "random" else 1),
-        template=data.template, part=512, require_captions=data.require_captions, pairs=data.pairs,
+        template=data.template, trigger=data.trigger, part=512, require_captions=data.require_captions,
+        pairs=data.pairs,
     )  # fmt: skip
     encode_text = text_encoder(towers)
     with Bar("encoding", "pictures") as bar:
@@ -271,14 +204,6 @@ def filled(network: Network, weights: Mapping[str, Tensor]) -> Network:
     """
     network.load_state_dict({**dict(network.named_buffers()), **weights}, strict=True)
     return network
-
-
-def sized(config: Samples, network: Network, data: Data) -> Samples:
-    """Sample pictures of the data's size, where neither they nor the network tell one (FLUX.1)."""
-    if config.settings.size is not None or network.own_side is not None:
-        return config
-    side = planned.side(data)
-    return replace(config, settings=replace(config.settings, size=(side, side)))
 
 
 def scheduler_for(process: Process, network: Network) -> dict[str, Any]:

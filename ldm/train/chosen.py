@@ -37,7 +37,7 @@ def choose(run: Path, step: int | None = None, ema: str = "ema") -> Chosen:
 
 
 def _choose(run: Path, step: int | None, ema: str) -> Chosen:
-    root = run / "checkpoints"
+    root = run / "checkpoints" if step is None else files.kept(run, step)
     if not files.steps(root):
         raise ValueError(f"run {str(run)!r}: no checkpoint in it")
     if step is not None:

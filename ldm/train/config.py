@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ldm.train.ema import EmaConfig
 from ldm.train.engine_config import EngineConfig
@@ -16,6 +17,10 @@ from ldm.train.writer import CheckpointConfig
 class ValidateConfig:
     """Every `every` steps the loss of the averaged weights on the first `samples` of the data's split `split`.
 
+    With `images`, a folder of pictures or a built data set, on these instead, prepared in the folder `path`; with
+    `share` on so many of the pictures of the task's own folder, which are then not trained on. `keep_best` keeps the
+    checkpoint of the lowest loss in the run's folder `best`.
+
     `times`: so many fixed times t/T = 0, 1/n .. (n-1)/n, which samples take in turn (MLPerf's way has 8); 0: each
     sample has a time of its own, drawn once as training draws.
     """
@@ -24,6 +29,10 @@ class ValidateConfig:
     samples: int = 256
     every: int = 1000
     times: int = 0
+    images: Path | None = None
+    path: Path | None = None
+    share: float = 0.0
+    keep_best: bool = False
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -32,6 +41,10 @@ class ValidateConfig:
             raise ValueError(f"every must be at least 0 steps (0: at the end only), got {self.every}")
         if not 0 <= self.times <= self.samples:
             raise ValueError(f"times must be between 0 (drawn) and samples {self.samples}, got {self.times}")
+        if not 0 <= self.share < 1:
+            raise ValueError(f"share must be in [0, 1), got {self.share}")
+        if self.share and self.images is not None:
+            raise ValueError(f"share: {self.share} of its own pictures, and images {str(self.images)!r}: one of both")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from ldm.rng import Rng, key
 from ldm.train import guards, packages, state
 from ldm.train.changes import Change, Record
 from ldm.train.config import TrainConfig
+from ldm.train.demand import Request
 from ldm.train.ema import Ema
 from ldm.train.engine import Engine
 from ldm.train.guards import BadSamples, Spikes, Watchdog
@@ -37,6 +38,8 @@ class Hook(Protocol):
     """Something that happens beside training; called on all ranks."""
 
     every: int
+    on_demand: bool
+    """Whether it draws pictures, which a file `sample-now` in the run folder asks for."""
 
     def __call__(self, trainer: Trainer, step: int) -> None: ...
 
@@ -82,6 +85,8 @@ class Trainer:
         self.ahead = 0  # steps' data that were skipped after spikes: step n trains on the batch of step n + ahead
         self.rollbacks = 0
         self.sizes = Sizes(((0, config.batch),))  # of batches, by steps of the data as `ahead` counts them
+        self.asked = False  # for pictures, by a file
+        self._request = Request(out)
         self._ready = False
         self._seconds = 0.0  # of earlier starts
         self._spikes, self._bad = Spikes(config.guard), BadSamples(config.max_skipped)
@@ -151,6 +156,10 @@ class Trainer:
             jobs.append(Job(self.out / "ema", state.hold_snapshot(self.step, self.engine, ema)))
         if jobs:
             self.writer.put(jobs)
+
+    def save_best(self) -> None:
+        """Keep this step's checkpoint as the best one so far, `best/step-N` in the run folder; collective."""
+        self.writer.put([Job(self.out / "best", self._held(), keep=1)])
 
     def _held(self) -> state.Held:
         own = {
@@ -224,13 +233,18 @@ class Trainer:
                 dist.say(f"asked to stop: saved step {self.step}; run the same command again to go on")
                 return AGAIN
             self._call(hooks)
+        self.writer.finish()
         return 0
 
     def _call(self, hooks: list[Hook], first: bool = False) -> None:
         for hook in hooks:
-            if self.step >= self.config.steps or (hook.every and (first or self.step % hook.every == 0)):
+            due = self.step >= self.config.steps or (hook.every and (first or self.step % hook.every == 0))
+            if due or (self.asked and hook.on_demand):
                 hook(self, self.step)
                 self.watchdog.beat(self.step)
+        if self.asked:
+            self.asked = False
+            self._request.done()
 
     def _one_step(self, batches: Any, log: Log, asked: bool = False) -> tuple[bool, bool]:
         """One optimizer step and what ranks agree on after it: whether to stop, and whether it completes a spike."""
@@ -244,7 +258,9 @@ class Trainer:
         self.watchdog.beat(self.step)
         self._meter.step()
         mine = self.writer.report()
-        asks, *report, loss = dist.sums([float(asked), *astuple(mine), float(sums["loss"])])
+        wants = float(self._request.there())
+        asks, wants, *report, loss = dist.sums([float(asked), wants, *astuple(mine), float(sums["loss"])])
+        self.asked = wants > 0
         self.writer.advance(Report(*report))
         self._count(stepped)
         if stepped and (self.step % self.config.log.every == 0 or self.step == 1):

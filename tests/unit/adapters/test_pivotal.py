@@ -67,7 +67,7 @@ def test_exported_parts_are_those_of_either_adapter_and_draw_the_same() -> None:
         plain = LoraAdapter(LORA)
         other = plain.attach(unet, [fresh])
         assert isinstance(other, LoraNet)
-        plain.load(other, adapter.lora(weights))
+        plain.load(other, adapter.corrections(weights))
         assert torch.allclose(other(x, t, {"text": fresh(["a <x>", "dog"])["text"]}), wanted, atol=1e-6)
     names = set(adapter.export(weights))
     assert "<x>" in names

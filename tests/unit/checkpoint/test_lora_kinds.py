@@ -375,9 +375,12 @@ def test_a_few_unknown_tensors(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 
 
 def test_kinds_that_are_not_known_are_named(tmp_path: Path) -> None:
-    save_file(pair(SQUARE) | {f"{kohya(WIDE)}.oft_blocks": draw(2, 4, 4)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match=r"attn2_to_k\.oft_blocks"):
+    save_file(pair(SQUARE) | {f"{kohya(WIDE)}.glora_a": draw(2, 4)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"attn2_to_k\.glora_a"):
         merged(tmp_path / "x.safetensors", SQUARE)
+    save_file(pair(SQUARE) | {f"{kohya(WIDE)}.oft_blocks": draw(2, 2, 4, 4)}, tmp_path / "y.safetensors")
+    with pytest.raises(ValueError, match="BOFT"):
+        merged(tmp_path / "y.safetensors", SQUARE)
 
 
 def test_numbers_that_are_none(tmp_path: Path) -> None:

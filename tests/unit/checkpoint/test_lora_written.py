@@ -93,7 +93,7 @@ def test_a_dora_is_what_its_readers_see(tmp_path: Path, caplog: pytest.LogCaptur
     assert not [k for k in file if "dora" in k]
     assert off(kohya_reads(file, sites), wanted) < 1e-6  # these small layers have no more than 64 singular values
     assert off(comfyui_reads(file, sites), wanted) < 1e-6
-    assert "10 layers of DoRA, LoHa or LoKr are written as plain products of rank 64 at most" in caplog.text
+    assert "10 layers of DoRA, LoHa, LoKr or OFT are written as plain products of rank 64 at most" in caplog.text
     with pytest.raises(ValueError, match="needs the base's weights"):
         write_lora(tmp_path / "y.safetensors", lora, unet.config, form="kohya")
 

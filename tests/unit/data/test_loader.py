@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.captions import Tags
 from ldm.data.loader import DataConfig, Loader
 from ldm.data.manifest import Manifest
+from ldm.data.tags import Tags
 from ldm.data.write import ShardWriter
 from ldm.rng import Rng
 from ldm.types import Batch

@@ -13,8 +13,9 @@ from ldm.config.schema import RunConfig, load_run
 from ldm.diffusion.schedule import Flow
 from ldm.interop import ai_toolkit
 from ldm.interop.sheet import Converted
+from ldm.objectives.preserve import Preserve
 from ldm.recipes.finetune import FinetuneTask
-from tests.unit.interop.pictures import folder
+from ldm.recipes.samples import PromptSettings
 
 JOB: dict[str, Any] = {
     "job": "extension",
@@ -74,13 +75,13 @@ def test_the_flux_example() -> None:
     assert run.data.kind == "mixture"
     assert [s.data.size for s in run.data.sources] == [512, 768, 1024]
     assert {s.share for s in run.data.sources} == {"size"}
-    assert {s.data.template for s in run.data.sources} == {"p3r5on {}"}
+    assert {s.data.trigger for s in run.data.sources} == {"p3r5on"}
     assert (task.options.drop, task.options.guidance, task.cache is not None) == (0.05, 1.0, True)
     assert task.samples.prompts == ("p3r5on holding a sign", "a horse is a DJ")
     settings = task.samples.settings
     assert (settings.sampler, settings.steps, settings.guidance, settings.size) == ("euler", 20, 4.0, (768, 1024))
     assert len(found.before) == 3
-    assert {row.key for row in found.rows if row.fate == "near"} == {"model.quantize", "network.type", "trigger_word"}
+    assert {row.key for row in found.rows if row.fate == "near"} == {"model.quantize", "network.type"}
 
 
 SAME = [
@@ -111,6 +112,25 @@ SAME = [
     ({"data__resolution": 512, "data__shuffle_tokens": True}, "data.tags.keep", 0),
     ({"data__resolution": 512, "data__buckets": False}, "data.buckets", False),
     ({"train__disable_sampling": True}, "task.samples.prompts", ()),
+    ({"network__type": "lokr", "network__lokr_factor": 8}, "task.adapter.algo", "lokr"),
+    ({"network__type": "lokr", "network__lokr_factor": 8}, "task.adapter.factor", 8),
+    ({"network__type": "lokr", "network__lokr_full_rank": True}, "task.adapter.full_matrix", True),
+    ({"network__dropout": 0.1}, "task.adapter.rank_dropout", 0.1),
+    ({"network__pretrained_lora_path": "a.safetensors"}, "task.adapter.start", "a.safetensors"),
+    ({"network__network_kwargs": {"only_if_contains": ["blocks.7.proj_out"]}}, "task.adapter.include",
+     (r"blocks\.7\.proj_out",)),
+    ({"network__network_kwargs": {"ignore_if_contains": ["single"]}}, "task.adapter.exclude", ("single",)),
+    ({"train__skip_first_sample": True}, "task.samples.first", False),
+    ({"train__diff_output_preservation": True, "train__diff_output_preservation_multiplier": 0.5,
+      "train__diff_output_preservation_class": "dog"}, "task.preserve", Preserve(word="dog", weight=0.5)),
+    ({"train__blank_prompt_preservation": True}, "task.preserve", Preserve(kind="blank")),
+    ({"sample__walk_seed": False}, "task.samples.walk_seed", False),
+    ({"sample__walk_seed": True}, "task.samples.walk_seed", True),
+    ({"sample__samples": [{"prompt": "c", "seed": 7, "width": 512, "height": 768}],
+      "sample__prompts": ["a", "b --s 9"]},
+     "task.samples.own", (PromptSettings(), PromptSettings(steps=9), PromptSettings(seed=7, size=(768, 512)))),
+    ({"data__resolution": 512, "data__token_dropout_rate": 0.2}, "data.tags.dropout", 0.2),
+    ({"data__resolution": 512, "data__trigger_word": "sks"}, "data.trigger", "sks"),
     ({"model__quantize": False}, "train.engine.frozen", "fp32"),
 ]  # fmt: skip
 
@@ -130,11 +150,15 @@ REFUSED = [
     ({"train__loss_type": "wavelet"}, "train.loss_type"),
     ({"train__max_denoising_steps": 500}, "train.max_denoising_steps"),
     ({"data__alpha_mask": True, "data__invert_mask": True}, "datasets[0].invert_mask"),
-    ({"train__diff_output_preservation": True}, "train.diff_output_preservation"),
+    (
+        {"train__diff_output_preservation": True, "train__blank_prompt_preservation": True, "trigger_word": "p3r5on"},
+        "train.blank_prompt_preservation",
+    ),
     ({"train__timestep_type": "weighted"}, "train.timestep_type"),
     ({"train__content_or_style": "style"}, "train.content_or_style"),
     ({"model__assistant_lora_path": "a/b"}, "model.assistant_lora_path"),
-    ({"network__type": "lokr"}, "network.type"),
+    ({"network__type": "loha"}, "network.type"),
+    ({"network__network_kwargs": {"conv_rank": 3}}, "network.network_kwargs"),
     ({"train__train_unet": False}, "train.train_unet"),
     ({"data__default_caption": "a photo"}, "datasets[0].default_caption"),
     ({"train__something_new": 3}, "train.something_new"),
@@ -163,16 +187,6 @@ def test_times_are_theirs_through_the_schedules_own_shift(arch: str, name: str, 
     times = Flow(shift=shift).sample(density.warp(u)).double() / 1000
     expected = u if how == "linear" else torch.sigmoid(torch.special.ndtri(u))
     torch.testing.assert_close(times, expected, atol=1e-6, rtol=0)
-
-
-def test_a_trigger_word_that_captions_have_already(tmp_path: Path) -> None:
-    place = folder(tmp_path / "a", 2)
-    clean = job(trigger_word="p3r5on", data__folder_path=str(place), data__resolution=512)
-    assert ai_toolkit.convert(clean).refused == []
-    (place / "1.txt").write_text("[trigger] in the rain")
-    rows = ai_toolkit.convert(clean).refused
-    assert [row.key for row in rows] == ["trigger_word"]
-    assert "1.png" in rows[0].note
 
 
 def test_jobs_that_do_not_train() -> None:

@@ -101,6 +101,25 @@ SAME = [  # their key and value, our key, our value
     ({"caption_dropout_rate": 0.05}, "task.options.drop", 0.05),
     ({"caption_tag_dropout_rate": 0.2}, "data.tags.dropout", 0.2),
     ({"caption_prefix": "art by me,"}, "data.template", "art by me, {}"),
+    ({"shuffle_caption": True, "caption_prefix": "me"}, "data.tags.prefix", "me"),
+    ({"shuffle_caption": True, "keep_tokens_separator": "|||"}, "data.tags.keep_separator", "|||"),
+    ({"shuffle_caption": True, "secondary_separator": ";;;"}, "data.tags.secondary", ";;;"),
+    ({"enable_wildcard": True, "cache_latents": True}, "data.wildcards", True),
+    ({"enable_wildcard": True, "cache_latents": True}, "task.cache", None),
+    ({"color_aug": True}, "data.colour", 0.05),
+    ({"network_module": "lycoris.kohya", "network_args": ["algo=loha", "dora_wd=True"]}, "task.adapter.algo", "loha"),
+    ({"network_module": "lycoris.kohya", "network_args": ["algo=loha", "dora_wd=True"]}, "task.adapter.dora", True),
+    ({"network_module": "lycoris.kohya", "network_args": ["algo=lokr", "factor=8"]}, "task.adapter.factor", 8),
+    ({"network_module": "lycoris.kohya", "network_args": ["algo=diag-oft", "constraint=0.1"]},
+     "task.adapter.constraint", 0.1),
+    ({"network_args": ["rank_dropout=0.2", "module_dropout=0.1"]}, "task.adapter.module_dropout", 0.1),
+    ({"network_dropout": 0.1}, "task.adapter.rank_dropout", 0.1),
+    ({"network_weights": "a.safetensors", "dim_from_weights": True}, "task.adapter.start", "a.safetensors"),
+    ({"scale_weight_norms": 1.0}, "task.adapter.max_norm", 1.0),
+    ({"sample_at_first": True}, "task.samples.first", True),
+    ({}, "task.samples.first", False),
+    ({"validation_split": 0.1, "validate_every_n_steps": 50}, "train.validate.share", 0.1),
+    ({"validation_split": 0.1, "validate_every_n_steps": 50}, "train.validate.every", 50),
     ({"resolution": "768,768"}, "data.size", 768),
     ({"resolution": [768, 768]}, "data.size", 768),
     ({"flip_aug": True}, "data.flip", True),
@@ -206,7 +225,12 @@ REFUSED = [
     ({"lr_scheduler": "piecewise_constant"}, "lr_scheduler", "not here"),
     ({"lr_scheduler": "warmup_stable_decay"}, "lr_scheduler", "a number of steps to decay"),
     ({"network_args": ["loraplus_unet_lr_ratio=4"]}, "network_args", "one ratio for all"),
-    ({"network_module": "lycoris.kohya"}, "network_module", "not here"),
+    ({"network_module": "lycoris.kohya", "network_args": ["algo=boft"]}, "network_args", "algo=boft: not here"),
+    (
+        {"network_module": "lycoris.kohya", "network_args": ["algo=loha", "use_tucker=True"]},
+        "network_args",
+        "use_tucker",
+    ),
     ({"network_args": ["conv_dim=8"]}, "network_args", "one rank"),
     ({"loss_type": "huber", "huber_schedule": "linear"}, "huber_schedule", "linear"),
     ({"loss_type": "lpips"}, "loss_type", "not here"),
@@ -215,11 +239,8 @@ REFUSED = [
     ({"min_snr_gamma": 5, "debiased_estimation_loss": True}, "debiased_estimation_loss", "one weighting"),
     ({"zero_terminal_snr": True}, "zero_terminal_snr", "the base's"),
     ({"clip_skip": 2}, "clip_skip", "another layer"),
-    ({"network_dropout": 0.1}, "network_dropout", "layer's input"),
     ({"full_bf16": True}, "full_bf16", "float32"),
     ({"caption_extension": ".cap"}, "caption_extension", "rename"),
-    ({"color_aug": True}, "color_aug", "not here"),
-    ({"shuffle_caption": True, "caption_prefix": "me"}, "caption_prefix", "shuffled"),
     ({"resolution": "768,512"}, "resolution", "one length"),
     ({"an_option_of_tomorrow": 3}, "an_option_of_tomorrow", "not known"),
 ]
@@ -388,8 +409,10 @@ def test_sample_prompts_with_settings_that_all_share(tmp_path: Path, images: Pat
     assert run.task.samples.prompts == ("a cat", "a dog")  # type: ignore[union-attr]
     assert (settings.steps, settings.guidance, settings.size, settings.negative) == (28, 7.5, (512, 768), "low quality")
     row = next(row for row in found.rows if row.key == "sample_prompts")
-    assert row.fate == "near"
-    assert "--d of single prompts are left out" in row.note
+    assert row.fate == "kept"
+    own = run.task.samples.own  # type: ignore[union-attr]
+    assert [one.seed for one in own] == [1, 2]
+    assert [one.steps for one in own] == [None, None]
 
 
 def test_sections_of_a_config_file_are_one_list() -> None:
