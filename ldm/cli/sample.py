@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import math
 import re
 import shlex
 import sys
@@ -14,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import control, image_prompt, opening
+from ldm.cli import adapting, control, image_prompt, kept, opening
 from ldm.cli.options import TEXT_PRECISION_HELP, TEXT_PRECISIONS, Parser
 from ldm.models.shipped import DEFAULT
 
@@ -40,16 +38,7 @@ def parser() -> Parser:
         "A1111's and ComfyUI's, as far as they are known here",
     )  # fmt: skip
     p.add_argument("--model", default=DEFAULT, help="shipped name, run or diffusers folder, single file or hub id")
-    p.add_argument(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="PATH[:WEIGHT]",
-        help="add a LoRA at a weight (1); may be repeated",
-    )
-    p.add_argument(
-        "--embedding", action="append", default=[], metavar="PATH", help="add a textual-inversion file; may be repeated"
-    )
+    adapting.add(p)
     control.add(p)
     image_prompt.add(p)
     p.add_argument(
@@ -255,17 +244,18 @@ def _loaded(args: argparse.Namespace, settings: Settings) -> tuple[TextToImage, 
     """The model with all that is loaded into it, the settings that it decides, and what pictures will say of both."""
     from ldm import dist
     from ldm.cli.drawn import fingerprint
-    from ldm.pipeline import TextToImage
     from ldm.recipes.models import usable
 
     device = args.device or dist.device()
-    pipeline = TextToImage.load(
+    pipeline = kept.load(
         usable(args.model, "--model"), device=device, precision=args.precision, lenient=args.lenient, text=args.text,
         vae=args.vae, text_precision=args.text_precision, blocks_on_device=args.blocks_on_device, **opening.which(args),
     )  # fmt: skip
     settings = _settings(args, pipeline.student, pipeline.habit)
     args.sampler, args.steps, args.guidance = settings.sampler, settings.steps, settings.guidance
-    _adapt(pipeline, args.lora, args.embedding, args.lenient)
+    if args.clean_captions or args.offload or args.compile:
+        kept.drop(pipeline)
+    adapting.adapt(pipeline, args, "sample")
     if args.clean_captions:
         pipeline.clean_captions()
     pipeline = image_prompt.prompted(control.controlled(pipeline, args), args)
@@ -387,29 +377,6 @@ def _settings(
 
 def _pair(values: Sequence[int] | None) -> tuple[int, int] | None:
     return None if values is None else (values[0], values[1])
-
-
-def _adapt(pipeline: TextToImage, loras: list[str], embeddings: list[str], lenient: bool) -> None:
-    """Load `--lora` and `--embedding`."""
-    for i, entry in enumerate(loras):
-        path, strength = _lora(entry)
-        pipeline.load_lora(path, strength, name=f"{i} {path}", lenient=lenient)
-    for path in embeddings:
-        words = " or ".join(map(repr, pipeline.load_embedding(path)))
-        print(f"ldm sample: embedding {path}: called by {words}", file=sys.stderr)
-
-
-def _lora(entry: str) -> tuple[str, float]:
-    """Path and weight; what stands behind the last colon is a weight unless the whole is a file."""
-    path, colon, weight = entry.rpartition(":")
-    if not colon or Path(entry).exists():
-        return entry, 1.0
-    with contextlib.suppress(ValueError):
-        if math.isfinite(strength := float(weight)):
-            return path, strength
-    if Path(path).exists() or not Path(entry).suffix:
-        raise ValueError(f"--lora {entry!r}: expected PATH or PATH:WEIGHT, such as style.safetensors:0.8")
-    return entry, 1.0  # a file that is not there, whose name has a colon in it
 
 
 def _guide(pipeline: TextToImage, clip: str, scale: float) -> Guide | None:
