@@ -58,8 +58,9 @@ def _serve(args: argparse.Namespace, places: Any, token: str | None) -> None:
     shown = "127.0.0.1" if args.host in ("0.0.0.0", "::") else args.host
     address = f"http://{shown}:{args.port}/" + (f"?token={token}" if token else "")
     try:
-        launch(places, run, host=args.host, port=args.port, token=token,
-               ready=lambda: print(f"ldm studio: {address}   (Ctrl-C ends the page; trainings go on)", flush=True))  # fmt: skip
+        told = f"ldm studio: {address}   (Ctrl-C ends the page; trainings go on)"
+        how = {"host": args.host, "port": args.port, "token": token}
+        launch(places, run, ready=lambda: print(told, flush=True), **how)
     except OSError as error:
         raise ValueError(f"--port: {args.port} cannot be used ({error})") from error
 

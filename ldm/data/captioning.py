@@ -66,7 +66,7 @@ def _shown(item: Item) -> Shown:
 
 
 def check(folder: Path, side: int | None = None, progress: Callable[[int, int], None] | None = None) -> Checked:
-    """Read all pictures; `side` None is the largest of `SIDES` that half of them have. Raises ValueError as `listed`."""
+    """Read all pictures; `side` None: the largest of `SIDES` that half of them have. Raises ValueError as `listed`."""
     items = _items(folder)
     if side is not None and side < 8:
         raise ValueError(f"size: must be at least 8 pixels, got {side}")
@@ -154,7 +154,9 @@ def _write(folder: Path, changed: Sequence[tuple[Item, Sequence[str]]]) -> None:
         beside = item.caption_file
         if beside is None and item.captions and (table := _table(item, folder)) is not None:
             if table.suffix.lower() != ".jsonl" or item.held is not None:
-                raise ValueError(f"{item.name}: its caption is in {table.name}, which is not written here; edit it there")
+                raise ValueError(
+                    f"{item.name}: its caption is in {table.name}, which is not written here; edit it there"
+                )
             tables[table][item.path] = captions
             continue
         if beside is not None and suffix(beside.name) not in CAPTION_SUFFIXES:

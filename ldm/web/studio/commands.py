@@ -1,10 +1,8 @@
-"""Commands of `ldm` as the studio runs them: in this process, where models stay loaded, or in one of their own."""
+"""Commands of `ldm` as the studio runs them in its own process, where models stay loaded."""
 
 from __future__ import annotations
 
 import io
-import os
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from ldm import progress
-from ldm.web.studio.words import last_line, program, shown
+from ldm.web.studio.words import last_line, shown
 
 Main = Callable[[list[str]], int]
 
@@ -45,17 +43,6 @@ class Commands:
         if code not in (0, 130):
             raise ValueError(last_line(notes) or f"{shown(argv)}: ended with exit code {code}")
         return Said(out.getvalue(), notes)
-
-    def apart(self, argv: Sequence[str]) -> Said:
-        """Run in a process of its own, until it ends. Raises ValueError as `here`."""
-        done = subprocess.run(program(argv), capture_output=True, text=True, stdin=subprocess.DEVNULL, env=_quiet())
-        if done.returncode:
-            raise ValueError(last_line(done.stderr) or f"{shown(argv)}: ended with exit code {done.returncode}")
-        return Said(done.stdout, done.stderr)
-
-
-def _quiet() -> dict[str, str]:
-    return {**os.environ, "TQDM_DISABLE": "1", "COLUMNS": "200"}
 
 
 class _ByThread:

@@ -82,7 +82,10 @@ def beside(form: Form, base: str) -> list[Place]:
         return [Place("without the LoRAs", replace(form, loras=())), Place("with", form)]
     if base == form.model:
         raise ValueError(f"compare: {form.model!r} is a base itself; choose a run as model, or add a LoRA")
-    return [Place(f"base: {Path(base).name}", replace(form, model=base)), Place(f"tuned: {Path(form.model).name}", form)]
+    return [
+        Place(f"base: {Path(base).name}", replace(form, model=base)),
+        Place(f"tuned: {Path(form.model).name}", form),
+    ]
 
 
 def grid(form: Form, axes: Sequence[tuple[str, str]]) -> tuple[list[Place], int]:
@@ -170,7 +173,9 @@ def told(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     for key, name in names.items():
         value = settings.get(key)
         if value not in (None, "", []):
-            shown = " x ".join(map(str, value)) if key == "size" else ", ".join(value) if isinstance(value, list) else value
+            shown = (
+                " x ".join(map(str, value)) if key == "size" else ", ".join(value) if isinstance(value, list) else value
+            )
             rows.append((name, str(shown)))
     return rows
 

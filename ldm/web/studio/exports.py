@@ -48,13 +48,13 @@ def target(run: Run, form: str, step: int | None) -> Path:
     return where
 
 
-def command(run: Run, form: str, step: int | None, out: str) -> list[str]:
-    """The words behind `ldm`. Raises ValueError where the run has nothing to export."""
+def command(run: Run, form: str, step: int | None, out: str, folder: str) -> list[str]:
+    """The words behind `ldm`; `folder` is the run's as typed. Raises ValueError where there is nothing to export."""
     if not checkpoints(run) and not (run.folder / "export").is_dir():
         raise ValueError(f"{run.name}: has no checkpoint yet, so there is nothing to export")
     if form == "plain":
-        return ["export", str(run.folder), out, *([] if step is None else ["--step", str(step)])]
-    source = str(run.folder) if step is None else f"{run.folder}@{step}"
+        return ["export", folder, out, *([] if step is None else ["--step", str(step)])]
+    source = folder if step is None else f"{folder}@{step}"
     argv = ["convert", source, out, "--to", form]
     adapter = ((config_of(run.folder).get("task") or {}).get("adapter") or {}).get("kind")
     if form in ("lora", "kohya") and adapter not in ("lora", "pivotal"):

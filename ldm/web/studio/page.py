@@ -20,7 +20,7 @@ COOKIE = "ldm_studio"
 
 def build(places: Places, main: Main) -> Any:
     """The gradio page. Raises ValueError when gradio is not installed."""
-    from ldm.web.studio import tab_data, tab_train, tab_watch
+    from ldm.web.studio import tab_data, tab_draw, tab_models, tab_train, tab_watch
 
     gr = check_gradio()
     studio = Studio(places, Commands(main), Queue(places.runs))
@@ -33,7 +33,13 @@ def build(places: Places, main: Main) -> Any:
                 train = tab_train.build(gr, studio, folder)
             with gr.Tab("Watch", id="watch"):
                 watch = tab_watch.build(gr, studio)
-        for fill in (data, train, watch):
+            with gr.Tab("Draw", id="draw") as tab:
+                draw, opened = tab_draw.build(gr, studio)
+            opened(tab)
+            with gr.Tab("Models", id="models") as tab:
+                models, opened = tab_models.build(gr, studio)
+            opened(tab)
+        for fill in (data, train, watch, draw, models):
             fill(app)
     return app
 

@@ -41,7 +41,7 @@ class Places:
         if not told:
             raise ValueError(f"{what}: none is given")
         path = Path(os.path.expanduser(told))
-        tries = [path] if path.is_absolute() else [root / path for root in self.roots]
+        tries = [path] if path.is_absolute() else [Path.cwd() / path, *(root / path for root in self.roots)]
         good = [p for p in (one.resolve() for one in tries) if any(p.is_relative_to(root) for root in self.roots)]
         if not good:
             below = ", ".join(map(str, self.roots))

@@ -1,7 +1,7 @@
 """The queue of trainings: files in the runs folder, and a process of its own that works them off one by one.
 
-`python -m ldm.web.studio.queue RUNS` is that process. It starts each as `python -m launch local -- ldm ...` and writes how
-it ended, so that nothing depends on the page: a studio that is started again reads the same files. A job is
+`python -m ldm.web.studio.queue RUNS` is that process. It starts each as `python -m launch local -- ldm ...` and writes
+how it ended, so that nothing depends on the page: a studio that is started again reads the same files. A job is
 `.studio/jobs/NUMBER.STATE.json`; a state follows another by renaming.
 """
 
@@ -150,7 +150,8 @@ class Queue:
     def problem(self, job: Job) -> str:
         """The last line that a failed job said."""
         with contextlib.suppress(OSError):
-            return last_line(self.log(job).read_text(encoding="utf-8", errors="replace")[-4000:])
+            text = self.log(job).read_text(encoding="utf-8", errors="replace")[-4000:]
+            return last_line("\n".join(line for line in text.splitlines() if not line.startswith("launch: ")))
         return ""
 
     def work(self) -> None:

@@ -80,7 +80,9 @@ def tile(view: View, picture: Shown) -> str:
     flags = "".join(f"<div class='name flag'>{escape(flag)}</div>" for flag in view.flags(picture.name))
     seen = "" if picture.name in view.found.bad or not picture.path.is_file() else ui.image(picture.path, picture.name)
     name = escape(picture.name, quote=True)
-    return f"<div class='tile'><div class='frame'>{seen}</div><div class='name' title='{name}'>{name}</div>{flags}</div>"
+    return (
+        f"<div class='tile'><div class='frame'>{seen}</div><div class='name' title='{name}'>{name}</div>{flags}</div>"
+    )
 
 
 def build(gr: Any, studio: Studio) -> tuple[Any, Callable[[Any], Any]]:
@@ -89,10 +91,11 @@ def build(gr: Any, studio: Studio) -> tuple[Any, Callable[[Any], Any]]:
     few = bool(folders) and len(list(studio.places.folder(folders[0]).iterdir())) <= FEW
     with gr.Row(equal_height=True):
         folder = gr.Dropdown(
-            folders, value=folders[0] if folders else None, allow_custom_value=True, label="Folder of pictures", scale=3,
-            info="with captions in .txt files beside them or in a metadata.jsonl", elem_id="data-folder",
+            folders, value=folders[0] if folders else None, allow_custom_value=True, label="Folder of pictures",
+            scale=3, info="with captions in .txt files beside them or in a metadata.jsonl", elem_id="data-folder",
         )  # fmt: skip
-        side = gr.Number(0, label="Train at (pixels)", precision=0, info="0: what fits them", scale=1, elem_id="data-side")  # fmt: skip
+        side = gr.Number(0, label="Train at (pixels)", precision=0, info="0: what fits them", scale=1,
+                         elem_id="data-side")  # fmt: skip
         opened = gr.Button("Open", variant="primary", scale=0, min_width=110, elem_id="data-open", elem_classes="go")
     said = gr.HTML(elem_id="data-said")
     figures = gr.HTML(elem_id="data-figures")
@@ -143,7 +146,16 @@ def _connect(gr: Any, studio: Studio, at: dict[str, Any], outputs: list[Any]) ->
         slider = gr.update(maximum=max(pages, 2), value=number, visible=pages > 1)
         if not chosen:
             note = ui.quiet("None.")
-        return (view, [p.name for p in part], view.found.side, summary(view), gr.update(visible=True), slider, *updates, note)
+        return (
+            view,
+            [p.name for p in part],
+            view.found.side,
+            summary(view),
+            gr.update(visible=True),
+            slider,
+            *updates,
+            note,
+        )
 
     @guard
     def open_folder(text: str, side: float | None) -> tuple[Any, ...]:

@@ -74,8 +74,10 @@ def build(gr: Any, studio: Studio, folder: Any) -> Callable[[Any], None]:
             with gr.Row():
                 at["images"] = gr.Dropdown(folders, value=first, allow_custom_value=True, label="Pictures",
                                            elem_id="train-images")  # fmt: skip
-                at["base"] = gr.Dropdown(bases, value=bases[0], allow_custom_value=True, label="Base model",
-                                         info="shipped, a folder, a file or a hub id", elem_id="train-base")  # fmt: skip
+                at["base"] = gr.Dropdown(
+                    bases, value=bases[0], allow_custom_value=True, label="Base model", elem_id="train-base",
+                    info="shipped, a folder, a file or a hub id",
+                )  # fmt: skip
             with gr.Row(visible=False) as subject:
                 at["noun"] = gr.Textbox(label="What it is", placeholder="dog", info="its class", elem_id="train-noun")
                 at["word"] = gr.Textbox(label="Its word", placeholder="sks", info="how prompts will call it")

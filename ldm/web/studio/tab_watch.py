@@ -135,7 +135,7 @@ class Handlers:
         return self.live(name, number, ("", 0))
 
     def live(self, name: str | None, number: float, seen: tuple[str, int]) -> tuple[Any, ...]:
-        """All figures as they are now; `seen`: the run and how many samples were there, of which the newest is followed."""
+        """All figures as they are now; `seen`: the run, and how many samples were there. The newest is followed."""
         update = self.gr.update
         listed = self.studio.runs()
         names = [run.name for run in listed]
@@ -152,12 +152,10 @@ class Handlers:
         follows = tuple(seen) != (name, count) and (seen[0] != name or number >= seen[1])
         number = count if follows else min(int(number), max(count, 1))
         over = [step for step, _ in own.samples(run)]
-        slider = (
-            update()
-            if tuple(seen) == (name, count)
-            else update(maximum=max(count, 2), value=max(number, 1), visible=count > 1,
-                        info=f"from step {over[0]} to {over[-1]}" if over else None)  # fmt: skip
-        )
+        slider = update()
+        if tuple(seen) != (name, count):
+            info = f"from step {over[0]} to {over[-1]}" if over else None
+            slider = update(maximum=max(count, 2), value=max(number, 1), visible=count > 1, info=info)
         picture = update() if tuple(seen) == (name, count) else sample(run, int(number))
         log = own.said(run, self.studio.queue)
         return (

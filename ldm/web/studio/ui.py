@@ -53,7 +53,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], raw: bool = False)
 
 def image(path: Path, alt: str = "") -> str:
     """A picture of the disk; it is fetched anew when the file changes."""
-    return f"<img src='{FILE}{quote(str(path))}?v={path.stat().st_mtime_ns}' alt='{escape(alt, quote=True)}' loading='lazy'>"
+    source = f"{FILE}{quote(str(path))}?v={path.stat().st_mtime_ns}"
+    return f"<img src='{source}' alt='{escape(alt, quote=True)}' loading='lazy'>"
 
 
 def guarded(gr: Any, count: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
