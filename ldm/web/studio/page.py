@@ -29,8 +29,9 @@ def build(places: Places, main: Main) -> Any:
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Data", id="data"):
                 folder, data = tab_data.build(gr, studio)
-            with gr.Tab("Train", id="train"):
-                train = tab_train.build(gr, studio, folder)
+            with gr.Tab("Train", id="train") as tab:
+                train, opened = tab_train.build(gr, studio, folder)
+            opened(tab)
             with gr.Tab("Watch", id="watch"):
                 watch = tab_watch.build(gr, studio)
             with gr.Tab("Draw", id="draw") as tab:

@@ -104,11 +104,11 @@ def build(gr: Any, studio: Studio) -> tuple[Any, Callable[[Any], Any]]:
             with gr.Row(equal_height=True):
                 trigger = gr.Textbox(label="Trigger word", info="put before every caption", placeholder="sks", scale=3,
                                      elem_id="data-trigger")  # fmt: skip
-                add = gr.Button("Add to all", scale=0, min_width=140, elem_id="data-add", elem_classes="go")
+                add = gr.Button("Add to all", scale=0, min_width=170, elem_id="data-add", elem_classes="go")
             with gr.Row(equal_height=True):
                 old = gr.Textbox(label="Find", scale=2, elem_id="data-old")
                 new = gr.Textbox(label="Replace with", scale=2, elem_id="data-new")
-                swap = gr.Button("Replace in all", scale=0, min_width=140, elem_id="data-replace", elem_classes="go")
+                swap = gr.Button("Replace in all", scale=0, min_width=170, elem_id="data-replace", elem_classes="go")
         with gr.Row():
             kind = gr.Radio(list(VIEWS), value="All", show_label=False, container=False, elem_id="data-view", scale=3)
             page = gr.Slider(1, 2, value=1, step=1, label="Page", visible=False, scale=1)

@@ -60,8 +60,11 @@ def removable(studio: Studio) -> list[tuple[str, int]]:
     return [(Path(job.run).name, job.number) for job in studio.queue.jobs() if job.state == "waiting"]
 
 
-def build(gr: Any, studio: Studio, folder: Any) -> Callable[[Any], None]:
-    """The tab; `folder` is the component of the tab Data that holds the chosen one."""
+def build(gr: Any, studio: Studio, folder: Any) -> tuple[Callable[[Any], None], Callable[[Any], None]]:
+    """The tab; `folder` is the component of the tab Data that holds the chosen one.
+
+    Gives what fills the page when it is loaded, and what is done when the tab is opened.
+    """
     from ldm.plan.hardware import HARDWARE
 
     folders, bases = studio.places.pictures(), studio.bases()
@@ -121,7 +124,7 @@ def build(gr: Any, studio: Studio, folder: Any) -> Callable[[Any], None]:
     return _connect(gr, studio, at)
 
 
-def _connect(gr: Any, studio: Studio, at: dict[str, Any]) -> Callable[[Any], None]:
+def _connect(gr: Any, studio: Studio, at: dict[str, Any]) -> tuple[Callable[[Any], None], Callable[[Any], None]]:
     fields = [at[name] for name in FIELDS]
     quick = {"show_progress": "hidden", "api_visibility": "private"}
     handlers = Handlers(gr, studio)
@@ -152,7 +155,10 @@ def _connect(gr: Any, studio: Studio, at: dict[str, Any]) -> Callable[[Any], Non
             handlers.plan, [*fields, at["gpu"]], [at["planned"], at["said"]], **plan
         )
 
-    return fill
+    def opened(tab: Any) -> None:
+        tab.select(handlers.captions, [at["method"], at["images"], at["prompts"]], at["prompts"], **quick)
+
+    return fill, opened
 
 
 class Handlers:
@@ -191,6 +197,16 @@ class Handlers:
             update(visible=how.subject or how.token),
             update(placeholder="<thing>" if how.token or method == "dreambooth_pivotal" else "sks"), self.gr.skip(),
         )  # fmt: skip
+
+    def captions(self, method: str, images: str, prompts: str) -> Any:
+        """The sample prompts where captions were changed meanwhile, unless others were written."""
+        if not (METHODS[method].captions and images and prompts in self._was):
+            return self.gr.skip()
+        try:
+            self._was = (self._prompts(self.studio.places.folder(images)),)
+        except ValueError:
+            return self.gr.skip()
+        return self._was[0]
 
     def _prompts(self, folder: Path) -> str:
         """The first captions of the folder, as sample prompts."""

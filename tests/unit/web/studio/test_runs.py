@@ -50,7 +50,7 @@ def test_states_follow_the_files(queue):
 
 def test_a_dead_owner_is_not_training(queue):
     folder = make(queue)
-    script = "import sys; from ldm.checkpoint.lock import RunLock; RunLock(sys.argv[1]).acquire(); import os; os._exit(1)"
+    script = "import os, sys; from ldm.checkpoint.lock import RunLock; RunLock(sys.argv[1]).acquire(); os._exit(1)"
     subprocess.run([sys.executable, "-c", script, str(folder)], check=False)
     assert (folder / "lock.json").is_file()
     assert runs.look(folder, queue).state == "idle"
