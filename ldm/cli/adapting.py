@@ -33,7 +33,7 @@ def add(p: Parser) -> None:
 def adapt(pipeline: TextToImage, args: argparse.Namespace, verb: str) -> None:
     """Load them."""
     for i, entry in enumerate(args.lora):
-        path, strength = _lora(entry)
+        path, strength = lora_of(entry)
         pipeline.load_lora(path, strength, name=f"{i} {path}", lenient=args.lenient)
     if args.embedding:
         kept.drop(pipeline)
@@ -42,7 +42,7 @@ def adapt(pipeline: TextToImage, args: argparse.Namespace, verb: str) -> None:
         print(f"ldm {verb}: embedding {path}: called by {words}", file=sys.stderr)
 
 
-def _lora(entry: str) -> tuple[str, float]:
+def lora_of(entry: str) -> tuple[str, float]:
     """Path and weight; what stands behind the last colon is a weight unless the whole is a file."""
     path, colon, weight = entry.rpartition(":")
     if not colon or Path(entry).exists():

@@ -164,7 +164,7 @@ def again(browser: Any, page: Any, studio: Served, folder: Path) -> Any:
 
 
 def draw(page: Any, folder: Path) -> None:
-    """The LoRA's pictures are those of the command that is shown; one is drawn again; base and tuned stand side by side."""
+    """Pictures are those of the command that is shown; one is drawn again; base and tuned stand side by side."""
     tab(page, "Draw")
     write(page, "#draw-prompt", "")
     page.click("#draw-draw")
@@ -193,6 +193,11 @@ def draw(page: Any, folder: Path) -> None:
     third = wait(lambda: sorted(folder.glob("drawn/*/[0-9]*.png"))[2:])[0]
     assert record(third)["index"] == 1
     assert np.array_equal(np.asarray(Image.open(third)), np.asarray(Image.open(drawn[1])))
+    side_by_side(page, folder, drawn[0])
+
+
+def side_by_side(page: Any, folder: Path, drawn: Path) -> None:
+    """Base and tuned on the same noise; then a part of the base's picture is painted over and drawn anew."""
     page.get_by_text("Compare", exact=True).click()
     page.get_by_text("tuned beside its base").click()
     write(page, "#draw-count", "1")
@@ -200,7 +205,7 @@ def draw(page: Any, folder: Path) -> None:
     page.get_by_text("tuned: mycat").first.wait_for()
     base, tuned = sorted(folder.glob("drawn/*/[0-9]*.png"))[3:5]
     assert (record(base)["model"], record(tuned)["model"]) == ("emoji", "runs/mycat")
-    assert np.array_equal(np.asarray(Image.open(tuned)), np.asarray(Image.open(drawn[0])))
+    assert np.array_equal(np.asarray(Image.open(tuned)), np.asarray(Image.open(drawn)))
     shot(page, "compare")
     page.get_by_text("off", exact=True).click()
     page.locator("#draw-gallery button.thumbnail-item").nth(0).click()

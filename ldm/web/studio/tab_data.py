@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -129,91 +129,87 @@ def build(gr: Any, studio: Studio) -> tuple[Any, Callable[[Any], Any]]:
 
 
 def _connect(gr: Any, studio: Studio, at: dict[str, Any], outputs: list[Any]) -> Callable[..., Any]:
-    guard = ui.guarded(gr, len(outputs))
-
-    def shown_page(view: View, kind: str, page: float, note: str) -> tuple[Any, ...]:
-        chosen = view.chosen(kind)
-        pages = max(1, -(-len(chosen) // EACH))
-        number = min(int(page), pages)
-        part = chosen[(number - 1) * EACH : number * EACH]
-        updates: list[Any] = []
-        for k in range(EACH):
-            if k < len(part):
-                texts = "\n".join(part[k].captions)
-                updates += [gr.update(visible=True), tile(view, part[k]), texts]
-            else:
-                updates += [gr.update(visible=False), "", ""]
-        slider = gr.update(maximum=max(pages, 2), value=number, visible=pages > 1)
-        if not chosen:
-            note = ui.quiet("None.")
-        return (
-            view,
-            [p.name for p in part],
-            view.found.side,
-            summary(view),
-            gr.update(visible=True),
-            slider,
-            *updates,
-            note,
-        )
-
-    @guard
-    def open_folder(text: str, side: float | None) -> tuple[Any, ...]:
-        view = look(studio, text, side)
-        argv = ["data", "check", studio.places.short(view.folder), "--size", str(view.found.side)]
-        return shown_page(view, "All", 1, ui.command_line(shown(argv)))
-
-    @guard
-    def turn(view: View | None, kind: str, page: float) -> tuple[Any, ...]:
-        if view is None:
-            raise ValueError("folder: none is open")
-        return shown_page(view, kind, page, "")
-
-    def changed(view: View | None, kind: str, page: float, words: list[str]) -> tuple[Any, ...]:
-        if view is None:
-            raise ValueError("folder: none is open")
-        argv = ["data", "captions", studio.places.short(view.folder), *words]
-        told = studio.commands.here(argv).lines
-        again = View(view.folder, listed(view.folder), view.found)
-        found = [p.name for p in again.pictures if not p.captions and not p.problem]
-        again.found.uncaptioned[:] = found
-        note = ui.command_line(shown(argv)) + ui.quiet(told[0] if told else "")
-        return shown_page(again, kind, page, note)
-
-    @guard
-    def add_trigger(view: View | None, kind: str, page: float, word: str) -> tuple[Any, ...]:
-        return changed(view, kind, page, ["--trigger", word])
-
-    @guard
-    def replace(view: View | None, kind: str, page: float, old: str, new: str) -> tuple[Any, ...]:
-        return changed(view, kind, page, ["--replace", old, new])
-
-    def save(k: int) -> Any:
-        @ui.guarded(gr, 2)
-        def one(view: View | None, names: list[str], text: str) -> tuple[Any, Any]:
-            if view is None or k >= len(names):
-                return gr.skip(), gr.skip()
-            was = next(p for p in view.pictures if p.name == names[k])
-            if "\n".join(was.captions) == (text or "").strip():
-                return gr.skip(), gr.skip()
-            argv = ["data", "captions", studio.places.short(view.folder), "--set", names[k], text]
-            studio.commands.here(argv)
-            again = View(view.folder, listed(view.folder), view.found)
-            again.found.uncaptioned[:] = [p.name for p in again.pictures if not p.captions and not p.problem]
-            return again, ui.command_line(shown(argv)) + ui.quiet("saved")
-
-        return one
-
+    handlers = Handlers(gr, studio, len(outputs))
     quick = {"show_progress": "minimal", "api_visibility": "private"}
-    gr.on([at["opened"].click, at["folder"].input], open_folder, [at["folder"], at["side"]], outputs, **quick).then(
+    ordered = {"concurrency_limit": 1, "concurrency_id": "captions", **quick}  # a field is saved before all are changed
+    gr.on([at["opened"].click, at["folder"].input], handlers.open, [at["folder"], at["side"]], outputs, **quick).then(
         lambda: "All", None, at["kind"], **quick
     )
     place = [at["state"], at["kind"], at["page"]]
-    at["kind"].input(lambda view, kind: turn(view, kind, 1), place[:2], outputs, **quick)
-    at["page"].release(turn, place, outputs, **quick)
-    gr.on([at["add"].click, at["trigger"].submit], add_trigger, [*place, at["trigger"]], outputs, **quick)
-    gr.on([at["swap"].click, at["new"].submit], replace, [*place, at["old"], at["new"]], outputs, **quick)
+    at["kind"].input(lambda view, kind: handlers.turn(view, kind, 1), place[:2], outputs, **quick)
+    at["page"].release(handlers.turn, place, outputs, **quick)
+    gr.on([at["add"].click, at["trigger"].submit], handlers.add, [*place, at["trigger"]], outputs, **ordered)
+    gr.on([at["swap"].click, at["new"].submit], handlers.replace, [*place, at["old"], at["new"]], outputs, **ordered)
     for k, (_, _, text) in enumerate(at["slots"]):
-        text.blur(save(k), [at["state"], at["names"], text], [at["state"], at["said"]], **quick, concurrency_limit=1,
-                  concurrency_id="captions")  # fmt: skip
-    return open_folder
+        text.blur(handlers.save(k), [at["state"], at["names"], text], [at["state"], at["said"]], **ordered)
+    return handlers.open
+
+
+class Handlers:
+    """What the tab's parts do."""
+
+    def __init__(self, gr: Any, studio: Studio, outputs: int) -> None:
+        self.gr, self.studio = gr, studio
+        guard = ui.guarded(gr, outputs)
+        self.open, self.turn = guard(self._open), guard(self._turn)
+        self.add = guard(lambda view, kind, page, word: self._changed(view, kind, page, ["--trigger", word]))
+        self.replace = guard(
+            lambda view, kind, page, old, new: self._changed(view, kind, page, ["--replace", old, new])
+        )
+
+    def _page(self, view: View, kind: str, page: float, note: str) -> tuple[Any, ...]:
+        update, chosen = self.gr.update, view.chosen(kind)
+        pages = max(1, -(-len(chosen) // EACH))
+        number = min(int(page), pages)
+        part = chosen[(number - 1) * EACH : number * EACH]
+        tiles: list[Any] = []
+        for k in range(EACH):
+            if k < len(part):
+                tiles += [update(visible=True), tile(view, part[k]), "\n".join(part[k].captions)]
+            else:
+                tiles += [update(visible=False), "", ""]
+        slider = update(maximum=max(pages, 2), value=number, visible=pages > 1)
+        note = note if chosen else ui.quiet("None.")
+        names = [p.name for p in part]
+        return (view, names, view.found.side, summary(view), update(visible=True), slider, *tiles, note)
+
+    def _open(self, text: str, side: float | None) -> tuple[Any, ...]:
+        view = look(self.studio, text, side)
+        argv = ["data", "check", self.studio.places.short(view.folder), "--size", str(view.found.side)]
+        return self._page(view, "All", 1, ui.command_line(shown(argv)))
+
+    def _turn(self, view: View | None, kind: str, page: float) -> tuple[Any, ...]:
+        if view is None:
+            raise ValueError("folder: none is open")
+        return self._page(view, kind, page, "")
+
+    def _changed(self, view: View | None, kind: str, page: float, words: list[str]) -> tuple[Any, ...]:
+        if view is None:
+            raise ValueError("folder: none is open")
+        again, command, told = self._run(view, words)
+        return self._page(again, kind, page, command + ui.quiet(told))
+
+    def _run(self, view: View, words: list[str]) -> tuple[View, str, str]:
+        """Change captions; the folder as it is then, the command, and what it said."""
+        argv = ["data", "captions", self.studio.places.short(view.folder), *words]
+        told = self.studio.commands.here(argv).lines
+        pictures = listed(view.folder)
+        without = [p.name for p in pictures if not p.captions and not p.problem]
+        again = View(view.folder, pictures, replace(view.found, uncaptioned=without))
+        return again, ui.command_line(shown(argv)), told[0] if told else ""
+
+    def save(self, k: int) -> Callable[..., Any]:
+        """Of the field of picture `k` of the page."""
+        skip = self.gr.skip
+
+        @ui.guarded(self.gr, 2)
+        def one(view: View | None, names: list[str], text: str) -> tuple[Any, Any]:
+            if view is None or k >= len(names):
+                return skip(), skip()
+            was = next(p for p in view.pictures if p.name == names[k])
+            if "\n".join(was.captions) == (text or "").strip():
+                return skip(), skip()
+            again, command, _ = self._run(view, ["--set", names[k], text])
+            return again, command + ui.quiet("saved")
+
+        return one

@@ -81,25 +81,7 @@ def build(gr: Any, studio: Studio, folder: Any) -> tuple[Callable[[Any], None], 
                     bases, value=bases[0], allow_custom_value=True, label="Base model", elem_id="train-base",
                     info="shipped, a folder, a file or a hub id",
                 )  # fmt: skip
-            with gr.Row(visible=False) as subject:
-                at["noun"] = gr.Textbox(label="What it is", placeholder="dog", info="its class", elem_id="train-noun")
-                at["word"] = gr.Textbox(label="Its word", placeholder="sks", info="how prompts will call it")
-                at["class_pictures"] = gr.Number(100, label="Class pictures", precision=0,
-                                                 info="others of its class, drawn first; 0: none")  # fmt: skip
-            with gr.Row():
-                at["steps"] = gr.Number(1000, label="Steps", precision=0, min_width=110, elem_id="train-steps")
-                at["rate"] = gr.Number(0.004, label="Learning rate", min_width=110, elem_id="train-rate")
-                at["batch"] = gr.Number(2, label="Batch", precision=0, min_width=110, elem_id="train-batch")
-                at["size"] = gr.Number(64, label="Size (pixels)", precision=0, min_width=110, elem_id="train-size")
-                at["rank"] = gr.Number(4, label="LoRA rank", precision=0, min_width=110, elem_id="train-rank")
-            at["prompts"] = gr.Textbox(label="Sample prompts, one a line", lines=2, max_lines=6,
-                                       info="drawn while it trains, with the same noise each time",
-                                       elem_id="train-prompts")  # fmt: skip
-            with gr.Row():
-                at["every"] = gr.Number(100, label="Samples every (steps)", precision=0, min_width=110,
-                                        elem_id="train-every")  # fmt: skip
-                at["seed"] = gr.Number(0, label="Seed", precision=0, min_width=110)
-                at["name"] = gr.Textbox(label="Name of the run", min_width=160, elem_id="train-name")
+            _fields(gr, at)
         with gr.Column(scale=2, min_width=300):
             gpu = gr.Dropdown(list(HARDWARE), value=training.this_machine(), label="Plan for", elem_id="train-gpu",
                               info="cpu: one core of a server")  # fmt: skip
@@ -120,8 +102,31 @@ def build(gr: Any, studio: Studio, folder: Any) -> tuple[Callable[[Any], None], 
         remove = gr.Button("Take out of the queue", scale=0, min_width=190, elem_classes="go")
     at |= {"gpu": gpu, "planned": planned, "said": said, "start": start, "settings": settings, "yaml": yaml,
            "load": load, "start_yaml": start_yaml, "queue": queue, "waiting": waiting, "which": which,
-           "remove": remove, "subject": subject, "folder": folder}  # fmt: skip
+           "remove": remove, "folder": folder}  # fmt: skip
     return _connect(gr, studio, at)
+
+
+def _fields(gr: Any, at: dict[str, Any]) -> None:
+    """The settings that matter."""
+    with gr.Row(visible=False) as at["subject"]:
+        at["noun"] = gr.Textbox(label="What it is", placeholder="dog", info="its class", elem_id="train-noun")
+        at["word"] = gr.Textbox(label="Its word", placeholder="sks", info="how prompts will call it")
+        at["class_pictures"] = gr.Number(100, label="Class pictures", precision=0,
+                                         info="others of its class, drawn first; 0: none")  # fmt: skip
+    with gr.Row():
+        at["steps"] = gr.Number(1000, label="Steps", precision=0, min_width=110, elem_id="train-steps")
+        at["rate"] = gr.Number(0.004, label="Learning rate", min_width=110, elem_id="train-rate")
+        at["batch"] = gr.Number(2, label="Batch", precision=0, min_width=110, elem_id="train-batch")
+        at["size"] = gr.Number(64, label="Size (pixels)", precision=0, min_width=110, elem_id="train-size")
+        at["rank"] = gr.Number(4, label="LoRA rank", precision=0, min_width=110, elem_id="train-rank")
+    at["prompts"] = gr.Textbox(label="Sample prompts, one a line", lines=2, max_lines=6,
+                               info="drawn while it trains, with the same noise each time",
+                               elem_id="train-prompts")  # fmt: skip
+    with gr.Row():
+        at["every"] = gr.Number(100, label="Samples every (steps)", precision=0, min_width=110,
+                                elem_id="train-every")  # fmt: skip
+        at["seed"] = gr.Number(0, label="Seed", precision=0, min_width=110)
+        at["name"] = gr.Textbox(label="Name of the run", min_width=160, elem_id="train-name")
 
 
 def _connect(gr: Any, studio: Studio, at: dict[str, Any]) -> tuple[Callable[[Any], None], Callable[[Any], None]]:
