@@ -166,6 +166,7 @@ def again(browser: Any, page: Any, studio: Served, folder: Path) -> Any:
 def draw(page: Any, folder: Path) -> None:
     """Pictures are those of the command that is shown; one is drawn again; base and tuned stand side by side."""
     tab(page, "Draw")
+    wait(lambda: page.input_value("#draw-model input") == "runs/mycat", 60)  # which is new
     write(page, "#draw-prompt", "")
     page.click("#draw-draw")
     page.get_by_text("prompt: it is empty").wait_for()
@@ -269,7 +270,7 @@ def test_a_live_page_follows(browser: Any, tmp_path: Path) -> None:
     log.parent.mkdir()
     server = live.Server(tmp_path, 4, "127.0.0.1", 0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    page = browser.new_page(viewport={"width": 375, "height": 800})
+    page = browser.new_page()
     try:
         page.goto(f"http://127.0.0.1:{server.server_address[1]}/")
         page.get_by_text("first step is not made yet").wait_for()
@@ -277,8 +278,7 @@ def test_a_live_page_follows(browser: Any, tmp_path: Path) -> None:
             rows = [{"step": 10 * s, "loss": 1 / s, "lr": 1e-4} for s in range(1, steps + 1)]
             log.write_text("".join(json.dumps(row) + "\n" for row in rows))
             page.locator(".fact b", has_text=str(10 * steps)).wait_for()
-        assert page.locator("svg").count() == 2
-        fits(page)
+        assert page.locator("svg").count() == 2  # loss and learning rate
     finally:
         page.close()
         server.shutdown()

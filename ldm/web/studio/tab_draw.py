@@ -142,6 +142,7 @@ class Handlers:
 
     def __init__(self, gr: Any, studio: Studio, drawer: Drawer) -> None:
         self.gr, self.studio, self.drawer = gr, studio, drawer
+        self._offered = set(studio.models())
         guard = lambda count, f: ui.guarded(gr, count)(f)  # noqa: E731
         self.use = guard(10, self._use)
         self.onward = guard(3, self._onward)
@@ -234,8 +235,11 @@ class Handlers:
     def lists(self, model: str) -> tuple[Any, ...]:
         """Models and files as they are now."""
         models, files = self.studio.models(), self.studio.loras()
-        update = self.gr.update
-        return (update(choices=models), *(update(choices=["", *files]) for _ in range(LORAS)), update(choices=files))
+        update, new = self.gr.update, [one for one in models if one not in self._offered]
+        self._offered = set(models)
+        chosen = {"value": new[0]} if new else {}  # what was made since is what one wants to see
+        loras = [update(choices=["", *files]) for _ in range(LORAS)]
+        return (update(choices=models, **chosen), *loras, update(choices=files))
 
 
 def _teller(progress: Any, prefix: str) -> Callable[[str, int, int | None], None]:
