@@ -185,5 +185,5 @@ def mask_of(layers: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image
     mask = Image.new("L", size, 0)
     for layer in layers:
         drawn = layer.convert("RGBA").getchannel("A").resize(size, Image.Resampling.NEAREST)
-        mask.paste(255, (0, 0), drawn.point(lambda a: 255 if a > 0 else 0))
+        mask.paste(255, (0, 0), drawn.point([0, *[255] * 255]))
     return mask if mask.getbbox() else None

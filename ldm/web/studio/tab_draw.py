@@ -167,7 +167,7 @@ class Handlers:
         self.draw, self.redraw, self.select = draw, redraw, select
 
     def _asked(self, values: tuple[Any, ...]) -> Asked:
-        told = dict(zip(FORM, values, strict=False))
+        told: dict[str, Any] = dict(zip(FORM, values, strict=False))
         loras = values[len(FORM) :]
         pairs = [(loras[i], float(loras[i + 1])) for i in range(0, len(loras), 2) if loras[i]]
         return Asked(told, pairs)
