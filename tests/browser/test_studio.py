@@ -214,7 +214,8 @@ def side_by_side(page: Any, folder: Path, drawn: Path) -> None:
     page.get_by_text("It is the picture to start from").wait_for()
     canvas = page.locator("#draw-editor canvas").first
     canvas.wait_for()
-    page.wait_for_timeout(1000)
+    page.wait_for_timeout(1500)
+    canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
     middle = (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.mouse.move(*middle)

@@ -175,7 +175,7 @@ class Handlers:
     def _gallery(self, shown: list[Shown], columns: int | None = None) -> Any:
         value = [(one.path, one.label) for one in shown]
         more = {} if columns is None else {"columns": columns}
-        return self.gr.update(value=value, visible=bool(shown), selected_index=None, **more)
+        return self.gr.update(value=value, visible=bool(shown), selected_index=None, preview=False, **more)
 
     def _draw(self, values: tuple[Any, ...], progress: Any) -> Any:
         places, columns = self.drawer.places(self._asked(values))
