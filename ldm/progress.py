@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -14,6 +16,20 @@ from ldm import dist
 
 FIRST, LONGEST = 15.0, 300.0
 """Seconds between lines: from the first, a twentieth of the time gone so far, up to the last."""
+
+Told = Callable[[str, int, "int | None"], None]
+"""(what, done, total)."""
+_OWN = threading.local()
+
+
+@contextmanager
+def told_to(tell: Told | None) -> Iterator[None]:
+    """Bars of this thread tell their progress to a function too, which may raise to end the work."""
+    before, _OWN.tell = getattr(_OWN, "tell", None), tell
+    try:
+        yield
+    finally:
+        _OWN.tell = before
 
 
 class Bar:
@@ -100,6 +116,8 @@ class Bar:
     _shown = -1
 
     def _line(self) -> None:
+        if (tell := getattr(_OWN, "tell", None)) is not None:
+            tell(self.what, self.done, self.total)
         if not self._lines:
             return
         now = self._clock()

@@ -66,8 +66,19 @@ class Owner:
         """Whether SLURM started the same job again: it holds the old start for dead, which need not be true."""
         return bool(self.job) and self.job == other.job and self.start < other.start
 
+    @property
+    def is_here(self) -> bool:
+        """Whether its process number is one of this machine's."""
+        return bool(self.machine) and self.machine == _machine()
+
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}" + (f" (SLURM job {self.job})" if self.job else "")
+
+
+def owner_of(folder: Path) -> Owner | None:
+    """Who holds the lock of a run folder, None where nobody does or its death is certain."""
+    owner = RunLock(folder)._read()
+    return None if owner is None or owner.is_dead() else owner
 
 
 class RunLock:

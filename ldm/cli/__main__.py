@@ -25,6 +25,7 @@ VERBS = {
     "plan": "tell memory, time and cost of a run before it is queued",
     "evaluate": "measure models and pictures: FID-like distances, retrieval, CLIP score, PSNR",
     "show": "draw how noise is added to a picture, or a page about a run",
+    "studio": "pictures, training, watching, drawing and models on one page in the browser",
     "serve": "draw in a browser",
     "doctor": "what this machine and environment give, what is wrong, and the command that mends it",
 }
@@ -33,7 +34,7 @@ _OTHERS = {
     "img2img": "edit", "inpaint": "edit", "upscale": "edit", "instruct": "edit", "fit": "train",
     "finetuning": "finetune", "dreambooth": "finetune",
     "lora": "finetune", "textual-inversion": "finetune", "eval": "evaluate", "test": "evaluate", "web": "serve",
-    "ui": "serve", "gui": "serve", "prepare": "data", "encode": "data", "lcm": "distill",
+    "ui": "studio", "gui": "studio", "webui": "studio", "prepare": "data", "encode": "data", "lcm": "distill",
     "diagnose": "doctor", "env": "doctor", "check": "doctor", "info": "doctor",
 }  # fmt: skip
 _DISK = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO)
@@ -100,6 +101,13 @@ def _main(argv: list[str]) -> int:
         _say(verb, told)
         sys.stdout.flush()
         os._exit(1)  # what waits for the other ranks would wait for ever
+
+
+def about(error: Exception) -> str | None:
+    """What is said of an error that is no fault of the program; None of one that is."""
+    if isinstance(error, OSError):
+        return _about_file(error) if error.filename is not None or error.errno in _DISK else None
+    return _explained(error)
 
 
 def _about_file(error: OSError) -> str:

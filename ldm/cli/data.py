@@ -1,4 +1,4 @@
-"""`ldm data build|edits|index|inspect|encode`: make data sets, look at them, cache their latents."""
+"""`ldm data build|edits|index|inspect|encode|captions|check`: make data sets, look at them, cache their latents."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.cli import data_folder
 from ldm.cli.options import TEXT_PRECISION_HELP, TEXT_PRECISIONS, Parser
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def _parser() -> Parser:
     )
     edits.add_argument("out", type=Path, help="folder to make")
     edits.set_defaults(run=_edits)
+    data_folder.add(verbs)
     return parser
 
 

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import adapted, control, image_prompt
+from ldm.cli import adapting, control, image_prompt, kept
 from ldm.cli.options import TEXT_PRECISION_HELP, TEXT_PRECISIONS, Parser
 from ldm.models.shipped import DEFAULT
 
@@ -22,10 +22,10 @@ def _common() -> Parser:
     """What all verbs take."""
     common = Parser(add_help=False)
     common.add_argument("--model", default=DEFAULT, help="shipped name, run or diffusers folder, file or hub id")
-    adapted.add(common)
     common.add_argument(
         "--lenient", action="store_true", help="leave out, and name, unknown tensors of a file instead of refusing it"
     )
+    adapting.add(common)
     common.add_argument("--sampler", help="see `ldm sample --list-samplers` (ddim; euler for SD3 and FLUX.1)")
     common.add_argument("--steps", type=int, default=50, help="sampling steps")
     common.add_argument(
@@ -137,7 +137,7 @@ def main(argv: list[str]) -> int:
         image_prompt.check(args)
     from ldm import dist
     from ldm.cli.drawn import Album, fingerprint
-    from ldm.pipeline import Settings, TextToImage
+    from ldm.pipeline import Settings
     from ldm.progress import line
     from ldm.recipes.models import usable
 
@@ -147,7 +147,7 @@ def main(argv: list[str]) -> int:
         batch=args.batch, size=None if args.size is None else (args.size[0], args.size[-1]),
         weights=args.prompt_weights, long=args.long_prompts,
     )  # fmt: skip
-    pipe = TextToImage.load(
+    pipe = kept.load(
         usable(args.model, "--model"),
         device=args.device or dist.device(),
         precision=args.precision,
@@ -155,7 +155,7 @@ def main(argv: list[str]) -> int:
         text_precision=args.text_precision,
         blocks_on_device=args.blocks_on_device,
     )
-    adapted.adapt(pipe, args, "ldm edit")
+    adapting.adapt(pipe, args, "edit")
     pipe = image_prompt.prompted(control.controlled(pipe, args), args) if shown else pipe
     settings = _of_family(args, pipe, settings)
     album = Album(args.out)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import adapted, control, image_prompt, opening
+from ldm.cli import adapting, control, image_prompt, kept, opening
 from ldm.cli.options import TEXT_PRECISION_HELP, TEXT_PRECISIONS, Parser
 from ldm.models.shipped import DEFAULT
 
@@ -38,7 +38,7 @@ def parser() -> Parser:
         "A1111's and ComfyUI's, as far as they are known here",
     )  # fmt: skip
     p.add_argument("--model", default=DEFAULT, help="shipped name, run or diffusers folder, single file or hub id")
-    adapted.add(p)
+    adapting.add(p)
     control.add(p)
     image_prompt.add(p)
     p.add_argument(
@@ -244,17 +244,18 @@ def _loaded(args: argparse.Namespace, settings: Settings) -> tuple[TextToImage, 
     """The model with all that is loaded into it, the settings that it decides, and what pictures will say of both."""
     from ldm import dist
     from ldm.cli.drawn import fingerprint
-    from ldm.pipeline import TextToImage
     from ldm.recipes.models import usable
 
     device = args.device or dist.device()
-    pipeline = TextToImage.load(
+    pipeline = kept.load(
         usable(args.model, "--model"), device=device, precision=args.precision, lenient=args.lenient, text=args.text,
         vae=args.vae, text_precision=args.text_precision, blocks_on_device=args.blocks_on_device, **opening.which(args),
     )  # fmt: skip
     settings = _settings(args, pipeline.student, pipeline.habit)
     args.sampler, args.steps, args.guidance = settings.sampler, settings.steps, settings.guidance
-    adapted.adapt(pipeline, args, "ldm sample")
+    if args.clean_captions or args.offload or args.compile:
+        kept.drop(pipeline)
+    adapting.adapt(pipeline, args, "sample")
     if args.clean_captions:
         pipeline.clean_captions()
     pipeline = image_prompt.prompted(control.controlled(pipeline, args), args)

@@ -1,4 +1,4 @@
-"""`ldm show noising IMAGE`: what the forward process does to it; `ldm show run RUN`: a page of a training run."""
+"""`ldm show noising IMAGE`: what the forward process does to it; `ldm show run RUN [--live]`: a page of a run."""
 
 from __future__ import annotations
 
@@ -30,6 +30,9 @@ def parser() -> Parser:
     r.add_argument("run", type=Path, help="a run folder, in training or finished")
     r.add_argument("--out", type=Path, help="the page to write; RUN/run.html if left out")
     r.add_argument("--samples", type=int, default=8, help="at most so many sample pictures, evenly spaced")
+    r.add_argument("--live", action="store_true", help="serve the page, which follows the run, until interrupted")
+    r.add_argument("--host", default="127.0.0.1", help="with --live: 0.0.0.0 lets other machines in")
+    r.add_argument("--port", type=int, default=7861, help="with --live; 0 takes a free one")
     return p
 
 
@@ -38,9 +41,23 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.samples < 1:
         raise ValueError(f"--samples must be at least 1, got {args.samples}")
+    if args.live:
+        return _live(args)
     found = run.read(args.run)
     out = run.page(found, args.samples).write(args.out or args.run / "run.html")
     print(f"{out}: step {found.rows[-1]['step']}, {len(found.rows)} points, {len(found.samples)} sample pictures")
+    return 0
+
+
+def _live(args: argparse.Namespace) -> int:
+    from ldm.web.live import serve
+
+    if not 0 <= args.port <= 65535:
+        raise ValueError(f"--port: must be in [0, 65535], got {args.port}")
+    if args.out is not None:
+        raise ValueError(f"--out {str(args.out)!r}: nothing is written with --live; leave one of both out")
+    told = "{}   (follows the run; Ctrl-C ends the page, not the run)"
+    serve(args.run, args.samples, args.host, args.port, lambda address: print(told.format(address), flush=True))
     return 0
 
 

@@ -120,8 +120,8 @@ def read(sheet: Sheet, data: Mapping[str, Any] | None, out: Path, *, images: str
 def _subsets(sheet: Sheet, data: Mapping[str, Any] | None, images: str | None) -> list[Subset]:
     """All folders with their settings; arguments of the command line hold where the file says nothing."""
     known = {*OF_DATASET, *_LACKING, *_LEFT, *MASKS, *_TAGS, "caption_extension", "shuffle_caption", "keep_tokens",
-             "flip_aug", "random_crop", "caption_dropout_rate", "caption_tag_dropout_rate", "caption_prefix", "caption_suffix",
-             "caption_separator", "caption_extention", "class_tokens"}  # fmt: skip
+             "flip_aug", "random_crop", "caption_dropout_rate", "caption_tag_dropout_rate", "caption_prefix",
+             "caption_suffix", "caption_separator", "caption_extention", "class_tokens"}  # fmt: skip
     own = {k: v for k, v in sheet.given.items() if k in known}
     if "dataset_repeats" in sheet.given:
         own["num_repeats"] = sheet.whole("dataset_repeats", 1)

@@ -49,7 +49,7 @@ EXTRAS = {
     "simplejpeg": ("fast", "faster JPEG decoding"),
     "pyarrow": ("parquet", "captions in Parquet files"),
     "beautifulsoup4": ("captions", "captions cleaned as diffusers cleans them"),
-    "gradio": ("web", "drawing in a browser"),
+    "gradio": ("web", "the studio, and drawing in a browser"),
     "scipy": ("eval", "distances between sets of pictures"),
     "shtab": ("completion", "verbs and options completed by the shell"),
 }

@@ -81,7 +81,7 @@ def test_no_option_takes_paths_or_numbers_unread(parser: Any) -> None:
 
 def test_a_verb_that_is_missing_is_one_of_those(capsys: pytest.CaptureFixture[str]) -> None:
     for verb, one in (
-        ("data", "build, index, inspect, encode, edits"),
+        ("data", "build, index, inspect, encode, edits, captions, check"),
         ("finetune", "dreambooth, textual-inversion, lora, controlnet, ip-adapter, inpaint, instruct, upscale"),
     ):
         with pytest.raises(SystemExit):

@@ -16,7 +16,7 @@ from ldm.checkpoint.convert import save_diffusers
 from ldm.checkpoint.schedulers import scheduler_to_diffusers
 from ldm.cli import drawn
 from ldm.cli.__main__ import main
-from ldm.cli.adapted import parsed as _lora
+from ldm.cli.adapting import lora_of
 from ldm.cli.sample import _prompts_in
 from ldm.diffusion import Discrete, V
 from ldm.models.presets import AUTOENCODERS, TEXTS, UNETS
@@ -222,15 +222,15 @@ def test_lora_paths_with_colons_and_spaces(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     for name in ("my style.safetensors", "a:b.safetensors", "a:0.5"):
         Path(name).touch()
-    assert _lora("my style.safetensors") == ("my style.safetensors", 1.0)
-    assert _lora("my style.safetensors:-0.5") == ("my style.safetensors", -0.5)
-    assert _lora("a:b.safetensors") == ("a:b.safetensors", 1.0)
-    assert _lora("a:b.safetensors:2") == ("a:b.safetensors", 2.0)
-    assert _lora("a:0.5") == ("a:0.5", 1.0)
-    assert _lora("no:such.safetensors") == ("no:such.safetensors", 1.0)
+    assert lora_of("my style.safetensors") == ("my style.safetensors", 1.0)
+    assert lora_of("my style.safetensors:-0.5") == ("my style.safetensors", -0.5)
+    assert lora_of("a:b.safetensors") == ("a:b.safetensors", 1.0)
+    assert lora_of("a:b.safetensors:2") == ("a:b.safetensors", 2.0)
+    assert lora_of("a:0.5") == ("a:0.5", 1.0)
+    assert lora_of("no:such.safetensors") == ("no:such.safetensors", 1.0)
     for entry in ("my style.safetensors:much", "my style.safetensors:nan"):
         with pytest.raises(ValueError, match="expected PATH or PATH:WEIGHT"):
-            _lora(entry)
+            lora_of(entry)
 
 
 A1111 = """a (red:1.2) cat,

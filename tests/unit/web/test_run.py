@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from ldm.cli.__main__ import main
-from ldm.web import run
+from ldm.web import live, run
 
 
 @pytest.fixture
@@ -81,3 +84,44 @@ def test_mistakes_are_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "no log/metrics.jsonl" in capsys.readouterr().err
     assert main(["show", "run", str(tmp_path), "--samples", "0"]) == 2
     assert "--samples must be at least 1" in capsys.readouterr().err
+
+
+def test_a_live_page_follows_the_run(folder: Path) -> None:
+    server = live.Server(folder, 4, "127.0.0.1", 0)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}/"
+
+    def get(path: str = "") -> str:
+        with urllib.request.urlopen(address + path) as answer:
+            return answer.read().decode()
+
+    try:
+        first, before = get(), get("state")
+        assert before in first  # the page knows what it shows
+        assert get("state") == before
+        assert "connect-src 'self'" in first
+        with (folder / "log" / "metrics.jsonl").open("a") as file:
+            file.write('\n{"step": 120, "loss": 0.125}\n')
+        assert get("state") != before
+        assert "<b>120</b>" in get()
+        assert "<b>120</b>" not in first
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            get("../log/metrics.jsonl")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_live_page_before_the_first_step(tmp_path: Path) -> None:
+    assert "first step is not made yet" in live.page(tmp_path, 4)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [(["--port", "-1"], "--port"), (["--out", "x.html"], "--out"), (["--samples", "0"], "--samples")],
+)
+def test_mistakes_about_live_pages(folder: Path, argv: list[str], words: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(["show", "run", str(folder), "--live", *argv]) == 2
+    assert words in capsys.readouterr().err
+    assert main(["show", "run", str(folder / "no"), "--live"]) == 2
+    assert "no such folder" in capsys.readouterr().err

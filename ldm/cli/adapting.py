@@ -1,4 +1,4 @@
-"""The options of what is added to a model: LoRAs and embeddings."""
+"""`--lora` and `--embedding` of verbs that draw."""
 
 from __future__ import annotations
 
@@ -9,32 +9,40 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.cli import kept
+from ldm.cli.options import Parser
+
 if TYPE_CHECKING:
     from ldm.pipeline import TextToImage
 
 
-def add(p: argparse.ArgumentParser) -> None:
-    """The options, for a verb that draws."""
+def add(p: Parser) -> None:
+    """The options."""
     p.add_argument(
-        "--lora", action="append", default=[], metavar="PATH[:WEIGHT]",
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:WEIGHT]",
         help="add a LoRA at a weight (1); may be repeated",
-    )  # fmt: skip
+    )
     p.add_argument(
         "--embedding", action="append", default=[], metavar="PATH", help="add a textual-inversion file; may be repeated"
     )
 
 
 def adapt(pipeline: TextToImage, args: argparse.Namespace, verb: str) -> None:
-    """Load `--lora` and `--embedding` into the pipeline, and say what embeddings are called by."""
+    """Load them."""
     for i, entry in enumerate(args.lora):
-        path, strength = parsed(entry)
+        path, strength = lora_of(entry)
         pipeline.load_lora(path, strength, name=f"{i} {path}", lenient=args.lenient)
+    if args.embedding:
+        kept.drop(pipeline)
     for path in args.embedding:
         words = " or ".join(map(repr, pipeline.load_embedding(path)))
-        print(f"{verb}: embedding {path}: called by {words}", file=sys.stderr)
+        print(f"ldm {verb}: embedding {path}: called by {words}", file=sys.stderr)
 
 
-def parsed(entry: str) -> tuple[str, float]:
+def lora_of(entry: str) -> tuple[str, float]:
     """Path and weight; what stands behind the last colon is a weight unless the whole is a file."""
     path, colon, weight = entry.rpartition(":")
     if not colon or Path(entry).exists():
