@@ -94,7 +94,7 @@ class Drawer:
         form, told = self.form(asked), asked.told
         drawing.command(form)  # refuses what cannot be, before anything is drawn
         if told["compare"] == "base":
-            return drawing.beside(replace(form, count=form.count), self._base(form)), form.count
+            return drawing.beside(form, self._base(form)), form.count if form.count > 1 else 2
         if told["compare"] == "grid":
             return drawing.grid(form, [(told["axis_1"], told["values_1"]), (told["axis_2"], told["values_2"])])
         return [Place("", form)], min(form.count, 4)

@@ -174,8 +174,9 @@ class Handlers:
 
     def _gallery(self, shown: list[Shown], columns: int | None = None) -> Any:
         value = [(one.path, one.label) for one in shown]
-        more = {} if columns is None else {"columns": columns}
-        return self.gr.update(value=value, visible=bool(shown), selected_index=None, preview=False, **more)
+        more: dict[str, Any] = {} if columns is None else {"columns": columns}
+        more["allow_preview"] = not any(one.label for one in shown)  # what is compared stays side by side
+        return self.gr.update(value=value, visible=bool(shown), selected_index=None, **more)
 
     def _draw(self, values: tuple[Any, ...], progress: Any) -> Any:
         places, columns = self.drawer.places(self._asked(values))
