@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
@@ -103,15 +102,15 @@ def serve(folder: Path, *more: str) -> Served:
     made = Served(folder, port, process)
     end = time.monotonic() + 120
     while True:
-        with contextlib.suppress(urllib.error.HTTPError):
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(made.address, timeout=5).close()
-                return made
+        try:
+            urllib.request.urlopen(made.address, timeout=5).close()
+            return made
+        except urllib.error.HTTPError:
+            return made  # 401: there, and asks for its token
+        except OSError:
             assert process.poll() is None, (folder / "studio.log").read_text()
             assert time.monotonic() < end, (folder / "studio.log").read_text()
             time.sleep(0.2)
-            continue
-        return made  # 401: there, and asks for its token
 
 
 @pytest.fixture(scope="session")
