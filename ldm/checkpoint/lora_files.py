@@ -6,6 +6,7 @@ names and bundled embeddings, XLabs' and the authors' of FLUX.1, PEFT's folders,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -238,7 +239,8 @@ def _read_file(path: Path, network: Network, text: Sequence[TextEncoder], lenien
             raise ValueError(f"{where}: {keys[name][0]!r} corrects {twice[0]}, which is there under another name too")
         found |= made
     widths = {k: e.shape[1] for k, e in source.items() if len(e.shape) > 1}
-    _say_unknown(where, unknown, misfits, len(source), lenient, foreign(widths, network.config))
+    other, over = foreign(widths, network.config), _trained_over(path, notes)
+    _say_unknown(where, unknown, misfits, len(source), lenient, other, over)
     return LoraFile(found, {k: _bundle(v) for k, v in bundled.items()})
 
 
@@ -289,8 +291,24 @@ def _bundle(rows: Mapping[str, Tensor]) -> list[Tensor]:
     return [rows[k] for k in ("clip_l", "clip_g") if k in rows] or [next(iter(rows.values()))]
 
 
-def _say_unknown(where: str, unknown: list[str], misfits: list[str], total: int, lenient: bool, other: str) -> None:
-    """Raise for tensors that fit nothing; with `lenient` name them, as long as some fit. `other`: as `foreign` says."""
+def _trained_over(path: Path, notes: Mapping[str, str]) -> str:
+    """The base that a file's run or its header names, "" where none does."""
+    about = path.parent / "adapter.json"
+    with contextlib.suppress(OSError, ValueError):
+        told = json.loads(about.read_text(encoding="utf-8"))
+        if isinstance(told, dict) and isinstance(told.get("base"), str):
+            return told["base"]
+    name = notes.get("ss_sd_model_name", "")
+    return "" if name == "None" else name
+
+
+def _say_unknown(
+    where: str, unknown: list[str], misfits: list[str], total: int, lenient: bool, other: str, over: str
+) -> None:
+    """Raise for tensors that fit nothing; with `lenient` name them, as long as some fit.
+
+    `other`: as `foreign` says; `over`: the base that the file was trained over, as far as it tells.
+    """
     if not unknown:
         return
     fit = total - len(unknown)
@@ -299,6 +317,7 @@ def _say_unknown(where: str, unknown: list[str], misfits: list[str], total: int,
         misfits, why = [*misfits, ""], "this model has no T5 that it fits (one of 8 bits takes none)"
     if other:
         misfits, why = [*misfits, ""], other
+    why += f"; it was trained over {over!r}" if over else ""
     if not fit:
         raise ValueError(f"{where}: none of its {total} tensors fits this model: {why}")
     names = weights.listed(sorted(unknown), 12 if lenient else 3)
