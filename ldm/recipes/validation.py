@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ldm.data.manifest import Manifest
+from ldm.data.manifest import Manifest, resolve
 from ldm.data.mixture import Data, main_source
 from ldm.objectives.masked import LOSS_WEIGHT
 from ldm.recipes.autoencoder import held_out
@@ -51,7 +51,7 @@ def held_out_batch(config: ValidateConfig, data: Data, captions: Sequence[str] |
             place = config.path
         source = replace(source, path=str(place), split="all")
         return held_out(source, "all", config.samples)
-    splits = Manifest.read(Path(source.path)).splits
+    splits = Manifest.read(resolve(source.path), source.remote).splits
     if config.split not in splits:
         raise ValueError(f"train.validate.split: {config.split!r} is none of {sorted(splits)}; validate a folder: "
                          "train.validate.images, or train.validate.share of the run's own")  # fmt: skip

@@ -150,7 +150,7 @@ def test_only_training_is_counted_and_marks_are_met_once(tmp_path: Path) -> None
 
 
 def test_the_demo_trains_a_measured_recipe() -> None:
-    demo, best = load_run(ROOT / "ldm/assets/demo.yaml"), rows.load("best_thin").run
+    demo, best = load_run(ROOT / "ldm/assets/demo.yaml"), rows.load("soonest_plain").run
     for part in ("network", "process", "options", "vae", "text"):
         assert encode(getattr(best.task, part)) == encode(getattr(demo.task, part))
     assert (best.train.optim, best.train.batch, best.train.ema, best.data) == (

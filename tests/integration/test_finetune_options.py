@@ -21,6 +21,7 @@ from ldm.recipes import assemble
 from ldm.recipes.models import run_of, usable
 from ldm.rng import Rng
 from ldm.train.validate import LossOnHeldOut
+from tests import ranks
 from tests.integration.test_finetune import SETTINGS, config, inversion, lora, project, train
 
 __all__ = ["project"]
@@ -218,3 +219,15 @@ def test_a_lora_keeps_the_models_answers_to_the_class(project: Path) -> None:
     full = task | {"adapter": {"kind": "full"}, "preserve": {"kind": "blank"}}
     with pytest.raises(ValueError, match=r"task\.preserve: needs a LoRA"):
         train(config(project, "preserve-full", full, steps=1))
+
+
+def test_two_processes_tell_the_same_loss_before_the_first_step(project: Path) -> None:
+    """The held-out samples have noise and times of their own, whoever has them."""
+    found = []
+    for world in (1, 2):
+        tree = config(project, f"world-{world}", lora(project), steps=1, batch=2,
+                      validate={"share": 0.4, "every": 1, "samples": 4, "times": 4})  # fmt: skip
+        tree["data"]["last"] = "wrap"
+        assert ranks.run(train, world, tree, timeout=400) == [0] * world
+        found.append(losses(project / f"world-{world}")[0])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)

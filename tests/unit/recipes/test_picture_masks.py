@@ -94,11 +94,11 @@ def test_a_mask_of_another_shape_leaves_its_picture_out(tmp_path: Path) -> None:
 
 def test_other_masks_are_other_shards(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "suffix")
-    prepare(folder, tmp_path / "out", None, SIZE, "-masklabel")
-    prepare(folder, tmp_path / "out", None, SIZE, "-masklabel")
+    prepare(folder, tmp_path / "out", None, SIZE, masks="-masklabel")
+    prepare(folder, tmp_path / "out", None, SIZE, masks="-masklabel")
     Image.new("L", (24, 40), 9).save(folder / "0-masklabel.png")
     with pytest.raises(ValueError, match="holds other pictures"):
-        prepare(folder, tmp_path / "out", None, SIZE, "-masklabel")
+        prepare(folder, tmp_path / "out", None, SIZE, masks="-masklabel")
 
 
 @pytest.fixture(scope="module")
