@@ -53,6 +53,20 @@ def write(page: Any, where: str, text: str) -> None:
     field.blur()
 
 
+def press(page: Any, button: str, then: str, seconds: float = 10) -> None:
+    """Click until what follows is there: a page that was loaded a moment ago may not listen yet."""
+    from playwright.sync_api import Error
+
+    end = time.monotonic() + SLOW / 1000
+    while True:
+        page.click(button)
+        try:
+            page.locator(then).first.wait_for(timeout=1000 * seconds)
+            return
+        except Error:
+            assert time.monotonic() < end, f"{button}: {then} never came"
+
+
 def choose(page: Any, where: str, text: str) -> None:
     page.fill(f"{where} input", text)
     page.keyboard.press("Enter")
@@ -94,15 +108,17 @@ def data(page: Any, folder: Path) -> None:
     """A wrong folder is one line; captions are edited in place, and all at once."""
     page.wait_for_selector("#caption-4 textarea", state="visible")
     choose(page, "#data-folder", "nowhere")
-    page.click("#data-open")
-    page.wait_for_selector("#data-said .err")
+    press(page, "#data-open", "#data-said .err")
     assert page.inner_text("#data-said .err") == "folder 'nowhere': no such folder"
     choose(page, "#data-folder", "/etc")
-    page.click("#data-open")
-    page.get_by_text("not below the folders").wait_for()
-    choose(page, "#data-folder", "cats")
-    page.click("#data-open")
-    page.wait_for_selector("#data-said .cmd")
+    press(page, "#data-open", "text=not below the folders")
+    end = time.monotonic() + SLOW / 1000
+    while not page.locator("#data-said .cmd").count():  # the list of folders may take what was typed a moment later
+        assert time.monotonic() < end
+        choose(page, "#data-folder", "cats")
+        page.wait_for_timeout(500)
+        page.click("#data-open")
+        page.wait_for_timeout(5000)
     assert "5\npictures" in page.inner_text("#data-figures")
     write(page, "#caption-0", "a cat, crying with joy")
     wait(lambda: "a cat, crying with joy\n" in [p.read_text() for p in folder.glob("cats/*.txt")], 60)
@@ -125,8 +141,7 @@ def train(page: Any, folder: Path) -> None:
     command = page.get_by_text(re.compile("ldm finetune lora --images cats --base emoji --out runs/mycat --steps 80"))
     command.first.wait_for()
     shot(page, "train")
-    page.click("#train-start")
-    page.get_by_text("queued; the tab Watch follows it").wait_for()
+    press(page, "#train-start", "text=queued; the tab Watch follows it", 30)
     tab(page, "Watch")
     page.wait_for_selector("#watch-sample img")  # of step 0
     page.wait_for_selector("#watch-head .dot.trains")
@@ -142,8 +157,7 @@ def again(browser: Any, page: Any, studio: Served, folder: Path) -> Any:
     """Another page finds the run and lets it go on; it ends although that page is closed."""
     page.reload()
     tab(page, "Watch")
-    page.click("#watch-again")
-    page.wait_for_selector("#watch-head .dot.trains, #watch-head .dot.prepares")
+    press(page, "#watch-again", "#watch-head .dot.trains, #watch-head .dot.prepares", 30)
     address = page.url
     page.goto("about:blank")
     wait(lambda: (folder / "runs" / "mycat" / "done.json").exists())
