@@ -143,9 +143,11 @@ class Sooner:
 
 def sooner(own: Curve, seconds: float, target: float, measure: Measure) -> Sooner:
     """Against a quality that the common recipe has after `seconds`."""
-    reached = reach([(c.at, c.mean) for c in own.values()], target, higher=measure.higher)
+    ends = sorted((c.at, c.mean) for c in own.values())  # tiny budgets may end in another order
+    reached = reach(ends, target, higher=measure.higher)
     shared = sorted(set.intersection(*(set(c.seeds) for c in own.values())))
     places = [[(c, c.seeds.index(seed)) for c in own.values()] for seed in shared]
-    each = tuple(reach([(c.seconds[i], c.values[i]) for c, i in of], target, higher=measure.higher) for of in places)
+    own_ends = [sorted((c.seconds[i], c.values[i]) for c, i in of) for of in places]
+    each = tuple(reach(ends, target, higher=measure.higher) for ends in own_ends)
     told, bound = ratio(seconds, reached)
     return Sooner(reached, told, bound, each)
