@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm import dist
 from ldm.models.unet.controlnet import CONDITION
-from ldm.objectives.base import Objective, Whole
+from ldm.objectives.around import AroundDenoise
 from ldm.objectives.denoise import DenoiseObjective
 from ldm.rng import Rng
 from ldm.types import Batch, Metrics
@@ -20,7 +19,7 @@ MOMENTS = f"{CONDITION}.moments"
 """The condition of a batch as its posterior's moments (B, 2 Z, h, w), in the place of its pixels."""
 
 
-class ControlObjective(Objective):
+class ControlObjective(AroundDenoise):
     """A denoising loss, and every `every` steps the control sensitivity of the same samples (0: never).
 
     That is the loss with the right condition minus the loss with another sample's, at the same noise and times, without
@@ -31,15 +30,10 @@ class ControlObjective(Objective):
 
     def __init__(self, denoise: DenoiseObjective, every: int, key: str = CONDITION, name: str = SENSITIVITY) -> None:
         """`key` of the batch is the condition, `name` is what the figure is logged as."""
-        super().__init__(denoise.trained)
-        self._denoise, self._every, self._step = (denoise,), every, 0  # in a tuple: `trained` is registered once
+        super().__init__(denoise)
+        self._every, self._step = every, 0
         self._key, self._name = key, name
         self._before: Tensor | None = None
-
-    @property
-    def denoise(self) -> DenoiseObjective:
-        """The loss that is minimised."""
-        return self._denoise[0]
 
     def forward(self, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
         if self._key not in batch:
@@ -78,17 +72,7 @@ class ControlObjective(Objective):
 
     def after_step(self, step: int) -> None:
         self._step = step
-        self.denoise.after_step(step)
-
-    def bind(self, whole: Whole) -> None:
-        super().bind(whole)
-        self.denoise.bind(whole)
-
-    def state(self) -> dict[str, Any]:
-        return self.denoise.state()
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.denoise.load_state(state)
+        super().after_step(step)
 
 
 class LatentControlObjective(ControlObjective):

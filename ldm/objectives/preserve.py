@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ldm.objectives.base import Objective, Whole
+from ldm.objectives.around import AroundDenoise
 from ldm.objectives.denoise import DenoiseObjective
 from ldm.objectives.inputs import EncodeText
 from ldm.rng import Rng
@@ -42,7 +42,7 @@ class Preserve:
             raise ValueError("word and trigger are of kind class; leave them out")
 
 
-class PreservingObjective(Objective):
+class PreservingObjective(AroundDenoise):
     """A denoising loss, and beside it how far the adapter moves the answers to other words."""
 
     def __init__(
@@ -53,19 +53,13 @@ class PreservingObjective(Objective):
         encode_text: EncodeText,
     ) -> None:
         """`without`: inside it the network has no adapter. Raises ValueError for options of the loss that clash."""
-        super().__init__(denoise.trained)
+        super().__init__(denoise)
         options = denoise.options
         odd = {"repeats": options.repeats > 1, "small": options.small, "route": options.route, "concat": options.concat}
         if names := [name for name, on in odd.items() if on]:
             raise ValueError(f"task.preserve: with task.options.{names[0]}: not known together; leave one of both out")
-        self._denoise = (denoise,)  # in a tuple: `trained` is registered once
         self._preserve, self._without, self._encode_text = preserve, without, encode_text
         self._known: dict[str, Cond] = {}
-
-    @property
-    def denoise(self) -> DenoiseObjective:
-        """The loss of the captions."""
-        return self._denoise[0]
 
     def forward(self, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
         loss, metrics = self.denoise(batch, rng)
@@ -97,16 +91,3 @@ class PreservingObjective(Objective):
             return ""
         assert self._preserve.trigger is not None
         return caption.replace(self._preserve.trigger, self._preserve.word or "").strip()
-
-    def after_step(self, step: int) -> None:
-        self.denoise.after_step(step)
-
-    def bind(self, whole: Whole) -> None:
-        super().bind(whole)
-        self.denoise.bind(whole)
-
-    def state(self) -> dict[str, Any]:
-        return self.denoise.state()
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.denoise.load_state(state)
