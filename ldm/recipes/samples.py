@@ -103,6 +103,8 @@ class SampleHook:
 
     def __call__(self, trainer: Trainer, step: int) -> None:
         count = len(self.config.prompts)
+        if not count and trainer.asked:
+            dist.say("sample-now: nothing is drawn, as task.samples.prompts is empty")
         if not count or (step == 0 and not self.config.first and not trainer.asked):
             return
         found: dict[int, Tensor] = {}

@@ -243,6 +243,8 @@ class Trainer:
                 hook(self, self.step)
                 self.watchdog.beat(self.step)
         if self.asked:
+            if not any(hook.on_demand for hook in hooks):
+                dist.say("sample-now: nothing is drawn, as this kind of run has no sample pictures")
             self.asked = False
             self._request.done()
 
