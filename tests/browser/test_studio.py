@@ -5,6 +5,7 @@ LDM_SHOTS=FOLDER keeps pictures of the page.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -15,10 +16,12 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -78,6 +81,30 @@ def wait(condition: Any, seconds: float = SLOW / 1000) -> Any:
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.1)
     return found
+
+
+def same(a: Path, b: Path) -> bool:
+    """Equal pictures, but for rare roundings: MKL's sums depend on where in memory an array happens to lie."""
+    first, second = (np.asarray(Image.open(path).convert("RGB"), int) for path in (a, b))
+    return first.shape == second.shape and np.abs(first - second).max() <= 1 and (first != second).mean() < 1e-3
+
+
+@contextlib.contextmanager
+def held(run: Path) -> Iterator[None]:
+    """A run after its first steps that makes no more inside: a fast machine would be done before the page looks."""
+    log = run / "log" / "metrics.jsonl"
+    wait(lambda: log.is_file() and log.stat().st_size)
+    job = Queue(run.parent).of(run)
+    assert job is not None
+    trainer = psutil.Process(job.pid).children(recursive=True)
+    for process in trainer:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in trainer:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
 
 
 def test_from_a_folder_to_a_picture(browser: Any, folder: Path) -> None:
@@ -143,11 +170,13 @@ def train(page: Any, folder: Path) -> None:
     shot(page, "train")
     press(page, "#train-start", "text=queued; the tab Watch follows it", 30)
     tab(page, "Watch")
-    page.wait_for_selector("#watch-sample img")  # of step 0
-    page.wait_for_selector("#watch-head .dot.trains")
-    page.click("#watch-now")
-    page.wait_for_selector("#watch-said .cmd, #watch-said .err")
-    page.click("#watch-stop")
+    with held(folder / "runs" / "mycat"):
+        page.wait_for_selector("#watch-sample img")  # of step 0
+        page.wait_for_selector("#watch-head .dot.trains")
+        page.click("#watch-now")
+        page.wait_for_selector("#watch-said .cmd, #watch-said .err")
+        page.click("#watch-stop")
+        page.wait_for_selector("#watch-said :text('kill -TERM')")
     page.locator("#watch-head", has_text="stopped, saved").wait_for()
     assert not (folder / "runs" / "mycat" / "done.json").exists()
     assert list((folder / "runs" / "mycat" / "checkpoints").glob("step-*"))
@@ -197,7 +226,7 @@ def draw(page: Any, folder: Path) -> None:
     subprocess.run([sys.executable, "-m", "ldm.cli", *command], cwd=folder, env=environment(), check=True)
     typed = sorted(folder.glob("typed/[0-9]*.png"))
     for path, own in zip(drawn, typed, strict=True):
-        assert np.array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(own)))
+        assert same(path, own)
         assert record(path)["weights"] == record(own)["weights"]
     page.locator("#draw-gallery button.thumbnail-item").nth(1).click()
     page.wait_for_selector("#draw-settings table")
@@ -207,7 +236,7 @@ def draw(page: Any, folder: Path) -> None:
     page.get_by_text("--index 1").wait_for()
     third = wait(lambda: sorted(folder.glob("drawn/*/[0-9]*.png"))[2:])[0]
     assert record(third)["index"] == 1
-    assert np.array_equal(np.asarray(Image.open(third)), np.asarray(Image.open(drawn[1])))
+    assert same(third, drawn[1])
     side_by_side(page, folder, drawn[0])
 
 
@@ -220,7 +249,7 @@ def side_by_side(page: Any, folder: Path, drawn: Path) -> None:
     page.get_by_text("tuned: mycat").first.wait_for()
     base, tuned = sorted(folder.glob("drawn/*/[0-9]*.png"))[3:5]
     assert (record(base)["model"], record(tuned)["model"]) == ("emoji", "runs/mycat")
-    assert np.array_equal(np.asarray(Image.open(tuned)), np.asarray(Image.open(drawn)))
+    assert same(tuned, drawn)
     shot(page, "compare")
     page.get_by_text("off", exact=True).click()
     page.locator("#draw-gallery button.thumbnail-item").nth(0).click()
