@@ -14,7 +14,9 @@ _MOST = 20
 def add(verbs: Any) -> None:
     """Both verbs."""
     c = verbs.add_parser("captions", help="list or change the captions of a folder of pictures, in place")
-    c.add_argument("folder", type=Path, help="folder of pictures with .txt files or a metadata.jsonl")
+    c.add_argument(
+        "folder", type=Path, help="folder of pictures with .txt or .json files, or a metadata.jsonl, .csv or .tsv"
+    )
     c.add_argument("--set", dest="texts", nargs=2, action="append", default=[], metavar=("PICTURE", "CAPTION"),
                    help="the caption of one picture, by its name as listed; may be repeated")  # fmt: skip
     c.add_argument("--replace", nargs=2, metavar=("OLD", "NEW"), help="in all captions")

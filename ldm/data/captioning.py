@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import shutil
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ldm.data import decode
+from ldm.data import decode, rewriting
 from ldm.data.bad import BadSample
 from ldm.data.buckets import BucketConfig, assign
 from ldm.data.formats import suffix
 from ldm.data.inspection import difference_hash, look_alikes
 from ldm.data.items import Item
-from ldm.data.sources import CAPTION_FIELDS, CAPTION_SUFFIXES, METADATA, captions_beside, find, read
+from ldm.data.sources import CAPTION_FIELDS, captions_beside, find, read
+from ldm.data.texts import check as check_text
 
 SIDES = (64, 128, 256, 512, 768, 1024)
 """Sides in pixels that models are trained at."""
@@ -116,81 +116,76 @@ def edit(
 ) -> list[str]:
     """Change captions: `texts` by picture (one a line), then find and replace, then a trigger word to all.
 
-    Captions go where they were: into the file beside the picture (a new .txt where there is none) or the row of a
-    metadata.jsonl. The names of pictures that changed. Raises ValueError, before anything is written, for a name that
-    is not there, an empty word, and captions in files that are not written here.
+    Captions go where they were: into the file beside the picture (a new .txt where there is none), or into their place
+    in a metadata table or the picture's JSON, of which nothing else changes. The names of pictures that changed. Raises
+    ValueError, before anything is written, for a name that is not there, an empty word, and captions in files that are
+    not written here.
     """
-    items = {item.name: item for item in _items(folder)}
-    for name in texts or {}:
-        if name not in items:
-            raise ValueError(f"picture {name!r}: not in {str(folder)!r}")
+    items = _items(folder)
+    missing = set(texts or {}) - {item.name for item in items}
+    if missing:
+        raise ValueError(f"picture {min(missing)!r}: not in {str(folder)!r}")
     word = None if trigger is None else " ".join(trigger.split())
     if word == "":
         raise ValueError("trigger: it is empty; give a word, such as sks")
     if replace is not None and not replace[0]:
         raise ValueError("replace: what to find is empty")
-    new: dict[str, list[str]] = {}
-    for name, item in items.items():
+    changed: list[tuple[Item, list[str]]] = []
+    for item in items:
         shown = _shown(item)
         if shown.problem:
             continue
         captions = list(shown.captions)
-        if texts and name in texts:
-            captions = [line for line in (" ".join(line.split()) for line in texts[name].splitlines()) if line]
+        if texts and item.name in texts:
+            captions = [line for line in (" ".join(line.split()) for line in texts[item.name].splitlines()) if line]
         if replace is not None:
             captions = [c for c in (" ".join(c.replace(*replace).split()) for c in captions) if c]
         if word is not None:
             captions = [with_trigger(c, word) for c in captions or [""]]
         if captions != list(shown.captions):
-            new[name] = captions
-    _write(folder, [(items[name], captions) for name, captions in new.items()])
-    return sorted(new)
-
-
-def _write(folder: Path, changed: Sequence[tuple[Item, Sequence[str]]]) -> None:
-    files: dict[Path, str] = {}
-    tables: dict[Path, dict[Path, Sequence[str]]] = defaultdict(dict)
+            changed.append((item, captions))
     for item, captions in changed:
-        beside = item.caption_file
-        if beside is None and item.captions and (table := _table(item, folder)) is not None:
-            if table.suffix.lower() != ".jsonl" or item.held is not None:
-                raise ValueError(
-                    f"{item.name}: its caption is in {table.name}, which is not written here; edit it there"
-                )
-            tables[table][item.path] = captions
-            continue
-        if beside is not None and suffix(beside.name) not in CAPTION_SUFFIXES:
-            raise ValueError(f"{item.name}: its caption is in {beside.name}, which is not written here; edit it there")
-        files[beside or item.path.with_suffix(".txt")] = "".join(f"{line}\n" for line in captions)
-    texts = {table: _rows(table, rows) for table, rows in tables.items()}
-    for path, text in {**files, **texts}.items():
-        part = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
+        for caption in captions:
+            _check_text(item.name, caption)
+    _write(changed)
+    return sorted({item.name for item, _ in changed})
 
 
-def _table(item: Item, folder: Path) -> Path | None:
-    """The metadata table that holds a picture's captions: the nearest upwards."""
-    place = item.path.parent
-    while True:
-        named = {file.name.lower(): file for file in place.iterdir()}
-        found = next((named[name] for name in METADATA if name in named), None)
-        if found is not None or place in (folder, place.parent):
-            return found
-        place = place.parent
+def _check_text(name: str, caption: str) -> None:
+    try:
+        check_text(caption)
+    except BadSample as error:
+        raise ValueError(f"{name}: caption {caption!r}: {error.detail}") from error
 
 
-def _rows(table: Path, changed: Mapping[Path, Sequence[str]]) -> str:
-    """The table's text with other captions in the rows of some pictures."""
-    lines = []
-    for line in table.read_text(encoding="utf-8-sig").splitlines():
-        row: Any = json.loads(line) if line.strip() else None
-        if isinstance(row, dict) and (captions := changed.get(table.parent / str(row.get("file_name")))) is not None:
-            field = next(name for name in CAPTION_FIELDS if row.get(name))
-            several = isinstance(row[field], list)
-            if len(captions) > 1 and not several:
-                raise ValueError(f"{row['file_name']}: {table.name} holds one caption of it, got {len(captions)} lines")
-            row[field] = list(captions) if several else "".join(captions)
-            line = json.dumps(row, ensure_ascii=False)
-        lines.append(line + "\n")
-    return "".join(lines)
+def _write(changed: Sequence[tuple[Item, Sequence[str]]]) -> None:
+    files: dict[Path, bytes] = {}
+    tables: dict[Path, dict[int, tuple[str, Sequence[str]]]] = defaultdict(dict)
+    for item, captions in changed:
+        beside, cell = item.caption_file, item.cell
+        if (beside is None and cell is not None) or item.held is not None:
+            table = item.path if cell is None else cell.table
+            if suffix(table.name) not in rewriting.WRITTEN or cell is None:
+                raise ValueError(f"{item.name}: its caption belongs into {table.name}, which is not written here; "
+                                 f"save the table as metadata.jsonl or metadata.csv")  # fmt: skip
+            tables[table][cell.row] = (cell.column, captions)
+        elif beside is not None and suffix(beside.name) == "json":
+            files[beside] = rewriting.json_with(beside, captions, CAPTION_FIELDS)
+        else:
+            files[beside or item.path.with_suffix(".txt")] = "".join(f"{line}\n" for line in captions).encode()
+    new = files | {table: rewriting.table_with(table, rows) for table, rows in tables.items()}
+    # a link's target is written, not the link; the part keeps the suffix, by which a table is read
+    parts = {(target := path.resolve()).with_name(f".tmp-{os.getpid()}-{target.name}"): target for path in new}
+    try:
+        for (part, target), data in zip(parts.items(), new.values(), strict=True):
+            part.write_bytes(data)
+            if target.exists():
+                shutil.copymode(target, part)
+        for (part, _), path in zip(parts.items(), new, strict=True):
+            if path in tables:
+                rewriting.check_kept(path, part, tables[path])
+        for part, target in parts.items():
+            os.replace(part, target)
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)

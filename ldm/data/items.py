@@ -13,10 +13,20 @@ Partner = Path | Embedded
 
 
 @dataclass(frozen=True)
+class Cell:
+    """Where a metadata table says a picture's caption, or has room for one; rows as `Row.number` counts them."""
+
+    table: Path
+    row: int
+    column: str
+
+
+@dataclass(frozen=True)
 class Item:
     """A picture to read. `problem` is set instead when the source itself says nothing usable about it.
 
-    `held` is where its bytes are if it is no file of its own, `partners` are the pictures that belong to it.
+    `held` is where its bytes are if it is no file of its own, `partners` are the pictures that belong to it, `cell` is
+    where its caption is if a table has a column for it.
     """
 
     key: str
@@ -29,3 +39,4 @@ class Item:
     problem: tuple[str, str] | None = None
     held: Embedded | None = None
     partners: dict[str, Partner] = field(default_factory=dict)
+    cell: Cell | None = None

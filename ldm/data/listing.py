@@ -106,34 +106,71 @@ def _checked(path: Path, number: int, row: dict[str, Any] | str, columns: Sequen
     return Row(where, number, file, fields, held=inner, own=own)
 
 
-def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """As RFC 4180: quoted cells hold line ends and separators. A column that is there twice keeps its first meaning."""
-    value = loose(path.read_bytes())
-    separator = "\t" if suffix(path.name) == "tsv" else ","
+@dataclass(frozen=True)
+class Record:
+    """A record of a CSV text: the line that it ends on, its place in the text, its cells, or what is wrong with it."""
+
+    line: int
+    start: int
+    end: int
+    cells: list[str]
+    error: str = ""
+
+
+def csv_records(value: str, kind: str) -> tuple[str, Iterator[Record]]:
+    """What separates the cells of a text of `kind` csv or tsv, and its records, the header first."""
+    separator, begin = "\t" if kind == "tsv" else ",", 0
     if value[:4].lower() == "sep=":  # how Excel says it
-        separator, value = value[4], value[5:].lstrip("\r\n")
-    first = next(iter(lines(value[:100_000])), "")
+        separator, begin = value[4], len(value) - len(value[5:].lstrip("\r\n"))
+    first = next(iter(lines(value[begin : begin + 100_000])), "")
     if separator == "," and FILE not in first.split(",") and (other := _other(first)):
         separator = other
+    return separator, _records(value, begin, separator)
+
+
+def _records(value: str, begin: int, separator: str) -> Iterator[Record]:
+    """As RFC 4180: quoted cells hold line ends and separators."""
+    end = begin
+
+    def told() -> Iterator[str]:
+        nonlocal end
+        for line in io.StringIO(value[begin:], newline=""):
+            end += len(line)
+            yield line
+
     csv.field_size_limit(_MOST)
-    reader = csv.reader(io.StringIO(value, newline=""), delimiter=separator, strict=True)
-    names = _names([name.strip() for name in next(reader, [])])
+    reader = csv.reader(told(), delimiter=separator, strict=True)
     while True:
+        start = end
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield reader.line_num, f"no CSV: {error}"
+            yield Record(reader.line_num, start, end, [], f"no CSV: {error}")
             continue
-        if not any(cells):
+        yield Record(reader.line_num, start, end, cells)
+
+
+def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """A column that is there twice keeps its first meaning."""
+    separator, records = csv_records(loose(path.read_bytes()), suffix(path.name))
+    head = next(records, Record(0, 0, 0, []))
+    if head.error:
+        raise csv.Error(head.error.removeprefix("no CSV: "))
+    names = column_names(head.cells)
+    for record in records:
+        if record.error:
+            yield record.line, record.error
             continue
-        extra = cells[len(names) :]
+        if not any(record.cells):
+            continue
+        extra = record.cells[len(names) :]
         if any(extra):
-            told = f"{len(cells)} cells for {len(names)} columns; quote what holds a {separator!r}"
-            yield reader.line_num, told
+            told = f"{len(record.cells)} cells for {len(names)} columns; quote what holds a {separator!r}"
+            yield record.line, told
             continue
-        yield reader.line_num, {n: c for n, c in zip(names, cells, strict=False) if n}
+        yield record.line, {n: c for n, c in zip(names, record.cells, strict=False) if n}
 
 
 def _other(header: str) -> str | None:
@@ -141,11 +178,11 @@ def _other(header: str) -> str | None:
     return next((s for s in (";", "\t") if FILE in (c.strip(' "') for c in header.split(s)) and s in header), None)
 
 
-def _names(names: list[str]) -> list[str]:
-    """Column names; the second one of a name becomes `NAME.1`, as pandas calls it."""
+def column_names(head: Sequence[str]) -> list[str]:
+    """Those of a header's cells; the second one of a name becomes `NAME.1`, as pandas calls it."""
     seen: Counter[str] = Counter()
     given = []
-    for name in names:
+    for name in (cell.strip() for cell in head):
         given.append(f"{name}.{seen[name]}" if name and seen[name] else name)
         seen[name] += 1
     return given

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ldm.data.bad import BadSample
 from ldm.data.formats import SUFFIXES, UNREAD, may_be_misnamed, misnamed, passed_over, suffix
-from ldm.data.items import Item, Partner
+from ldm.data.items import Cell, Item, Partner
 from ldm.data.listing import FILE, Embedded, Row, composed, inside, is_table, table_rows
 from ldm.data.pairing import PICTURES, Search, in_row, paired
 from ldm.data.texts import captions_in, json_of, lines, text
@@ -313,7 +313,10 @@ def _row(
     beside = None if captions or row.own is not None else looked[path.parent].beside(path.name, CAPTION_SUFFIXES)
     words = kohya[1] if kohya and not captions else ""
     captions = captions or (((words, 1.0),) if words else ())
-    return replace(item, captions=captions, caption_file=beside, extra=fields)
+    there = [column for column in columns.captions if column in row.fields]
+    told = next((column for column in there if column not in fields), next(iter(there), None))  # which was taken out
+    cell = None if told is None else Cell(table, row.number, told)
+    return replace(item, captions=captions, caption_file=beside, extra=fields, cell=cell)
 
 
 def _captions(row: dict[str, Any], *, taken: bool = False, fields: Sequence[str] = CAPTION_FIELDS) -> tuple[str, ...]:

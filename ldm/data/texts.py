@@ -36,6 +36,23 @@ def loose(data: bytes) -> str:
     return data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
 
 
+def encoded(value: str, like: bytes) -> bytes:
+    """The bytes of a text in the encoding of a file that `loose` read, with its byte order mark."""
+    for mark, codec in (
+        (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"), (codecs.BOM_UTF8, "utf-8"),
+        (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"),
+    ):  # fmt: skip
+        if like.startswith(mark):
+            return mark + value.encode(codec, "surrogateescape" if codec == "utf-8" else "strict")
+    return value.encode("utf-8", "surrogateescape")
+
+
+def line_spans(value: str) -> list[tuple[int, int]]:
+    """(start, end) of each line, its end left out; they end as those of `lines`."""
+    ends = [found.span() for found in _ENDS.finditer(value)]
+    return list(zip([0, *(end for _, end in ends)], [*(start for start, _ in ends), len(value)], strict=True))
+
+
 def check(value: str) -> str:
     """The text itself; BadSample not_utf8 if it holds what is no text."""
     if (found := _NO_TEXT.search(value)) is not None:

@@ -92,7 +92,8 @@ def build(gr: Any, studio: Studio) -> tuple[Any, Callable[[Any], Any]]:
     with gr.Row(equal_height=True):
         folder = gr.Dropdown(
             folders, value=folders[0] if folders else None, allow_custom_value=True, label="Folder of pictures",
-            scale=3, info="with captions in .txt files beside them or in a metadata.jsonl", elem_id="data-folder",
+            scale=3, info="with captions in .txt or .json files beside them, or in a metadata.jsonl, .csv or .tsv",
+            elem_id="data-folder",
         )  # fmt: skip
         side = gr.Number(0, label="Train at (pixels)", precision=0, info="0: what fits them", scale=1,
                          elem_id="data-side")  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 
 import numpy as np
@@ -62,14 +64,112 @@ def test_rows_of_a_table_keep_their_other_fields(tmp_path):
     assert not list(tmp_path.glob("*.txt"))
 
 
-def test_other_tables_are_refused_and_nothing_is_written(tmp_path):
-    noise(tmp_path / "a.png", (64, 64), 0)
-    noise(tmp_path / "b.png", (64, 64), 1)
-    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a cat\n")
-    (tmp_path / "b.txt").write_text("b cat\n")
-    with pytest.raises(ValueError, match=r"a\.png.*metadata\.csv"):
-        edit(tmp_path, replace=("cat", "dog"))
-    assert (tmp_path / "b.txt").read_text() == "b cat\n"
+def pictures(folder, *names):
+    for i, name in enumerate(names):
+        noise(folder / name, (64, 64), i)
+
+
+WORDS = "a “cat”, 'small'"
+TABLES = {
+    "metadata.csv": 'id,file_name,text,n\r\n007,a.png,"a cat, one",1.50\r\n008,b.png,"a\nb ""c""",2\r\n'
+    "009,c.png,,\r\n",
+    "metadata.tsv": "file_name\ttext\tid\na.png\ta cat, one\t007\nb.png\tb \"c\"\t8\nc.png\t\t",
+    "metadata.jsonl": '\n{"id": 1e2, "file_name":"a.png","text": "a cat, one","x": [1,{"text":"no"}]}\r\n'
+    '{"file_name": "b.png", "text": ["b", "c"]}\r\n{"text": null, "file_name": "c.png"}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_change_in_one_cell_alone(tmp_path, name, mark):
+    """Against the text itself: what differs is the caption's place, whatever quotes and line ends are around it."""
+    pictures(tmp_path, "a.png", "b.png", "c.png")
+    before = (mark + TABLES[name]).encode()
+    (tmp_path / name).write_bytes(before)
+    (tmp_path / name).chmod(0o640)
+    assert edit(tmp_path, texts={"a.png": WORDS}) == ["a.png"]
+    new = f'"{WORDS}"' if name != "metadata.tsv" else WORDS
+    old = '"a cat, one"' if name != "metadata.tsv" else "a cat, one"
+    assert (tmp_path / name).read_bytes() == before.replace(old.encode(), new.encode())
+    edit(tmp_path, texts={"a.png": "a cat, one"})
+    assert (tmp_path / name).read_bytes() == before
+    assert (tmp_path / name).stat().st_mode & 0o777 == 0o640
+    edit(tmp_path, texts={"c.png": "fills the empty cell"})
+    edit(tmp_path, trigger="sks")
+    assert captions(tmp_path)["a.png"] == ("sks, a cat, one",)
+    assert captions(tmp_path)["c.png"] == ("sks, fills the empty cell",)
+    assert all(caption.startswith("sks, ") for caption in captions(tmp_path)["b.png"])
+    assert {p.name for p in tmp_path.iterdir()} == {"a.png", "b.png", "c.png", name}
+
+
+def test_tables_as_others_read_them(tmp_path):
+    """Python's csv module and json are the oracle; UTF-16, semicolons and a column that is there twice."""
+    pictures(tmp_path, "a.png", "b.png")
+    rows = [["file_name", "text", "text", "id"], ["a.png", "one", "two", "01"], ["b.png", "x;y", '"', "2"]]
+    held = io.StringIO(newline="")
+    csv.writer(held, delimiter=";").writerows(rows)
+    (tmp_path / "metadata.csv").write_bytes(held.getvalue().encode("utf-16"))
+    edit(tmp_path, texts={"a.png": 'a "b"; c', "b.png": "é"})
+    rows[1][1], rows[2][1] = 'a "b"; c', "é"
+    found = (tmp_path / "metadata.csv").read_bytes().decode("utf-16")
+    assert list(csv.reader(io.StringIO(found, newline=""), delimiter=";")) == rows
+
+
+def test_a_pictures_own_json(tmp_path):
+    pictures(tmp_path, "a.png", "b.png", "c.png")
+    (tmp_path / "a.json").write_text('{\n  "tags": [1.0],\n  "caption": "a cat",\n  "caption": "the cat"\n}\n')
+    (tmp_path / "b.json").write_text('[ "b", "b cat" ]\n')
+    (tmp_path / "c.json").write_text("{ }")
+    assert edit(tmp_path, replace=("cat", "dog")) == ["a.png", "b.png"]
+    assert (tmp_path / "a.json").read_text() == (
+        '{\n  "tags": [1.0],\n  "caption": "a cat",\n  "caption": "the dog"\n}\n'
+    )
+    assert (tmp_path / "b.json").read_text() == '["b", "b dog"]\n'
+    edit(tmp_path, texts={"c.png": "new"})
+    assert json.loads((tmp_path / "c.json").read_text()) == {"captions": "new"}
+    assert captions(tmp_path)["c.png"] == ("new",)
+    with pytest.raises(ValueError, match=r"a\.json: holds one caption, got 2 lines"):
+        edit(tmp_path, texts={"a.png": "x\ny"})
+
+
+def test_the_table_that_names_a_picture_is_written(tmp_path):
+    """The nearest table need not name it; a picture may be in two rows; a link stays one."""
+    (tmp_path / "sub").mkdir()
+    pictures(tmp_path, "sub/a.png", "sub/b.png")
+    (tmp_path / "real.jsonl").write_text('{"file_name": "sub/a.png", "text": "one"}\n' * 2)
+    (tmp_path / "metadata.jsonl").symlink_to("real.jsonl")
+    (tmp_path / "sub" / "metadata.csv").write_text("file_name,id\nb.png,1\n")
+    assert edit(tmp_path, trigger="sks") == ["sub/a.png", "sub/b.png"]
+    assert (tmp_path / "real.jsonl").read_text() == '{"file_name": "sub/a.png", "text": "sks, one"}\n' * 2
+    assert (tmp_path / "metadata.jsonl").is_symlink()
+    assert (tmp_path / "sub" / "b.txt").read_text() == "sks\n"  # the table has no column of captions
+
+
+@pytest.mark.parametrize(
+    ("text", "caption", "words"),
+    [
+        ("file_name,text\na.png,a cat\n", "x\ny", r"metadata\.csv:2: holds one caption, got 2 lines"),
+        ("file_name,text\na.png,a cat\n", "x\0y", "zero bytes"),
+        ('file_name,text\na.png,"a cat"\n\n', "\ud800", "surrogate"),
+    ],
+)
+def test_what_a_cell_cannot_hold_is_refused_and_nothing_is_written(tmp_path, text, caption, words):
+    pictures(tmp_path, "a.png", "b.png")
+    (tmp_path / "metadata.csv").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        edit(tmp_path, texts={"b.png": "new", "a.png": caption})
+    assert (tmp_path / "metadata.csv").read_text() == text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png", "metadata.csv"]
+
+
+def test_parquet_is_refused(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    pictures(tmp_path, "a.png")
+    parquet.write_table(pyarrow.table({"file_name": ["a.png"], "text": ["a cat"]}), tmp_path / "metadata.parquet")
+    with pytest.raises(ValueError, match=r"a\.png: .*metadata\.parquet, which is not written here"):
+        edit(tmp_path, trigger="sks")
 
 
 @pytest.mark.parametrize(
