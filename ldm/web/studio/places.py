@@ -75,6 +75,17 @@ class Places:
         found = {self.short(folder) for folder, files in self._walk() if any(_is_picture(f) for f in files)}
         return sorted(found, key=lambda name: (name == ".", name))
 
+    def sets(self) -> list[str]:
+        """Data sets that `ldm data build` made."""
+        return sorted(self.short(folder) for folder, files in self._walk() if "manifest.json" in files)
+
+    def file(self, text: str | Path | None, what: str) -> str:
+        """`inside`, of a file that is there, as it is typed."""
+        path = self.inside(text, what)
+        if not path.is_file():
+            raise ValueError(f"{what} {str(text)!r}: no such file")
+        return self.short(path)
+
     def files(self) -> list[str]:
         """Weights in files of their own: LoRAs, embeddings, single files."""
         found = {self.short(folder / f) for folder, files in self._walk() for f in files if f.endswith(MODELS)}

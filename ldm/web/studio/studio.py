@@ -9,7 +9,7 @@ from ldm.models.shipped import PARTS, SHIPPED
 from ldm.web.studio.commands import Commands
 from ldm.web.studio.places import Places
 from ldm.web.studio.queue import Queue
-from ldm.web.studio.runs import Run, look, runs
+from ldm.web.studio.runs import Run, config_of, look, runs
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Studio:
 
 def _draws(folder: Path) -> bool:
     export = folder / "export"
+    if (config_of(folder).get("task") or {}).get("kind") in ("controlnet", "ip_adapter"):
+        return False  # which draw beside a model
     return (
         (export / "adapter.json").is_file()
         or (export / "model_index.json").is_file()

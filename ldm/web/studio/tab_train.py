@@ -17,8 +17,8 @@ from ldm.web.studio.studio import Studio
 from ldm.web.studio.training import METHODS, Form
 
 FIELDS = ("method", "images", "base", "name", "steps", "rate", "batch", "size", "rank", "seed", "noun", "word",
-          "prompts", "every", "class_pictures")  # fmt: skip
-PLANNED = {"method", "images", "base", "steps", "batch", "size", "rank"}
+          "prompts", "every", "class_pictures", "condition", "encoder", "sees", "pictures", "masks")  # fmt: skip
+PLANNED = {"method", "images", "base", "steps", "batch", "size", "rank", "condition", "encoder", "sees"}
 """What memory and time depend on."""
 
 
@@ -31,10 +31,18 @@ def form_of(studio: Studio, told: dict[str, Any]) -> Form:
     }  # fmt: skip
     if (rate := given.get("rate")) is not None and rate < 0:
         raise ValueError(f"learning rate: must be above 0, got {rate:g}")
+    files = {
+        key: tuple(studio.places.file(line, what) for line in training.lines(told[key]))
+        for key, what in (("pictures", "picture"), ("masks", "mask")) if training.takes(told["method"], key)
+    }  # fmt: skip
+    encoder = (told["encoder"] or "").strip()
+    if encoder and ":" not in encoder:  # open_clip:ARCH:WEIGHTS is no path
+        encoder = studio.places.model(encoder, "image encoder")
     return Form(
         method=told["method"], images=studio.places.short(images), base=studio.places.model(told["base"], "base"),
         out=studio.places.short(studio.places.runs / name), seed=told["seed"], noun=told["noun"] or "",
-        word=told["word"] or "", prompts=told["prompts"] or "", class_pictures=told["class_pictures"], **given,
+        word=told["word"] or "", prompts=told["prompts"] or "", class_pictures=told["class_pictures"],
+        condition=told["condition"], encoder=encoder, sees=told["sees"], **files, **given,
     )  # fmt: skip
 
 
@@ -67,7 +75,7 @@ def build(gr: Any, studio: Studio, folder: Any) -> tuple[Callable[[Any], None], 
     """
     from ldm.plan.hardware import HARDWARE
 
-    folders, bases = studio.places.pictures(), studio.bases()
+    folders, bases = [*studio.places.pictures(), *studio.places.sets()], studio.bases()
     first = folders[0] if folders else None
     at: dict[str, Any] = {}
     with gr.Row():
@@ -76,7 +84,7 @@ def build(gr: Any, studio: Studio, folder: Any) -> tuple[Callable[[Any], None], 
                                        elem_id="train-method")  # fmt: skip
             with gr.Row():
                 at["images"] = gr.Dropdown(folders, value=first, allow_custom_value=True, label="Pictures",
-                                           elem_id="train-images")  # fmt: skip
+                                           info="a folder, or a built data set", elem_id="train-images")  # fmt: skip
                 at["base"] = gr.Dropdown(
                     bases, value=bases[0], allow_custom_value=True, label="Base model", elem_id="train-base",
                     info="shipped, a folder, a file or a hub id",
@@ -113,6 +121,13 @@ def _fields(gr: Any, at: dict[str, Any]) -> None:
         at["word"] = gr.Textbox(label="Its word", placeholder="sks", info="how prompts will call it")
         at["class_pictures"] = gr.Number(100, label="Class pictures", precision=0,
                                          info="others of its class, drawn first; 0: none")  # fmt: skip
+    at["condition"] = gr.Dropdown(list(training.CONDITIONS.items()), value="canny", label="What it follows",
+                                  visible=False, elem_id="train-condition")  # fmt: skip
+    with gr.Row(visible=False) as at["reference"]:
+        at["encoder"] = gr.Textbox("clip_emoji", label="Image encoder", min_width=150, elem_id="train-encoder",
+                                   info="clip_emoji, a folder of transformers, or open_clip:ARCH:WEIGHTS")  # fmt: skip
+        at["sees"] = gr.Dropdown(list(training.SEES.items()), value="plain", label="What is told of a picture",
+                                 info="to the network", min_width=150, elem_id="train-sees")  # fmt: skip
     with gr.Row():
         at["steps"] = gr.Number(1000, label="Steps", precision=0, min_width=110, elem_id="train-steps")
         at["rate"] = gr.Number(0.004, label="Learning rate", min_width=110, elem_id="train-rate")
@@ -122,6 +137,11 @@ def _fields(gr: Any, at: dict[str, Any]) -> None:
     at["prompts"] = gr.Textbox(label="Sample prompts, one a line", lines=2, max_lines=6,
                                info="drawn while it trains, with the same noise each time",
                                elem_id="train-prompts")  # fmt: skip
+    with gr.Row(visible=False) as at["given"]:
+        at["pictures"] = gr.Textbox(label="Picture of each prompt", info="a file in each line", lines=2, max_lines=6,
+                                    elem_id="train-pictures", min_width=160)  # fmt: skip
+        at["masks"] = gr.Textbox(label="Mask of each", info="a file in each line; white is painted", lines=2,
+                                 max_lines=6, elem_id="train-masks", min_width=160)  # fmt: skip
     with gr.Row():
         at["every"] = gr.Number(100, label="Samples every (steps)", precision=0, min_width=110,
                                 elem_id="train-every")  # fmt: skip
@@ -133,7 +153,8 @@ def _connect(gr: Any, studio: Studio, at: dict[str, Any]) -> tuple[Callable[[Any
     fields = [at[name] for name in FIELDS]
     quick = {"show_progress": "hidden", "api_visibility": "private"}
     handlers = Handlers(gr, studio)
-    own = [at[name] for name in ("steps", "rate", "size", "rank", "name", "prompts", "subject", "word", "said")]
+    own = [at[name] for name in ("steps", "rate", "size", "rank", "name", "prompts", "subject", "word", "condition",
+                                 "reference", "given", "pictures", "masks", "said")]  # fmt: skip
     at["folder"].change(lambda text: text, at["folder"], at["images"], **quick)
     chosen = gr.on(
         [at["method"].change, at["base"].change, at["images"].change], handlers.defaults,
@@ -143,8 +164,9 @@ def _connect(gr: Any, studio: Studio, at: dict[str, Any]) -> tuple[Callable[[Any
     plan = {"trigger_mode": "always_last", "concurrency_limit": 1, "concurrency_id": "plan", **quick}
     chosen.then(handlers.plan, [*fields, at["gpu"]], [at["planned"], at["said"]], **plan)
     gr.on([*parts, at["gpu"].change], handlers.plan, [*fields, at["gpu"]], [at["planned"], at["said"]], **plan)
-    gr.on([at[n].change for n in ("name", "rate", "noun", "word", "prompts", "every", "seed", "class_pictures")],
-          handlers.told, fields, at["said"], **quick)  # fmt: skip
+    gr.on([at[n].change for n in ("name", "rate", "noun", "word", "prompts", "every", "seed", "class_pictures",
+                            "pictures", "masks")],
+          handlers.told, [*fields, at["gpu"]], [at["planned"], at["said"]], **quick)  # fmt: skip
     after = [at["queue"], at["waiting"], at["which"], at["said"]]
     at["start"].click(handlers.start, fields, after, **quick)
     at["load"].click(handlers.config, fields, [at["yaml"], at["said"]], **quick)
@@ -161,7 +183,8 @@ def _connect(gr: Any, studio: Studio, at: dict[str, Any]) -> tuple[Callable[[Any
         )
 
     def opened(tab: Any) -> None:
-        tab.select(handlers.captions, [at["method"], at["images"], at["prompts"]], at["prompts"], **quick)
+        tab.select(handlers.captions, [at["method"], at["images"], at["prompts"]],
+                   [at["prompts"], at["pictures"]], **quick)  # fmt: skip
 
     return fill, opened
 
@@ -172,14 +195,13 @@ class Handlers:
     def __init__(self, gr: Any, studio: Studio) -> None:
         self.gr, self.studio = gr, studio
         guard = lambda count, f: ui.guarded(gr, count)(f)  # noqa: E731
-        self.defaults = guard(9, self._defaults)
-        self.plan = guard(2, self._plan)
-        self.told = guard(1, lambda *values: ui.command_line(shown(training.command(self._form(values)))))
+        self.defaults = guard(14, self._defaults)
         self.start = guard(4, self._start)
         self.config = guard(2, self._config)
         self.start_yaml = guard(4, self._start_yaml)
         self.remove = guard(4, self._remove)
         self._was: tuple[Any, ...] = ()
+        self._planless = False
 
     def _form(self, values: tuple[Any, ...]) -> Form:
         return form_of(self.studio, dict(zip(FIELDS, values, strict=True)))
@@ -192,7 +214,7 @@ class Handlers:
         found = training.defaults(method, self.studio.places.model(base, "base"), folder)
         how = METHODS[method]
         taken = [run.name for run in self.studio.runs()]
-        words = self._prompts(folder) if how.captions else ""
+        words, own = self._prompts(folder) if how.captions else ("", "")
         old = self._was
         self._was = (words,)
         keep = bool(prompts) and prompts not in (*old, words)
@@ -200,26 +222,51 @@ class Handlers:
             found.steps, found.rate, found.size, update(value=found.rank or 4, visible=how.rank),
             training.run_name(method, images, taken), update(value=prompts if keep else words),
             update(visible=how.subject or how.token),
-            update(placeholder="<thing>" if how.token or method == "dreambooth_pivotal" else "sks"), self.gr.skip(),
+            update(placeholder="<thing>" if how.token or method == "dreambooth_pivotal" else "sks"),
+            update(visible=method == "controlnet"), update(visible=method == "ip_adapter"),
+            update(visible=bool(how.given)),
+            update(info=f"{how.given}; a file in each line", **({} if keep else {"value": own if how.own else ""})),
+            update(visible=how.masks), self.gr.skip(),
         )  # fmt: skip
 
-    def captions(self, method: str, images: str, prompts: str) -> Any:
-        """The sample prompts where captions were changed meanwhile, unless others were written."""
+    def captions(self, method: str, images: str, prompts: str) -> tuple[Any, Any]:
+        """The sample prompts, and their pictures, where captions were changed meanwhile, unless others were written."""
         if not (METHODS[method].captions and images and prompts in self._was):
-            return self.gr.skip()
+            return self.gr.skip(), self.gr.skip()
         try:
-            self._was = (self._prompts(self.studio.places.folder(images)),)
+            words, own = self._prompts(self.studio.places.folder(images))
         except ValueError:
-            return self.gr.skip()
-        return self._was[0]
+            return self.gr.skip(), self.gr.skip()
+        self._was = (words,)
+        return words, own if METHODS[method].own else self.gr.skip()
 
-    def _prompts(self, folder: Path) -> str:
-        """The first captions of the folder, as sample prompts."""
+    def _prompts(self, folder: Path) -> tuple[str, str]:
+        """Captions of the folder as sample prompts, and their pictures."""
         try:
-            texts = [p.captions[0] for p in listed(folder) if p.captions]
+            told = {p.captions[0].partition("\n")[0]: p.path for p in reversed(listed(folder)) if p.captions}
+        except ValueError:  # a built data set
+            return "", ""
+        chosen = list(reversed(told.items()))[:: max(1, len(told) // 4)][:4]
+        return "\n".join(text for text, _ in chosen), "\n".join(self.studio.places.short(path) for _, path in chosen)
+
+    def plan(self, *values: Any) -> tuple[Any, str]:
+        """Memory and time with the command; of a form with a mistake none, for those of another would stand there."""
+        try:
+            found = self._plan(*values)
+        except ValueError as error:
+            self._planless = True
+            return ui.quiet("Memory and time: none until this is mended."), ui.mistake(str(error))
+        self._planless = False
+        return found
+
+    def told(self, *values: Any) -> tuple[Any, str]:
+        """The command, after a change that memory and time do not depend on, if they are there."""
+        if self._planless:
+            return self.plan(*values)
+        try:
+            return self.gr.skip(), ui.command_line(shown(training.command(self._form(values[:-1]))))
         except ValueError:
-            return ""
-        return "\n".join(dict.fromkeys(texts[:: max(1, len(texts) // 4)][:4]))
+            return self.plan(*values)
 
     def _plan(self, *values: Any) -> tuple[str, str]:
         form, gpu = self._form(values[:-1]), values[-1]

@@ -14,7 +14,11 @@ from ldm.web.run import duration
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the list of methods: what it is for, the command's words, and what the form asks beside."""
+    """A row of the list of methods: what it is for, the command's words, and what the form asks beside.
+
+    `captions`: sample prompts are captions of the folder at first. `given`: what a sample prompt is drawn with beside.
+    `own`: that may be the caption's own picture. `masks`: it has a mask, too.
+    """
 
     label: str
     words: tuple[str, ...]
@@ -23,8 +27,18 @@ class Method:
     subject: bool = False
     token: bool = False
     captions: bool = True
+    given: str = ""
+    own: bool = False
+    masks: bool = False
 
 
+CONDITIONS = {
+    "Edges": "canny", "A grey version": "grey", "A blurred version": "blur", "A small version": "small",
+    "Stored beside, in a built data set": "stored",
+}  # fmt: skip
+"""What a ControlNet follows: the page's words, and those of `--condition`."""
+SEES = {"The picture as a whole": "plain", "Its places (plus)": "plus"}
+"""What an IP-Adapter tells of a picture: the page's words, and those of `--form`."""
 METHODS = {
     "lora": Method("LoRA: a style, or many things, from captioned pictures", ("lora",), "lora", rank=True),
     "dreambooth_lora": Method("DreamBooth with LoRA: one subject, a small file", ("dreambooth", "--lora"),
@@ -35,9 +49,16 @@ METHODS = {
                          captions=False),
     "textual_inversion": Method("Textual inversion: a new word, a tiny file", ("textual-inversion",),
                                 "textual_inversion", token=True, captions=False),
-    "controlnet": Method("ControlNet: follow edges", ("controlnet",), "controlnet"),
-    "inpaint": Method("Inpainting: paint what is under a mask", ("inpaint",), "inpaint"),
-    "upscale": Method("Upscaling: enlarge pictures", ("upscale",), "upscale"),
+    "controlnet": Method("ControlNet: follow edges, or another version of a picture", ("controlnet",), "controlnet",
+                         captions=False, given="what each follows: edges, grey, ..."),
+    "ip_adapter": Method("IP-Adapter: a picture as a prompt", ("ip-adapter",), "ip_adapter",
+                         given="the prompt beside the words", own=True),
+    "instruct": Method("Edits by instructions, from pairs (InstructPix2Pix)", ("instruct",), "instruct",
+                       captions=False, given="what each edits"),
+    "inpaint": Method("Inpainting: paint what is under a mask", ("inpaint",), "inpaint", captions=False,
+                      given="what each paints into", masks=True),
+    "upscale": Method("Super-resolution: enlarge pictures", ("upscale",), "upscale",
+                      given="made small, then enlarged", own=True),
 }  # fmt: skip
 
 
@@ -81,6 +102,11 @@ class Form:
     prompts: str = ""
     every: float | None = None
     class_pictures: float | None = None
+    condition: str = "canny"
+    encoder: str = ""
+    sees: str = "plain"
+    pictures: Sequence[str] = ()
+    masks: Sequence[str] = ()
 
 
 def command(form: Form) -> list[str]:
@@ -101,6 +127,11 @@ def command(form: Form) -> list[str]:
         argv += ["--token", form.word.strip() or "<thing>"]
         if form.noun.strip():
             argv += ["--initializer-token", *form.noun.split()]
+    if form.method == "controlnet":
+        argv += ["--condition", form.condition]
+    if form.method == "ip_adapter":
+        argv += ["--image-encoder", form.encoder] if form.encoder else []
+        argv += ["--form", form.sees]
     numbers: list[tuple[str, float | None]] = [
         ("--steps", form.steps), ("--batch", form.batch), ("--lr", form.rate), ("--size", form.size),
         ("--seed", form.seed), ("--samples-every", form.every),
@@ -112,7 +143,29 @@ def command(form: Form) -> list[str]:
             argv += [option, f"{value:g}" if option == "--lr" else str(int(value))]
     for prompt in lines(form.prompts):
         argv += ["--prompt", prompt]
+    return [*argv, *_given(how, form)]
+
+
+def _given(how: Method, form: Form) -> list[str]:
+    """What the sample prompts are drawn with. Raises ValueError unless each has its own."""
+    argv, prompts = [], len(lines(form.prompts))
+    for asked, what, option, paths in (
+        (how.given, "picture", "--validation-image", form.pictures),
+        (how.masks, "mask", "--validation-mask", form.masks),
+    ):  # fmt: skip
+        if not asked:
+            continue
+        if len(paths) != prompts:
+            raise ValueError(f"sample prompts: {prompts}, each needs a {what} of its own, got {len(paths)}; "
+                             "a line each, or none at all")  # fmt: skip
+        for path in paths:
+            argv += [option, path]
     return argv
+
+
+def takes(method: str, what: str) -> bool:
+    """Whether sample prompts of a method have "pictures", or "masks", of their own."""
+    return METHODS[method].masks if what == "masks" else bool(METHODS[method].given)
 
 
 def lines(text: str) -> list[str]:

@@ -26,7 +26,9 @@ DRAW = Form(model="emoji", prompt=" a red apple ", out="drawn", steps=4, guidanc
 
 @pytest.mark.parametrize("method", training.METHODS)
 def test_trainings_are_commands_that_are_accepted(method):
-    form = replace(TRAIN, method=method, word="<cat>" if method == "textual_inversion" else "sks")
+    form = replace(TRAIN, method=method, word="<cat>" if method == "textual_inversion" else "sks", condition="grey",
+                   encoder="clip_emoji", sees="plus", pictures=("a.png", "b.png"),
+                   masks=("c.png", "d.png"))  # fmt: skip
     argv = training.command(form)
     args, rest = finetune.parser().parse_known_args(argv[1:])
     assert rest == []
@@ -35,6 +37,45 @@ def test_trainings_are_commands_that_are_accepted(method):
         assert args.rank == 4
     if training.METHODS[method].subject:
         assert (args.noun, args.identifier, args.num_class_images) == ("cat", "sks", 8)
+    given = {"controlnet": "conditions", "ip_adapter": "references"}.get(method, "pictures")
+    assert list(map(str, getattr(args, given, []))) == (
+        ["a.png", "b.png"] if training.takes(method, "pictures") else []
+    )
+    assert list(map(str, getattr(args, "masks", []))) == (["c.png", "d.png"] if method == "inpaint" else [])
+    assert getattr(args, "condition", "grey") == "grey"
+    assert (getattr(args, "form", "plus"), getattr(args, "image_encoder", "clip_emoji")) == ("plus", "clip_emoji")
+
+
+def test_every_method_of_the_command_is_there():
+    """And what a ControlNet follows, and an IP-Adapter tells, are the command's own choices."""
+    (verbs,) = (a for a in finetune.parser()._actions if a.dest == "method")
+    assert {m.words[0] for m in training.METHODS.values()} == set(verbs.choices)
+    told = {a.dest: a.choices for method in ("controlnet", "ip-adapter") for a in verbs.choices[method]._actions}
+    assert set(training.CONDITIONS.values()) == set(told["condition"])
+    assert set(training.SEES.values()) == set(told["form"])
+
+
+@pytest.mark.parametrize("method", ["controlnet", "ip_adapter"])
+def test_the_plan_of_a_method_is_of_its_command(method, tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    form = replace(
+        TRAIN, method=method, images=str(tmp_path), out=str(tmp_path / "x"), prompts="", encoder="clip_emoji"
+    )
+    commands = Commands(verb.run)
+    config = tmp_path / "c.yaml"
+    config.write_text(commands.here([*training.command(form), "--print-config"]).out)
+    plan = training.read_plan(commands.here(training.plan_words(config, "cpu")).out)
+    assert plan.needs > 10e6
+    assert plan.seconds > 0
+
+
+def test_sample_prompts_have_a_picture_each():
+    form = replace(TRAIN, method="inpaint", pictures=("a.png", "b.png"), masks=("c.png",))
+    with pytest.raises(ValueError, match="sample prompts: 2, each needs a mask of its own, got 1"):
+        training.command(form)
+    with pytest.raises(ValueError, match="a picture of its own, got 0"):
+        training.command(replace(form, pictures=()))
+    assert training.command(replace(form, prompts="", pictures=(), masks=()))
 
 
 def test_a_subject_needs_its_class():
@@ -136,6 +177,13 @@ def test_files_only_below_the_folders(tmp_path, monkeypatch):
     Image.new("RGB", (8, 8)).save(tmp_path / "in" / "pics" / "a.png")
     places = Places.of([tmp_path / "in"], tmp_path / "runs", tmp_path / "drawn")
     assert places.pictures() == ["in/pics"]
+    assert places.sets() == []
+    (tmp_path / "in" / "set").mkdir()
+    (tmp_path / "in" / "set" / "manifest.json").write_text("{}")
+    assert places.sets() == ["in/set"]
+    assert places.file("pics/a.png", "picture") == "in/pics/a.png"
+    with pytest.raises(ValueError, match=r"picture 'pics/b\.png': no such file"):
+        places.file("pics/b.png", "picture")
     assert places.folder("pics") == places.folder("in/pics/../pics") == tmp_path / "in" / "pics"
     (tmp_path / "in" / "link").symlink_to(tmp_path / "out")
     for outside in ("../out", str(tmp_path / "out"), "/etc", "~", "in/../../x"):

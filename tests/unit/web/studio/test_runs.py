@@ -6,12 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from ldm.checkpoint.lock import RunLock
 from ldm.web.studio import exports, runs
+from ldm.web.studio.commands import Commands
+from ldm.web.studio.places import Places
 from ldm.web.studio.queue import Queue
+from ldm.web.studio.studio import Studio
 
 CONFIG = """
 task: {kind: finetune, base: emoji, adapter: {kind: lora}, samples: {prompts: [a cat]}}
@@ -120,3 +124,13 @@ def test_exports_are_commands(queue):
     (folder / "config.yaml").write_text("task: {kind: dreambooth, base: emoji, adapter: {kind: full}}\n")
     whole = runs.look(folder, queue)
     assert exports.command(whole, "lora", None, "x", "r")[-2:] == ["--base", "emoji"]  # its difference from the base
+
+
+def test_what_draws_beside_a_model_is_none(queue, tmp_path):
+    for name, kind in (("cats", "finetune"), ("edges", "controlnet"), ("eyes", "ip_adapter")):
+        folder = make(queue, name)
+        (folder / "config.yaml").write_text(f"task: {{kind: {kind}, base: emoji}}\n")
+        (folder / "checkpoints" / "step-10").mkdir(parents=True)
+    places = Places.of([tmp_path], queue.runs, tmp_path / "drawn")
+    models = Studio(places, Commands(lambda argv: 0), queue).models()
+    assert [Path(name).name for name in models if "runs" in name] == ["cats"]
