@@ -24,6 +24,7 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from ldm.web import live
 from ldm.web.studio.drawing import record
@@ -238,6 +239,7 @@ def draw(page: Any, folder: Path) -> None:
     assert record(third)["index"] == 1
     assert same(third, drawn[1])
     side_by_side(page, folder, drawn[0])
+    several(page, folder)
 
 
 def side_by_side(page: Any, folder: Path, drawn: Path) -> None:
@@ -277,6 +279,39 @@ def side_by_side(page: Any, folder: Path, drawn: Path) -> None:
     changed = np.abs(before - after).max(2) > 0
     assert changed[mask > 127].any()
     assert not changed[mask == 0].any()
+
+
+def several(page: Any, folder: Path) -> None:
+    """Two LoRAs with weights and an embedding redraw the whole of a picture, as the command that is shown does."""
+    words = np.random.default_rng(0).normal(scale=0.02, size=(1, 192)).astype(np.float32)
+    save_file({"<meow>": words}, folder / "meow.safetensors")
+    page.locator("#draw-gallery button.thumbnail-item, #draw-gallery .thumbnails button").first.click()
+    page.get_by_text("An edited picture is drawn again with all of its command").wait_for()
+    assert page.is_disabled("#draw-redraw")
+    assert page.is_disabled("#draw-use")
+    page.click("#draw-onward")
+    page.get_by_text("It is the picture to start from").wait_for()
+    page.get_by_text("LoRAs and embeddings").click()
+    choose(page, "#draw-model", "emoji")
+    for k, (lora, weight) in enumerate((("runs/mycat", "0.5"), ("runs/mycat/export/kohya.safetensors", "-0.25"))):
+        choose(page, f"#draw-lora-{k}", lora)
+        page.fill(f"#draw-weight-{k} input[type=number]", weight)
+        page.keyboard.press("Tab")
+    choose(page, "#draw-embeddings", "meow.safetensors")
+    page.keyboard.press("Escape")
+    write(page, "#draw-prompt", "a <meow> cat")
+    page.wait_for_timeout(1000)
+    page.click("#draw-draw")
+    page.get_by_text("ldm edit img2img").wait_for()
+    shot(page, "several")
+    command = shlex.split(page.inner_text("#draw-said .cmd"))[1:]
+    told = "--lora runs/mycat:0.5 --lora runs/mycat/export/kohya.safetensors:-0.25 --embedding meow.safetensors"
+    assert told in shlex.join(command)
+    drawn = max(folder.glob("drawn/*-*/[0-9]*.png"), key=lambda p: p.stat().st_mtime)
+    assert record(drawn)["command"] == command
+    command[command.index("--out") + 1] = "typed_edit"
+    subprocess.run([sys.executable, "-m", "ldm.cli", *command], cwd=folder, env=environment(), check=True)
+    assert same(drawn, folder / "typed_edit" / "0000.png")
 
 
 def models(page: Any, folder: Path) -> None:

@@ -135,8 +135,8 @@ class Drawer:
     def redraw(self, asked: Asked, path: Path, tell: progress.Told | None = None) -> tuple[Drawn, str]:
         """One picture of a batch from its own noise, with the page's settings; and the command."""
         record = drawing.record(path)
-        if "index" not in record:
-            raise ValueError("redraw: an edited picture, or one of another program; draw all again")
+        if whole := drawing.whole_only(record):
+            raise ValueError(f"redraw: {whole}")
         form = self.form(asked)
         form = replace(form, prompt=record["prompt"], seed=int(record["seed"]), picture=None, mask=None,
                        count=max(int(record.get("count") or 1), int(record["index"]) + 1))  # fmt: skip

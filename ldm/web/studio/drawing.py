@@ -158,6 +158,13 @@ def record(path: Path) -> dict[str, Any]:
     return told if isinstance(told, dict) else {}
 
 
+def whole_only(settings: Mapping[str, Any]) -> str:
+    """Why a picture of these settings cannot be drawn again alone, nor its settings be put into the form; "" if so."""
+    if "command" in settings:
+        return "An edited picture is drawn again with all of its command, which stands above."
+    return "" if "index" in settings and "prompt" in settings else "A picture without the settings of `ldm sample`."
+
+
 def told(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     """A picture's settings in words; those that are off are left out."""
     if "command" in settings:

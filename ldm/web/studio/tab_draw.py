@@ -9,7 +9,7 @@ from typing import Any
 
 from ldm.web.studio import ui
 from ldm.web.studio.drawer import COMPARE, Asked, Drawer
-from ldm.web.studio.drawing import SETTINGS, record, told
+from ldm.web.studio.drawing import SETTINGS, record, told, whole_only
 from ldm.web.studio.studio import Studio
 
 LORAS = 3
@@ -86,8 +86,9 @@ def _more(gr: Any, studio: Studio, at: dict[str, Any]) -> None:
                 at[f"lora_{k}"] = gr.Dropdown(["", *files], value="", allow_custom_value=True, label=f"LoRA {k + 1}",
                                               scale=3, min_width=170, elem_id=f"draw-lora-{k}")  # fmt: skip
                 at[f"weight_{k}"] = gr.Slider(-1, 2, value=1, step=0.05, label="Weight", scale=2, min_width=140,
-                                              buttons=[])  # fmt: skip
-        at["embeddings"] = gr.Dropdown(files, value=[], multiselect=True, allow_custom_value=True, label="Embeddings")
+                                              buttons=[], elem_id=f"draw-weight-{k}")  # fmt: skip
+        at["embeddings"] = gr.Dropdown(files, value=[], multiselect=True, allow_custom_value=True, label="Embeddings",
+                                       elem_id="draw-embeddings")  # fmt: skip
     with gr.Accordion("Start from a picture", open=False) as at["start"]:
         gr.HTML(
             "<p class='ok'>Paint over a part to draw only that anew (inpainting); without paint all is redrawn.</p>"
@@ -120,7 +121,8 @@ def _connect(gr: Any, studio: Studio, at: dict[str, Any]) -> tuple[Callable[[Any
     gr.on([at["draw"].click, at["prompt"].submit], handlers.draw, form, results, **slow)
     at["stop"].click(handlers.stop, None, at["said"], **quick)
     at["redraw"].click(handlers.redraw, [at["shown"], at["place"], *form], results, **slow)
-    at["gallery"].select(handlers.select, at["shown"], [at["place"], at["settings"], at["chosen"]], **quick)
+    of_one = [at["place"], at["settings"], at["chosen"], at["use"], at["redraw"]]
+    at["gallery"].select(handlers.select, at["shown"], of_one, **quick)
     back = [at[n] for n in ("model", "prompt", "negative", "sampler", "steps", "guidance", "seed", "width", "height")]
     at["use"].click(handlers.use, [at["shown"], at["place"]], [*back, at["said"]], **quick)
     at["onward"].click(handlers.onward, [at["shown"], at["place"]], [at["editor"], at["start"], at["said"]], **quick)
@@ -211,14 +213,17 @@ class Handlers:
 
     def _select(self, shown: list[Shown], place: int) -> tuple[Any, ...]:
         one = self._chosen(shown, place)
-        rows = told(record(Path(one.path)))
-        table = ui.table(("", ""), [*rows, ("File", self.studio.places.short(Path(one.path).resolve()))])
-        return place, table, self.gr.update(visible=True)
+        settings = record(Path(one.path))
+        rows = [*told(settings), ("File", self.studio.places.short(Path(one.path).resolve()))]
+        whole = whole_only(settings)
+        table = ui.table(("", ""), rows) + ui.quiet(whole)
+        button = self.gr.update(interactive=not whole)
+        return place, table, self.gr.update(visible=True), button, button
 
     def _use(self, shown: list[Shown], place: int | None) -> tuple[Any, ...]:
         settings = record(Path(self._chosen(shown, place).path))
-        if "prompt" not in settings:
-            raise ValueError("picture: an edited one; its command is in its settings")
+        if whole := whole_only(settings):
+            raise ValueError(f"picture: {whole}")
         size = settings.get("size") or [0, 0]
         keys = ("model", "prompt", "negative", "sampler", "steps", "guidance", "seed")
         return (*(settings.get(key) for key in keys), size[-1], size[0], ui.quiet("The form has its settings."))

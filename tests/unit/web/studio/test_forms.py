@@ -229,3 +229,10 @@ def test_the_verb_names_mistakes(argv, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["studio", *argv]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_what_is_drawn_again_alone():
+    """A picture of `ldm sample` is; an edit, which has its command alone, and a picture of another program are not."""
+    assert drawing.whole_only({"prompt": "a cat", "index": 1}) == ""
+    assert "edited" in drawing.whole_only({"command": ["edit", "img2img", "a.png", "a cat"]})
+    assert "without" in drawing.whole_only({})
