@@ -65,6 +65,16 @@ class Places:
             return self.short(self.inside(told, what))
         return told
 
+    def encoder(self, text: str | None) -> str:
+        """An image encoder as `model`, or open_clip:ARCH:WEIGHTS; "" is the command's own."""
+        told = (text or "").strip()
+        if not told.startswith("open_clip:"):
+            return self.model(told, "image encoder") if told else ""
+        weights = told.partition(":")[2].rpartition(":")[2]
+        if weights.startswith("~") or "/" in weights or Path(weights).exists():
+            self.inside(weights, "image encoder")
+        return told
+
     def short(self, path: Path) -> str:
         """As it is typed: relative where that is below the working folder."""
         here = Path.cwd()

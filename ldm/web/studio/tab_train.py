@@ -26,7 +26,7 @@ def form_of(studio: Studio, told: dict[str, Any]) -> Form:
     """What the fields say, with paths below the folders. Raises ValueError."""
     images = studio.places.folder(told["images"], "pictures")
     name = training.check_name(told["name"] or "")
-    given = {
+    given: dict[str, Any] = {
         k: told[k] or None for k in ("steps", "rate", "batch", "size", "rank", "every") if told[k] is not None
     }  # fmt: skip
     if (rate := given.get("rate")) is not None and rate < 0:
@@ -35,14 +35,12 @@ def form_of(studio: Studio, told: dict[str, Any]) -> Form:
         key: tuple(studio.places.file(line, what) for line in training.lines(told[key]))
         for key, what in (("pictures", "picture"), ("masks", "mask")) if training.takes(told["method"], key)
     }  # fmt: skip
-    encoder = (told["encoder"] or "").strip()
-    if encoder and ":" not in encoder:  # open_clip:ARCH:WEIGHTS is no path
-        encoder = studio.places.model(encoder, "image encoder")
     return Form(
         method=told["method"], images=studio.places.short(images), base=studio.places.model(told["base"], "base"),
         out=studio.places.short(studio.places.runs / name), seed=told["seed"], noun=told["noun"] or "",
         word=told["word"] or "", prompts=told["prompts"] or "", class_pictures=told["class_pictures"],
-        condition=told["condition"], encoder=encoder, sees=told["sees"], **files, **given,
+        condition=told["condition"], encoder=studio.places.encoder(told["encoder"]), sees=told["sees"], **files,
+        **given,
     )  # fmt: skip
 
 
@@ -185,6 +183,7 @@ def _connect(gr: Any, studio: Studio, at: dict[str, Any]) -> tuple[Callable[[Any
     def opened(tab: Any) -> None:
         tab.select(handlers.captions, [at["method"], at["images"], at["prompts"]],
                    [at["prompts"], at["pictures"]], **quick)  # fmt: skip
+        tab.select(lambda: handlers.queue()[:3], None, after[:3], **quick)  # the timer of a hidden tab stands still
 
     return fill, opened
 

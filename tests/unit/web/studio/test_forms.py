@@ -197,6 +197,12 @@ def test_files_only_below_the_folders(tmp_path, monkeypatch):
     for outside in ("/etc/x.safetensors", "../x", "~/x/y"):
         with pytest.raises(ValueError, match="not below"):
             places.model(outside)
+    assert [places.encoder(told) for told in (None, "clip_emoji", "in/eyes", "open_clip:ViT-B-32:openai")] == [
+        "", "clip_emoji", "in/eyes", "open_clip:ViT-B-32:openai",
+    ]  # fmt: skip
+    for outside in ("/etc/eyes", "/etc:eyes", "open_clip:ViT-B-32:/etc/eyes.pt", "open_clip:ViT-B-32:../x"):
+        with pytest.raises(ValueError, match="not below"):
+            places.encoder(outside)
     with pytest.raises(ValueError, match="no such folder"):
         Places.of([tmp_path / "none"], tmp_path / "runs", tmp_path / "drawn")
 
