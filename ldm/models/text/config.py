@@ -203,10 +203,13 @@ class ClipConfig:
     image_size: int = 64
     """Side of its pictures in pixels, a multiple of `patch_size`."""
     patch_size: int = 8
+    """Pixels along a side of a token of the vision tower."""
     vision_width: int = 192
     """Width of the vision tower, a multiple of `vision_head_width`."""
     vision_layers: int = 4
+    """Layers of the vision tower."""
     vision_head_width: int = 64
+    """Channels of a head of the vision tower."""
     quick_gelu: bool = False
     """Whether the text tower uses quick GELU instead of GELU."""
     bpe: str = "emoji"
