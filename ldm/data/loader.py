@@ -51,10 +51,14 @@ class DataConfig:
     kind: Literal["shards"] = "shards"
     path: str
     split: str = "train"
+    """The part of the data set that is read."""
     size: int = 64
     fit: Fit = "crop"
+    """How a picture becomes a square: "crop" covers it, "pad" fits inside on white, "stretch" is exact."""
     crop: Literal["center", "random"] = "center"
+    """Where it is cut."""
     flip: bool = False
+    """Whether half of the samples are mirrored."""
     captions: Literal["weighted", "first", "none"] = "weighted"
     template: str = "{}"
     require_captions: bool = True
@@ -67,8 +71,10 @@ class DataConfig:
     rotate: float = 0.0
     repeats: int = 1
     cached: bool = False
+    """Whether the data set holds latents and text states instead of pictures and captions."""
     buckets: bool = False
     shuffle: bool = True
+    """Whether each epoch has an order of its own."""
     window: int = 1 << 16
     last: Literal["drop", "wrap"] = "drop"
     memory: int = 1 << 30

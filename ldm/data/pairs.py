@@ -37,6 +37,7 @@ class Stored:
     kind: Literal["stored"] = "stored"
     member: str | None = None
     filter: Literal["bicubic", "nearest"] = "bicubic"
+    """How the picture is resized."""
     channels: Channels = 3
     cache: Cache = "pixels"
 
@@ -47,6 +48,7 @@ class StoredMask:
 
     kind: Literal["stored_mask"] = "stored_mask"
     member: str = "mask"
+    """The mask's member beside the picture, `KEY.member.png`."""
     cache: Literal["pixels"] = "pixels"
 
 
@@ -56,7 +58,9 @@ class Canny:
 
     kind: Literal["canny"] = "canny"
     low: float = 100.0
+    """The lower threshold, of edges that continue others."""
     high: float = 200.0
+    """The upper threshold, of edges that start."""
     channels: Channels = 3
     cache: Cache = "pixels"
 
@@ -125,9 +129,13 @@ class RandomMask:
 
     kind: Literal["random_mask"] = "random_mask"
     rectangles: float = 0.3
+    """Share of masks of one to four rectangles."""
     strokes: float = 0.3
+    """Share of masks of one to four brush strokes."""
     half: float = 0.15
+    """Share of masks of one side of the picture."""
     whole: float = 0.25
+    """Share of masks of the whole picture."""
     cache: Literal["pixels"] = "pixels"
 
     def __post_init__(self) -> None:
@@ -145,6 +153,7 @@ class Masked:
 
     kind: Literal["masked"] = "masked"
     mask: str = "inpaint_mask"
+    """The pair whose mask is used."""
     cache: Literal["latents"] = "latents"
 
 

@@ -20,9 +20,12 @@ class Tags:
     """
 
     separator: str = ","
+    """What stands between two tags."""
     shuffle: bool = True
+    """Whether the tags that do not stay are shuffled."""
     keep: int = 1
     dropout: float = 0.0
+    """The rate at which each tag that does not stay is dropped."""
     prefix: str = ""
     suffix: str = ""
     keep_separator: str = ""

@@ -35,7 +35,9 @@ class LogitNormal:
 
     kind: Literal["logit_normal"] = "logit_normal"
     mean: float = 0.0
+    """The mean of logit(t / T), above 0 towards the noise."""
     std: float = 1.0
+    """The standard deviation of logit(t / T), above 0."""
 
     def __post_init__(self) -> None:
         if not self.std > 0:
@@ -56,6 +58,7 @@ class Mode:
 
     kind: Literal["mode"] = "mode"
     scale: float = 1.29
+    """How much of the middle, in [-1, 2 / (pi - 2)]; 0 is uniform."""
 
     def __post_init__(self) -> None:
         if not -1 <= self.scale <= 2 / (math.pi - 2):
@@ -110,6 +113,7 @@ class FluxShift:
 
     kind: Literal["flux_shift"] = "flux_shift"
     base: Literal["logit_normal", "uniform"] = "logit_normal"
+    """The density that is shifted."""
     std: float = 1.0
     dynamic: DynamicShift = field(default_factory=DynamicShift)
 

@@ -79,13 +79,17 @@ class Process:
     """
 
     schedule: Discrete | Flow = field(default_factory=Discrete)
+    """The noise at each time: discrete times or a flow."""
     prediction: Epsilon | V | Sample | Velocity = field(default_factory=Epsilon)
+    """What the network predicts."""
     weighting: Uniform | MinSNR | SoftMinSNR | SNR | Debiased | P2 | VLB | X0 | SigmaSqrt | CosMapWeight = field(
         default_factory=Uniform
     )
+    """The loss weight of each time."""
     density: UniformTimes | LogitNormal | Mode | CosMap | ShiftedUniform | FluxShift | Importance = field(
         default_factory=UniformTimes
     )
+    """Which times training sees, and how often."""
     variance: Literal["fixed", "learned"] = "fixed"
 
     def __post_init__(self) -> None:

@@ -70,8 +70,11 @@ class Discrete:
     kind: Literal["discrete"] = "discrete"
     betas: Betas = "scaled_linear"
     steps: int = 1000
+    """T, the number of times."""
     beta_start: float = 0.00085
+    """beta at the first time; not used by "cosine"."""
     beta_end: float = 0.012
+    """beta at the last time; not used by "cosine"."""
     zero_terminal_snr: bool = False
 
     def __post_init__(self) -> None:
@@ -176,6 +179,7 @@ class DynamicShift:
     base_image_seq_len: int = 256
     max_image_seq_len: int = 4096
     time_shift_type: Literal["exponential", "linear"] = "exponential"
+    """Whether the shift is e^mu ("exponential") or mu itself ("linear")."""
     mu: Literal["linear", "flux2"] = "linear"
 
     def __post_init__(self) -> None:

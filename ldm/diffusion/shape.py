@@ -45,6 +45,7 @@ class _PseudoHuber:
 
     schedule: Literal["constant", "exponential", "snr"] = "snr"
     c: float = 0.1
+    """The threshold's factor, in (0, 1]."""
     scale: float = 1.0
 
     def __post_init__(self) -> None:

@@ -44,6 +44,7 @@ class MinSNR:
 
     kind: Literal["min_snr"] = "min_snr"
     gamma: float = 5.0
+    """The cap of the signal-to-noise ratio, above 0."""
 
     def __post_init__(self) -> None:
         if not self.gamma > 0:
@@ -63,6 +64,7 @@ class SoftMinSNR:
 
     kind: Literal["soft_min_snr"] = "soft_min_snr"
     gamma: float = 4.0
+    """The signal-to-noise ratio at which the weight has fallen to half of the plain one's, above 0."""
 
     def __post_init__(self) -> None:
         if not self.gamma > 0:
@@ -107,7 +109,9 @@ class P2:
 
     kind: Literal["p2"] = "p2"
     k: float = 1.0
+    """Added to the signal-to-noise ratio, above 0."""
     gamma: float = 1.0
+    """The power of the denominator, at least 0; 0 weighs all times alike."""
 
     def __post_init__(self) -> None:
         if not (self.k > 0 and self.gamma >= 0):

@@ -28,8 +28,11 @@ class AutoencoderLoss:
     """
 
     l1: float = 1.0
+    """Weight of the mean absolute error of pixels."""
     kl: float = 1e-6
+    """Weight of the latents' KL divergence from a standard normal."""
     perceptual: float = 1.0
+    """Weight of the perceptual term."""
     adversarial: float = 0.1
     adversarial_start: int = 1000
 

@@ -43,6 +43,7 @@ class MatchingOptions:
 
     kind: Literal["dmd"] = "dmd"
     w: tuple[float, float] = (2.0, 2.0)
+    """Range of the teacher's guidance strength, drawn uniformly for each sample."""
     steps: tuple[int, ...] = (4,)
     solver_steps: int = 50
     every: int = 5

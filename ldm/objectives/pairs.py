@@ -26,6 +26,7 @@ class PairOptions:
     solver_steps: int = 50
     decay: float = 0.95
     loss: Literal["huber", "l2"] = "huber"
+    """Of both ends' answers: the Huber loss of width `huber`, or the squared error."""
     huber: float = 0.001
 
     def __post_init__(self) -> None:

@@ -39,6 +39,7 @@ class ProgressiveOptions:
     until: int = 1
     stage: Literal["halve", "match"] = "halve"
     w: tuple[float, float] = (0.0, 4.0)
+    """Range of the teacher's guidance strength, drawn uniformly for each sample."""
 
     def __post_init__(self) -> None:
         check_range("w", self.w)

@@ -43,6 +43,7 @@ class AutoencoderTask:
     perceptual_network: Literal["efficientnet_lite0", "none"] = "efficientnet_lite0"
     validation: str = "heldout"
     validate_every: int = 500
+    """Optimizer steps between validations."""
 
 
 class Validation:

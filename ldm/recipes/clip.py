@@ -36,6 +36,7 @@ class ClipTask:
     augment: float = 0.15
     validation: tuple[str, ...] = ("heldout",)
     validate_every: int = 500
+    """Optimizer steps between validations."""
 
 
 class RetrievalValidation:

@@ -34,6 +34,7 @@ class DistillTask:
     text_precision: TextPrecision = "fp32"
     t5_padding: T5Padding = "unmodified"
     method: Method
+    """The method of distillation, and its options."""
     guidance_embedding: int | None = 256
     lora: LoraConfig | None = None
     start: str | None = None
@@ -41,6 +42,7 @@ class DistillTask:
     drop: float = 0.0
     cache: Path | None = None
     gradient_checkpointing: bool | Granularity = False
+    """Whether activations are computed again in the backward pass, for less memory."""
     samples: Samples = field(default_factory=Samples)
 
     def __post_init__(self) -> None:

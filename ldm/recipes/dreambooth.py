@@ -39,10 +39,13 @@ class DreamboothTask(Finetuning):
     kind: Literal["dreambooth"] = "dreambooth"
     images: Path
     identifier: str = "sks"
+    """The rare word that names the subject in its caption."""
     noun: str
+    """The word of the subject's class, such as dog."""
     prompt: str | None = None
     prior: Prior | None = field(default_factory=Prior)
     adapter: FullConfig | LoraConfig | PivotalConfig = field(default_factory=FullConfig)
+    """What trains: all weights, a LoRA, or a LoRA with new words."""
 
     def __post_init__(self) -> None:
         if not self.noun.strip() or not self.identifier.strip():

@@ -94,6 +94,7 @@ class Finetuning:
     cache: Path | None = None
     masks: str | None = None
     gradient_checkpointing: bool | Granularity = False
+    """Whether activations are computed again in the backward pass, for less memory."""
     samples: Samples = field(default_factory=Samples)
     preserve: Preserve | None = None
 
@@ -113,6 +114,7 @@ class FinetuneTask(Finetuning):
     kind: Literal["finetune"] = "finetune"
     images: Path | None = None
     adapter: FullConfig | LoraConfig = field(default_factory=LoraConfig)
+    """What trains: a LoRA, or all weights."""
 
 
 @dataclass(frozen=True)

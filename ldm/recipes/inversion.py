@@ -50,7 +50,9 @@ class Concept(NewToken):
     """A new token and its pictures, captioned for an object or a style, or by `templates` with {} for the token."""
 
     images: Path
+    """The folder of the concept's pictures."""
     learn: Literal["object", "style"] = "object"
+    """Whether the captions speak of an object or of a style."""
     templates: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

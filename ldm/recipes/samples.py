@@ -31,9 +31,12 @@ class PromptSettings:
 
     size: int | tuple[int, int] | None = None
     steps: int | None = None
+    """Sampler steps of this prompt; null is the common number."""
     seed: int | None = None
     guidance: float | None = None
+    """Guidance strength of this prompt; null is the common one."""
     negative: str | None = None
+    """Negative prompt of this prompt; null is the common one."""
 
     def of(self, common: Settings) -> Settings:
         """The common settings with these."""
@@ -51,6 +54,7 @@ class Samples:
     """
 
     prompts: tuple[str, ...] = ()
+    """What is drawn, one picture a prompt."""
     every: int = 1000
     settings: Settings = field(default_factory=Settings)
     pictures: tuple[Path, ...] = ()

@@ -29,17 +29,25 @@ class Settings:
     """
 
     sampler: str = "ddim"
+    """The sampler, of those that `ldm sample --list-samplers` names."""
     steps: int = 50
+    """Sampler steps."""
     guidance: float = 7.5
     guide: Literal["cfg", "projected", "perpendicular"] = "cfg"
     interval: tuple[float, float] | None = None
     rescale: float = 0.0
+    """Guidance rescale, 0 (off) to 1: less over-exposure at high guidance."""
     negative: str = ""
+    """The negative prompt."""
     eta: float | None = None
+    """Noise added in each step, 0 to 1; null is the sampler's own."""
     spacing: str | None = None
+    """Time spacing, such as trailing or karras; null is the sampler's own."""
     seed: int = 0
+    """Any whole number."""
     size: Size | None = None
     batch: int = 16
+    """Pictures at a time, at least 1."""
     weights: bool = False
     long: bool = False
     original: tuple[int, int] | None = None
@@ -50,6 +58,7 @@ class Settings:
     queries: int | None = None
     skip_layers: tuple[int, ...] = ()
     skip_scale: float = 2.8
+    """Strength of skip-layer guidance."""
     skip_interval: tuple[float, float] = (0.01, 0.2)
     image_guidance: float | None = None
 

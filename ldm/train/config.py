@@ -57,6 +57,7 @@ class TrainConfig:
     steps: int
     batch: int
     accumulate: int = 1
+    """Parts that each process divides its share of `batch` into, one after another."""
     optim: Optim = field(default_factory=Optim)
     engine: EngineConfig = field(default_factory=EngineConfig)
     ema: EmaConfig | None = field(default_factory=EmaConfig)
@@ -65,6 +66,7 @@ class TrainConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
     validate: ValidateConfig | None = None
     threads: int = 0
+    """Threads that PyTorch computes with on a CPU; 0 leaves its own number."""
     max_skipped: int = 20
 
     def __post_init__(self) -> None:

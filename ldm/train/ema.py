@@ -28,6 +28,7 @@ class EmaConfig:
 
     decay: float = 0.999
     warmup: bool = True
+    """Whether the decay grows with the updates, min(decay, (1 + n) / (10 + n))."""
     others: tuple[float, ...] = ()
     power: tuple[float, ...] = ()
     snapshot: int = 0

@@ -37,7 +37,9 @@ class EngineConfig:
     """
 
     zero_stage: int = 1
+    """The ZeRO stage, 0 to 3: what of optimizer state, gradients and weights is divided among ranks."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """What is computed in; `auto` is fp32 or bf16, whichever is faster here."""
     clip: float = 1.0
     offload_optimizer: bool = False
     offload_parameters: bool = False

@@ -29,8 +29,10 @@ class LogConfig:
 
     every: int = 10
     tensorboard: bool = True
+    """Whether metrics are written for TensorBoard, too."""
     wandb: bool = False
     wandb_mode: Literal["online", "offline"] | None = None
+    """Whether wandb sends its log or only writes it; null is what WANDB_MODE says."""
     price: float = 0.0
     peak: float = 0.0
 

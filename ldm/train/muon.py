@@ -39,7 +39,9 @@ class MuonConfig:
     """
 
     momentum: float = 0.95
+    """Decay of the running mean of gradients."""
     nesterov: bool = True
+    """Whether updates look ahead: the gradient mixed once more with its running mean."""
     ns_steps: int = 5
     scale: Literal["rms", "original"] = "rms"
     lr: float | None = None

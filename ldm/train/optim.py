@@ -35,12 +35,18 @@ class Optim:
     algorithm: Literal[
         "adamw", "adamw8bit", "lion", "muon", "sgd", "adafactor", "came", "prodigy", "adamw_schedule_free"
     ] = "adamw"
+    """The optimizer."""
     lr: float = 1e-4
+    """The peak rate."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    """Added to the denominator of Adam-like updates."""
     weight_decay: float = 0.01
+    """Weight decay."""
     warmup: int = 0
+    """Optimizer steps of linear warm-up; 0 is none."""
     decay: Decay = "constant"
+    """The form of the decay after the warm-up."""
     final: float = 0.0
     fused: bool = True
     course: Course = field(default_factory=Course)

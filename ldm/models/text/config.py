@@ -189,18 +189,31 @@ class ClipConfig:
     """Both towers of a small open_clip model; the vision tower is a ViT on square images in [-1, 1]."""
 
     embed_dim: int = 192
+    """Width of the embeddings that are compared."""
     context_length: int = 32
+    """Tokens of a caption."""
     vocab_size: int = 4096
+    """Number of tokens that there are."""
     text_width: int = 192
+    """Width of the text tower."""
     text_heads: int = 3
+    """Heads of the text tower."""
     text_layers: int = 4
+    """Layers of the text tower."""
     image_size: int = 64
+    """Side of its pictures in pixels, a multiple of `patch_size`."""
     patch_size: int = 8
+    """Pixels along a side of a token of the vision tower."""
     vision_width: int = 192
+    """Width of the vision tower, a multiple of `vision_head_width`."""
     vision_layers: int = 4
+    """Layers of the vision tower."""
     vision_head_width: int = 64
+    """Channels of a head of the vision tower."""
     quick_gelu: bool = False
+    """Whether the text tower uses quick GELU instead of GELU."""
     bpe: str = "emoji"
+    """The vocabulary of byte pairs."""
     pad: Pad = "eot"
 
     def __post_init__(self) -> None:

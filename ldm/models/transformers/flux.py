@@ -49,13 +49,21 @@ class FluxConfig:
     in_channels: int = 64
     out_channels: int | None = None
     num_layers: int = 19
+    """Number of double blocks."""
     num_single_layers: int = 38
+    """Number of single blocks."""
     attention_head_dim: int = 128
+    """Channels of a head."""
     num_attention_heads: int = 24
+    """Number of heads; times `attention_head_dim` it is the width."""
     joint_attention_dim: int = 4096
+    """Width of the text states."""
     pooled_projection_dim: int = 768
+    """Width of the pooled text."""
     guidance_embeds: bool = False
+    """Whether the network is told the guidance strength, as FLUX.1 dev is."""
     axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
+    """Rotated channels of each axis, three even numbers that add up to `attention_head_dim`."""
 
     def __post_init__(self) -> None:
         check_equal("patch_size", self.patch_size, 1)

@@ -47,21 +47,27 @@ class PixArtConfig:
     out_channels: int | None = 8
     num_layers: int = 28
     dropout: float = 0.0
+    """Only 0.0 is taken."""
     norm_num_groups: int = 32
     cross_attention_dim: int = 1152
     attention_bias: bool = True
     sample_size: int = 128
     patch_size: int = 2
     activation_fn: str = "gelu-approximate"
+    """Only gelu-approximate is taken."""
     num_embeds_ada_norm: int = 1000
     upcast_attention: bool = False
+    """Only false is taken."""
     norm_type: str = "ada_norm_single"
+    """Only ada_norm_single is taken."""
     norm_elementwise_affine: bool = False
+    """Only false is taken."""
     norm_eps: float = 1e-6
     interpolation_scale: float | None = None
     use_additional_conditions: bool | None = None
     caption_channels: int | None = None
     attention_type: str = "default"
+    """Only default is taken."""
 
     def __post_init__(self) -> None:
         for name, value in _FIXED.items():

@@ -28,18 +28,30 @@ class SD3Config:
 
     kind: Literal["sd3"] = "sd3"
     sample_size: int = 128
+    """Side in latent pixels at which positions are counted, at least `patch_size`."""
     patch_size: int = 2
+    """Latent pixels along a side of a token."""
     in_channels: int = 16
+    """Channels of the latents."""
     num_layers: int = 18
+    """Number of blocks."""
     attention_head_dim: int = 64
+    """Channels of a head."""
     num_attention_heads: int = 18
+    """Number of heads; times `attention_head_dim` it is the width."""
     joint_attention_dim: int = 4096
+    """Width of the text states."""
     caption_projection_dim: int = 1152
+    """The width that text is brought to: heads times `attention_head_dim`."""
     pooled_projection_dim: int = 2048
+    """Width of the pooled text."""
     out_channels: int | None = 16
     pos_embed_max_size: int = 96
+    """Tokens along a side of the table of positions."""
     dual_attention_layers: tuple[int, ...] = ()
+    """The blocks with a second attention, of image tokens alone, from 0."""
     qk_norm: str | None = None
+    """Whether queries and keys are normalised ("rms_norm"); null is not."""
 
     def __post_init__(self) -> None:
         check_counts(self, "sample_size", "patch_size", "in_channels", "num_layers", "attention_head_dim")

@@ -39,19 +39,26 @@ class ZImageConfig:
     kind: Literal["zimage"] = "zimage"
     all_patch_size: tuple[int, ...] = (2,)
     all_f_patch_size: tuple[int, ...] = (1,)
+    """Only [1] is taken."""
     in_channels: int = 16
+    """Channels of the latents."""
     dim: int = 3840
+    """The width, a multiple of `n_heads`."""
     n_layers: int = 30
     n_refiner_layers: int = 2
     n_heads: int = 30
+    """Number of heads."""
     n_kv_heads: int = 30
+    """Only `n_heads` is taken."""
     norm_eps: float = 1e-5
     qk_norm: bool = True
     cap_feat_dim: int = 2560
     siglip_feat_dim: int | None = None
+    """Only null is taken."""
     rope_theta: float = 256.0
     t_scale: float = 1000.0
     axes_dims: tuple[int, int, int] = (32, 48, 48)
+    """Rotated channels of each axis, three even numbers that add up to dim / `n_heads`."""
     axes_lens: tuple[int, int, int] = (1024, 512, 512)
 
     def __post_init__(self) -> None:

@@ -53,48 +53,79 @@ class UNetConfig:
     flip_sin_to_cos: bool = True
     freq_shift: float = 0
     down_block_types: tuple[str, ...] = (DOWN[0], DOWN[0], DOWN[0], DOWN[1])
+    """CrossAttnDownBlock2D or DownBlock2D for each level."""
     mid_block_type: str = MID[0]
+    """UNetMidBlock2DCrossAttn or UNetMidBlock2D."""
     up_block_types: tuple[str, ...] = (UP[1], UP[0], UP[0], UP[0])
+    """CrossAttnUpBlock2D or UpBlock2D for each level."""
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    """Channels of each level, from the finest."""
     layers_per_block: int | tuple[int, ...] = 2
     dropout: float = 0.0
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     cross_attention_dim: int | tuple[int, ...] = 1280
+    """Width of the text states."""
     transformer_layers_per_block: int | tuple[int, ...] = 1
     attention_head_dim: int | tuple[int, ...] = 8
     num_attention_heads: int | tuple[int, ...] | None = None
     use_linear_projection: bool = False
     upcast_attention: bool = False
     resnet_time_scale_shift: str = "default"
+    """default or scale_shift."""
     time_embedding_dim: int | None = None
     time_cond_proj_dim: int | None = None
     class_embed_type: str | None = None
+    """timestep, identity, projection or simple_projection; null is none."""
     num_class_embeds: int | None = None
     addition_embed_type: str | None = None
+    """text_time, as of SDXL; null is none."""
     addition_time_embed_dim: int | None = None
+    """Needed by `addition_embed_type`."""
     projection_class_embeddings_input_dim: int | None = None
+    """Needed by the projections of `class_embed_type` and by `addition_embed_type`."""
     center_input_sample: bool = False
+    """Only false is taken."""
     downsample_padding: int = 1
+    """Only 1 is taken."""
     mid_block_scale_factor: float = 1.0
+    """Only 1.0 is taken."""
     act_fn: str = "silu"
+    """Only silu is taken."""
     encoder_hid_dim: int | None = None
+    """Only null is taken."""
     encoder_hid_dim_type: str | None = None
+    """Only null is taken."""
     only_cross_attention: bool | tuple[bool, ...] = False
+    """Whether transformers attend to the text twice, and never to the picture itself."""
     dual_cross_attention: bool = False
+    """Only false is taken."""
     resnet_skip_time_act: bool = False
+    """Only false is taken."""
     resnet_out_scale_factor: float = 1.0
+    """Only 1.0 is taken."""
     time_embedding_type: str = "positional"
+    """Only positional is taken."""
     time_embedding_act_fn: str | None = None
+    """Only null is taken."""
     timestep_post_act: str | None = None
+    """Only null is taken."""
     conv_in_kernel: int = 3
+    """Only 3 is taken."""
     conv_out_kernel: int = 3
+    """Only 3 is taken."""
     attention_type: str = "default"
+    """Only default is taken."""
     class_embeddings_concat: bool = False
+    """Only false is taken."""
     mid_block_only_cross_attention: bool | None = None
+    """Only null is taken."""
     cross_attention_norm: str | None = None
+    """Only null is taken."""
     addition_embed_type_num_heads: int = 64
+    """Only 64 is taken."""
     reverse_transformer_layers_per_block: tuple[int, ...] | None = None
+    """Only null is taken."""
 
     def __post_init__(self) -> None:
         for name, value in _FIXED.items():

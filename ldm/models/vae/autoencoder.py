@@ -35,17 +35,25 @@ class AutoencoderConfig:
     in_channels: int = 3
     out_channels: int = 3
     down_block_types: tuple[str, ...] | None = None
+    """DownEncoderBlock2D for each level, which null is, too."""
     up_block_types: tuple[str, ...] | None = None
+    """UpDecoderBlock2D for each level, which null is, too."""
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    """Channels of each level, from the finest."""
     layers_per_block: int = 2
     act_fn: str = "silu"
+    """Only silu is taken."""
     latent_channels: int = 4
+    """Channels of the latents, at least 1."""
     norm_num_groups: int = 32
     sample_size: int = 512
     scaling_factor: float = 0.18215
+    """What latents are multiplied by, above 0."""
     shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None
+    """Only null is taken."""
     latents_std: tuple[float, ...] | None = None
+    """Only null is taken."""
     force_upcast: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
