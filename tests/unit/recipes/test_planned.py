@@ -303,7 +303,7 @@ def test_sensitivity_is_two_more_forward_passes_each_time(root: Path) -> None:
 
     base = TextToImage.load(root / "teacher")
     control = ControlNet.copy_of(base.network, base.codec.factor)
-    t, cond = torch.zeros(1), told(base.network, [e.config for e in base.text])
+    t, cond = torch.zeros(1), told(base.network, tuple(e.config for e in base.text))
     cond = {k: torch.zeros(v.shape) for k, v in cond.items()}
     shown = cond | {"condition": torch.zeros(1, 3, miniature.SIZE, miniature.SIZE)}
     x = torch.zeros(1, base.codec.channels, *[miniature.SIZE // base.codec.factor] * 2)
