@@ -13,6 +13,7 @@ from ldm.config.earlier import EARLIER
 from ldm.data.mixture import Data
 from ldm.recipes import Task, check_validation
 from ldm.recipes.models import with_usable
+from ldm.recipes.optimizers import check_optimizer
 from ldm.recipes.text_to_image import TextToImageTask, settled
 from ldm.train.trainer import TrainConfig
 
@@ -35,6 +36,7 @@ class RunConfig:
         if self.workers < 0:
             raise ValueError(f"workers must be at least 0, got {self.workers}")
         check_validation(self.task, self.train)
+        check_optimizer(self.task, self.train)
 
 
 def load_run(path: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:

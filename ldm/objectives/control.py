@@ -38,14 +38,15 @@ class ControlObjective(AroundDenoise):
     def forward(self, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
         if self._key not in batch:
             raise ValueError(f"the batch has no {self._key!r}; data.pairs makes or reads one")
-        loss, metrics = self.denoise(self.prepared(batch, rng), rng)
+        told: Metrics = {}
         if self._due and torch.is_grad_enabled():
+            # First: what the backward pass needs of the loss would lie beside it.
             other = self._others(batch[self._key])
-            if other is not None:
-                metrics = metrics | {self._name: self._gap(batch, other, rng)}
+            told = {} if other is None else {self._name: self._gap(batch, other, rng)}
+        loss, metrics = self.denoise(self.prepared(batch, rng), rng)
         if self._every and len(rng) == 1 and dist.world_size() == 1:
             self._before = batch[self._key]
-        return loss, metrics
+        return loss, metrics | told
 
     def prepared(self, batch: Batch, rng: Rng) -> Batch:
         """What the denoising loss is given."""
@@ -55,6 +56,7 @@ class ControlObjective(AroundDenoise):
     def _gap(self, batch: Batch, other: Tensor, rng: Rng) -> Tensor:
         each = [self.prepared({**batch, self._key: shown}, rng) for shown in (batch[self._key], other)]
         right, wrong = (self.denoise(one, rng)[0] for one in each)
+        torch.clear_autocast_cache()  # its casts of weights have no gradient, and the loss would be given them
         return right - wrong
 
     def _others(self, own: Tensor) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class Job:
     the backward pass is not twice the forward (frozen weights, a teacher in the loss). `samples` of the data (None:
     unknown), each of `sample_bytes`. `drawn` comes before, `then` are rounds that follow, each a job of its own; with
     them `round` names this one. `streamed`: the network that stays as it is below what trains, whose blocks may come
-    and go.
+    and go. `asked`: forward passes without gradients beside a step's own, on the average of steps.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Job:
     round: str = ""
     then: tuple[Job, ...] = ()
     streamed: Streamed | None = None
+    asked: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +157,16 @@ class Planner:
             counted = Counted(job.build, job.inputs, job.precision, gpu=gpu, recomputing=recomputing, one=alone)
         self._counted = counted
         self.frozen_bytes = sum(f.bytes for f in job.frozen) + (job.streamed.held if job.streamed is not None else 0.0)
-        self.frozen_flops = sum(f.flops for f in job.frozen)
         self.limit = cluster.hardware.memory * GB * cluster.assumptions.usable
+
+    @cached_property
+    def frozen_flops(self) -> float:
+        """Operations an image without gradients: of frozen networks, and of passes beside a step's own."""
+        frozen = sum(f.flops for f in self.job.frozen)
+        if not self.job.asked:
+            return frozen
+        once = self.activations[min(self.activations)].few
+        return frozen + self.job.asked * sum(op.flops for op in once.ops if not op.backward) / once.batch
 
     @property
     def sizes(self) -> Sizes:

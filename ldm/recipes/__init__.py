@@ -27,6 +27,7 @@ from ldm.recipes.dreambooth import DreamboothTask
 from ldm.recipes.finetune import FinetuneTask, Finetuning
 from ldm.recipes.inversion import InversionTask
 from ldm.recipes.ip_adapter import IPAdapterTask
+from ldm.recipes.optimizers import check_optimizer
 from ldm.recipes.planned import Asked
 from ldm.recipes.text_to_image import TextToImageTask
 from ldm.recipes.validation import captions_of, held_out_batch, is_built
@@ -78,9 +79,10 @@ def assemble(
     """Put a method together.
 
     Raises ValueError for `train.validate` with a task that validates in its own way, for `train.engine.frozen` where
-    nothing is frozen, and without the package that it needs.
+    nothing is frozen, for an optimizer of what does not train, and without the package that it needs.
     """
     check_validation(task, train)
+    check_optimizer(task, train)
     check_storage(train.engine.frozen)
     assembly = RECIPES[type(task)].build(task, data, train, seed, workers)
     if train.validate is not None:

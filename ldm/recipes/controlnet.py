@@ -28,10 +28,11 @@ from ldm.objectives.control import ControlObjective, LatentControlObjective
 from ldm.objectives.denoise import DenoiseObjective
 from ldm.pipeline import Control, TextToImage
 from ldm.pipeline.control import as_condition
-from ldm.plan.report import Job
+from ldm.plan.flops import count_flops
+from ldm.plan.report import Frozen, Job
 from ldm.recipes import planned, planned_frozen, planned_models
 from ldm.recipes.base import Assembly
-from ldm.recipes.finetune import Finetuning, assembled, only_source, open_base, trained_process
+from ldm.recipes.finetune import FLOAT32, Finetuning, assembled, only_source, open_base, trained_process
 from ldm.recipes.pictures import prepare
 from ldm.recipes.text_to_image import SampleHook, Samples, Sees, told_options
 from ldm.recipes.validation import share_of
@@ -188,7 +189,7 @@ class Conditions(Sees):
 def job(task: ControlTask, data: Data, train: TrainConfig, asked: planned.Asked) -> Job:
     """The base, frozen, under a ControlNet that trains, counted from its loss."""
     check_data(task, data)
-    _every(task, train)
+    every = _every(task, train)
     how, said = granularity(task.gradient_checkpointing), list[str]()
     base = planned_models.whole(task.base, "task.base", said)
     base.process = trained_process(task, base)
@@ -221,13 +222,29 @@ def job(task: ControlTask, data: Data, train: TrainConfig, asked: planned.Asked)
 
     cached = task.cache is not None or data.cached
     planned.check_cache(task.cache, cached, said, base.text)
+    frozen = planned.beside(base, data, cached, False, task.text_precision, train.engine.frozen)
+    stored, encoded = _planned_condition(data, base, inputs(1)[0][CONDITION], cached)
     found = planned.loss_job(
         asked, data, train, build, inputs,
-        frozen=planned.beside(base, data, cached, False, task.text_precision, train.engine.frozen),
-        recompute=how != "none", said=said, cached=cached, streamed=streamed,
+        frozen=[*frozen, *encoded], recompute=how != "none", said=said, cached=cached, streamed=streamed,
+        asked_again=2 / every if every else 0.0, stored=stored, element=FLOAT32,
     )  # fmt: skip
     count = None if task.images is None else planned.pictures_in(task.images)
     return found if found.samples is not None or count is None else planned.told(found, count)
+
+
+def _planned_condition(data: Data, base: TextToImage, shown: Tensor, cached: bool) -> tuple[float, list[Frozen]]:
+    """Bytes of a condition in a cache, and the encoder where it runs in training: for latents that are in none."""
+    pairs = data.pairs if isinstance(data, DataConfig) else data.sources[0].data.pairs
+    side = planned.side(data)
+    pair = pairs[CONDITION]
+    if cached and pair.cache == "latents":
+        return 2.0 * FLOAT32 * base.codec.channels * (side // base.codec.factor) ** 2, []
+    stored = float((1 if pair.kind in ("canny", "grey") else 3) * side**2)  # equal channels are stored once
+    if shown.shape[-1] == side:
+        return stored, []
+    flops = count_flops(base.codec.autoencoder.encode, torch.empty(1, 3, side, side, device="meta"))
+    return stored, [Frozen(name="condition", bytes=0.0, flops=float(flops))]
 
 
 def _planned_config(task: ControlTask, base: TextToImage) -> ControlNetConfig | SD3ControlConfig:

@@ -67,6 +67,8 @@ from ldm.train.trainer import TrainConfig, Trainer
 from ldm.types import Cond
 
 Density = UniformTimes | LogitNormal | Mode | CosMap | ShiftedUniform | FluxShift | Importance
+FLOAT32 = 4
+"""Bytes of an element of latents and text in a cache of fine-tuning."""
 AnyConfig = FullConfig | LoraConfig | TokensConfig | PivotalConfig
 
 
@@ -203,7 +205,6 @@ def assembled(
     check_pictures(task.options.small, pipeline.network, pipeline.codec.factor, data)
     codec, towers, live = pipeline.codec, pipeline.text, adapter.trains_text
     check_text_precision(task.text_precision, key="task.text_precision", trains=live)
-    _check_decay(adapter, train)
     expect = cache_hashes(codec.autoencoder, None if live else towers)
     if task.cache is not None:
         expect |= {} if features is None else {FEATURES: features.told}
@@ -235,14 +236,6 @@ def assembled(
     return Assembly(
         kept, loader, [FinetuneSamples(sized(task.samples, preview.network, data), preview, copies, drawn)], export
     )
-
-
-def _check_decay(adapter: AnyAdapter, train: TrainConfig) -> None:
-    """Raise ValueError for a weight decay of new tokens."""
-    if isinstance(adapter, TokensAdapter | PivotalAdapter) and train.optim.weight_decay:
-        raise ValueError(
-            f"train.optim.weight_decay: {train.optim.weight_decay} would pull new tokens to zero; write 0 for them"
-        )
 
 
 def preserving(
@@ -404,5 +397,5 @@ def adapted_job(task: Finetuning, config: AnyConfig, data: Data, train: TrainCon
         asked, data, train, build, lambda batch: (planned.latents(base, data, batch) | pictures(batch),),
         frozen=concat.planned_frozen(told, beside, cached=cached),
         recompute=how != "none", said=said, cached=cached, streamed=streamed,
-        reads=("moments", *([] if live else planned.TEXT), *pictures(1)),
+        reads=("moments", *([] if live else planned.TEXT), *pictures(1)), element=FLOAT32,
     )  # fmt: skip

@@ -32,7 +32,7 @@ from ldm.plan.flops import count_flops
 from ldm.plan.report import Frozen, Job
 from ldm.recipes import planned, planned_frozen, planned_models
 from ldm.recipes.base import Assembly
-from ldm.recipes.finetune import CachedFeatures, Finetuning, assembled, only_source, open_base, trained_process
+from ldm.recipes.finetune import FLOAT32, CachedFeatures, Finetuning, assembled, only_source, open_base, trained_process
 from ldm.recipes.pictures import prepare
 from ldm.recipes.sources import load_image_encoder, weights_hash
 from ldm.recipes.text_to_image import SampleHook, Samples, Sees, told_options
@@ -186,7 +186,7 @@ class References(Sees):
 
 def job(task: IPAdapterTask, data: Data, train: TrainConfig, asked: planned.Asked) -> Job:
     """The base, frozen, with an IP-Adapter that trains, counted from its loss, and the image encoder."""
-    _every(task, train)
+    every = _every(task, train)
     how, said = granularity(task.gradient_checkpointing), list[str]()
     base = planned_models.whole(task.base, "task.base", said)
     base.process = trained_process(task, base)
@@ -220,7 +220,8 @@ def job(task: IPAdapterTask, data: Data, train: TrainConfig, asked: planned.Aske
     frozen.append(_frozen(encoder, config.sees_states, train, runs=not kept))
     found = planned.loss_job(
         asked, data, train, build, inputs, frozen=frozen, recompute=how != "none", said=said, cached=cached,
-        streamed=streamed, reads=("moments", *planned.TEXT, *([STATES] if kept else [])),
+        streamed=streamed, asked_again=2 / every if every else 0.0, element=FLOAT32,
+        reads=("moments", *planned.TEXT, *([STATES] if kept else [])),
     )  # fmt: skip
     count = None if task.images is None else planned.pictures_in(task.images)
     return found if found.samples is not None or count is None else planned.told(found, count)

@@ -183,16 +183,30 @@ def loss_job(
     cached: bool = False,
     reads: Sequence[str] = ("moments", *TEXT),
     streamed: Streamed | None = None,
+    asked_again: float = 0.0,
+    stored: float = 0.0,
+    element: int = 2,
 ) -> Job:
-    """A job whose step is counted from its loss. `reads`: what of a batch is stored in a cache."""
+    """A job whose step is counted from its loss. `reads`: what of a batch is stored in a cache, latents and text in
+    `element` bytes, which takes `stored` bytes a sample more. `asked_again`: `Job.asked`.
+    """
     batch = inputs(1)[0]
-    encoded = 2.0 * sum(value.numel() for key, value in batch.items() if {key, key.partition(".")[0]} & {*reads})
+    read = {key: value for key, value in batch.items() if {key, key.partition(".")[0]} & {*reads}}
+    encoded = stored + sum(float(value.numel() * _element(key, value, element)) for key, value in read.items())
     samples, size = samples_of(data, encoded, cached, said)
     return Job(
         name=asked.name, build=build, inputs=inputs, flops=None, batch=train.batch, steps=train.steps,
         layout=layout(train, asked), recompute=recompute, precision=precision(train, asked.gpu),
         frozen=tuple(frozen), samples=samples, sample_bytes=size, warnings=tuple(said), streamed=streamed,
+        asked=asked_again,
     )  # fmt: skip
+
+
+def _element(key: str, value: Tensor, encoded: int) -> int:
+    """Bytes of an element in a cache: pictures are stored as they are, features in float16."""
+    if key.endswith("moments") or key.partition(".")[0] in TEXT:
+        return encoded
+    return 1 if value.ndim == 4 else 2
 
 
 def again(how: Granularity, recompute: bool) -> Granularity:

@@ -65,3 +65,34 @@ def test_never_and_without_a_condition() -> None:
     assert objective(*batch(0.0, 1.0))[1] == {}
     with pytest.raises(ValueError, match=r"the batch has no 'condition'; data\.pairs makes or reads one"):
         objective({"value": torch.zeros(1)}, Rng(0, (0,)))
+
+
+class Product(Known):
+    """A loss whose gradient is of a product, which autocast computes in bf16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graphs: list[bool] = []
+
+    def forward(self, batch: dict[str, Any], rng: Rng) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = self.trained(batch["condition"][:, 0, 0, :1]).square().mean()
+        self.graphs.append(loss.requires_grad)
+        return loss, {}
+
+
+def test_the_figure_is_taken_before_there_is_a_graph_and_changes_no_gradient() -> None:
+    """Else both lie in memory at once; and autocast would hand its casts without a gradient on to the loss."""
+    found = []
+    for every in (0, 1):
+        torch.manual_seed(0)
+        known = Product()
+        objective: Any = ControlObjective(known, every)  # type: ignore[arg-type]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = objective(*batch(0.5, 1.0))
+        loss.backward()
+        assert known.graphs == [False, False, True][-1 if not every else 0 :]
+        found.append(known.trained.weight.grad)
+    assert found[0] is not None
+    assert found[1] is not None
+    assert found[0].abs() > 0
+    assert torch.equal(found[0], found[1])

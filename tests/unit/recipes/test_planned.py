@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load as load_tensors
 
 from ldm.checkpoint.convert import save_diffusers
 from ldm.checkpoint.schedulers import scheduler_to_diffusers
@@ -20,8 +22,10 @@ from ldm.config.load import decode
 from ldm.config.schema import RunConfig, load_run
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.schedule import Discrete
+from ldm.models.fit import told
 from ldm.models.text import build_clip
 from ldm.models.unet import UNet, UNetConfig
+from ldm.models.unet.controlnet import ControlNet
 from ldm.pipeline import TextToImage
 from ldm.plan import rounds
 from ldm.plan.flops import count_flops
@@ -29,7 +33,7 @@ from ldm.plan.hardware import find
 from ldm.plan.memory import memory
 from ldm.plan.report import Job, Plan, Planner
 from ldm.plan.throughput import Cluster
-from ldm.recipes import RECIPES, Task, plan_job
+from ldm.recipes import RECIPES, Task, assemble, plan_job
 from ldm.recipes.dreambooth import DreamboothTask
 from ldm.recipes.planned import Asked
 from ldm.recipes.sources import load_autoencoder, load_towers
@@ -77,6 +81,8 @@ def config(root: Path, kind: str) -> Path:
         tree = subject(root, LORA if kind == "dreambooth lora" else {"kind": "full"})
     elif kind == "inversion":
         tree = words(root)
+    elif kind in ("controlnet", "ip_adapter"):
+        tree = told_a_picture(root, kind)
     else:
         adapter = LORA if kind == "lora" else {"kind": "full", "text": kind == "full with text"}
         task = {"kind": "finetune", "base": str(root / "teacher"), "adapter": adapter}
@@ -84,6 +90,17 @@ def config(root: Path, kind: str) -> Path:
     tree["train"]["batch"] = MICRO
     tree["train"]["engine"] = {"zero_stage": 1, "precision": "fp32", "bucket": work.BUCKET}
     return miniature.write(tree, root / f"{kind.replace(' ', '-')}.yaml")
+
+
+def told_a_picture(root: Path, kind: str) -> dict[str, Any]:
+    """Training beside the base, which stays as it is; both log their sensitivity at every step."""
+    task: dict[str, Any] = {"kind": kind, "base": str(root / "teacher"), "samples": {"every": 0}, "sensitivity": 1}
+    task |= {"image_encoder": str(root / "towers")} if kind == "ip_adapter" else {}
+    tree = {**miniature.contrastive(root), "task": task}
+    tree["train"]["log"] = {"every": 1}
+    if kind == "controlnet":
+        tree["data"] = {**tree["data"], "pairs": {"condition": {"kind": "canny"}}}
+    return tree
 
 
 def pictures(folder: Path, count: int) -> Path:
@@ -275,11 +292,47 @@ def test_every_method_is_counted(root: Path, method: dict[str, Any], capsys: pyt
     assert found["point"]["images_per_second"] > 0
 
 
+def test_sensitivity_is_two_more_forward_passes_each_time(root: Path) -> None:
+    """Of the base and its ControlNet, counted by themselves."""
+    path = config(root, "controlnet")
+
+    def more(sensitivity: int) -> float:
+        words = [f"task.sensitivity={sensitivity}"]
+        cluster = Cluster(nodes=1, per_node=1, hardware=find("cpu"))
+        return Planner(job_of(load_run(path, words), 1, gpu=False), cluster, recomputing=(False,)).frozen_flops
+
+    base = TextToImage.load(root / "teacher")
+    control = ControlNet.copy_of(base.network, base.codec.factor)
+    t, cond = torch.zeros(1), told(base.network, tuple(e.config for e in base.text))
+    cond = {k: torch.zeros(v.shape) for k, v in cond.items()}
+    shown = cond | {"condition": torch.zeros(1, 3, miniature.SIZE, miniature.SIZE)}
+    x = torch.zeros(1, base.codec.channels, *[miniature.SIZE // base.codec.factor] * 2)
+    once = count_flops(control, x, t, shown) + count_flops(base.network, x, t, cond)
+    assert more(4) - more(0) == pytest.approx(2 / 4 * once, rel=0.01)
+
+
+@pytest.mark.parametrize(("made", "kept"), [("canny", "pixels"), ("blur", "pixels"), ("blur", "latents")])
+def test_a_sample_of_a_cache_of_conditions_is_as_large_as_planned(root: Path, made: str, kept: str) -> None:
+    path, cache = config(root, "controlnet"), root / f"cache-{made}-{kept}"
+    run = load_run(path, [f"task.cache={cache}", f"data.pairs.condition={{kind: {made}, cache: {kept}}}"])
+    planned = job_of(run, 1, gpu=False).sample_bytes
+    assemble(run.task, run.data, run.train, 0, 0)
+    with tarfile.open(next(cache.glob("*.tar"))) as tar:
+        member = next(m for m in tar if m.name.endswith(".safetensors"))
+        stored = load_tensors(tar.extractfile(member).read())  # type: ignore[union-attr]
+    told = {key: v for key, v in stored.items() if key.partition(".")[0] in ("moments", "text", "pair")}
+    # with the empty caption's states, which every sample has beside its own
+    captions = told["text"][1:].numel() * 4
+    assert planned == sum(v.numel() * v.element_size() for v in told.values()) - captions
+
+
 @pytest.mark.parametrize(
     ("kind", "world"),
     [
         ("lora", 1),
         ("distill", 2),
+        ("controlnet", 1),
+        ("ip_adapter", 1),
         pytest.param("full", 2, marks=pytest.mark.slow),
         pytest.param("full with text", 1, marks=pytest.mark.slow),
         pytest.param("distill lora", 1, marks=pytest.mark.slow),
