@@ -16,8 +16,8 @@ PROMPTS = (
     "a red apple", "a smiling face with sunglasses", "cat", "police car", "an owl", "a red heart",
     "woman firefighter, medium-dark skin tone", "snowman",
 )  # fmt: skip
-TEACHER, STUDENT = {"sampler": "ddim", "guidance": 2.0}, {"sampler": "lcm", "guidance": 1.0}
-SIDE, MARGIN = 96, 120
+TEACHER, STUDENT = {"sampler": "euler", "guidance": 3.0}, {"sampler": "lcm", "guidance": 1.0}
+SIDE, MARGIN = 112, 120
 
 
 def main() -> None:
@@ -25,9 +25,9 @@ def main() -> None:
     p.add_argument("--out", type=Path, default=Path("few_steps.png"))
     p.add_argument("--seed", type=int, default=3)
     args = p.parse_args()
-    rows = [("teacher", "emoji", TEACHER, n) for n in (1, 4, 25)]
-    rows += [("student", "emoji_lcm", STUDENT, n) for n in (1, 2, 4)]
-    models = {name: ldm.load(name) for name in ("emoji", "emoji_lcm")}
+    rows = [("teacher", "emoji_128", TEACHER, n) for n in (1, 4, 25)]
+    rows += [("student", "emoji_128_lcm", STUDENT, n) for n in (1, 2, 4)]
+    models = {name: ldm.load(name) for name in ("emoji_128", "emoji_128_lcm")}
     sheet = Image.new("RGB", (MARGIN + SIDE * len(PROMPTS), SIDE * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (name, model, how, steps) in enumerate(rows):

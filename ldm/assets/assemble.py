@@ -1,7 +1,8 @@
 """Put the shipped models together from finished runs: python ldm/assets/assemble.py [--unet RUN] (not imported by ldm).
 
-`--student EXPORT` only puts the few-step student, a distilled LoRA of the model `emoji`, in its place, and
-`--autoencoder-128 EXPORT` the autoencoder for 128 px, `--unet-128 EXPORT` the U-Net for 128 px.
+`--student EXPORT` only puts a few-step student, a distilled LoRA of `emoji` or `emoji_128`, in its place,
+`--ip-adapter EXPORT` an IP-Adapter of `emoji`, `--autoencoder-128 EXPORT` the autoencoder for 128 px, and
+`--unet-128 EXPORT` the U-Net for 128 px.
 
 Without --unet the U-Net is random: the frozen parts must be in place, as stored in half precision, before the run that
 trains on them. The CLIP stores only what the text encoder of the pipeline's folder does not hold.
@@ -19,23 +20,25 @@ import torch
 
 from ldm.checkpoint.convert import load_network, save_diffusers
 from ldm.checkpoint.folders import read_module, write_module
+from ldm.checkpoint.ip_adapter_files import about, open_ip_adapter, save_ip_adapter
 from ldm.checkpoint.schedulers import scheduler_to_diffusers
 from ldm.checkpoint.students import beside
 from ldm.config.schema import load_run
 from ldm.models import networks
-from ldm.models.shipped import ASSETS
+from ldm.models.shipped import ASSETS, STUDENTS
 from ldm.recipes.sources import clip_tower, load_autoencoder
 from ldm.recipes.text_to_image import TextToImageTask
 
 
 def main() -> None:
-    """Write `ldm/assets/emoji_64` and `ldm/assets/clip_emoji`, or `ldm/assets/emoji_lcm`."""
+    """Write `ldm/assets/emoji_64` and `ldm/assets/clip_emoji`, or what an option names."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--autoencoder", default="runs/autoencoder_emoji/export")
     parser.add_argument("--clip", default="runs/clip_emoji/export")
     parser.add_argument("--unet", type=Path, help="export of a text-to-image run")
     parser.add_argument("--config", default="configs/train/text_to_image_emoji.yaml")
-    parser.add_argument("--student", type=Path, help="export of a distillation of `emoji` as a LoRA")
+    parser.add_argument("--student", type=Path, help="export of a distillation as a LoRA")
+    parser.add_argument("--ip-adapter", type=Path, help="export of an IP-Adapter of `emoji`")
     parser.add_argument("--autoencoder-128", type=Path, help="export of the autoencoder for 128 px")
     parser.add_argument("--unet-128", type=Path, help="export of a text-to-image run for 128 px")
     args = parser.parse_args()
@@ -51,6 +54,9 @@ def main() -> None:
         return
     if args.student is not None:
         student(args.student)
+        return
+    if args.ip_adapter is not None:
+        ip_adapter(args.ip_adapter)
         return
     task = load_run(args.config).task
     assert isinstance(task, TextToImageTask)
@@ -90,20 +96,40 @@ def unet_128(export: Path) -> None:
     report()
 
 
-def student(export: Path, folder: Path = ASSETS / "emoji_lcm") -> None:
+def student(export: Path, folder: Path | None = None) -> None:
     """Copy what a distilled LoRA needs to be a model by itself, and the run's config to `made_by`.
 
     Raises ValueError for one of another base, or that is no few-step student.
     """
     told = json.loads((export / "adapter.json").read_text(encoding="utf-8"))
-    if told["base"] != "emoji":
-        raise ValueError(f"{export}: base {told['base']!r} is not the shipped model 'emoji'")
+    if told["base"] not in STUDENTS:
+        raise ValueError(f"{export}: base {told['base']!r} is not one of the shipped {', '.join(STUDENTS)}")
     if beside(export) is None:
         raise ValueError(f"{export}: no scheduler_config.json of a few-step sampler in it")
+    folder = folder or ASSETS / STUDENTS[told["base"]]
     folder.mkdir(exist_ok=True)
     for name in ("adapter.json", "scheduler_config.json", *told["loras"]):
         shutil.copyfile(export / name, folder / name)
         (folder / name).chmod(0o644)
+    made_by(export, folder)
+
+
+def ip_adapter(export: Path, folder: Path = ASSETS / "ip_adapter_emoji") -> None:
+    """Store an IP-Adapter in half precision, and its run's config in `made_by`.
+
+    Raises ValueError for one of another base or image encoder.
+    """
+    config, source, file = open_ip_adapter(export)
+    told = about(file)
+    if told is None or (told.base, told.encoder) != ("emoji", "clip_emoji"):
+        raise ValueError(f"{export}: not an IP-Adapter of 'emoji' that sees by 'clip_emoji', but {told}")
+    state = {name: source[name].read() for name in source}
+    save_ip_adapter(folder, config, state, told, dtype=torch.float16)
+    made_by(export, folder)
+
+
+def made_by(export: Path, folder: Path) -> None:
+    """Keep the config of an export's run if its model went to `folder` among the assets."""
     config = export.parent / "config.yaml"
     if config.is_file() and folder.parent == ASSETS:
         shutil.copyfile(config, ASSETS / "made_by" / f"{load_run(config).name}.yaml")

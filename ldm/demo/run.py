@@ -26,6 +26,7 @@ from ldm.diffusion import Discrete, Flow
 from ldm.evaluate import measure
 from ldm.metrics.clip_score import nearest
 from ldm.metrics.retrieval import Retrieval
+from ldm.models.shipped import STUDENTS
 from ldm.pipeline import Settings, TextToImage
 from ldm.precision import DTYPES
 from ldm.recipes.sources import load_clip
@@ -44,7 +45,7 @@ HERO = (
 STEP_COUNTS = (1, 2, 4, 8, 16, 50, 250, 1000)
 ROWS = {"ddpm": 1000, "ddim": 1000, "dpmpp_2m": 250, "unipc": 50, "euler": 50, "heun": 50}
 FEW_STEPS = (1, 2, 4, 8)
-STUDENT = ("emoji", "emoji_lcm")
+STUDENT = ("emoji_128", STUDENTS["emoji_128"])
 """The teacher and what was distilled from it."""
 SCALES = (1.0, 2.0, 3.0, 5.0, 8.0, 12.0)
 
@@ -217,12 +218,12 @@ def few_steps(demo: Demo, trained: TextToImage) -> None:
     whole, student = (TextToImage.load(n, device=demo.shipped.device, precision=precision) for n in STUDENT)
     prompts = ("a red apple", "cat", "police car")
     scale = demo.settings.guidance
-    teacher = [demo.draw(whole, prompts, sampler="ddim", steps=n) for n in FEW_STEPS]
+    teacher = [demo.draw(whole, prompts, sampler="euler", steps=n) for n in FEW_STEPS]
     own = [demo.draw(student, prompts, sampler="lcm", steps=n, guidance=1.0) for n in FEW_STEPS]
     rows: dict[str, list[Image.Image | None]] = {}
     for i, prompt in enumerate(prompts):
-        rows[f"“{prompt}”, teacher: ddim, guidance {scale:g}"] = [column[i] for column in teacher]
-        rows[f"“{prompt}”, student: lcm, guidance inside"] = [column[i] for column in own]
+        rows[f"“{prompt}”, teacher: Euler, guidance {scale:g}"] = [column[i] for column in teacher]
+        rows[f"“{prompt}”, student: LCM, guidance inside"] = [column[i] for column in own]
     demo.results.few_steps, demo.results.few_step_counts = rows, FEW_STEPS
 
 

@@ -81,6 +81,8 @@ def convert(
     sheet.keep("gradient_accumulation_steps", "train.accumulate", accumulate)
     steps = _steps(sheet, source, batch * processes, accumulate)
     _optimizer(sheet, rate, steps)
+    if how == "inversion":
+        sheet.near("token_string", "train.optim.weight_decay", 0.0, "none for new words here: it pulls them to zero")
     kohya_loss.read(sheet, family)
     _caches(sheet, source, text)
     _precision(sheet)

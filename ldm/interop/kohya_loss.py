@@ -42,6 +42,8 @@ def _weighting(sheet: Sheet) -> None:
     first = "".join(weightings[:1])
     if first == "min_snr_gamma":
         common.min_snr(sheet, "min_snr_gamma")
+    elif first == "debiased_estimation_loss" and sheet.flag("v_parameterization"):
+        sheet.refuse(first, "of a network that predicts v theirs is 1 / (SNR + 1), which is none of the weightings here")
     elif first == "debiased_estimation_loss":
         sheet.near("debiased_estimation_loss", "task.weighting", {"kind": "debiased"},
                    "of a network that predicts noise; theirs takes SNRs above 1000 as 1000")  # fmt: skip

@@ -12,13 +12,19 @@ SHIPPED = {
     "emoji_lcm": ASSETS / "emoji_lcm",
     "clip_emoji": ASSETS / "clip_emoji",
     "emoji_128": ASSETS / "emoji_128",
+    "emoji_128_lcm": ASSETS / "emoji_128_lcm",
+    "ip_adapter_emoji": ASSETS / "ip_adapter_emoji",
 }
 DEFAULT = "emoji_128"
 """Draws where no model is asked for."""
 PARTS = {
     "clip_emoji": "a CLIP, which judges",
+    "ip_adapter_emoji": "an IP-Adapter of 'emoji', for --ip-adapter",
 }
 """Those that do not draw."""
+IP_ADAPTERS = frozenset({"ip_adapter_emoji"})
+STUDENTS = {"emoji": "emoji_lcm", "emoji_128": "emoji_128_lcm"}
+"""Few-step students, LoRAs that draw by themselves, by their teacher."""
 _TEXT = {SHIPPED["emoji_128"]: SHIPPED["emoji"]}
 """Models that were trained with another's text encoder: it is stored once."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ldm.checkpoint import vision
 from ldm.checkpoint.ip_adapter_files import about, load_ip_adapter, open_ip_adapter
-from ldm.models.shipped import named
+from ldm.models.shipped import IP_ADAPTERS, named
 from ldm.models.text.vision import ImageEncoder
 from ldm.models.unet.image_prompt import IPAdapter
 from ldm.pipeline.image_prompt import check_encoder
@@ -17,7 +17,7 @@ def load_pair(source: str, encoder: str | None = None, key: str = "--ip-adapter"
 
     Raises ValueError naming `key` for another thing, where no image encoder is known, and for one of another width.
     """
-    path = named(usable(source, key))
+    path = named(source if source in IP_ADAPTERS else usable(source, key))
     config, _, file = open_ip_adapter(path)
     told = about(file)
     if encoder is None and told is not None:

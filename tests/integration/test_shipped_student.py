@@ -15,7 +15,7 @@ from ldm.checkpoint.lora_files import NAME
 from ldm.cli.__main__ import main
 from ldm.demo import run as demo
 from ldm.demo.page import build
-from ldm.models.shipped import ASSETS, SHIPPED
+from ldm.models.shipped import ASSETS, SHIPPED, STUDENTS
 from ldm.pipeline import Settings, TextToImage
 from ldm.recipes.record import PARTS, model_hash
 from ldm.recipes.sources import load_towers
@@ -23,8 +23,7 @@ from ldm.recipes.sources import load_towers
 FOUR = Settings(sampler="lcm", steps=4, guidance=1.0, seed=7)
 PROMPTS = ["a red apple", "cat"]
 ALL, EACH = 60_000_000, 20_000_000
-"""Bytes of all that is embedded, data too, and of its largest file: with a second model for 128 px."""
-"""Bytes of all shipped weights."""
+"""Bytes of all that is embedded, data too, and of its largest file."""
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def student() -> TextToImage:
 
 
 def test_all_that_is_embedded_is_within_its_budget() -> None:
-    assert (SHIPPED["emoji_lcm"] / NAME).is_file()
+    assert all((SHIPPED[name] / NAME).is_file() for name in STUDENTS.values())
     sizes = [p.stat().st_size for p in ASSETS.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     assert sum(sizes) <= ALL
     assert max(sizes) <= EACH
@@ -87,7 +86,7 @@ def test_the_page_shows_the_teacher_and_the_student_at_each_count(monkeypatch: p
     assert len(shown.results.few_steps) == 6
     assert all(len(row) == 2 for row in shown.results.few_steps.values())
     page = build(shown.results).html()
-    assert all(word in page for word in ("Few steps", "teacher: ddim", "student: lcm", "1 step", "2 steps"))
+    assert all(word in page for word in ("Few steps", "teacher: Euler", "student: LCM", "1 step", "2 steps"))
 
 
 def test_the_128_px_model_has_the_text_encoder_of_the_other(tmp_path: Path) -> None:

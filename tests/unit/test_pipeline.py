@@ -307,7 +307,7 @@ def test_guidance_that_does_not_exist_is_refused(settings: dict[str, Any], says:
 
 
 def test_a_shipped_part_that_does_not_draw_says_what_it_is() -> None:
-    name, told = "clip_emoji", "is .*; shipped models that draw: emoji, emoji_lcm, emoji_128$"
+    name, told = "clip_emoji", "is .*; shipped models that draw: emoji, emoji_lcm, emoji_128, emoji_128_lcm$"
     with pytest.raises(ValueError, match=f"model '{name}' {told}"):
         TextToImage.load(name)
     with pytest.raises(ValueError, match=f"--base '{name}' {told}"):

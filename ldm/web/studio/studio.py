@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm.models.shipped import PARTS, SHIPPED
+from ldm.models.shipped import PARTS, SHIPPED, STUDENTS
 from ldm.web.studio.commands import Commands
 from ldm.web.studio.places import Places
 from ldm.web.studio.queue import Queue
@@ -41,7 +41,7 @@ class Studio:
 
     def bases(self) -> list[str]:
         """Models to start a training from."""
-        shipped = [name for name in SHIPPED if name not in PARTS and name != "emoji_lcm"]
+        shipped = [name for name in SHIPPED if name not in PARTS and name not in STUDENTS.values()]
         return [*shipped, *self.places.models()]
 
     def models(self) -> list[str]:

@@ -237,6 +237,7 @@ REFUSED = [
     ({"masked_loss": True}, "masked_loss", "no masks"),
     ({"conditioning_data_dir": "masks"}, "conditioning_data_dir", "without masked_loss"),
     ({"min_snr_gamma": 5, "debiased_estimation_loss": True}, "debiased_estimation_loss", "one weighting"),
+    ({"v_parameterization": True, "debiased_estimation_loss": True}, "debiased_estimation_loss", "predicts v"),
     ({"zero_terminal_snr": True}, "zero_terminal_snr", "the base's"),
     ({"clip_skip": 2}, "clip_skip", "another layer"),
     ({"full_bf16": True}, "full_bf16", "float32"),
@@ -326,6 +327,8 @@ def test_textual_inversion(tmp_path: Path) -> None:
     concept = run.task.concepts[0]
     assert (concept.token, concept.vectors, concept.initializer) == ("mychar4", 4, ("cute", "girl"))
     assert (concept.images, concept.learn, run.task.max_norm) == (place, "object", 0.0)
+    assert run.train.optim.weight_decay == 0
+    assert any(row.ours == "train.optim.weight_decay" and "zero" in row.note for row in found.rows)
 
 
 @pytest.mark.parametrize("prediction", [Epsilon(), V()], ids=["noise", "velocity"])
