@@ -43,7 +43,7 @@ def _weighting(sheet: Sheet) -> None:
     if first == "min_snr_gamma":
         common.min_snr(sheet, "min_snr_gamma")
     elif first == "debiased_estimation_loss" and sheet.flag("v_parameterization"):
-        sheet.refuse(first, "of a network that predicts v theirs is 1 / (SNR + 1), which is none of the weightings here")
+        sheet.refuse(first, "theirs of a network that predicts v is 1 / (SNR + 1), which is no weighting here")
     elif first == "debiased_estimation_loss":
         sheet.near("debiased_estimation_loss", "task.weighting", {"kind": "debiased"},
                    "of a network that predicts noise; theirs takes SNRs above 1000 as 1000")  # fmt: skip

@@ -21,8 +21,9 @@ DRAWN = {"dreambooth": 100, "dreambooth_lora": 100, "dreambooth_pivotal": 100, "
 LARGE = (
     "sdxl_lora", "sdxl_dreambooth_lora", "sd35_medium_lora", "flux_dev_lora", "pixart_sigma_lora", "sdxl_full",
     "sd35_medium_full", "flux_dev_full", "pixart_sigma_full", "sd35_medium", "flux", "pixart_sigma", "sdxl_controlnet",
+    "sd35_medium_sooner", "sd15_inpainting", "sd15_instruct", "lcm_lora_emoji", "tcd_lora_emoji", "dmd_emoji",
 )  # fmt: skip
-"""Whose counting takes a minute."""
+"""Whose counting takes long, and of which another is counted."""
 WORLD = {"flux_dev_full": 16, "flux": 64, "sd35_medium": 16}
 """GPUs of those that fit on no single one."""
 WEIGHTS = {
