@@ -64,6 +64,9 @@ class DemoResults:
     few_steps: Mapping[str, Images] = field(default_factory=dict)
     """Prompt and model (the teacher, then its student) -> the same noise at each of `few_step_counts`."""
 
+    image_prompts: Mapping[str, Images] = field(default_factory=dict)
+    """The pictures that are prompts, then what was drawn of them, one a column."""
+
     guidance_scales: Sequence[float] = ()
     guidance: Mapping[str, Images] = field(default_factory=dict)
     """Prompt -> the same noise at each of `guidance_scales`."""
@@ -90,7 +93,7 @@ def build(results: DemoResults) -> Gallery:
     """The page of these results."""
     page = Gallery(results.title, results.lede)
     page.hero(results.hero).facts(results.facts).footer(results.footer)
-    first = (_data, _noising, _training, _retrieval, _samplers, _few_steps, _guidance)
+    first = (_data, _noising, _training, _retrieval, _samplers, _few_steps, _guidance, _image_prompts)
     for part in (*first, _heldout, _neighbours, _edits, _costs):
         part(page, results)
     return page
@@ -170,6 +173,15 @@ def _guidance(page: Gallery, r: DemoResults) -> None:
             "At 1 it is absent; higher follows the words more closely, and in the end too closely."
         )
         page.section("Guidance", text).matrix(r.guidance, [f"w = {s:g}" for s in r.guidance_scales], size=84)
+
+
+def _image_prompts(page: Gallery, r: DemoResults) -> None:
+    if r.image_prompts:
+        text = (
+            "A picture can be the prompt, without a word: an IP-Adapter, 0.3 million weights beside the frozen 64 px "
+            "model, hands on what a CLIP sees of it. Neither of them has seen these pictures in training."
+        )
+        page.section("Pictures as prompts", text).matrix(r.image_prompts, size=76)
 
 
 def _heldout(page: Gallery, r: DemoResults) -> None:

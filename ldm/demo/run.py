@@ -27,8 +27,9 @@ from ldm.evaluate import measure
 from ldm.metrics.clip_score import nearest
 from ldm.metrics.retrieval import Retrieval
 from ldm.models.shipped import STUDENTS
-from ldm.pipeline import Settings, TextToImage
+from ldm.pipeline import ImagePrompt, Settings, TextToImage
 from ldm.precision import DTYPES
+from ldm.recipes.image_prompts import load_pair
 from ldm.recipes.sources import load_clip
 from ldm.rng import Rng
 from ldm.web.chart import Curve
@@ -47,6 +48,7 @@ ROWS = {"ddpm": 1000, "ddim": 1000, "dpmpp_2m": 250, "unipc": 50, "euler": 50, "
 FEW_STEPS = (1, 2, 4, 8)
 STUDENT = ("emoji_128", STUDENTS["emoji_128"])
 """The teacher and what was distilled from it."""
+IP_ADAPTER, IMAGE_SCALES = "ip_adapter_emoji", (1.0, 0.6)
 SCALES = (1.0, 2.0, 3.0, 5.0, 8.0, 12.0)
 
 
@@ -149,7 +151,7 @@ def run(demo: Demo, config_file: Path, overrides: Sequence[str], procs: int) -> 
         f"A U-Net of {_parameters(trained) / 1e6:.1f} million parameters starts from random weights and sees "
         f"{demo.config.train.steps * demo.config.train.batch:,} noised latents, on {procs} processes under DeepSpeed."
     )
-    for name in ("samplers", "few steps", "guidance", "held-out prompts", "retrieval", "nearest neighbours", "editing"):
+    for name in _SECTIONS:
         say(f"{name} ...")
         _SECTIONS[name](demo, trained)
         demo.clock.lap(name)
@@ -227,6 +229,19 @@ def few_steps(demo: Demo, trained: TextToImage) -> None:
     demo.results.few_steps, demo.results.few_step_counts = rows, FEW_STEPS
 
 
+def image_prompts(demo: Demo, trained: TextToImage) -> None:
+    """Pictures of concepts that no training has seen, as prompts of the shipped IP-Adapter's model."""
+    adapter, encoder = load_pair(IP_ADAPTER)
+    model = TextToImage.load("emoji", device=demo.shipped.device)
+    plain = demo.shown(split="heldout", captions="first", shuffle=True)
+    pictures = to_pil(Loader(plain, seed=5, micro_batch=8).batch(0, 0)["image"])
+    rows: dict[str, list[Image.Image | None]] = {"the prompt": [*pictures]}
+    for scale in IMAGE_SCALES:
+        shown = ImagePrompt(adapter=adapter, encoder=encoder, picture=pictures, scale=scale, each=True)
+        rows[f"scale {scale:g}"] = [*demo.draw(model.image_prompted([shown]), [""] * len(pictures))]
+    demo.results.image_prompts = rows
+
+
 def guidance(demo: Demo, trained: TextToImage) -> None:
     """The same noise at each scale."""
     prompts = ("a red apple", "woman firefighter, medium-dark skin tone", "police car")
@@ -301,6 +316,7 @@ _SECTIONS = {
     "samplers": samplers,
     "few steps": few_steps,
     "guidance": guidance,
+    "image prompts": image_prompts,
     "held-out prompts": heldout,
     "retrieval": retrieval,
     "nearest neighbours": neighbours,

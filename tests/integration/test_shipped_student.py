@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from ldm.checkpoint.lora_files import NAME
 from ldm.cli.__main__ import main
+from ldm.config.schema import load_run
 from ldm.demo import run as demo
 from ldm.demo.page import build
 from ldm.models.shipped import ASSETS, SHIPPED, STUDENTS
@@ -74,6 +76,22 @@ def test_the_command_draws_with_it_in_four_steps_by_itself(tmp_path: Path) -> No
     with Image.open(tmp_path / "grid.png") as grid:
         told = json.loads(grid.info["ldm"])
     assert (told["sampler"], told["steps"], told["guidance"]) == ("lcm", 4, 1.0)
+
+
+def test_the_page_shows_what_is_drawn_of_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A yellow face as the prompt gives a yellower picture than others do."""
+    monkeypatch.setattr(demo, "IMAGE_SCALES", (1.0,))
+    model, nothing = TextToImage.load("emoji"), cast("Any", None)
+    config = load_run(ASSETS / "demo.yaml")
+    shown = demo.Demo(config, Path(), model, nothing, Settings(sampler="dpmpp_2m", steps=6, guidance=3.0), print)
+    demo.image_prompts(shown, model)
+    given, drawn = (
+        torch.stack([torch.tensor(np.asarray(p), dtype=torch.float32).flatten(0, 1).mean(0) for p in row if p])
+        for row in shown.results.image_prompts.values()
+    )
+    given, drawn = given - given.mean(0), drawn - drawn.mean(0)
+    assert (given * drawn).sum() / (given.norm() * drawn.norm()) > 0.3, "colours go over"
+    assert "Pictures as prompts" in build(shown.results).html()
 
 
 def test_the_page_shows_the_teacher_and_the_student_at_each_count(monkeypatch: pytest.MonkeyPatch) -> None:
