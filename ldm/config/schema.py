@@ -23,9 +23,12 @@ class RunConfig:
     """A whole run: `task` is the method, `data` what it sees, `train` the loop; `out` is the run folder."""
 
     name: str
+    """The run's name; by default `out` is made of it."""
     out: Path
     seed: int = 0
+    """Of all randomness: order of the data, noise, times, dropout, new weights."""
     workers: int = 0
+    """Processes that read data beside each rank; 0 reads in the rank itself."""
     task: Task
     data: Data
     train: TrainConfig

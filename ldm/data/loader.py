@@ -62,6 +62,7 @@ class DataConfig:
     captions: Literal["weighted", "first", "none"] = "weighted"
     template: str = "{}"
     require_captions: bool = True
+    """Whether a sample without a caption is a bad one; else its caption is empty."""
     arrays: tuple[str, ...] = ()
     pairs: dict[str, Pair] = field(default_factory=dict)
     tags: Tags | None = None
@@ -76,6 +77,7 @@ class DataConfig:
     shuffle: bool = True
     """Whether each epoch has an order of its own."""
     window: int = 1 << 16
+    """Samples that are shuffled among each other at a time; beyond that shards are."""
     last: Literal["drop", "wrap"] = "drop"
     memory: int = 1 << 30
     max_bad: float = 0.05

@@ -39,7 +39,9 @@ class Stored:
     filter: Literal["bicubic", "nearest"] = "bicubic"
     """How the picture is resized."""
     channels: Channels = 3
+    """Channels of the picture, 1 or 3."""
     cache: Cache = "pixels"
+    """As what it enters a cache: its pixels, or its latents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,7 @@ class StoredMask:
     member: str = "mask"
     """The mask's member beside the picture, `KEY.member.png`."""
     cache: Literal["pixels"] = "pixels"
+    """Only pixels is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,9 @@ class Canny:
     high: float = 200.0
     """The upper threshold, of edges that start."""
     channels: Channels = 3
+    """Channels: 1, or the same three times."""
     cache: Cache = "pixels"
+    """As what it enters a cache: its pixels, or its latents."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.low <= self.high:
@@ -77,7 +82,9 @@ class Grey:
 
     kind: Literal["grey"] = "grey"
     channels: Channels = 3
+    """Channels: 1, or the same three times."""
     cache: Cache = "pixels"
+    """As what it enters a cache: its pixels, or its latents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +94,7 @@ class Blur:
     kind: Literal["blur"] = "blur"
     sigma: float = 4.0
     cache: Cache = "pixels"
+    """As what it enters a cache: its pixels, or its latents."""
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma <= 256:
@@ -101,6 +109,7 @@ class Small:
     factor: int = 4
     enlarge: bool = False
     cache: Cache = "pixels"
+    """As what it enters a cache: its pixels, or its latents."""
 
     def __post_init__(self) -> None:
         if self.factor < 2:
@@ -117,6 +126,7 @@ class Picture:
     kind: Literal["picture"] = "picture"
     size: int | None = None
     cache: Cache = "pixels"
+    """As what it enters a cache: its pixels, or its latents."""
 
     def __post_init__(self) -> None:
         if self.size is not None and self.size < 1:
@@ -137,6 +147,7 @@ class RandomMask:
     whole: float = 0.25
     """Share of masks of the whole picture."""
     cache: Literal["pixels"] = "pixels"
+    """Only pixels is taken."""
 
     def __post_init__(self) -> None:
         shares = {kind: vars(self)[kind] for kind in masks.KINDS}
@@ -155,6 +166,7 @@ class Masked:
     mask: str = "inpaint_mask"
     """The pair whose mask is used."""
     cache: Literal["latents"] = "latents"
+    """Only latents is taken."""
 
 
 Pair = Stored | StoredMask | Canny | Grey | Blur | Small | Picture | RandomMask | Masked

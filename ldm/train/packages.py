@@ -45,6 +45,7 @@ class AdafactorConfig:
     warmup_init: bool = False
     beta1: float | None = None
     clip_threshold: float = 1.0
+    """Root mean square of an update above which it is scaled down to it."""
     decay_rate: float = -0.8
 
     def __post_init__(self) -> None:
@@ -64,6 +65,7 @@ class CameConfig:
 
     beta3: float = 0.9999
     clip_threshold: float = 1.0
+    """Root mean square of an update above which it is scaled down to it."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.beta3 < 1:
@@ -80,11 +82,15 @@ class ProdigyConfig:
     """
 
     d0: float = 1e-6
+    """The estimate d at first."""
     d_coef: float = 1.0
     beta3: float | None = None
     growth_rate: float | None = None
+    """By how much d may grow in a step; null is no bound."""
     bias_correction: bool = False
+    """Whether Adam's bias correction is made."""
     safeguard_warmup: bool = False
+    """Whether the rate's warm-up is left out of d's estimate."""
 
     def __post_init__(self) -> None:
         for name in ("d0", "d_coef"):

@@ -215,6 +215,7 @@ class ClipConfig:
     bpe: str = "emoji"
     """The vocabulary of byte pairs."""
     pad: Pad = "eot"
+    """What follows a caption: the end token again, or zeros."""
 
     def __post_init__(self) -> None:
         _check_tower("text_", self.text_width, self.text_heads, self.text_layers, self.context_length)

@@ -42,17 +42,26 @@ class PixArtConfig:
 
     kind: Literal["pixart"] = "pixart"
     num_attention_heads: int = 16
+    """Number of heads; times `attention_head_dim` it is the width."""
     attention_head_dim: int = 72
+    """Channels of a head."""
     in_channels: int = 4
+    """Channels of the latents."""
     out_channels: int | None = 8
+    """Channels of the answer, twice those of the latents with a variance; null is `in_channels`."""
     num_layers: int = 28
+    """Number of blocks."""
     dropout: float = 0.0
     """Only 0.0 is taken."""
     norm_num_groups: int = 32
     cross_attention_dim: int = 1152
+    """Width of the text in cross-attention: the width, where text is projected."""
     attention_bias: bool = True
+    """Whether queries, keys and values have biases."""
     sample_size: int = 128
+    """Side in latent pixels at which positions are counted, at least `patch_size`."""
     patch_size: int = 2
+    """Latent pixels along a side of a token."""
     activation_fn: str = "gelu-approximate"
     """Only gelu-approximate is taken."""
     num_embeds_ada_norm: int = 1000
@@ -63,9 +72,11 @@ class PixArtConfig:
     norm_elementwise_affine: bool = False
     """Only false is taken."""
     norm_eps: float = 1e-6
+    """Added to the variance in norms."""
     interpolation_scale: float | None = None
     use_additional_conditions: bool | None = None
     caption_channels: int | None = None
+    """Width of the text states, which are projected; null: they are used as they are."""
     attention_type: str = "default"
     """Only default is taken."""
 

@@ -46,6 +46,7 @@ class SD3Config:
     pooled_projection_dim: int = 2048
     """Width of the pooled text."""
     out_channels: int | None = 16
+    """Channels of the answer; null is `in_channels`."""
     pos_embed_max_size: int = 96
     """Tokens along a side of the table of positions."""
     dual_attention_layers: tuple[int, ...] = ()

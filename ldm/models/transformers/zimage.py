@@ -45,18 +45,25 @@ class ZImageConfig:
     dim: int = 3840
     """The width, a multiple of `n_heads`."""
     n_layers: int = 30
+    """Number of blocks that see text and picture together."""
     n_refiner_layers: int = 2
+    """Number of blocks of the text alone, and of the picture alone, before."""
     n_heads: int = 30
     """Number of heads."""
     n_kv_heads: int = 30
     """Only `n_heads` is taken."""
     norm_eps: float = 1e-5
+    """Added to the mean square in norms."""
     qk_norm: bool = True
+    """Whether queries and keys are normalised."""
     cap_feat_dim: int = 2560
+    """Width of the text states."""
     siglip_feat_dim: int | None = None
     """Only null is taken."""
     rope_theta: float = 256.0
+    """Base of the frequencies of rotations."""
     t_scale: float = 1000.0
+    """What times in [0, 1] are multiplied by before they are embedded."""
     axes_dims: tuple[int, int, int] = (32, 48, 48)
     """Rotated channels of each axis, three even numbers that add up to dim / `n_heads`."""
     axes_lens: tuple[int, int, int] = (1024, 512, 512)

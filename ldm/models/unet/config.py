@@ -48,10 +48,15 @@ class UNetConfig:
 
     kind: Literal["unet"] = "unet"
     sample_size: int | None = None
+    """Side of the latents it was trained on; null says nothing."""
     in_channels: int = 4
+    """Channels of the latents and of what is concatenated to them."""
     out_channels: int = 4
+    """Channels of the answer."""
     flip_sin_to_cos: bool = True
+    """Whether cosines come first in the embedding of times."""
     freq_shift: float = 0
+    """Shift of the frequencies in the embedding of times."""
     down_block_types: tuple[str, ...] = (DOWN[0], DOWN[0], DOWN[0], DOWN[1])
     """CrossAttnDownBlock2D or DownBlock2D for each level."""
     mid_block_type: str = MID[0]
@@ -61,23 +66,33 @@ class UNetConfig:
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     """Channels of each level, from the finest."""
     layers_per_block: int | tuple[int, ...] = 2
+    """Residual blocks of each level, one more on the way up."""
     dropout: float = 0.0
+    """Share of dropped activations in residual blocks, 0 to 1."""
     norm_num_groups: int = 32
+    """Groups of the group norms; divides every width."""
     norm_eps: float = 1e-5
+    """Added to the variance in norms."""
     cross_attention_dim: int | tuple[int, ...] = 1280
     """Width of the text states."""
     transformer_layers_per_block: int | tuple[int, ...] = 1
+    """Transformer blocks of each attention."""
     attention_head_dim: int | tuple[int, ...] = 8
     num_attention_heads: int | tuple[int, ...] | None = None
     use_linear_projection: bool = False
+    """Whether transformers project by linear layers instead of 1x1 convolutions."""
     upcast_attention: bool = False
+    """Whether attention scores are computed in float32."""
     resnet_time_scale_shift: str = "default"
     """default or scale_shift."""
     time_embedding_dim: int | None = None
+    """Width of the embedding of times; null is four times the first level's."""
     time_cond_proj_dim: int | None = None
+    """Width of a told guidance strength, of few-step students; null is none."""
     class_embed_type: str | None = None
     """timestep, identity, projection or simple_projection; null is none."""
     num_class_embeds: int | None = None
+    """Number of classes, such as an upscaler's noise levels; null is none."""
     addition_embed_type: str | None = None
     """text_time, as of SDXL; null is none."""
     addition_time_embed_dim: int | None = None

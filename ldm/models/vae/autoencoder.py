@@ -33,7 +33,9 @@ class AutoencoderConfig:
     """The keys of diffusers' AutoencoderKL `config.json`."""
 
     in_channels: int = 3
+    """Channels of the pictures."""
     out_channels: int = 3
+    """Channels of decoded pictures."""
     down_block_types: tuple[str, ...] | None = None
     """DownEncoderBlock2D for each level, which null is, too."""
     up_block_types: tuple[str, ...] | None = None
@@ -41,23 +43,31 @@ class AutoencoderConfig:
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     """Channels of each level, from the finest."""
     layers_per_block: int = 2
+    """Residual blocks of each level, one more in the decoder."""
     act_fn: str = "silu"
     """Only silu is taken."""
     latent_channels: int = 4
     """Channels of the latents, at least 1."""
     norm_num_groups: int = 32
+    """Groups of the group norms; divides every width."""
     sample_size: int = 512
+    """Side of its training pictures in pixels; changes nothing here."""
     scaling_factor: float = 0.18215
     """What latents are multiplied by, above 0."""
     shift_factor: float | None = None
+    """What is taken from latents before they are multiplied; null is 0."""
     latents_mean: tuple[float, ...] | None = None
     """Only null is taken."""
     latents_std: tuple[float, ...] | None = None
     """Only null is taken."""
     force_upcast: bool = True
+    """Kept for diffusers; changes nothing here."""
     use_quant_conv: bool = True
+    """Whether a 1x1 convolution follows the encoder."""
     use_post_quant_conv: bool = True
+    """Whether a 1x1 convolution precedes the decoder."""
     mid_block_add_attention: bool = True
+    """Whether the middle blocks have attention."""
 
     def __post_init__(self) -> None:
         levels = len(self.block_out_channels)
